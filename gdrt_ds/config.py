@@ -52,6 +52,8 @@ class PromptSection(Section):
     template: str = Field("alpaca", description="alpaca, plain, chat (the tokenizer's chat template) or a JSON file of a template")
     domain: str | None = Field(None, description="what an item is called in the prompt, e.g. movie; null = from the data set, else item")
     max_length: int = Field(1024, ge=16, description="tokens of a whole example; the oldest history goes first, never the target")
+    history: Literal["keep", "mask", "shuffle"] = Field(
+        "keep", description="training only: mask = no history (trains an auxiliary_sft reference), shuffle = another user's (control)")
 
 
 class LoraSection(Section):
@@ -99,6 +101,7 @@ class TrainSection(Section):
     log_every: int = Field(10, ge=1, description="steps between writes of metrics.jsonl and progress lines (every step has its line)")
     eval_every: int | None = Field(None, ge=1, description="steps between validations; null = at the end of each epoch")
     patience: int | None = Field(None, ge=1, description="validations without improvement before stopping; null = never stop early")
+    select_by: Literal["nll", "worst_group", "objective"] = Field("nll", description="validation figure that picks the best checkpoint")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null = only the last")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept, the best one beside them")
     on_nonfinite: Literal["stop", "skip"] = Field("stop", description="NaN or inf on any rank: every rank stops, or skips, that same step")
@@ -137,9 +140,6 @@ class ObjectiveOptions(Section):
     reweight_power: float = Field(1.0, ge=0, description="example weight = train_count ** -power, normalised")
 
 
-OBJECTIVES = ("sft", "gdrt", "group_dro", "cvar", "focal", "msl", "gdrt+msl", "cft", "igd", "reweight")
-
-
 class LogSection(Section):
     tensorboard: bool = False
     wandb: bool = False
@@ -154,7 +154,7 @@ class RunConfig(Section):
     prompt: PromptSection = Field(default_factory=PromptSection)
     model: ModelSection = Field(default_factory=ModelSection)
     train: TrainSection = Field(default_factory=TrainSection)
-    objective: Literal[OBJECTIVES] = "gdrt"
+    objective: str = Field("gdrt", description="sft, gdrt, group_dro, cvar, focal, msl, gdrt+msl, cft, igd, reweight, or package.module:ATTRIBUTE")
     options: ObjectiveOptions = Field(default_factory=ObjectiveOptions)
     groups: GroupsSection = Field(default_factory=GroupsSection)
     dro: DroSection = Field(default_factory=DroSection)

@@ -1,0 +1,150 @@
+"""Deterministic global batches, length-balanced over ranks, as padded rows or packed rows.
+
+The sample stream is the concatenation of seeded permutations of the training set; optimizer step k takes positions
+k*B .. (k+1)*B - 1. The content of a step depends on (seed, step) alone, never on ranks, accumulation or packing, so the
+position in the data *is* the step number and resuming needs nothing else.
+
+Shapes: B samples, T positions, N supervised tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdrt_ds.errors import UserError
+from gdrt_ds.prompts import TokenStore
+from gdrt_ds.tree_attention import TreeLayout, packed_inputs
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Who computes what: `step(k)` gives the samples of every micro-batch of every rank."""
+
+    lengths: np.ndarray   # int64[n] tokens per sample
+    global_batch: int
+    micro_batch: int
+    world: int
+    seed: int
+    packed: bool = True
+
+    def __post_init__(self):
+        if self.global_batch < self.world:
+            raise UserError(f"train.global_batch = {self.global_batch} is smaller than the {self.world} ranks",
+                            f"use at most {self.global_batch} ranks or set train.global_batch to at least {self.world}")
+        if len(self.lengths) == 0:
+            raise UserError("the train split is empty", "check data.path and data.split_ratio")
+
+    @property
+    def accumulation(self) -> int:
+        return -(-self.global_batch // (self.world * self.micro_batch))
+
+    def samples(self, step: int) -> np.ndarray:
+        """int64[B] sample indices of optimizer step `step`, sorted."""
+        count = len(self.lengths)
+        position, stop, parts = step * self.global_batch, (step + 1) * self.global_batch, []
+        while position < stop:
+            epoch, offset = divmod(position, count)
+            order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(count)
+            take = min(stop - position, count - offset)
+            parts.append(order[offset:offset + take])
+            position += take
+        return np.sort(np.concatenate(parts))
+
+    def step(self, step: int) -> list[list[np.ndarray]]:
+        """[accumulation][world] arrays of sample indices; ranks of one micro-step carry nearly equal work."""
+        return self.split(self.samples(step))
+
+    def split(self, samples: np.ndarray) -> list[list[np.ndarray]]:
+        """Splits any set of samples over accumulation x world slots; a slot may be empty."""
+        accumulation = max(1, -(-len(samples) // (self.world * self.micro_batch)))
+        slots = accumulation * self.world
+        order = samples[np.argsort(-self.lengths[samples], kind="stable")]
+        members: list[list[int]] = [[] for _ in range(slots)]
+        if self.packed:  # longest first, into the lightest slot that has room: cost of a packed row is its token count
+            room = -(-len(samples) // slots)
+            loads = np.zeros(slots)
+            for sample in order:
+                slot = int(np.argmin(np.where([len(m) < room for m in members], loads, np.inf)))
+                members[slot].append(int(sample))
+                loads[slot] += self.lengths[sample]
+        else:            # neighbours in length share a row: cost of a padded row is its longest sample
+            for slot, part in enumerate(np.array_split(order, slots)):
+                members[slot] = [int(sample) for sample in part]
+        cost = [(-(sum(self.lengths[m]) if self.packed else len(m) * max(self.lengths[m], default=0)), i)
+                for i, m in enumerate(members)]
+        ranked = [members[i] for _, i in sorted(cost)]
+        return [[np.array(sorted(ranked[a * self.world + r]), dtype=np.int64) for r in range(self.world)]
+                for a in range(accumulation)]
+
+    def describe(self) -> str:
+        return (f"global batch {self.global_batch} = {self.world} ranks x {self.accumulation} accumulation x "
+                f"micro-batch {-(-self.global_batch // (self.world * self.accumulation))}")
+
+
+@dataclass
+class MicroBatch:
+    """What one rank computes in one forward.
+
+    Attributes:
+        inputs: keyword arguments of the backbone (input_ids [B, T], masks or layout, positions).
+        supervised: Long[N] positions in the flattened [B*T] hidden states that predict a target token.
+        labels: Long[N] the target tokens.
+        token_index: Long[N] index of the target token in the split's flat target array (`TokenStore.target_offsets`).
+        num_tokens: tokens computed that are not padding.
+    """
+
+    inputs: dict
+    supervised: Tensor
+    labels: Tensor
+    token_index: np.ndarray
+    samples: np.ndarray
+    num_tokens: int
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        move = lambda value: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        return MicroBatch({k: move(v) for k, v in self.inputs.items()}, move(self.supervised), move(self.labels),
+                          self.token_index, self.samples, self.num_tokens)
+
+
+def _rows(store: TokenStore, samples: np.ndarray) -> list[np.ndarray]:
+    return [store.input_ids[store.offsets[s]:store.offsets[s + 1]] for s in samples]
+
+
+def build_micro_batch(store: TokenStore, samples: np.ndarray, packing: str, head_length: int, pad_id: int,
+                      device: torch.device | str = "cpu") -> MicroBatch:
+    """Lays samples out in the chosen packing. An empty slot becomes one dummy token with nothing supervised,
+    so that every rank runs the same collectives.
+
+    The position before a token predicts it: inputs are a sample's tokens 0 .. T-2, labels its last num_target tokens.
+    """
+    rows = [row[:-1] for row in _rows(store, samples)]
+    targets = [store.input_ids[store.offsets[s + 1] - store.num_target[s]:store.offsets[s + 1]] for s in samples]
+    token_index = np.concatenate([np.arange(store.target_offsets[s], store.target_offsets[s + 1]) for s in samples]) \
+        if len(samples) else np.zeros(0, dtype=np.int64)
+    labels = np.concatenate(targets).astype(np.int64) if targets else np.zeros(0, dtype=np.int64)
+    if not rows:
+        rows, targets = [np.array([pad_id], dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    shared = head_length if packing == "shared_prefix" and len(samples) else 0
+    bodies = [len(row) - shared for row in rows]
+    if packing == "none":
+        width = max(len(row) for row in rows)
+        ids, mask = np.full((len(rows), width), pad_id, dtype=np.int64), np.zeros((len(rows), width), dtype=np.int64)
+        for b, row in enumerate(rows):
+            ids[b, :len(row)], mask[b, :len(row)] = row, 1
+        stops = [b * width + len(row) for b, row in enumerate(rows)]
+        inputs = {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device),
+                  "position_ids": torch.arange(width, device=device).expand(len(rows), -1)}
+        num_tokens = int(mask.sum())
+    else:
+        layout = TreeLayout.build(bodies, shared, device)
+        flat = np.concatenate([rows[0][:shared]] + [row[shared:] for row in rows]).astype(np.int64)
+        stops = list(shared + np.cumsum(bodies))
+        inputs = {"input_ids": torch.from_numpy(flat)[None].to(device), **packed_inputs(layout, device)}
+        num_tokens = len(flat)
+    supervised = [np.arange(stop - len(target), stop) for stop, target in zip(stops, targets)]
+    return MicroBatch(inputs, torch.from_numpy(np.concatenate(supervised).astype(np.int64)).to(device),
+                      torch.from_numpy(labels).to(device), token_index, np.asarray(samples), num_tokens if len(samples) else 0)

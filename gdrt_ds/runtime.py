@@ -1,0 +1,179 @@
+"""Ranks, launchers, signals and time-outs: what a process is in its job, and how it leaves it.
+
+`start_runtime` understands `deepspeed`, `torchrun`, `srun` and plain `python`; `report_user_errors` turns a UserError into
+one clear message and exit status 2; `Watchdog` ends a job whose ranks stopped moving, with the stacks of every rank.
+Exit statuses: 0 finished, 2 the user's mistake, 75 interrupted after a checkpoint (please requeue), 70 hung or dead peer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gdrt_ds.errors import UserError
+
+EXIT_USER_ERROR, EXIT_HUNG, EXIT_INTERRUPTED = 2, 70, 75
+
+
+@dataclass
+class Runtime:
+    """One process of the job. `life` is the restart count of the job (fencing); `threads` are this rank's CPU threads."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+    local_world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    launcher: str = "python"
+    life: int = 0
+    threads: int = 1
+    stop_signal: int | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def detect_rank() -> dict:
+    """Rank variables of whichever launcher started this process, without starting anything."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "srun" if "SLURM_STEP_ID" in env else "deepspeed"
+        world = int(env["WORLD_SIZE"])
+        return dict(rank=int(env["RANK"]), local_rank=int(env.get("LOCAL_RANK", 0)), world=world, launcher=launcher,
+                    local_world=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in env:
+        world = int(env["SLURM_NTASKS"])
+        nodes = int(env.get("SLURM_NNODES", 1))
+        return dict(rank=int(env["SLURM_PROCID"]), local_rank=int(env.get("SLURM_LOCALID", 0)), world=world,
+                    local_world=-(-world // nodes), launcher="srun")
+    return dict(rank=0, local_rank=0, world=1, local_world=1, launcher="python")
+
+
+def _claim_cpu_threads(local_world: int) -> int:
+    """Cores divided by local ranks unless OMP_NUM_THREADS says otherwise: every rank would take all cores."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return int(os.environ["OMP_NUM_THREADS"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // max(1, local_world))
+
+
+def start_runtime(timeout_s: int = 600) -> Runtime:
+    """Joins the process group (NCCL on GPUs, gloo on CPUs) and catches the signals that ask for a checkpoint.
+
+    Raises:
+        UserError: rendezvous failed, with the addresses tried.
+    """
+    found = detect_rank()
+    found["threads"] = _claim_cpu_threads(found["local_world"])
+    torch.set_num_threads(found["threads"])
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", found["local_rank"] % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    runtime = Runtime(device=device, life=int(os.environ.get("GDRT_LIFE", os.environ.get("SLURM_RESTART_COUNT", 0)) or 0), **found)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port()) if runtime.world == 1 else "29500"
+    os.environ.update(RANK=str(runtime.rank), WORLD_SIZE=str(runtime.world), LOCAL_RANK=str(runtime.local_rank))
+    import deepspeed
+    try:
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False,
+                                   timeout=timedelta(seconds=timeout_s))
+    except (RuntimeError, dist.DistError) as error:
+        raise UserError(f"rank {runtime.rank} of {runtime.world} could not join the process group at "
+                        f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}",
+                        "check MASTER_ADDR and MASTER_PORT; on several interfaces set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME") from None
+    catch_stop_signals(runtime)
+    return runtime
+
+
+def _free_port() -> int:
+    import socket
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def catch_stop_signals(runtime: Runtime) -> None:
+    """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint at the next step boundary; the second Ctrl-C ends at once."""
+    def handler(number, frame):
+        if number == signal.SIGINT and runtime.stop_signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        runtime.stop_signal = number
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, handler)
+    faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
+
+
+class Watchdog:
+    """Ends this rank when no `beat` came for `timeout_s`: stacks of all its threads go to `folder/stacks_rank_K.txt`.
+
+    Collectives have the same time-out; the watchdog covers what hangs elsewhere (a stopped peer, a dead file system).
+    """
+
+    def __init__(self, runtime: Runtime, folder: Path, timeout_s: int):
+        self.runtime, self.path, self.timeout_s = runtime, Path(folder) / f"stacks_rank_{runtime.rank}.txt", timeout_s
+        self._last, self._done = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._done.set()
+
+    def beat(self) -> None:
+        self._last = time.monotonic()
+
+    def dump(self, reason: str) -> None:
+        with open(self.path, "w", encoding="utf-8") as stream:
+            stream.write(f"rank {self.runtime.rank} of {self.runtime.world}: {reason}\n")
+            stream.flush()
+            faulthandler.dump_traceback(stream, all_threads=True)
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self.timeout_s / 4)):
+            silent = time.monotonic() - self._last
+            if silent > self.timeout_s:
+                reason = f"no step finished for {silent:.0f} s (train.timeout_s={self.timeout_s}): a peer is dead or hung"
+                with contextlib.suppress(OSError):
+                    self.dump(reason)
+                print(f"error: rank {self.runtime.rank}: {reason}; stacks: {self.path}", file=sys.stderr, flush=True)
+                os._exit(EXIT_HUNG)
+
+
+@contextlib.contextmanager
+def report_user_errors():
+    """Around a command's main: a UserError becomes `error: ...` and exit status 2, on every rank, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        rank = detect_rank()["rank"]
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error.problem}", file=sys.stderr, flush=True)
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted: nothing was published after the last checkpoint", file=sys.stderr, flush=True)
+        code = 128 + signal.SIGINT
+    else:
+        return
+    sys.stdout.flush()
+    if dist.is_initialized():
+        os._exit(code)  # a peer may wait in a collective: interpreter shutdown would wait with it
+    sys.exit(code)
