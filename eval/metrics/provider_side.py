@@ -1,0 +1,120 @@
+"""Provider-side metrics: how exposure falls on brands, authors, directors or publishers.
+
+Exposure of a provider is the discounted attention to its items: sum over lists and positions of 1 / log2(position + 1).
+Items without a provider are left out of all shares (their number is in the report's notes).
+
+Legend: P providers, S size bins, I catalogue entries.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import numpy as np
+from scipy import sparse
+
+from eval.bootstrap import Statistic
+from eval.metrics.inputs import Inputs
+from eval.metrics.item_side import gini_of
+
+NUM_SIZE_BINS = 5
+
+
+def _provider_matrix(inputs: Inputs) -> sparse.csr_matrix:
+    """[I, P] 1 where the item is the provider's."""
+    items = np.flatnonzero(inputs.provider_of_item >= 0)
+    return sparse.csr_matrix((np.ones(items.size), (items, inputs.provider_of_item[items])),
+                             shape=(inputs.num_items, len(inputs.provider_names)))
+
+
+def provider_exposure(inputs: Inputs, k: int) -> sparse.csr_matrix:
+    """[N, P] CSR discounted exposure that each sample's list gives to each provider."""
+    return inputs._cached(("provider_exposure", k), lambda: (inputs.discounted_exposure(k) @ _provider_matrix(inputs)).tocsr())
+
+
+def catalogue_share(inputs: Inputs) -> np.ndarray:
+    """[P] share of the catalogue's provided items."""
+    counts = np.asarray(_provider_matrix(inputs).sum(axis=0)).ravel()
+    return counts / counts.sum()
+
+
+def interaction_share(inputs: Inputs) -> np.ndarray:
+    """[P] share of the train interactions with provided items; NaN without any."""
+    counts = inputs.train_count @ _provider_matrix(inputs)
+    with np.errstate(invalid="ignore"):
+        return counts / counts.sum()
+
+
+def size_bins(inputs: Inputs) -> np.ndarray:
+    """[P] bin of each provider by catalogue size: bins of about equal item count, 0 = the largest providers.
+
+    A provider belongs to the bin that holds the middle of its items when providers are laid out from large to small.
+    """
+    share = catalogue_share(inputs)
+    order = np.lexsort((np.asarray(inputs.provider_names), -share))
+    middle = np.cumsum(share[order]) - share[order] / 2
+    bins = np.empty(share.size, dtype=int)
+    bins[order] = np.minimum((middle * NUM_SIZE_BINS).astype(int), NUM_SIZE_BINS - 1)
+    return np.unique(bins, return_inverse=True)[1]  # one huge provider may leave a bin empty: number the filled ones
+
+
+def _statistic(inputs: Inputs, k: int, finish: Callable[[np.ndarray], np.ndarray], bounds: tuple[float, float]) -> Statistic | None:
+    if len(inputs.provider_names) < 2:
+        return None
+    return Statistic(provider_exposure(inputs, k), finish, inputs.num_samples, False, bounds)
+
+
+def provider_l1_catalogue(inputs: Inputs, k: int) -> Statistic | None:
+    """Sum over providers of |exposure share - catalogue share|: 0 proportional, 2 disjoint."""
+    return _l1(inputs, k, catalogue_share)
+
+
+def provider_l1_interactions(inputs: Inputs, k: int) -> Statistic | None:
+    """Sum over providers of |exposure share - share of train interactions|."""
+    return _l1(inputs, k, interaction_share)
+
+
+def _l1(inputs: Inputs, k: int, reference: Callable[[Inputs], np.ndarray]) -> Statistic | None:
+    if len(inputs.provider_names) < 2 or not np.isfinite(share := reference(inputs)).all():
+        return None
+    return _statistic(inputs, k, lambda totals: np.abs(totals / totals.sum(axis=1, keepdims=True) - share).sum(axis=1), (0, 2))
+
+
+def provider_minmax(inputs: Inputs, k: int) -> Statistic | None:
+    """Min over max, over provider size bins, of exposure share / catalogue share: 1 is parity, 0 is an unseen bin."""
+    if len(inputs.provider_names) < 2 or (bins := size_bins(inputs)).max() == 0:
+        return None
+    in_bin = np.eye(bins.max() + 1)[bins]  # [P, S]
+    size = catalogue_share(inputs) @ in_bin
+
+    def finish(totals: np.ndarray) -> np.ndarray:
+        rates = (totals @ in_bin) / size
+        return rates.min(axis=1) / rates.max(axis=1)
+
+    return _statistic(inputs, k, finish, (0, 1))
+
+
+def provider_gini(inputs: Inputs, k: int) -> Statistic | None:
+    """Gini index of exposure over providers, unexposed providers included."""
+    return _statistic(inputs, k, gini_of, (0, 1))
+
+
+def provider_coverage(inputs: Inputs, k: int) -> Statistic | None:
+    """Share of providers with at least one item in at least one list."""
+    return _statistic(inputs, k, lambda totals: (totals > 0).mean(axis=1), (0, 1))
+
+
+def exposure_by_size(inputs: Inputs, k: int) -> list[dict[str, float | str]]:
+    """For the report: per size bin, number of providers, shares of catalogue, train interactions and exposure."""
+    if len(inputs.provider_names) < 2:
+        return []
+    exposure = np.asarray(provider_exposure(inputs, k).sum(axis=0)).ravel()
+    bins, rows = size_bins(inputs), []
+    total = exposure.sum()
+    for index in range(bins.max() + 1):
+        members = bins == index
+        rows.append({"providers": f"{'largest' if index == 0 else 'smallest' if index == bins.max() else index + 1}",
+                     "num_providers": int(members.sum()), "catalogue_share": float(catalogue_share(inputs)[members].sum()),
+                     "interaction_share": float(interaction_share(inputs)[members].sum()),
+                     "exposure_share": float(exposure[members].sum() / total) if total else float("nan")})
+    return rows
