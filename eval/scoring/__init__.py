@@ -1,0 +1,15 @@
+"""Scoring beside the exact tree pass of `gdrt_ds.scoring` (which recommending needs too, so it lives there).
+
+per_item    the reference: one plain forward pass per item
+best_first  certified exact top-K of large catalogues
+beam        constrained beam search, for parity with peers
+ranking     expected ranks, ties, NaN, top lists
+"""
+
+from eval.scoring.beam import beam_search
+from eval.scoring.best_first import BestFirst, SearchResult
+from eval.scoring.node_cache import path_scores
+from eval.scoring.per_item import per_item_scores
+from eval.scoring.ranking import expected_rank, top_entries
+
+__all__ = ["BestFirst", "SearchResult", "beam_search", "expected_rank", "path_scores", "per_item_scores", "top_entries"]
