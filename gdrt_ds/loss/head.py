@@ -1,0 +1,104 @@
+"""The matrix products of the loss with the output head (weight, bias, and an optional low-rank term), a chunk at a time.
+
+Shapes: C rows of a chunk, H hidden, V columns of a chunk (a slice of the vocabulary or a list of tokens), r rank of the LoRA pair.
+logits = gain * (x W^T + bias + scale * (x A^T) B^T). The products run in the head's own dtype; see `product_dtype`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+Columns = slice | torch.Tensor  # a slice of the vocabulary, or token ids [V] long
+
+# MKL's sgemm with a transposed second operand gains about 20 % when the second operand fits the cache: H = 576 is 2.4 MB at 1024 rows.
+CPU_BLOCK_BYTES = 2_400_000
+
+
+@lru_cache(maxsize=None)
+def product_dtype(dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, str]:
+    """The dtype that a head of `dtype` is multiplied in, and why. float16 and, without AVX512_BF16, bfloat16 are slow on CPUs."""
+    if device_type != "cpu" or dtype in (torch.float32, torch.float64):
+        return dtype, "the head's dtype"
+    if dtype == torch.bfloat16 and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return dtype, "this CPU multiplies bfloat16 natively (AVX512_BF16)"
+    return torch.float32, f"this CPU has no fast {str(dtype).removeprefix('torch.')} product: blocks of the head are converted"
+
+
+class Head:
+    """Products of one call. Nothing outlives it: under ZeRO-3 the gathered weight must be free to go when the forward ends."""
+
+    def __init__(self, weight, bias, lora, gain: float, accumulate: torch.dtype):
+        self.weight, self.bias, self.gain, self.accumulate = weight, bias, gain, accumulate
+        self.lora = lora  # (A[r, H], B[V, r], scale) or None
+        self.dtype = product_dtype(weight.dtype, weight.device.type)[0]
+        self.converts = self.dtype != weight.dtype
+
+    def gathered(self, tokens_V: torch.Tensor) -> "Head":
+        """The head restricted to some tokens: its rows are copied once and serve both products."""
+        lora = None if self.lora is None else (self.lora[0], self.lora[1].index_select(0, tokens_V), self.lora[2])
+        bias = None if self.bias is None else self.bias.index_select(0, tokens_V)
+        return Head(self.weight.index_select(0, tokens_V), bias, lora, self.gain, self.accumulate)
+
+    def rows(self, hidden_CH: torch.Tensor) -> "Rows":
+        return Rows(self, hidden_CH)
+
+    def blocks(self, columns: slice):
+        """Slices of `columns` whose head rows fit a CPU's cache; on other devices one slice."""
+        step = columns.stop - columns.start
+        if self.weight.device.type == "cpu" and (self.converts or self.dtype != torch.bfloat16):
+            step = max(256, CPU_BLOCK_BYTES // (self.weight.shape[1] * 4) // 64 * 64)
+        for start in range(columns.start, columns.stop, max(step, 1)):
+            yield slice(start, min(start + step, columns.stop))
+
+    def block(self, columns: slice) -> torch.Tensor:
+        part_VH = self.weight[columns]
+        return part_VH.to(self.dtype) if self.converts else part_VH
+
+    def backproject(self, gradient_CV: torch.Tensor, columns: slice, into_CH: torch.Tensor, add: bool, slope: float = 1.0) -> None:
+        """into (+)= slope * gradient @ W[columns], accumulated in `into`'s dtype across calls."""
+        gradient_CV = gradient_CV.to(self.dtype)
+        if self.converts:
+            if not add:
+                into_CH.zero_()
+            for block in self.blocks(columns):
+                local = slice(block.start - columns.start, block.stop - columns.start)
+                into_CH.addmm_(gradient_CV[:, local], self.block(block), alpha=slope)
+        elif into_CH.dtype == self.dtype:
+            into_CH.addmm_(gradient_CV, self.weight[columns], beta=1.0 if add else 0.0, alpha=slope)
+        elif add:
+            into_CH.add_(gradient_CV @ self.weight[columns], alpha=slope)
+        else:
+            torch.mul(gradient_CV @ self.weight[columns], slope, out=into_CH)
+
+
+class Rows:
+    """A chunk of hidden rows, prepared for products with the head: converted, and for float32 already multiplied by the gain."""
+
+    def __init__(self, head: Head, hidden_CH: torch.Tensor):
+        self.head = head
+        self.fold = head.dtype == head.accumulate and head.gain != 1.0
+        x_CH = hidden_CH.to(head.dtype)
+        self.x_CH = x_CH * head.gain if self.fold else x_CH
+        self.low_rank_Cr = None
+        if head.lora is not None:
+            a_rH, _, scale = head.lora
+            self.low_rank_Cr = (hidden_CH.to(head.accumulate) @ a_rH.to(head.accumulate).T) * scale
+
+    def logits(self, columns: slice, out_CV: torch.Tensor) -> None:
+        """Fills `out`, in the head's dtype or in the dtype of accumulation."""
+        head, gain = self.head, self.head.gain
+        if out_CV.dtype == head.dtype:
+            for block in head.blocks(columns):
+                local = slice(block.start - columns.start, block.stop - columns.start)
+                torch.mm(self.x_CH, head.block(block).T, out=out_CV[:, local])
+        else:
+            out_CV.copy_(self.x_CH @ head.weight[columns].T)
+        if not self.fold and gain != 1.0:
+            out_CV.mul_(gain)
+        if head.bias is not None:
+            bias_V = head.bias[columns].to(out_CV.dtype)
+            out_CV.add_(bias_V if gain == 1.0 else bias_V * gain)
+        if head.lora is not None:
+            out_CV.addmm_(self.low_rank_Cr.to(out_CV.dtype), head.lora[1][columns].to(out_CV.dtype).T, alpha=gain)
