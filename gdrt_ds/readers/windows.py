@@ -9,6 +9,7 @@ made when no other is given. Any other column becomes a label of the sample.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
@@ -132,19 +133,24 @@ def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str,
     items = {}
     for item, title in names.items():
         cleaned = clean_title(title) if isinstance(title, str) else ""
-        if not cleaned:
-            bad.report(path, None, item, f"item id {item} has no title ({title!r})", "items without a title")
-            continue
-        items[str(item)] = Item(str(item), cleaned)
+        if cleaned:  # a window that uses an item without a title is a bad row, see _titled
+            items[str(item)] = Item(str(item), cleaned)
     return items
 
 
 def _titled(rows: list[tuple[int, Sample]], items: dict[str, Item], path: Path, bad: BadRows) -> list[Sample]:
+    """The samples whose items all have titles. When skipping, an untitled item leaves the history; an untitled target ends the window."""
     kept = []
     for line, sample in rows:
-        missing = next((item for item in (*sample.history, sample.target) if item not in items), None)
-        if missing is not None:
-            bad.report(path, line, "item_ids", f"item id {missing} has no title in the item table", "item id without a title")
-            continue
-        kept.append(sample)
+        missing = [item for item in sample.history if item not in items]
+        for item in missing:
+            bad.report(path, line, "history", f"item id {item} has no title in the item table", "history item without a title (the window stays)")
+        if missing:
+            sample = replace(sample, history=tuple(item for item in sample.history if item in items))
+        if sample.target not in items:
+            bad.report(path, line, "target", f"item id {sample.target} has no title in the item table", "target without a title")
+        elif not sample.history:
+            bad.report(path, line, "history", "no history item with a title is left", "empty history")
+        else:
+            kept.append(sample)
     return kept
