@@ -4,7 +4,7 @@ Two ways, chosen by whether the head is trained:
 - frozen head (QLoRA), one pass, 2 matrix products: rows of the hidden gradient are never summed, so the forward stores the gradient
   of each row's own loss, and the backward scales row i by dF/dS_g(i) + dF/dl_i, which may be known only after an all-reduce.
 - trained head (full fine-tuning, bias, LoRA on the head), 3 products and those of the head's gradient: the forward keeps one
-  log-sum-exp per row, the backward multiplies again, a block of the vocabulary at a time, so each row of dW is made once.
+  normaliser per row, the backward multiplies again, a block of the vocabulary at a time, so each row of dW is made once.
 Without grad it is one product.
 
 Shapes: N supervised tokens, H hidden, V vocabulary, G groups, r rank of a LoRA pair; C, V for the rows and columns of one chunk.
@@ -110,7 +110,7 @@ def group_cross_entropy(
             temperature=temperature, allowed=allowed, lora=lora, dtype=None,
         )  # fmt: skip
         return GroupLoss(sums, losses)
-    implementation, why = _choose(implementation, weight.device.type)
+    implementation, why = _choose(implementation, weight.device.type, weight.dtype)
     _announce(implementation, why, weight.device.type, weight.dtype)
     frozen = not weight.requires_grad if frozen_weight is None else frozen_weight
     if frozen:
@@ -137,21 +137,21 @@ class _GroupCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         head, rowwise = _tools(hidden, weight, bias, a_rH, b_Vr, settings)
         losses_N = hidden.new_zeros(len(labels), dtype=rowwise.accumulate)
-        lse_N = torch.zeros_like(losses_N)
+        normaliser_2N = losses_N.new_zeros(2, len(labels))
         unit_NH = torch.zeros_like(hidden) if settings.one_pass and plan is not None else None
         if settings.one_pass and plan is None:
             unit_NH = torch.empty_like(hidden)
         if plan is not None:
-            _forward_allowed(head, rowwise, plan, hidden, labels, losses_N, lse_N, unit_NH)
+            _forward_allowed(head, rowwise, plan, hidden, labels, losses_N, normaliser_2N, unit_NH)
         elif settings.one_pass:
             _forward_one_pass(head, rowwise, hidden, labels, losses_N, unit_NH)
         else:
-            _forward_streaming(head, rowwise, hidden, labels, losses_N, lse_N)
+            _forward_streaming(head, rowwise, hidden, labels, losses_N, normaliser_2N)
         sums_G = rowwise.group_sums(losses_N, groups, settings.num_groups)
         if settings.one_pass:
             ctx.save_for_backward(unit_NH, groups)
         else:
-            ctx.save_for_backward(groups, labels, lse_N, hidden, weight, bias, a_rH, b_Vr)
+            ctx.save_for_backward(groups, labels, normaliser_2N, hidden, weight, bias, a_rH, b_Vr)
         ctx.plan, ctx.settings = plan, settings
         return sums_G, losses_N
 
@@ -193,7 +193,7 @@ def _forward_one_pass(head: Head, rowwise, hidden_NH, labels_N, losses_N, unit_N
         head.backproject(buffer_CV, columns, unit_NH[rows], add=False, slope=rowwise.gradient_slope)
 
 
-def _forward_streaming(head: Head, rowwise, hidden_NH, labels_N, losses_N, lse_N) -> None:
+def _forward_streaming(head: Head, rowwise, hidden_NH, labels_N, losses_N, normaliser_2N) -> None:
     """Blocks of the vocabulary with a running log-sum-exp: the head is read once, nothing of size [N, V] or [N, H] is kept."""
     for rows in rowwise.row_blocks(len(hidden_NH)):
         prepared, labels_C = head.rows(hidden_NH[rows]), labels_N[rows]
@@ -201,14 +201,14 @@ def _forward_streaming(head: Head, rowwise, hidden_NH, labels_N, losses_N, lse_N
         for columns, buffer_CV in rowwise.column_blocks(len(labels_C), head.weight.shape[0], labels_C.device):
             prepared.logits(columns, buffer_CV)
             rowwise.extend_rows_(buffer_CV, labels_C, columns.start, state)
-        losses_N[rows], lse_N[rows] = rowwise.end_rows(state)
+        losses_N[rows], normaliser_2N[:, rows] = rowwise.end_rows(state)
 
 
-def _forward_allowed(head: Head, rowwise, plan: AllowedPlan, hidden_NH, labels_N, losses_N, lse_N, unit_NH) -> None:
+def _forward_allowed(head: Head, rowwise, plan: AllowedPlan, hidden_NH, labels_N, losses_N, normaliser_2N, unit_NH) -> None:
     _require(labels_N[plan.single_rows] == plan.single_tokens, "a label is not the single allowed token of its trie node", _ALLOWED_FIX)
     for chunk in plan.chunks:
         part, columns_C, buffer_CV = _allowed_logits(head, rowwise, chunk, hidden_NH, labels_N)
-        losses_N[chunk.rows], lse_N[chunk.rows] = rowwise.finish_rows_(buffer_CV, columns_C, _forbidden(chunk))
+        losses_N[chunk.rows], normaliser_2N[:, chunk.rows] = rowwise.finish_rows_(buffer_CV, columns_C, _forbidden(chunk))
         if unit_NH is not None:
             unit_CH = torch.empty_like(hidden_NH[chunk.rows])
             part.backproject(buffer_CV, slice(0, len(chunk.tokens)), unit_CH, add=False, slope=rowwise.gradient_slope)
@@ -247,25 +247,25 @@ def _scale_rows(unit_NH: torch.Tensor, coefficient_N: torch.Tensor) -> torch.Ten
 
 def _backward_recompute(ctx, coefficient_N: torch.Tensor):
     """Gradients of hidden, weight, bias, A and B: the logits again, a block of the vocabulary at a time (or an allowed chunk)."""
-    _, labels_N, lse_N, hidden_NH, weight, bias, a_rH, b_Vr = ctx.saved_tensors
+    _, labels_N, normaliser_2N, hidden_NH, weight, bias, a_rH, b_Vr = ctx.saved_tensors
     settings, plan, wants = ctx.settings, ctx.plan, ctx.needs_input_grad
     head, rowwise = _tools(hidden_NH, weight, bias, a_rH, b_Vr, settings)
-    grads = _HeadGradients(head, hidden_NH, wants, rowwise.accumulate, scattered=plan is not None)
+    row_blocks = list(rowwise.row_blocks(len(hidden_NH)))
+    grads = _HeadGradients(head, hidden_NH, wants, rowwise.accumulate, once=plan is None and len(row_blocks) == 1)
     scaled_N = (coefficient_N * settings.slope).to(rowwise.accumulate)
     if plan is not None:
         for chunk in plan.chunks:
             part, columns_C, buffer_CV = _allowed_logits(head, rowwise, chunk, hidden_NH, labels_N)
-            rowwise.gradient_(buffer_CV, columns_C, 0, lse_N[chunk.rows], scaled_N[chunk.rows], _forbidden(chunk))
+            rowwise.gradient_(buffer_CV, columns_C, 0, normaliser_2N[:, chunk.rows], scaled_N[chunk.rows], _forbidden(chunk))
             grads.add(part, buffer_CV, chunk.rows, slice(0, len(chunk.tokens)), chunk.tokens)
         return grads.finish()
-    row_blocks = list(rowwise.row_blocks(len(hidden_NH)))
     widest = max((r.stop - r.start for r in row_blocks), default=0)
     prepared = [head.rows(hidden_NH[r]) for r in row_blocks]
     for columns, buffer_CV in rowwise.column_blocks(widest, weight.shape[0], hidden_NH.device):
         for rows, rows_prepared in zip(row_blocks, prepared):
             part_CV = buffer_CV[: rows.stop - rows.start]
             rows_prepared.logits(columns, part_CV)
-            rowwise.gradient_(part_CV, labels_N[rows], columns.start, lse_N[rows], scaled_N[rows], None)
+            rowwise.gradient_(part_CV, labels_N[rows], columns.start, normaliser_2N[:, rows], scaled_N[rows], None)
             grads.add(head, part_CV, rows, columns, columns)
     return grads.finish()
 
@@ -273,14 +273,16 @@ def _backward_recompute(ctx, coefficient_N: torch.Tensor):
 class _HeadGradients:
     """Accumulates the gradients of a recomputed backward in float32 (a block of dW that only one product makes, in its own dtype)."""
 
-    def __init__(self, head: Head, hidden_NH, wants, accumulate, scattered: bool):
+    def __init__(self, head: Head, hidden_NH, wants, accumulate, once: bool):
         self.head, self.hidden_NH, self.accumulate = head, hidden_NH, accumulate
         hidden, weight, bias, a_rH, b_Vr = wants[:5]
         zeros = lambda like, wanted: torch.zeros(like.shape, dtype=accumulate, device=like.device) if wanted else None  # noqa: E731
         self.d_hidden = zeros(hidden_NH, hidden)
-        self.d_weight = zeros(head.weight, weight)
+        # Without `scattered` or several row blocks each row of dW is made by one product: no accumulation, no wider copy.
+        self.weight_once = weight and once
+        self.d_weight = torch.empty_like(head.weight) if self.weight_once else zeros(head.weight, weight)
         self.d_bias = zeros(head.bias, bias) if bias else None
-        self.has_lora, self.wants_a, self.scattered = head.lora is not None, a_rH, scattered
+        self.has_lora, self.wants_a = head.lora is not None, a_rH
         self.low_Nr = self.d_b = None
         if self.has_lora:
             rank = head.lora[0].shape[0]
@@ -298,7 +300,13 @@ class _HeadGradients:
                 d_CH = torch.empty(x_CH.shape, dtype=self.accumulate, device=x_CH.device)
                 part.backproject(gradient_CV, part_columns, d_CH, add=False)
                 self.d_hidden[rows] = d_CH
-        if self.d_weight is not None:
+        if self.weight_once:
+            product = gradient_CV.to(part.dtype).T
+            if part.converts:
+                self.d_weight[target] = product @ x_CH.to(part.dtype)
+            else:
+                torch.mm(product, x_CH, out=self.d_weight[target])
+        elif self.d_weight is not None:
             self._into(self.d_weight, target, gradient_CV.to(part.dtype).T @ x_CH.to(part.dtype))
         if self.d_bias is not None:
             self._into(self.d_bias, target, gradient_CV.to(self.accumulate).sum(0))
@@ -373,13 +381,13 @@ def _check_shapes(hidden, weight, labels, groups, num_groups, bias, lora) -> Non
 
 
 @lru_cache(maxsize=None)
-def _choose(implementation: str, device_type: str) -> tuple[str, str]:
+def _choose(implementation: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     if implementation == "torch":
         return "torch", "asked for"
     try:
         from gdrt_ds.loss import kernels
 
-        problem = kernels.why_unusable(device_type)
+        problem = kernels.why_unusable(device_type, dtype)
     except ImportError as error:
         problem = f"triton cannot be imported ({error})"
     if implementation == "triton":
@@ -401,4 +409,4 @@ def _announce(implementation: str, why: str, device_type: str, dtype: torch.dtyp
 
 def describe(device_type: str = "cpu", dtype: torch.dtype = torch.float32, implementation: str = "auto") -> str:
     """One line: which implementation and product dtype a head of `dtype` on this kind of device gets, and why."""
-    return _announce(*_choose(implementation, device_type), device_type, dtype)
+    return _announce(*_choose(implementation, device_type, dtype), device_type, dtype)

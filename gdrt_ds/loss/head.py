@@ -67,6 +67,9 @@ class Head:
                 into_CH.addmm_(gradient_CV[:, local], self.block(block), alpha=slope)
         elif into_CH.dtype == self.dtype:
             into_CH.addmm_(gradient_CV, self.weight[columns], beta=1.0 if add else 0.0, alpha=slope)
+        elif into_CH.device.type == "cuda":  # float32 out of the product: blocks of the vocabulary add up without rounding to bfloat16
+            product_CH = torch.mm(gradient_CV, self.weight[columns], out_dtype=torch.float32)
+            into_CH.add_(product_CH, alpha=slope) if add else torch.mul(product_CH, slope, out=into_CH)
         elif add:
             into_CH.add_(gradient_CV @ self.weight[columns], alpha=slope)
         else:

@@ -21,24 +21,20 @@ def soft_cap_(logits_CV: torch.Tensor, gain: float, keep_CV: torch.Tensor | None
     logits_CV.mul_(gain)
 
 
-def log_sum_exp_to_softmax_(logits_CV: torch.Tensor) -> torch.Tensor:
-    """Replaces the logits by their softmax and returns the log-sum-exp[C].
-
-    The largest probability is 1 / sum exp(z - max) and lies in [1/V, 1], so max - log(it) is the log-sum-exp to full precision, for
-    logits of any size, and torch's fused softmax needs one trip through memory.
-    """
-    highest_C = logits_CV.amax(dim=1)
-    torch.softmax(logits_CV, dim=1, out=logits_CV)
-    return highest_C.sub_(logits_CV.amax(dim=1).log_())
-
-
 def finish_rows_(logits_CV: torch.Tensor, columns_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Complete rows: returns (losses[C], log-sum-exp[C]) and leaves softmax - onehot, the gradient of each loss, in the buffer."""
+    """Complete rows: returns (losses[C], normaliser[2, C]) and leaves softmax - onehot, the gradient of each loss, in the buffer.
+
+    The normaliser is the maximum and log sum exp(z - max), kept apart: their sum would round away the second for large logits.
+    The largest probability is 1 / sum exp(z - max) and lies in [1/V, 1], so its logarithm is exact for logits of any size, and
+    torch's fused softmax needs one trip through memory.
+    """
     columns_C1 = columns_C.view(-1, 1)
     target_C = logits_CV.gather(1, columns_C1).view(-1)
-    lse_C = log_sum_exp_to_softmax_(logits_CV)
+    highest_C = logits_CV.amax(dim=1)
+    torch.softmax(logits_CV, dim=1, out=logits_CV)
+    log_total_C = logits_CV.amax(dim=1).log_().neg_()
     _subtract_at_label_(logits_CV, columns_C1, None)
-    return lse_C - target_C, lse_C
+    return (highest_C - target_C).add_(log_total_C), torch.stack((highest_C, log_total_C))
 
 
 def extend_log_sum_exp_(logits_CV: torch.Tensor, highest_C: torch.Tensor, total_C: torch.Tensor) -> None:
@@ -51,12 +47,12 @@ def extend_log_sum_exp_(logits_CV: torch.Tensor, highest_C: torch.Tensor, total_
     highest_C.copy_(highest_new_C)
 
 
-def gradient_(logits_CV: torch.Tensor, columns_C: torch.Tensor, inside_C: torch.Tensor | None, lse_C: torch.Tensor, coefficient_C: torch.Tensor) -> None:
-    """A block of columns: logits <- coefficient * (softmax - onehot), from the log-sum-exp of the forward.
+def gradient_(logits_CV: torch.Tensor, columns_C: torch.Tensor, inside_C: torch.Tensor, normaliser_2C: torch.Tensor, coefficient_C: torch.Tensor) -> None:
+    """A block of columns: logits <- coefficient * (softmax - onehot), from the normaliser of the forward.
 
-    `inside_C` marks rows whose label lies in this block (None: all do); `columns_C` is valid where it is true, and 0 elsewhere.
+    `inside_C` marks rows whose label lies in this block; `columns_C` is valid where it is true, and 0 elsewhere.
     """
-    logits_CV.sub_(lse_C.view(-1, 1)).exp_()
+    logits_CV.sub_(normaliser_2C[0].view(-1, 1)).sub_(normaliser_2C[1].view(-1, 1)).exp_()
     _subtract_at_label_(logits_CV, columns_C.view(-1, 1), inside_C)
     logits_CV.mul_(coefficient_C.view(-1, 1))
 
@@ -138,10 +134,10 @@ class TorchRowwise:
         keep_CV = self._cap_(buffer_CV, gradient=True)
         if forbidden_CV is not None:
             buffer_CV.masked_fill_(forbidden_CV, -torch.inf)
-        losses_C, lse_C = finish_rows_(buffer_CV, columns_C)
+        losses_C, normaliser_2C = finish_rows_(buffer_CV, columns_C)
         if keep_CV is not None:
             buffer_CV.mul_(keep_CV)
-        return losses_C, lse_C
+        return losses_C, normaliser_2C
 
     def start_rows(self, labels_C):
         empty = torch.full(labels_C.shape, -torch.inf, dtype=self.accumulate, device=labels_C.device)
@@ -156,15 +152,15 @@ class TorchRowwise:
 
     def end_rows(self, state):
         highest_C, total_C, target_C = state
-        lse_C = highest_C + total_C.log()
-        return lse_C - target_C, lse_C
+        log_total_C = total_C.log()
+        return (highest_C - target_C).add_(log_total_C), torch.stack((highest_C, log_total_C))
 
-    def gradient_(self, buffer_CV, columns_C, first: int, lse_C, coefficient_C, forbidden_CV) -> None:
+    def gradient_(self, buffer_CV, columns_C, first: int, normaliser_2C, coefficient_C, forbidden_CV) -> None:
         keep_CV = self._cap_(buffer_CV, gradient=True)
         if forbidden_CV is not None:
             buffer_CV.masked_fill_(forbidden_CV, -torch.inf)
         columns_C, inside_C = _local(columns_C, first, buffer_CV.shape[1])
-        gradient_(buffer_CV, columns_C, inside_C, lse_C, coefficient_C)
+        gradient_(buffer_CV, columns_C, inside_C, normaliser_2C, coefficient_C)
         if keep_CV is not None:
             buffer_CV.mul_(keep_CV)
 
