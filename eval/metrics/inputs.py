@@ -237,6 +237,8 @@ def _label_groups(catalogue_entries: Sequence[Any]) -> dict[str, ItemGroups]:
             value = [value] if isinstance(value, str) else list(value or ())
             labels.append([str(v) for v in dict.fromkeys(value) if v] or ["(none)"])
         names = {name: i for i, name in enumerate(sorted({v for values in labels for v in values}))}
+        if len(names) < 2:  # no item has this label, or all share one: nothing to compare
+            continue
         rows = [r for r, values in enumerate(labels) for _ in values]
         data = [1 / len(values) for values in labels for _ in values]
         columns = [names[v] for values in labels for v in values]

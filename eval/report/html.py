@@ -1,0 +1,137 @@
+"""report.html: one page that holds everything (styles, figures), runs no script, asks no network, and escapes every text."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from typing import Any, Mapping
+
+from eval.report.content import Card, Page, Section, Table, number
+from eval.report.page_style import STYLE
+from eval.report.plots import draw
+
+
+def render_html(page: Page) -> str:
+    counter = [0]
+    facts = "".join(f"<span><b>{escape(k)}</b> {escape(v)}</span>" for k, v in page.facts)
+    warning = f'<p class="warning">{escape(page.warning)}</p>' if page.warning else ""
+    contents = "".join(f'<a href="#{_anchor(s.title)}">{escape(s.title)}</a>' for s in page.sections)
+    body = "".join(_section(section, counter) for section in page.sections)
+    title = escape(f"{page.title}: {page.subtitle}" if page.subtitle else page.title)
+    return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f'<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
+            f'<header><p class="kicker">{escape(page.title)}</p><h1>{escape(page.subtitle or page.title)}</h1>{warning}<p class="facts">{facts}</p>'
+            f"<nav>{contents}</nav></header>\n<main>\n{body}</main>\n</body>\n</html>\n")
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
+
+
+def _own(text: str) -> str:
+    """A paragraph: **bold** lead words, everything escaped."""
+    return "".join(f"<b>{escape(part)}</b>" if n % 2 else escape(part) for n, part in enumerate(text.split("**")))
+
+
+def _section(section: Section, counter: list[int]) -> str:
+    parts = [f'<section id="{_anchor(section.title)}"><h2>{escape(section.title)}</h2>']
+    parts += [f'<p class="lead">{_own(p)}</p>' for p in section.paragraphs]
+    if section.cards:
+        parts.append('<div class="cards">' + "".join(_card(card) for card in section.cards) + "</div>")
+    if section.figures:
+        parts.append('<div class="figures">' + "".join(_figure(f, counter) for f in section.figures) + "</div>")
+    tables = "".join(_table(t) for t in section.tables)
+    if tables and section.folded:
+        rows = sum(len(t.rows) for t in section.tables)
+        tables = f"<details><summary>Table{'s' if len(section.tables) > 1 else ''} with all {rows} rows</summary>{tables}</details>"
+    parts.append(tables)
+    if section.examples:
+        parts.append('<div class="examples">' + "".join(_example(e) for e in section.examples) + "</div>")
+    return "".join(parts) + "</section>\n"
+
+
+def _card(card: Card) -> str:
+    """Value, interval and a strip on which the run (dot, interval) and the floors (ticks) stand on one scale."""
+    numbers = [v for _, v in card.marks] + [v for v in (card.low, card.high) if v is not None]
+    low, high = min(0.0, min(numbers)), max(numbers) * 1.04 or 1.0
+    place = lambda v: f"{100 * (v - low) / (high - low):.2f}%"
+    strip = ""
+    if card.low is not None and card.high is not None:
+        strip += f'<i class="span" style="left:{place(card.low)};right:calc(100% - {place(card.high)})"></i>'
+    strip += "".join(f'<i class="tick t{n % 4}" style="left:{place(v)}"></i>' for n, (_, v) in enumerate(card.marks[1:], 1))
+    strip += f'<i class="dot" style="left:{place(card.marks[0][1])}"></i>'
+    beside = "".join(f'<li><i class="key t{n % 4}"></i>{escape(name)} <b>{number(v)}</b></li>' for n, (name, v) in enumerate(card.marks[1:], 1))
+    return (f'<div class="card"><h3>{escape(card.label)}</h3><p class="value">{escape(card.value)}</p><p class="interval">{escape(card.interval)}</p>'
+            f'<div class="strip">{strip}</div><ul>{beside}</ul><p class="meaning">{escape(card.meaning)}; {escape(card.direction)}</p></div>')
+
+
+def _table(table: Table) -> str:
+    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
+    numeric = [all(_is_number(row[c]) for row in table.rows) for c in range(len(table.columns))]
+    head = "".join(f"<th{_class(numeric[c] and c)}>{escape(str(name))}</th>" for c, name in enumerate(table.columns))
+    rows = []
+    for row in table.rows:
+        cells = [f"<td{_class(numeric[c] and c)}>{escape(v if isinstance(v, str) else number(v))}</td>" for c, v in enumerate(row)]
+        cells[0] = cells[0].replace("<td", '<th scope="row"', 1).replace("</td>", "</th>")
+        rows.append("<tr>" + "".join(cells) + "</tr>")
+    return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, str) or bool(re.fullmatch(r"[-–−+]?[\d,.]*(e-?\d+)?( %)?( to -?[\d,.e-]+)?( \(.*\))?", value))
+
+
+def _class(numeric: Any) -> str:
+    return ' class="n"' if numeric else ""
+
+
+def _figure(figure: Mapping[str, Any], counter: list[int]) -> str:
+    counter[0] += 1
+    wide = figure["kind"] == "tokens"
+    drawing = _tokens(figure) if wide else draw(figure, counter[0])
+    return (f'<figure class="{"wide" if wide else ""}"><h3>{escape(figure["title"])}</h3>{drawing}<figcaption>{escape(figure["caption"])}</figcaption></figure>')
+
+
+def _tokens(figure: Mapping[str, Any]) -> str:
+    """Prompts as coloured text: target tokens by group, input tokens by attribution, segments by their underline."""
+    num_groups = figure.get("num_groups") or 1 + max((t.get("group") or 0 for p in figure["prompts"] for t in p["tokens"]), default=0)
+    prompts = []
+    for prompt in figure["prompts"]:
+        largest = max((abs(t["weight"]) for t in prompt["tokens"] if t.get("weight") is not None), default=0) or 1
+        spans = "".join(_token(t, largest, num_groups) for t in prompt["tokens"])
+        title = f"<h4>{escape(str(prompt['title']))}</h4>" if prompt.get("title") else ""
+        prompts.append(f'{title}<p class="tokens">{spans}</p>')
+    groups = "".join(f'<span style="background:color-mix(in srgb, var(--g{_ramp(g, num_groups)}) 55%, transparent)">{g}</span>' for g in range(num_groups))
+    has_group = any(t.get("group") is not None for p in figure["prompts"] for t in p["tokens"])
+    has_weight = any(t.get("weight") is not None for p in figure["prompts"] for t in p["tokens"])
+    legend = "".join(f'<span class="seg {s}">{s}</span>' for s in ("instruction", "template", "history", "target"))
+    if has_group:
+        legend += f'<span class="scale">group {groups}</span>'
+    if has_weight:
+        legend += '<span class="scale">attribution <span class="cool">lowers</span><span class="warm">raises</span></span>'
+    return f'<p class="legend">{legend}</p>' + "".join(prompts)
+
+
+def _ramp(group: int, num_groups: int) -> int:
+    return round(group * 7 / max(1, num_groups - 1))
+
+
+def _token(token: Mapping[str, Any], largest: float, num_groups: int) -> str:
+    style, hint = "", token["segment"]
+    if token.get("group") is not None:
+        style = f"background:color-mix(in srgb, var(--g{_ramp(int(token['group']), num_groups)}) 55%, transparent)"
+        hint += f", group {int(token['group'])}"
+    elif token.get("weight") is not None:
+        strength = round(70 * abs(token["weight"]) / largest)
+        style = f"background:color-mix(in srgb, var({'--warm' if token['weight'] >= 0 else '--cool'}) {strength}%, transparent)"
+    if token.get("weight") is not None:
+        hint += f", attribution {token['weight']:.3g}"
+    text = escape(str(token["text"])).replace("\n", "↵<br>")
+    return f'<span class="seg {token["segment"]}" title="{escape(hint, quote=True)}"{f" style={chr(34)}{style}{chr(34)}" if style else ""}>{text}</span>'
+
+
+def _example(example: Mapping[str, Any]) -> str:
+    top = "".join(f'<li class="{"hit" if hit else "seen" if seen else ""}">{escape(title)}</li>' for title, hit, seen in example["top"])
+    history = "".join(f"<li>{escape(title)}</li>" for title in example["history"]) or "<li>(empty)</li>"
+    return (f'<article><h3>{escape(example["user"])} <small>rank {number(example["rank"])}</small></h3><p>held out: <b>{escape(example["target"])}</b></p>'
+            f'<div class="lists"><div><h4>history, oldest first</h4><ul>{history}</ul></div><div><h4>top 10</h4><ol>{top}</ol></div></div></article>')
