@@ -115,7 +115,7 @@ def popularity_groups(train_count: np.ndarray, item_ids: Sequence[str], num_bins
         bin_of[members] = index
     membership = sparse.csr_matrix((np.ones(bin_of.size), (np.arange(bin_of.size), bin_of)), shape=(bin_of.size, num_bins))
     names = [f"{i + 1}" for i in range(num_bins)]
-    names[0], names[-1] = "1 (most popular)", f"{num_bins} (least)" if num_bins > 1 else "1"
+    names[0], names[-1] = "1 (most)", f"{num_bins} (least)"
     return ItemGroups(tuple(names), membership)
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Sequence
 
+from rich import box
 from rich.table import Table as RichTable
 
 from eval.metrics import METRICS, row_of
@@ -16,9 +17,11 @@ HEADLINE = ("ndcg@10", "hr@10", "mrr", "nll", "mgu@5", "dgu@5", "coverage@10", "
 TERMINAL = (*HEADLINE, "gini@10", "arp@10", "logpopdiff@10", "provider_l1_interactions@10", "provider_minmax@10", "provider_coverage@10", "cvar_nll")
 LABELS = {"ndcg": "NDCG", "hr": "HR", "mrr": "MRR", "nll": "Target NLL", "mgu": "MGU", "dgu": "DGU", "arp": "ARP", "aplt": "APLT",
           "rsp": "RSP", "reo": "REO", "gini": "Gini", "cvar_nll": "CVaR of NLL", "cvar_rank_share": "CVaR of rank share",
-          "nll_worst_relevance_group": "NLL, worst relevance group", "nll_gap_relevance_group": "NLL, relevance group gap",
+          "nll_worst_relevance_group": "NLL, worst group", "nll_gap_relevance_group": "NLL, group gap",
           "mgu_pop5": "MGU, 5 bins", "dgu_pop5": "DGU, 5 bins", "mgu_genres": "MGU, genres", "dgu_genres": "DGU, genres",
-          "mgu_test_histories": "MGU, test histories", "dgu_test_histories": "DGU, test histories", "logpopdiff": "LogPopDiff"}
+          "mgu_test_histories": "MGU, test histories", "dgu_test_histories": "DGU, test histories", "logpopdiff": "LogPopDiff",
+          "provider_l1_catalogue": "Provider L1, catalogue", "provider_l1_interactions": "Provider L1", "provider_minmax": "Provider min/max",
+          "provider_gini": "Provider Gini"}
 SIDES = {"accuracy": ("Accuracy", "How well the held-out item of each sample is found. Chance and the two floors need no language model."),
          "item": ("Item side", "Which items the lists show. MGU and DGU compare with the histories; the test targets themselves are "
                   "shown beside them, because they too drift away from the histories."),
@@ -83,6 +86,10 @@ def number(value: Any) -> str:
     if size >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 10 else f"{value:.4f}" if size >= 1e-3 or value == 0 else f"{value:.2g}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def span(figure: Mapping[str, Any]) -> str:
@@ -150,16 +157,16 @@ def _sentence(metrics: Mapping[str, Any], floors: Mapping[str, Any], num_samples
     hit = metrics.get("hr@10")
     if not hit or hit["value"] is None:
         return text
-    text += f" The held-out item is in the top 10 for {hit['value']:.1%} of the samples (95 % interval {hit['ci_low']:.1%} to {hit['ci_high']:.1%})"
+    text += f" The held-out item is in the top 10 for {percent(hit['value'])} of the samples (95 % interval {percent(hit['ci_low'])} to {percent(hit['ci_high'])})"
     rates = {"chance": 10 / num_items}
     rates |= {name: values["hr@10"]["value"] for name, values in floors.items() if (values.get("hr@10") or {}).get("value") is not None}
     best = max(rates, key=rates.get)
     if hit["ci_low"] > rates[best]:
-        verdict = f"; that is above every floor, of which {best} is the highest with {rates[best]:.1%}."
+        verdict = f"; that is above every floor, of which {best} is the highest with {percent(rates[best])}."
     elif hit["ci_high"] < rates[best]:
-        verdict = f"; that is below the floor {best} with {rates[best]:.1%}."
+        verdict = f"; that is below the floor {best} with {percent(rates[best])}."
     else:
-        verdict = f"; the floor {best} with {rates[best]:.1%} lies inside that interval, so no difference is shown."
+        verdict = f"; the floor {best} with {percent(rates[best])} lies inside that interval, so no difference is shown."
     return text + verdict
 
 
@@ -170,11 +177,13 @@ def _metric_sections(results: Mapping[str, Any], inputs: Any) -> list[Section]:
         if not names:
             continue
         shown = [floor for floor, values in floors.items() if any(name in values for name in names)]
-        rows = []
+        rows, explained = [], set()
         for name in names:
             figure, row = results["metrics"][name], row_of(name)
+            meaning = row.meaning if row and row.name not in explained else ""
+            explained.add(row.name if row else name)
             rows.append([f"{label(name)} {arrow(figure.get('higher_is_better'))}", number(figure["value"]), span(figure),
-                         *(number((floors[floor].get(name) or {}).get("value")) for floor in shown), figure["n"], row.meaning if row else ""])
+                         *(number((floors[floor].get(name) or {}).get("value")) for floor in shown), figure["n"], meaning])
         columns = ["metric", "value", "95 % interval", *shown, "n", "what it is"]
         section = Section(title, [text], tables=[Table(columns, rows)], folded=len(rows) > 14)
         if side == "accuracy":
@@ -267,9 +276,9 @@ def terminal_table(results: Mapping[str, Any], every: bool = False) -> RichTable
     floors = _floors(results)
     limit = results.get("limit")
     title = f"{results.get('objective') or ''} {results.get('mode') or ''}".strip()
-    table = RichTable(title=f"{title} NOT A RESULT (limit {limit})" if limit else title or None, title_justify="left")
+    table = RichTable(title=f"{title} NOT A RESULT (limit {limit})" if limit else title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("metric", "value", "95 % interval", *floors):
-        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=column != "metric")
     order = [m.name_at(k) for m in METRICS for k in ((None,) if m.ks is None else (1, 5, 10, 20, 50))]
     for name in [n for n in order if n in results["metrics"] and (every or n in TERMINAL)]:
         figure = results["metrics"][name]

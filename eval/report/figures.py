@@ -66,8 +66,8 @@ def exposure_figures(inputs: Inputs) -> list[dict[str, Any]]:
     k = next((k for k in (5, 10, 1) if inputs.has_lists(k)), None)
     if k is None or inputs.history_count.sum() == 0:
         return []
-    for groups, title, what in (("popularity_8", "Exposure by item popularity", "popularity bins of equal item count"),
-                                ("genres", "Exposure by genre", "genres, an item with m of them counts 1/m in each")):
+    for groups, title, measure, what in (("popularity_8", "Exposure by item popularity", "MGU", "popularity bins of equal item count"),
+                                ("genres", "Exposure by genre", "MGU over genres", "genres, an item with m of them counts 1/m in each")):
         grouping = inputs.groups(groups)
         if grouping is None:
             continue
@@ -78,9 +78,9 @@ def exposure_figures(inputs: Inputs) -> list[dict[str, Any]]:
                  "test targets": share(np.bincount(inputs.target, minlength=inputs.num_items))}
         keep = np.argsort(-parts["train histories"], kind="stable")[:14] if len(grouping.names) > 8 else np.arange(len(grouping.names))
         left_out = f"; the {len(grouping.names) - len(keep)} smallest are in the table only by their sums" if len(keep) < len(grouping.names) else ""
-        found.append({"kind": "bar", "title": title, "categories": [grouping.names[i] for i in keep], "y_label": "share", "percent": True,
+        found.append({"kind": "bar", "title": title, "categories": [grouping.names[i].replace(" (", "\n(") for i in keep], "y_label": "share", "percent": True,
                       "horizontal": len(keep) > 8, "series": [{"name": name, "values": values[keep].tolist()} for name, values in parts.items()],
-                      "caption": f"Shares over {what}{left_out}: MGU@{k} is the mean distance between the first two bars; "
+                      "caption": f"Shares over {what}{left_out}: {measure}@{k} is the mean distance between the first two bars; "
                                  "the third shows where the future itself went."})
     return found
 
@@ -93,19 +93,22 @@ def provider_figures(inputs: Inputs) -> list[dict[str, Any]]:
     names = {"catalogue_share": "share of catalogue", "interaction_share": "share of train interactions", "exposure_share": "share of exposure"}
     return [{"kind": "bar", "title": "Exposure by provider size", "categories": [f"{r['providers']}\n({r['num_providers']})" for r in rows],
              "series": [{"name": name, "values": [_finite(r[key]) for r in rows]} for key, name in names.items()], "y_label": "share", "percent": True,
-             "caption": f"Providers from the largest to the smallest (number in brackets): discounted exposure in the top {k} should stand "
-                        "between what providers offer and what users took."}]
+             "caption": f"Providers from the largest to the smallest (number in brackets): compare the discounted exposure in the top {k} with "
+                        "what providers offer and with what users took."}]
 
 
 def by_group(title: str, groups: Mapping[str, Mapping[str, Any]], measure: str) -> dict[str, Any] | None:
     shown = {name: values[measure] for name, values in groups.items() if (values.get(measure) or {}).get("value") is not None}
     if len(shown) < 2:
         return None
-    name = {"ndcg@10": "NDCG@10", "nll": "target NLL"}.get(measure, measure)
+    name = {"ndcg@10": "NDCG@10", "nll": "Target NLL"}.get(measure, measure)
+    high, low = max(shown, key=lambda g: shown[g]["value"]), min(shown, key=lambda g: shown[g]["value"])
+    apart = (shown[high]["ci_low"] or 0) > (shown[low]["ci_high"] or 0)
+    overlap = "their intervals do not overlap" if apart else "their intervals overlap, so this test set hardly tells them apart"
     return {"kind": "bar", "title": f"{name} by {title}", "categories": [f"{group}\n(n {f['n']})" for group, f in shown.items()], "y_label": name,
             "series": [{"name": name, "values": [f["value"] for f in shown.values()], "low": [f["ci_low"] for f in shown.values()],
-                        "high": [f["ci_high"] for f in shown.values()]}], "horizontal": len(shown) > 6,
-            "caption": "Whiskers are 95 % intervals over users; groups whose whiskers overlap widely are not told apart by this test set."}
+                        "high": [f["ci_high"] for f in shown.values()]}], "horizontal": len(shown) > 8,
+            "caption": f"Highest for {high}, lowest for {low}; {overlap} (95 %, over users)."}
 
 
 def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -116,7 +119,7 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     steps = np.array([row["step"] for row in rows], dtype=float)
     found = []
     for key, title, caption, reading in (
-            ("group_loss", "Group losses", "One line per group (0 = least tied to the auxiliary tokens): GDRT pulls the upper lines down.", 0),
+            ("group_loss", "Group losses", "One line per group (0 = least tied to the auxiliary tokens): GDRT pulls the upper lines down; moving averages.", 0),
             ("group_weight", "Group weights q", "The share of the gradient that each group gets: groups with a high loss are given more.", 1)):
         num_groups = max((len(row.get(key) or ()) for row in rows), default=0)
         if num_groups < 2:
@@ -128,18 +131,18 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             found.append({"kind": "stacked_area", "title": title, "x": thin_steps, "ordered": True, "x_label": "step", "y_label": "weight",
                           "series": [{"name": n, "y": thin[:, g].tolist()} for g, n in enumerate(names)], "caption": caption})
         else:
-            found.append({"kind": "line", "title": title, "ordered": True, "x_label": "step", "y_label": "weight" if reading else "loss, nats",
+            found.append({"kind": "line", "title": title, "ordered": True, "x_label": "step", "y_label": "weight" if reading else "loss, nats", "smooth": True,
                           "series": [{"name": n, "x": thin_steps, "y": [_finite(v) for v in thin[:, g]]} for g, n in enumerate(names)],
                           "caption": caption})
     for key, title, unit, caption in (
-            ("loss", "Training loss", "nats per token", "Mean loss of the target tokens of each global batch."),
-            ("tokens_per_s", "Speed", "tokens / s", "Tokens per second over all ranks, per optimizer step."),
-            ("grad_norm", "Gradient norm", "norm", "Norm before clipping; spikes point at bad batches.")):
+            ("loss", "Training loss", "nats per token", "Mean loss of the target tokens of each global batch; the bold line is a moving average."),
+            ("tokens_per_s", "Speed", "tokens / s", "Tokens per second over all ranks; the bold line is a moving average."),
+            ("grad_norm", "Gradient norm", "norm", "Norm before clipping; spikes point at unusual batches, the bold line is a moving average.")):
         values = np.array([_nan(row.get(key)) for row in rows])
         if np.isfinite(values).sum() >= 2:
             thin_steps, thin = _thin(steps, values[:, None])
             found.append({"kind": "line", "title": title, "series": [{"name": title.lower(), "x": thin_steps, "y": [_finite(v) for v in thin[:, 0]]}],
-                          "x_label": "step", "y_label": unit, "caption": caption})
+                          "x_label": "step", "y_label": unit, "caption": caption, "smooth": True})
     return found
 
 

@@ -71,7 +71,7 @@ def _table(table: Table) -> str:
     head = "".join(f"<th{_class(numeric[c] and c)}>{escape(str(name))}</th>" for c, name in enumerate(table.columns))
     rows = []
     for row in table.rows:
-        cells = [f"<td{_class(numeric[c] and c)}>{escape(v if isinstance(v, str) else number(v))}</td>" for c, v in enumerate(row)]
+        cells = [f"<td{_class(numeric[c] and c, v)}>{escape(v if isinstance(v, str) else number(v))}</td>" for c, v in enumerate(row)]
         cells[0] = cells[0].replace("<td", '<th scope="row"', 1).replace("</td>", "</th>")
         rows.append("<tr>" + "".join(cells) + "</tr>")
     return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
@@ -81,8 +81,8 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, str) or bool(re.fullmatch(r"[-–−+]?[\d,.]*(e-?\d+)?( %)?( to -?[\d,.e-]+)?( \(.*\))?", value))
 
 
-def _class(numeric: Any) -> str:
-    return ' class="n"' if numeric else ""
+def _class(numeric: Any, value: Any = "") -> str:
+    return ' class="n"' if numeric else ' class="text"' if len(str(value)) > 24 else ""
 
 
 def _figure(figure: Mapping[str, Any], counter: list[int]) -> str:

@@ -33,7 +33,8 @@ section{padding:38px 0 6px}.lead{max-width:72ch;margin:0 0 14px;color:var(--mute
 figure svg{display:block;width:100%;height:auto;max-width:620px;font-family:var(--sans)}figure.wide{grid-column:1/-1}
 figcaption{font-size:13.5px;color:var(--muted);line-height:1.45;margin-top:8px}
 .scroll{overflow-x:auto;margin:8px 0 16px;-webkit-overflow-scrolling:touch}table{border-collapse:collapse;font-size:14px;width:100%}
-caption{text-align:left;font-weight:600;padding:14px 0 6px}th,td{padding:6px 14px 6px 0;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top;overflow-wrap:anywhere;min-width:4.5em}
+caption{text-align:left;font-weight:600;padding:14px 0 6px}th,td{padding:6px 14px 6px 0;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
+td{min-width:5em}tbody th{white-space:nowrap;max-width:22em;overflow:hidden;text-overflow:ellipsis}td.text{min-width:15em}
 td:last-child{color:var(--muted)}td.n:last-child{color:inherit}thead th{color:var(--muted);font-weight:600;font-size:13px;vertical-align:bottom}tbody th{font-weight:500}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 details{margin:4px 0 14px}summary{cursor:pointer;color:var(--accent);font-size:14.5px}
@@ -44,7 +45,7 @@ details{margin:4px 0 14px}summary{cursor:pointer;color:var(--accent);font-size:1
 .examples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px}article p{margin:0 0 10px;overflow-wrap:anywhere}small{font-weight:400;color:var(--muted)}
 .lists{display:grid;grid-template-columns:1fr 1fr;gap:18px;font-size:13.5px;line-height:1.4}.lists>div{min-width:0}.lists ol,.lists ul{margin:0;padding-left:1.5em;overflow-wrap:anywhere}.lists li{margin-bottom:3px}
 .hit{font-weight:600;color:var(--accent)}.hit::after{content:" \\25CF"}.seen{color:var(--muted)}.seen::after{content:" \\25CB"}
-@media (max-width:560px){header,main{padding-left:16px;padding-right:16px}header{padding-top:26px}h1{font-size:28px}h2{font-size:22px}section{padding-top:30px}
+@media (max-width:560px){tbody th{white-space:normal;min-width:8.6em;max-width:11em;position:sticky;left:0;background:var(--paper);overflow-wrap:anywhere}td.text{min-width:20em}header,main{padding-left:16px;padding-right:16px}header{padding-top:26px}h1{font-size:28px}h2{font-size:22px}section{padding-top:30px}
 .cards{grid-template-columns:1fr 1fr;gap:10px}.card{padding:12px}.value{font-size:26px}figure,article{padding:14px 12px}#in-short .lead{font-size:16.5px}.lists{gap:10px;font-size:13px}}
 @media print{body{background:#fff}section,figure,.card{break-inside:avoid}nav{display:none}}
 """

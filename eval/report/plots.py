@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from html import escape
 from typing import Any, Mapping
 
 import matplotlib
@@ -96,6 +97,8 @@ def _bar(axes: Any, figure: Mapping[str, Any]) -> None:
         lengthy = max(len(line) for c in names for line in c.split("\n")) * len(names) > 62
         axes.set_xticks(places, [_short(c, 22) for c in names], rotation=35 if lengthy else 0, ha="right" if lengthy else "center")
         axes.grid(axis="x", visible=False)
+    if not horizontal and places.size < 5:  # few bars stay slim
+        axes.set_xlim(-0.5 - (5 - places.size) * 0.3, places.size - 0.5 + (5 - places.size) * 0.3)
     negative = any(v is not None and v < 0 for one in series for v in one["values"])
     if negative:
         (axes.axvline if horizontal else axes.axhline)(0, color=MUTED, linewidth=0.9)
@@ -104,9 +107,20 @@ def _bar(axes: Any, figure: Mapping[str, Any]) -> None:
 def _line(axes: Any, figure: Mapping[str, Any]) -> None:
     for one, colour in zip(figure["series"], colours(len(figure["series"]), bool(figure.get("ordered")))):
         x, y = _numbers(one["x"]), _numbers(one["y"])
+        if figure.get("smooth") and x.size > 40:
+            if len(figure["series"]) == 1:
+                axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.4)
+            y = _moving_average(y, max(3, x.size // 25))
         axes.plot(x, y, color=colour, label=one["name"], marker="o" if x.size <= 12 else None, markersize=4)
         if one.get("low") is not None:
             axes.fill_between(x, _numbers(one["low"]), _numbers(one["high"]), color=colour, alpha=0.18, linewidth=0)
+
+
+def _moving_average(y: np.ndarray, width: int) -> np.ndarray:
+    """Centred mean over `width` points, shorter at the ends; absent points are left out of it."""
+    kernel, valid = np.ones(width), np.isfinite(y)
+    counts = np.convolve(valid, kernel, "same")
+    return np.divide(np.convolve(np.where(valid, y, 0), kernel, "same"), counts, out=np.full(y.size, np.nan), where=counts > 0)
 
 
 def _stacked_area(axes: Any, figure: Mapping[str, Any]) -> None:
@@ -200,5 +214,4 @@ def _inline(svg: str, description: str, number: int) -> str:
     svg = re.sub(r'(xlink:href|href)="#([^"]+)"', rf'\1="#f{number}-\2"', svg)
     opening = svg[: svg.index(">") + 1]
     bare = re.sub(r'\s(width|height)="[^"]*"', "", opening)
-    from html import escape
     return bare[:-1] + f' role="img" aria-label="{escape(description, quote=True)}">' + svg[len(opening):]
