@@ -88,7 +88,7 @@ def smollm2_folder() -> Path:
             for attribute in ("quantization_config", "_pre_quantization_dtype"):
                 if hasattr(model.config, attribute):
                     delattr(model.config, attribute)
-            model.save_pretrained(scratch)
+            _write_model(model, scratch)
             tokenizer.save_pretrained(scratch)
             (scratch / COMPLETE_MARKER).write_text(json.dumps({"package": SMOLLM2_PACKAGE, "version": version, "file": source.name}))
             shutil.rmtree(target, ignore_errors=True)
@@ -156,7 +156,7 @@ def make_tiny_model(folder: str | Path, texts: list[str], seed: int = 0, *, num_
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = LlamaForCausalLM(config)
-            model.save_pretrained(scratch)
+            _write_model(model, scratch)
             tokenizer.save_pretrained(scratch)
             (scratch / COMPLETE_MARKER).write_text(json.dumps(recipe))
             if folder.exists():
@@ -167,6 +167,16 @@ def make_tiny_model(folder: str | Path, texts: list[str], seed: int = 0, *, num_
     except OSError as error:
         raise UserError(f"tiny model folder {folder} cannot be written ({error})", "choose a writable folder") from None
     return folder
+
+
+def _write_model(model, folder: Path) -> None:
+    """Config and safetensors. Not `save_pretrained`: inside a process group it writes on rank 0 only, and whichever rank came first is here."""
+    from safetensors.torch import save_model
+    folder.mkdir(parents=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 def _text_digest(texts: list[str]) -> str:

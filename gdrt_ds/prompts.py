@@ -351,3 +351,9 @@ def tokenise_split(encoder: PromptEncoder, catalogue: Catalogue, samples: list[S
     if cut:
         notes.append(f"{len(cut)} of {len(samples)} samples exceed prompt.max_length={encoder.max_length}: their {sum(cut)} oldest history items are left out")
     return store, notes
+
+
+def template_texts(prompt: PromptSection, domain: str) -> list[str]:
+    """The literal texts of a template before any tokenizer exists: what a word-level tokenizer must know."""
+    style = prompt.template if prompt.template in STYLES else "alpaca"
+    return list(_wording(style, prompt.domain or domain).values())

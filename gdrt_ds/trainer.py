@@ -1,0 +1,479 @@
+"""The life of a run: data, model, relevance and groups, steps, validation, checkpoints, adapter, summary.
+
+Stages are methods in the order in which data flows (README); one optimizer step is in step.py, how weights are computed in dro.py and
+objectives/, what is written in telemetry.py, checkpoint.py and run_folder.py.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.numpy import save_file
+
+from gdrt_ds import checkpoint, dro, relevance, run_folder
+from gdrt_ds.batches import BatchPlan, MicroBatch, build_micro_batch
+from gdrt_ds.config import RunConfig
+from gdrt_ds.deepspeed_config import fill_deepspeed_config, learning_rate, read_deepspeed_config, zero_stage
+from gdrt_ds.errors import UserError
+from gdrt_ds.fused_model import FusedLossModel
+from gdrt_ds.groups import GroupPlan, apply_groups, fit_groups, token_relevance
+from gdrt_ds.model import compute_dtype, load_model
+from gdrt_ds.objectives import TokenTable, get_objective
+from gdrt_ds.preparation import Prepared, plan_batches, prepare, total_steps
+from gdrt_ds.prompts import tokenise_split
+from gdrt_ds.runtime import EXIT_INTERRUPTED, Runtime, Watchdog
+from gdrt_ds.step import StepRunner, TrainTokens, group_sums
+from gdrt_ds.telemetry import Telemetry, duration, say
+from gdrt_ds.tree_attention import ATTENTION_NAME
+
+
+def choose_packing(config: RunConfig, model_config) -> tuple[str, str]:
+    """(packing, line to announce).
+
+    Raises:
+        UserError: packing asked for where the model's attention cannot follow it.
+    """
+    capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
+    wanted, flash = config.train.packing, config.model.attention.startswith("flash")
+    if wanted == "auto":
+        if capped:
+            return "none", "packing: none (auto: the model soft-caps its attention)"
+        if config.model.attention in ("eager", "flex_attention") or flash:
+            return "none", f"packing: none (auto: model.attention={config.model.attention} is set)"
+        return "shared_prefix", "packing: shared_prefix (auto: no padding, the prompt's constant head once per micro-batch)"
+    if wanted != "none" and (capped or flash or config.model.attention in ("eager", "flex_attention")):
+        raise UserError(f"train.packing = {wanted} needs the tree attention, but " + ("the model soft-caps its attention" if capped else
+                        f"model.attention = {config.model.attention} is set"), "set train.packing=none, or model.attention=auto")
+    return wanted, f"packing: {wanted} (as set)"
+
+
+class Trainer:
+    """One run on one process group. `run()` does everything; `prepare_only()` stops after the relevance pass."""
+
+    def __init__(self, config: RunConfig, runtime: Runtime):
+        self.config, self.runtime = config, runtime
+        self.started = time.time()
+        self.objective = get_objective(config.objective)
+
+    # -- stages ----------------------------------------------------------------------------------------------------------
+    def run(self) -> int:
+        """Trains to the end or to an interruption; returns the exit status."""
+        if self.config.resume is not None and run_folder.status(Path(self.config.run.dir)) == "completed":
+            say(self.runtime, f"{self.config.run.dir} is a finished run: nothing to do")
+            return 0
+        self.setup()
+        with Watchdog(self.runtime, self.folder / "logs", self.config.train.timeout_s) as self.watchdog:
+            try:
+                return self._train()
+            except Exception as error:
+                self._failed(error)
+                raise
+
+    def prepare_only(self) -> None:
+        """Tokenises and fills the relevance cache, so that a short job can do it before a long one starts."""
+        self.setup()
+        say(self.runtime, f"prepared: {self.cache_folder}")
+
+    def setup(self) -> None:
+        self._claim()
+        self.prepared = prepare(self.config)
+        self._write_contract()
+        self._load_model()
+        with Watchdog(self.runtime, self.folder / "logs", max(self.config.train.timeout_s, 600)) as self.watchdog:
+            self._resume_engine()
+            self._make_groups()
+
+    def _claim(self) -> None:
+        problem = [None, None, 0]
+        if self.runtime.is_main:
+            try:
+                problem[0] = str(run_folder.claim(self.config))
+                problem[2] = checkpoint.begin_life(self.config.run.dir)
+            except UserError as error:
+                problem[1] = (error.problem, error.fix)
+        if dist.is_initialized() and self.runtime.world > 1:
+            dist.broadcast_object_list(problem, src=0)
+        if problem[1] is not None:
+            raise UserError(*problem[1])
+        self.folder, self.life = Path(problem[0]), problem[2]
+        (self.folder / "logs").mkdir(exist_ok=True)
+
+    def _write_contract(self) -> None:
+        """What evaluation must use, written before training so that a broken run can be looked at too."""
+        for line in self.prepared.notes:
+            say(self.runtime, f"data: {line}")
+        if self.runtime.is_main:
+            self.prepared.catalogue.save(self.folder / "catalogue.jsonl")
+            self.prepared.template.save(self.folder / "prompt.json")
+
+    def _load_model(self) -> None:
+        config, prepared = self.config, self.prepared
+        import deepspeed
+        self.packing, line = choose_packing(config, prepared.model_config)
+        self.dtype = compute_dtype(config.model.dtype, self.runtime.device)
+        store = prepared.stores["train"]
+        self.plan = plan_batches(config, store, self.runtime.world)
+        self.total = total_steps(config, store)
+        raw = read_deepspeed_config(config.deepspeed)
+        hidden = prepared.model_config.get_text_config().hidden_size
+        self.deepspeed_config = fill_deepspeed_config(raw, config, self.plan, self.dtype, hidden)
+        attention = ATTENTION_NAME if self.packing != "none" else None
+        self.loaded = load_model(config.model, self.runtime, train=True, path=prepared.model_folder, seed=config.train.seed, attention=attention,
+                                 deepspeed_config=self.deepspeed_config)
+        for text in [f"launcher: {self.runtime.launcher}, {self.runtime.world} rank(s) on {self.runtime.device.type}, "
+                     f"{self.runtime.threads} CPU thread(s) each", *self.loaded.lines, line,
+                     f"engine: DeepSpeed ZeRO stage {zero_stage(self.deepspeed_config)}; {self.plan.describe()}"]:
+            say(self.runtime, text)
+        if config.groups.reference == "auxiliary_sft" and config.groups.by in ("relevance", "random"):
+            self.loaded.model.load_adapter(config.groups.reference_adapter, "auxiliary", is_trainable=False)
+            self.loaded.model.set_adapter("default")
+        module = FusedLossModel(self.loaded.model)
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        settings = {"model": module, "config": self.deepspeed_config}
+        if "optimizer" not in self.deepspeed_config:
+            settings["optimizer"] = self._client_optimizer(trainable)
+        self.engine, *_ = deepspeed.initialize(model_parameters=trainable, dist_init_required=False, **settings)
+        self.engine.train()
+
+    def _client_optimizer(self, parameters):
+        train = self.config.train
+        offload = (self.deepspeed_config.get("zero_optimization") or {}).get("offload_optimizer", {}).get("device", "none")
+        if train.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=train.lr, weight_decay=train.weight_decay)
+        if offload != "none":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+            return DeepSpeedCPUAdam(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, adamw_mode=True)
+        return torch.optim.AdamW(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay,
+                                 fused=self.runtime.device.type == "cuda")
+
+    def _resume_engine(self) -> None:
+        """Engine, DRO state and best figure from the newest valid checkpoint, if `resume` asks for one."""
+        self.first_step, self.best, self.bad_validations, self.saved_groups = 0, None, 0, None
+        self.state_to_load = None
+        notes: list[str] = []
+        path = checkpoint.resolve_resume(self.folder, self.config.resume, notes)
+        for note in notes:
+            say(self.runtime, f"resume: {note}")
+        if path is None:
+            if self.config.resume is not None:
+                say(self.runtime, "resume: no checkpoint yet, starting at step 0")
+            return
+        restored = checkpoint.load(self.engine, path, fingerprint=self.loaded.fingerprint)
+        client = restored.client_state
+        if client["data_fingerprint"] != self.prepared.stores["train"].fingerprint:
+            raise UserError(f"{path}: the training data or the prompt changed since this checkpoint", "restore data.* and prompt.*, or start a new run.dir")
+        self.first_step, self.best, self.bad_validations = client["step"], client["best"], client["bad_validations"]
+        self.state_to_load, self.saved_groups = client["dro"], client
+        where = "" if restored.same_world else f" (saved on {restored.world} ranks, now {self.runtime.world}: equal up to rounding and dropout masks)"
+        say(self.runtime, f"resume: step {self.first_step} from {path}{where}")
+
+    # -- relevance and groups -----------------------------------------------------------------------------------------------
+    def token_losses(self, micro: MicroBatch) -> torch.Tensor:
+        """No-grad plain losses [N] under the current adapter state."""
+        with torch.no_grad():
+            groups = torch.zeros(len(micro.token_index), dtype=torch.long, device=self.runtime.device)
+            return self.engine(micro, groups, 1)[1]
+
+    def _reference_losses(self, micro: MicroBatch) -> torch.Tensor:
+        """The same under `groups.reference`."""
+        model, reference = self.loaded.model, self.config.groups.reference
+        if reference == "live":
+            return self.token_losses(micro)
+        if reference == "auxiliary_sft":
+            model.set_adapter("auxiliary")
+            try:
+                return self.token_losses(micro)
+            finally:
+                model.set_adapter("default")
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_("lora_" in name and ".default." in name)
+        with model.disable_adapter():
+            return self.token_losses(micro)
+
+    def score_relevance(self) -> np.ndarray:
+        """float32[target tokens of the catalogue]: r under the reference, from the cache if nothing it depends on changed."""
+        entries = [entry.text for entry in self.prepared.catalogue.entries]
+        self.entry_store = relevance.entry_store(self.prepared.encoder, entries)
+        section = self.config.groups
+        adapter = ""
+        if section.reference == "auxiliary_sft":
+            adapter = checkpoint._sha256(Path(section.reference_adapter) / "adapter_model.safetensors")
+        key = relevance.fingerprint(self.loaded.fingerprint, self.prepared.template.fingerprint, relevance.store_digest(self.entry_store), section.reference, adapter)
+        num_tokens = int(self.entry_store.target_offsets[-1])
+        cached = relevance.load_cached(self.cache_folder, key, num_tokens) if section.reference != "live" else None
+        found = torch.tensor([float(cached is not None)])
+        if self.runtime.world > 1:
+            dist.all_reduce(found := found.to(self.runtime.device), op=dist.ReduceOp.MIN)
+        self.relevance_key = key
+        if found.item() > 0:
+            say(self.runtime, f"relevance: {num_tokens:,} target tokens of {len(entries):,} titles from the cache ({key[:12]})")
+            return cached
+        started = time.time()
+        self.engine.eval()
+
+        def progress(done: int, total: int) -> None:
+            self.watchdog.beat()
+            self._stop_if_asked()
+            if done == total or done % max(1, total // 4) == 0:
+                say(self.runtime, f"relevance: {done}/{total} micro-batches")
+
+        table = relevance.score_entries(self.entry_store, self._reference_losses, self.runtime, packing=self.packing,
+                                        pad_id=self.prepared.tokenizer.pad_token_id, progress=progress)
+        self.engine.train()
+        if self.runtime.is_main and section.reference != "live":
+            relevance.save_cached(self.cache_folder, key, table)
+        say(self.runtime, f"relevance: {num_tokens:,} target tokens of {len(entries):,} titles under `{section.reference}` in {duration(time.time() - started)}")
+        return table
+
+    def _stop_if_asked(self) -> None:
+        """Between stages nothing needs saving: a stop request ends the rank at once, the launcher ends its peers."""
+        if self.runtime.stop_signal is not None and self.runtime.world == 1:
+            raise SystemExit(EXIT_INTERRUPTED)
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.folder / "cache"
+
+    def _make_groups(self) -> None:
+        config, prepared = self.config, self.prepared
+        store = prepared.stores["train"]
+        self.table = self.score_relevance() if config.groups.by in ("relevance", "random") else None
+        self.group_arrays: dict[str, np.ndarray] = {}
+        if self.saved_groups is not None and config.groups.reference == "live":
+            self.group_plan = GroupPlan(**self.saved_groups["group_plan"])
+            self.table = self.saved_groups["live_table"].numpy() if self.saved_groups.get("live_table") is not None else self.table
+        else:
+            self.group_plan = fit_groups(config.groups, prepared.corpus, prepared.catalogue, store, self._relevance_of("train"), config.train.seed,
+                                         getattr(self, "relevance_key", ""))
+        self._apply_groups()
+        say(self.runtime, f"groups: {self.group_plan.num} by {config.groups.by}, train tokens " + " ".join(f"{c:,}" for c in self.group_plan.counts))
+        if self.runtime.is_main:
+            self._save_groups()
+        self.runner = self._make_runner()
+
+    def _relevance_of(self, split: str) -> np.ndarray | None:
+        if self.table is None:
+            return None
+        prepared = self.prepared
+        return token_relevance(self.table, self.entry_store.target_offsets, prepared.catalogue, prepared.corpus.splits[split], prepared.stores[split])
+
+    def _apply_groups(self) -> None:
+        prepared = self.prepared
+        for split, store in prepared.stores.items():
+            self.group_arrays[split] = apply_groups(self.group_plan, self.config.groups, prepared.corpus, prepared.catalogue,
+                                                    prepared.corpus.splits[split], store, self._relevance_of(split), split)
+
+    def _save_groups(self) -> None:
+        self.group_plan.save(self.folder / "groups.json")
+        store, values = self.prepared.stores["train"], self._relevance_of("train")
+        tensors = {"sample_offsets": store.offsets, "token_offsets": store.target_offsets, "group": self.group_arrays["train"]}
+        if values is not None:
+            tensors["r"] = values
+        if self.table is not None:
+            tensors |= {"entry_offsets": self.entry_store.target_offsets, "entry_r": self.table}
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, self.folder / "groups.safetensors",
+                  metadata={"fingerprint": self.group_plan.fingerprint})
+
+    # -- the step's inputs ----------------------------------------------------------------------------------------------------
+    def _make_runner(self) -> StepRunner:
+        config, prepared, store = self.config, self.prepared, self.prepared.stores["train"]
+        tokens = TrainTokens(store, self.group_arrays["train"], self.group_plan.num)
+        if self.objective.masked_softmax or self.objective.token_weights is not None:
+            self._add_trie_facts(tokens)
+        if self.objective.history_free_pass:
+            tokens.history_free, _ = tokenise_split(prepared.encoder, prepared.catalogue, prepared.corpus.split("train"), mask_history=True)
+        if config.dro.excess:
+            tokens.reference = self._score_train_losses()
+        state = dro.DroState(self.group_plan.num).to(self.runtime.device)
+        if self.state_to_load is not None:
+            state.load_state_dict(self.state_to_load)
+        self.state = state
+        head = len(prepared.encoder.head_ids)
+        return StepRunner(self.engine, self.plan, tokens, self.objective, config, state, self.runtime, packing=self.packing, head_length=head,
+                          pad_id=prepared.tokenizer.pad_token_id, frozen_q=self._frozen_weights())
+
+    def _frozen_weights(self) -> torch.Tensor | None:
+        given = self.config.dro.frozen_weights
+        if given is None:
+            return None
+        if isinstance(given, str):
+            import json
+            lines = (Path(given) / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if (Path(given) / "metrics.jsonl").is_file() else []
+            if not lines:
+                raise UserError(f"dro.frozen_weights = {given}: no metrics.jsonl there", "give the folder of a finished gdrt run, or a list of numbers")
+            tail = [json.loads(line)["group_weight"] for line in lines[-20:]]
+            given = np.nanmean(np.array([[np.nan if w is None else w for w in row] for row in tail], dtype=float), axis=0).tolist()
+        if len(given) != self.group_plan.num:
+            raise UserError(f"dro.frozen_weights has {len(given)} weights, there are {self.group_plan.num} groups", "use the same groups.* in both runs")
+        q = torch.tensor(given, dtype=torch.float64, device=self.runtime.device)
+        return q / q.sum()
+
+    def _add_trie_facts(self, tokens: TrainTokens) -> None:
+        """Where each target token stands in the catalogue trie: its node for masked softmax, its facts for token weights."""
+        prepared, store = self.prepared, self.prepared.stores["train"]
+        trie = prepared.trie()
+        walks = {entry: trie.walk(prepared.encoder.target_ids(e.text)) for entry, e in enumerate(prepared.catalogue.entries)}
+        entries = [prepared.catalogue.index_of[s.target] for s in prepared.corpus.split("train")]
+        node = np.concatenate([np.asarray(walks[e][:n], dtype=np.int32) for e, n in zip(entries, store.num_target)])
+        leaves = np.concatenate([[0], np.cumsum(np.asarray(trie.entry) >= 0)])
+        items_below = leaves[np.asarray(trie.end)] - leaves[np.arange(len(trie.end))]
+        if self.objective.masked_softmax:
+            tokens.trie_node = node
+            tokens.trie_offsets = torch.from_numpy(np.asarray(trie.child_offsets, dtype=np.int64))
+            tokens.trie_tokens = torch.from_numpy(np.asarray(trie.token)[np.asarray(trie.child_nodes)].astype(np.int64))
+        if self.objective.token_weights is not None:
+            counts = np.array([prepared.catalogue.entries[e].train_count for e in entries])
+            follow = np.concatenate([node[1:], [0]])
+            last = store.target_offsets[1:] - 1
+            after = items_below[follow].copy()
+            after[last] = 1
+            table = TokenTable(train_count=np.repeat(counts, store.num_target), branching=np.asarray(trie.branching)[node],
+                               valid_before=items_below[node], valid_after=after, options=self.config.options)
+            tokens.weights = np.asarray(self.objective.token_weights(table), dtype=np.float64)
+
+    def _score_train_losses(self) -> np.ndarray:
+        """float64[train target tokens]: the base model's losses with the history, for dro.excess."""
+        self.engine.eval()
+        with self.loaded.model.disable_adapter():
+            losses = self._score_split("train", "excess losses of the reference")
+        self.engine.train()
+        return losses
+
+    def _score_split(self, split: str, what: str | None = None) -> np.ndarray:
+        """float64[target tokens] plain losses of a split, computed by all ranks, the same on every rank. No grad."""
+        store = self.prepared.stores[split]
+        plan = BatchPlan(store.lengths, self.config.train.global_batch, self.plan.micro_batch * 2, self.runtime.world, 0, self.packing != "none")
+        rounds = plan.split(np.arange(len(store)))
+        losses = torch.zeros(int(store.target_offsets[-1]), dtype=torch.float64)
+        for index, slots in enumerate(rounds):
+            micro = build_micro_batch(store, slots[self.runtime.rank], self.packing, len(self.prepared.encoder.head_ids),
+                                      self.prepared.tokenizer.pad_token_id, self.runtime.device)
+            losses[micro.token_index] = self.token_losses(micro).double().cpu()
+            self.watchdog.beat()
+            if what and (index + 1) % max(1, len(rounds) // 4) == 0:
+                say(self.runtime, f"{what}: {index + 1}/{len(rounds)} micro-batches")
+        if self.runtime.world > 1:
+            losses = losses.to(self.runtime.device)
+            dist.all_reduce(losses)
+        return losses.cpu().numpy()
+
+    # -- training -------------------------------------------------------------------------------------------------------------
+    def _train(self) -> int:
+        config, store = self.config, self.prepared.stores["train"]
+        eval_every = config.train.eval_every or max(1, -(-len(store) // config.train.global_batch))
+        self.telemetry = Telemetry(self.folder, config, self.runtime, self.total, self.first_step)
+        self.tokens_seen, stopped_early, step = 0, False, self.first_step
+        for step in range(self.first_step, self.total):
+            self.watchdog.beat()
+            if config.groups.reference == "live" and config.groups.by == "relevance" and step and step % config.groups.refresh_every == 0:
+                self._refresh_groups()
+            lr = learning_rate(step, config, self.total)
+            result = self.runner.run(step, lr)
+            self.tokens_seen += result.tokens
+            norm = self.engine.get_global_grad_norm() if not result.skipped else None
+            self.telemetry.step({"step": step + 1, "loss": result.loss, "lr": lr, "grad_norm": norm, "tokens": result.tokens * self.runtime.world,
+                                 "group_loss": result.group_loss, "group_weight": result.group_weight, "group_count": result.group_count,
+                                 "objective": result.objective, "skipped": result.skipped})
+            done = step + 1
+            is_best = False
+            if "valid" in self.prepared.stores and (done % eval_every == 0 or done == self.total):
+                is_best = self._validate(done)
+                stopped_early = config.train.patience is not None and self.bad_validations >= config.train.patience
+            finished = done == self.total or stopped_early
+            due = config.train.save_every is not None and done % config.train.save_every == 0
+            if is_best and config.train.eval_every is not None or due or finished or result.stop:
+                self._save(done, is_best)
+            if result.stop and not finished:
+                return self._interrupted(done)
+            if stopped_early:
+                self.telemetry.note(f"early stop at step {done}: no better validation {config.train.select_by} in {config.train.patience} validations")
+                break
+        return self._finish(step + 1, stopped_early)
+
+    def _refresh_groups(self) -> None:
+        self.telemetry.flush()
+        self.table = self.score_relevance()
+        self.group_plan = fit_groups(self.config.groups, self.prepared.corpus, self.prepared.catalogue, self.prepared.stores["train"],
+                                     self._relevance_of("train"), self.config.train.seed, self.relevance_key)
+        self._apply_groups()
+        self.runner.tokens.groups = self.group_arrays["train"]
+        if self.runtime.is_main:
+            self._save_groups()
+
+    def _validate(self, step: int) -> bool:
+        """Plain losses of the validation split by group; True when `train.select_by` improved."""
+        self.engine.eval()
+        losses = torch.from_numpy(self._score_split("valid"))
+        self.engine.train()
+        groups = torch.from_numpy(self.group_arrays["valid"].astype(np.int64))
+        counts = torch.bincount(groups, minlength=self.group_plan.num).double()
+        mean = group_sums(losses, groups, self.group_plan.num) / counts.clamp_min(1)
+        mean[counts == 0] = float("nan")
+        figures = {"nll": losses.mean().item(), "worst_group": mean[counts > 0].max().item(),
+                   "objective": dro.closed_form_weights(mean.nan_to_num(), dro.prior(counts, self.config.dro.prior), self.config.dro.tau)[1].item()}
+        value = figures[self.config.train.select_by]
+        better = self.best is None or value < self.best["value"]
+        if better:
+            self.best, self.bad_validations = {"step": step, "value": value, **figures}, 0
+        else:
+            self.bad_validations += 1
+        if self.runtime.is_main:
+            import json
+            with open(self.folder / "validation.jsonl", "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": step, **figures, "group_loss": [None if v != v else v for v in mean.tolist()]}) + "\n")
+        self.telemetry.note(f"validation at step {step}: nll {figures['nll']:.4f}  worst group {figures['worst_group']:.4f}"
+                            + ("  (best so far)" if better else ""))
+        return better
+
+    def _client_state(self, step: int) -> dict:
+        from dataclasses import asdict
+        state = {"step": step, "best": self.best, "bad_validations": self.bad_validations, "dro": self.state.state_dict(),
+                 "data_fingerprint": self.prepared.stores["train"].fingerprint, "group_plan": asdict(self.group_plan)}
+        if self.config.groups.reference == "live" and self.table is not None:
+            state["live_table"] = torch.from_numpy(self.table)
+        return state
+
+    def _save(self, step: int, is_best: bool) -> None:
+        self.telemetry.flush()
+        started = time.time()
+        checkpoint.save(self.engine, self.folder, step, self._client_state(step), life=self.life, fingerprint=self.loaded.fingerprint,
+                        keep=self.config.train.keep_checkpoints, best=is_best)
+        self.watchdog.beat()
+        self.telemetry.note(f"checkpoint: step {step} published in {time.time() - started:.1f} s")
+
+    def _interrupted(self, step: int) -> int:
+        self.telemetry.close()
+        if self.runtime.is_main:
+            run_folder.write_summary(self.folder, "interrupted", step=step, total_steps=self.total, life=self.life)
+        say(self.runtime, f"interrupted by a signal: all ranks saved step {step}; go on with resume=auto")
+        self.runtime.barrier()
+        return EXIT_INTERRUPTED
+
+    def _finish(self, step: int, stopped_early: bool) -> int:
+        self.telemetry.close()
+        used = step
+        if self.best is not None and self.best["step"] != step and (self.folder / "checkpoints" / f"step_{self.best['step']}").is_dir():
+            checkpoint.load(self.engine, self.folder / "checkpoints" / f"step_{self.best['step']}", restore_rng=False)
+            used = self.best["step"]
+            say(self.runtime, f"adapter: from step {used}, the best by validation {self.config.train.select_by}")
+        checkpoint.save_adapter(self.engine, self.folder / "adapter", tokenizer=self.prepared.tokenizer)
+        if self.runtime.is_main:
+            run_folder.write_summary(self.folder, "completed", step=step, total_steps=self.total, adapter_step=used, stopped_early=stopped_early,
+                                     best=self.best, seconds=round(time.time() - self.started, 1), tokens_per_rank=self.tokens_seen,
+                                     samples=step * self.config.train.global_batch, objective=self.config.objective, world=self.runtime.world,
+                                     launcher=self.runtime.launcher, device=self.runtime.device.type, dtype=str(self.dtype).removeprefix("torch."),
+                                     packing=self.packing, loading=self.loaded.loading, life=self.life, base_fingerprint=self.loaded.fingerprint)
+        say(self.runtime, f"done: {self.folder} ({duration(time.time() - self.started)}); next: python -m eval.run --run {self.folder}")
+        self.runtime.barrier()
+        return 0
+
+    def _failed(self, error: Exception) -> None:
+        """Leaves the last word and the stacks; the newest valid checkpoint stays what it was."""
+        self.telemetry_closed = getattr(self, "telemetry", None) and self.telemetry.close()
+        self.watchdog.dump(f"{type(error).__name__}: {error}")
+        if self.runtime.is_main:
+            run_folder.write_summary(self.folder, "failed", error=f"{type(error).__name__}: {error}"[:2000], life=self.life)
