@@ -143,8 +143,18 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(implementation, line to announce).
+def model_class(config):
+    """The transformers class of a causal LM config, None for remote code."""
+    from transformers import AutoModelForCausalLM
+    try:
+        found = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        return None
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def choose_attention(requested: str, device: torch.device, dtype: torch.dtype, architecture=None) -> tuple[str, str]:
+    """(implementation, line to announce). `architecture` is the model class; Gemma-2 caps its scores, which SDPA cannot.
 
     Raises:
         UserError: a requested kernel that is not installed, or does not run on this device or dtype.
@@ -152,6 +162,11 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     modules = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
     installed = {name: importlib.util.find_spec(module) is not None for name, module in modules.items()}
     half = dtype in (torch.bfloat16, torch.float16)
+    if architecture is not None and not architecture._supports_sdpa and requested in ("auto", "sdpa", "flex_attention"):
+        if requested != "auto":
+            raise UserError(f"model.attention = {requested}: {architecture.__name__} does not support it", "set model.attention to auto or eager")
+        if device.type != "cuda" or not half or not installed["flash_attention_2"]:
+            return "eager", f"attention: eager (auto: {architecture.__name__} does not run on SDPA)"
     if requested == "auto":
         if device.type != "cuda":
             return "sdpa", f"attention: sdpa (auto: flash-attn needs a GPU, this is {device.type})"
@@ -193,7 +208,8 @@ def load_model(section: ModelSection, runtime, *, train: bool, path: Path | None
         train: adds a fresh LoRA adapter (seeded, the same on every rank) and turns the cache off.
         path: folder if resolved already (needed for `tiny-random`).
         adapter: PEFT folder to load; with train=False it is frozen.
-        attention: implementation that replaces the choice of `model.attention`, e.g. the registered tree attention.
+        attention: implementation that replaces the choice of `model.attention`, e.g. the registered tree attention; a
+            model that cannot run on SDPA keeps its own (see `LoadedModel.attention`).
         deepspeed_config: filled DeepSpeed config; with ZeRO stage 3 and `model.loading` auto or sharded, every rank reads
             only its own slice (sharded_nf4.py). None = stock loading.
     Raises:
@@ -208,8 +224,11 @@ def load_model(section: ModelSection, runtime, *, train: bool, path: Path | None
     if len(tokenizer) > config.get_text_config().vocab_size:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {config.get_text_config().vocab_size} rows",
                         "set model.tokenizer to the model's own; embeddings are not resized under ZeRO-3 (DeepSpeed #7669)")
-    chosen, line = choose_attention(section.attention, device, dtype)
-    if attention is not None and chosen != attention:
+    architecture = model_class(config)
+    chosen, line = choose_attention(section.attention, device, dtype, architecture)
+    if attention is not None and chosen != attention and architecture is not None and not architecture._supports_sdpa:
+        line += f"; {attention} is left out, it builds on SDPA"
+    elif attention is not None and chosen != attention:
         line = f"attention: {attention} in place of {chosen}"
         chosen = attention
     lines = [line]
