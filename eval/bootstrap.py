@@ -124,6 +124,14 @@ def interval(sample: Resampled, level: float = 0.95) -> tuple[float, float]:
     finite = sample.replicates[np.isfinite(sample.replicates)]
     if finite.size == 0 or not np.isfinite(sample.value):
         return float("nan"), float("nan")
+    edge = [bound for bound in sample.bounds if np.isfinite(bound) and np.all(finite == bound)]
+    if edge and np.isfinite(sample.bounds).all():  # no hit in any replicate (or nothing but hits): resampling shows no spread
+        if not sample.smooth:
+            return float("nan"), float("nan")
+        # n draws without a single success leave a success rate of up to 1 - (alpha/2)^(1/n) plausible (Clopper-Pearson);
+        # a mean of values in [0, 1] is below its rate of non-zero values
+        reach = (1 - ((1 - level) / 2) ** (1 / max(1, sample.n))) * (sample.bounds[1] - sample.bounds[0])
+        return (edge[0], edge[0] + reach) if edge[0] == sample.bounds[0] else (edge[0] - reach, edge[0])
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     if not sample.smooth:
         shift = sample.value - finite.mean()

@@ -74,20 +74,21 @@ def measures(inputs: Inputs) -> dict[str, tuple[np.ndarray, bool]]:
     return found
 
 
-def group_statistics(values_N: np.ndarray, groups_N: np.ndarray) -> dict[str, Statistic]:
+def group_statistics(values_N: np.ndarray, groups_N: np.ndarray, bounds: tuple[float, float] = (-np.inf, np.inf)) -> dict[str, Statistic]:
     """One mean per group, all from one feature matrix [N, 2G]. groups_N: strings, None where the sample has no group."""
     features, names, counts = _group_features(values_N, groups_N)
     size = len(names)
-    return {name: Statistic(features, lambda t, g=g: _rates(t, size)[:, g], int(counts[g])) for g, name in enumerate(names)}
+    return {name: Statistic(features, lambda t, g=g: _rates(t, size)[:, g], int(counts[g]), True, bounds) for g, name in enumerate(names)}
 
 
-def summary_statistics(values_N: np.ndarray, groups_N: np.ndarray, higher_is_better: bool) -> dict[str, Statistic]:
+def summary_statistics(values_N: np.ndarray, groups_N: np.ndarray, higher_is_better: bool,
+                       bounds: tuple[float, float] = (-np.inf, np.inf)) -> dict[str, Statistic]:
     """worst, best, gap (max - min) and ratio (min / max) over the groups' means."""
     features, names, counts = _group_features(values_N, groups_N)
     size, n = len(names), int(counts.sum())
     low, high = (lambda t: np.nanmin(_rates(t, size), axis=1)), (lambda t: np.nanmax(_rates(t, size), axis=1))
     worst, best = (low, high) if higher_is_better else (high, low)
-    return {"worst": Statistic(features, worst, n, False), "best": Statistic(features, best, n, False),
+    return {"worst": Statistic(features, worst, n, False, bounds), "best": Statistic(features, best, n, False, bounds),
             "gap": Statistic(features, lambda t: high(t) - low(t), n, False, (0, np.inf)),
             "ratio": Statistic(features, lambda t: low(t) / high(t), n, False, (0, 1))}
 
@@ -176,9 +177,10 @@ def breakdown_statistics(inputs: Inputs) -> dict[str, dict[str, Mapping[str, Map
         by_group: dict[str, dict[str, Statistic]] = {name: {} for name in group_names(groups)}
         summary = {}
         for measure, (values, higher_is_better) in measures(inputs).items():
-            for name, statistic in group_statistics(values, groups).items():
+            bounds = (0, 1) if higher_is_better else (0, np.inf)
+            for name, statistic in group_statistics(values, groups, bounds).items():
                 by_group[name][measure] = statistic
             if len(by_group) > 1:
-                summary[measure] = summary_statistics(values, groups, higher_is_better)
+                summary[measure] = summary_statistics(values, groups, higher_is_better, bounds)
         result[dimension] = {"groups": by_group, "summary": summary}
     return result

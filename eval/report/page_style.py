@@ -32,7 +32,7 @@ section{padding:38px 0 6px}.lead{max-width:72ch;margin:0 0 14px;color:var(--mute
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px;margin:6px 0 16px;align-items:start}
 figure svg{display:block;width:100%;height:auto;max-width:620px;font-family:var(--sans)}figure.wide{grid-column:1/-1}
 figcaption{font-size:13.5px;color:var(--muted);line-height:1.45;margin-top:8px}
-.scroll{overflow-x:auto;margin:8px 0 16px;-webkit-overflow-scrolling:touch}table{border-collapse:collapse;font-size:14px;width:100%}
+.scroll{overflow-x:auto;margin:8px 0 16px;-webkit-overflow-scrolling:touch}table{border-collapse:separate;border-spacing:0;font-size:14px;width:100%}
 caption{text-align:left;font-weight:600;padding:14px 0 6px}th,td{padding:6px 14px 6px 0;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
 td{min-width:5em}tbody th{white-space:nowrap;max-width:22em;overflow:hidden;text-overflow:ellipsis}td.text{min-width:15em}
 td:last-child{color:var(--muted)}td.n:last-child{color:inherit}thead th{color:var(--muted);font-weight:600;font-size:13px;vertical-align:bottom}tbody th{font-weight:500}
