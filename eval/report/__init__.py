@@ -15,7 +15,7 @@ Audits fill in `results["audits"] = {name: audit}` with
 
 Figures: plain dictionaries (they survive JSON), drawn by eval.report.plots as inline SVG that follows the reader's light or
 dark mode. All have "kind", "title" and "caption" (one sentence that says what to see). Optional everywhere but in tokens:
-"x_label", "y_label", "ordered": True (series are ordered groups: one colour ramp instead of distinct colours),
+"x_label", "y_label", "legend": False, "percent": True (share axis), "ordered": True (series are ordered groups: one colour ramp instead of distinct colours),
 "smooth": True (a noisy curve is drawn faint under its moving average),
 "reference": {"value": y, "label": str} (a dashed line). None in a list of numbers is a gap.
     bar           "categories": [str], "series": [{"name": str, "values": [y], "low": [y]?, "high": [y]?}],

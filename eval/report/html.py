@@ -78,7 +78,7 @@ def _table(table: Table) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return not isinstance(value, str) or bool(re.fullmatch(r"[-–−+]?[\d,.]*(e-?\d+)?( %)?( to -?[\d,.e-]+)?( \(.*\))?", value))
+    return not isinstance(value, str) or bool(re.fullmatch(r"[-–+]?[\d,.]*(e-?\d+)?( %)?( to [-–+]?[\d,.e-]+)?( \(.*\))?", value))
 
 
 def _class(numeric: Any, value: Any = "") -> str:

@@ -191,7 +191,7 @@ def _finish(axes: Any, figure: Mapping[str, Any]) -> None:
 
 def _legend(drawing: Figure, axes: Any, figure: Mapping[str, Any]) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    if len(labels) < 2 and not figure.get("reference"):
+    if figure.get("legend") is False or (len(labels) < 2 and not figure.get("reference")):
         return
     columns = len(labels) if figure.get("ordered") and len(labels) <= 8 else 3 if max(map(len, labels)) < 22 else 2
     drawing.legend(handles, [_short(name, 34) for name in labels], loc="outside upper left", ncols=min(columns, len(labels)), handlelength=1.0 if figure["kind"] != "line" else 1.4,
