@@ -10,6 +10,6 @@ from eval.scoring.beam import beam_search
 from eval.scoring.best_first import BestFirst, SearchResult
 from eval.scoring.node_cache import path_scores
 from eval.scoring.per_item import per_item_scores
-from eval.scoring.ranking import expected_rank, top_entries
+from eval.scoring.ranking import expected_rank, num_tied, top_entries
 
-__all__ = ["BestFirst", "SearchResult", "beam_search", "expected_rank", "path_scores", "per_item_scores", "top_entries"]
+__all__ = ["BestFirst", "SearchResult", "beam_search", "expected_rank", "num_tied", "path_scores", "per_item_scores", "top_entries"]

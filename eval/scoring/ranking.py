@@ -14,13 +14,22 @@ TIE = 1e-9
 
 def expected_rank(scores: np.ndarray, target: int) -> float:
     """1-based expected rank of entry `target` in float64 [items]; NaN entries stand behind all others."""
-    own = scores[target]
-    if np.isnan(own):
+    if np.isnan(scores[target]):
         return float(len(scores))
-    with np.errstate(invalid="ignore"):
-        equal = np.abs(scores - own) <= TIE if np.isfinite(own) else scores == own
-        better = (scores > own) & ~equal
+    equal = _equal(scores, target)
+    better = (scores > scores[target]) & ~equal
     return 1.0 + float(better.sum()) + (float(equal.sum()) - 1.0) / 2.0
+
+
+def num_tied(scores: np.ndarray, target: int) -> int:
+    """Entries that share the target's score, itself included (1 for NaN, which has the worst rank for certain)."""
+    return 1 if np.isnan(scores[target]) else int(_equal(scores, target).sum())
+
+
+def _equal(scores: np.ndarray, target: int) -> np.ndarray:
+    own = scores[target]
+    with np.errstate(invalid="ignore"):
+        return np.abs(scores - own) <= TIE if np.isfinite(own) else scores == own
 
 
 def top_entries(scores: np.ndarray, k: int, order: np.ndarray) -> np.ndarray:

@@ -1,0 +1,135 @@
+"""What is evaluated: a run folder, its base model, or a model trained elsewhere; always with data, prompt and catalogue that
+belong together (`gdrt_ds.recommender` refuses those that do not).
+
+    load_subject(run=FOLDER)                         the run's base + adapter, its prompt.json and catalogue.jsonl
+    load_subject(run=FOLDER, base=True)              its base model under the same prompt
+    load_subject(model=M, adapter=A, prompt=P, data=D)   any causal LM, any PEFT adapter, a template file (or alpaca, plain, chat)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gdrt_ds.catalogue import Catalogue
+from gdrt_ds.config import load_config
+from gdrt_ds.corpus import Corpus, Sample, load_corpus
+from gdrt_ds.errors import UserError
+from gdrt_ds.recommender import Recommender, assemble, base_path, check_catalogue, open_run
+
+
+@dataclass
+class Subject:
+    """A recommender with the samples it is evaluated on.
+
+    Attributes:
+        name: for tables. samples: of the split, cut by `limit`. run: the run folder, if any.
+        group_of_entry: relevance group of each catalogue entry, -1 where unknown; None without a relevance table.
+    """
+
+    name: str
+    recommender: Recommender
+    corpus: Corpus
+    samples: list[Sample]
+    split: str
+    limit: int | None
+    run: Path | None = None
+    group_of_entry: np.ndarray | None = None
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return self.recommender.catalogue
+
+    def train_history_counts(self) -> Counter[str]:
+        """Occurrences in train histories by representative item id: the GH of MGU and DGU."""
+        counts: Counter[str] = Counter()
+        for sample in self.corpus.splits["train"]:
+            counts.update(sample.history)
+        merged: Counter[str] = Counter()
+        for item, count in counts.items():
+            merged[self.catalogue.entries[self.catalogue.index_of[item]].item_id] += count
+        return merged
+
+
+def choose_samples(samples: list[Sample], limit: int | None) -> list[Sample]:
+    """All samples, or a sample of `limit` of them that is the same for every model (seed 0), in the split's order.
+
+    Raises:
+        UserError: limit below 1.
+    """
+    if limit is None or limit >= len(samples):
+        return samples
+    if limit < 1:
+        raise UserError(f"--limit {limit} leaves nothing to evaluate", "give at least 1, or leave it out")
+    chosen = np.random.default_rng(0).choice(len(samples), size=limit, replace=False)
+    return [samples[i] for i in sorted(chosen.tolist())]
+
+
+def relevance_groups(run: Path, corpus: Corpus, catalogue: Catalogue) -> np.ndarray | None:
+    """Relevance group of every entry: mean r over the tokens of its title, in quantile bins over the train targets.
+
+    0 = least predictable from auxiliary tokens alone. Token-level groups serve training; a sample needs one group.
+    None if the run has no relevance table (groups.by is a label).
+    """
+    import json
+
+    from safetensors.numpy import load_file
+    file = run / "groups.safetensors"
+    if not file.is_file() or not (run / "groups.json").is_file():
+        return None
+    table = load_file(file)
+    if "entry_r" not in table or len(table["entry_offsets"]) != len(catalogue) + 1:
+        return None
+    num = int(json.loads((run / "groups.json").read_text(encoding="utf-8"))["num"])
+    offsets = table["entry_offsets"]
+    mean = np.add.reduceat(table["entry_r"].astype(np.float64), offsets[:-1]) / np.diff(offsets)
+    targets = np.array([catalogue.index_of[s.target] for s in corpus.splits["train"] if s.target in catalogue.index_of])
+    edges = np.quantile(mean[targets], np.arange(1, num) / num)
+    return np.digitize(mean, edges)
+
+
+def load_subject(runtime, *, run: str | None = None, base: bool = False, model: str | None = None, adapter: str | None = None,
+                 prompt: str | None = None, data: str | None = None, split: str = "test", limit: int | None = None,
+                 overrides: list[str] = (), merge: bool = True) -> Subject:
+    """Opens what the command line names.
+
+    Args:
+        overrides: `key.sub=value` on the run's config (or on the defaults), e.g. model.dtype=float32 or data.history_length=10.
+    Raises:
+        UserError: contradictory options, and every refusal of gdrt_ds.recommender; an empty split.
+    """
+    if (run is None) == (model is None):
+        raise UserError("give either --run or --model" if run is None else "--run and --model exclude each other",
+                        "--run RUN_DIR for a run of this project, --model PATH [--adapter PATH] --prompt FILE --data PATH for another model")
+    if run is not None:
+        if adapter or prompt or data:
+            raise UserError("--adapter, --prompt and --data belong to --model; a run folder brings its own",
+                            "override single settings with key.sub=value")
+        recommender = open_run(run, runtime, overrides, base=base, merge=merge)
+        corpus = load_corpus(recommender.config.data)
+        name = Path(run).name + (" (base)" if base else "")
+        groups = relevance_groups(Path(run), corpus, recommender.catalogue)
+    else:
+        if not data:
+            raise UserError("--model needs --data", "give the data folder, or ml-100k")
+        if base:
+            raise UserError("--base belongs to --run", "leave --adapter out to evaluate a base model")
+        defaults = ["model.quantization=none", f"model.path={model}", f"data.path={data}"]
+        config = load_config(None, [*defaults, *([f"prompt.template={prompt}"] if prompt else []), *overrides])
+        corpus = load_corpus(config.data)
+        catalogue = Catalogue.build(corpus)
+        folder = Path(adapter) if adapter else None
+        if folder is not None and not (folder / "adapter_config.json").is_file():
+            raise UserError(f"--adapter {folder} is not a PEFT adapter (no adapter_config.json)", "give the folder that PEFT's save_pretrained wrote")
+        check_catalogue(catalogue, set(), "")
+        recommender = assemble(config, runtime, base_path(config.model, folder), folder, None, corpus.domain, catalogue, merge)
+        recommender.lines.append(f"prompt: {prompt or config.prompt.template}")
+        name, groups = (folder or Path(model)).name, None
+    samples = choose_samples(corpus.split(split), limit)
+    used = {item for s in samples for item in (*s.history, s.target)}
+    check_catalogue(recommender.catalogue, used, f"the {split} split")
+    return Subject(name, recommender, corpus, samples, split, limit if limit and limit < len(corpus.split(split)) else None,
+                   Path(run) if run else None, groups)

@@ -1,0 +1,65 @@
+"""Evaluates a run, its base model, or a model trained elsewhere: exact scores, metrics with intervals, floors, a report.
+
+    python -m eval.run --run RUN_DIR [--split test] [--mode renormalised|full|best_first|beam] [--output DIR] [--limit N]
+    python -m eval.run --run RUN_DIR --base                      the run's base model under the same prompt and catalogue
+    python -m eval.run --model PATH [--adapter PATH] --prompt FILE --data PATH
+    torchrun --nproc_per_node 2 -m eval.run --run RUN_DIR        users split over ranks (deepspeed and srun likewise)
+Settings of the run can be overridden with key.sub=value, e.g. model.dtype=float32. Started again, it goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", help="run folder of a training")
+    parser.add_argument("--base", action="store_true", help="with --run: leave the adapter out")
+    parser.add_argument("--model", help="folder or hub name of a model trained elsewhere (or smollm2-135m)")
+    parser.add_argument("--adapter", help="PEFT adapter folder for --model")
+    parser.add_argument("--prompt", help="template file (JSON) for --model, or alpaca, plain, chat")
+    parser.add_argument("--data", help="data folder for --model, or ml-100k")
+    parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    parser.add_argument("--mode", default="renormalised", choices=("renormalised", "full", "best_first", "beam"),
+                        help="exact over the catalogue's tokens (default) or over the whole vocabulary; certified top-k; beam search")
+    parser.add_argument("--objective", default="renormalised", choices=("renormalised", "full"), help="for best_first and beam")
+    parser.add_argument("--k", type=int, default=50, help="length of the lists (default 50)")
+    parser.add_argument("--beams", type=int, default=10, help="width of beam mode")
+    parser.add_argument("--length-penalty", type=float, default=0.0, help="beam mode; transformers' default is 1")
+    parser.add_argument("--max-nodes", type=int, help="best_first: stop certifying after this many nodes per user")
+    parser.add_argument("--batch-size", type=int, default=8, help="users scored at once")
+    parser.add_argument("--max-score-bytes", type=int, default=2 << 30, help="bound on working memory beside weights and prompts")
+    parser.add_argument("--limit", type=int, help="a sample of this many users; marks the output `not a result`")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the intervals")
+    parser.add_argument("--no-floors", action="store_true", help="leave popularity and Markov out")
+    parser.add_argument("--audit", default="", help="comma-separated audits, or all; see docs/evaluation.md")
+    parser.add_argument("--output", help="evaluation folder; default RUN/eval/SPLIT-MODE")
+    parser.add_argument("--overwrite", action="store_true", help="drop other predictions in --output")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of the run's config to override")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    from gdrt_ds.runtime import report_user_errors
+    with report_user_errors():
+        from eval.loading import load_subject
+        from eval.pipeline import evaluation_runtime, run_evaluation
+        from eval.predictions import ScoringOptions
+        scoring = ScoringOptions(options.mode, options.objective, options.k, options.batch_size, options.max_score_bytes, options.beams,
+                                 options.length_penalty, options.max_nodes)
+        runtime = evaluation_runtime()
+        subject = load_subject(runtime, run=options.run, base=options.base, model=options.model, adapter=options.adapter, prompt=options.prompt,
+                               data=options.data, split=options.split, limit=options.limit, overrides=options.overrides)
+        audits = {}
+        if options.audit:
+            from eval.audit import run_audits
+            audits = run_audits(options.audit.split(","), subject, runtime)
+        run_evaluation(subject, scoring, runtime, output=Path(options.output) if options.output else None, overwrite=options.overwrite,
+                       floors=not options.no_floors, num_bootstrap=options.bootstrap, audits=audits)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Run folders as training leaves them, made in seconds: real corpus, tiny random model, a LoRA adapter with random lora_B."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gdrt_ds.config import dump_config, load_config
+from gdrt_ds.model import load_model
+from gdrt_ds.preparation import prepare
+from gdrt_ds.runtime import Runtime
+
+TINY = ["data.path=planted", "data.planted={num_items: 24, num_train: 200, num_valid: 20, num_test: 40}", "model.path=tiny-random", "model.quantization=none"]
+
+
+def make_run(folder: Path, overrides: list[str] = (), *, zero: bool = False, seed: int = 0) -> Path:
+    """Writes config.yaml, prompt.json, catalogue.jsonl, base/ and adapter/; with `zero`, lora_B stays as PEFT makes it."""
+    config = load_config(None, [*TINY, f"run.dir={folder}", *overrides])
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared = prepare(config)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    prepared.template.save(folder / "prompt.json")
+    prepared.catalogue.save(folder / "catalogue.jsonl")
+    loaded = load_model(config.model, Runtime(), train=True, path=prepared.model_folder, seed=seed)
+    if not zero:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in loaded.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    loaded.model.save_pretrained(folder / "adapter")
+    prepared.tokenizer.save_pretrained(folder / "adapter")
+    return folder
