@@ -1,0 +1,43 @@
+"""Fills what a training job would wait for: model conversion, tokenised data, relevance cache.
+
+    python -m gdrt_ds.prepare --config configs/x.yaml [key.sub=value ...]      also under torchrun, srun, deepspeed
+
+The run folder is left ready for `train.py ... resume=auto`, which finds the relevance table in its cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gdrt_ds.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="run config (YAML)")
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, overrides the key `deepspeed`")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    arguments = parser.parse_intermixed_args(argv)
+    from gdrt_ds.runtime import report_user_errors
+    with report_user_errors():
+        from gdrt_ds.config import load_config
+        config = load_config(arguments.config, [*arguments.overrides, "resume=auto"])
+        if arguments.deepspeed_config:
+            config.deepspeed = arguments.deepspeed_config
+        from gdrt_ds.compatibility import check_combination
+        from gdrt_ds.deepspeed_config import read_deepspeed_config
+        check_combination(config, read_deepspeed_config(config.deepspeed))
+        from gdrt_ds.runtime import start_runtime
+        from gdrt_ds.trainer import Trainer
+        Trainer(config, start_runtime(config.train.timeout_s)).prepare_only()
+        import torch.distributed as dist
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
