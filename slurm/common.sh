@@ -1,0 +1,152 @@
+# shellcheck shell=bash
+# Shared by the batch scripts of this folder, which source it on the batch node: environment, checks, and the launch of the ranks.
+# Every setting is an environment variable that starts with GDRT_ (docs/clusters.md lists them).
+
+say() { printf 'gdrt: %s\n' "$*"; }
+
+refuse() { # refuse PROBLEM FIX: the user's mistake, exit status 2
+  printf 'error: %s\n  fix: %s\n' "$1" "$2" >&2
+  exit 2
+}
+
+# ---- the software: modules, a set-up file, a virtual environment or a container -------------------------------------------------
+
+prepare_environment() {
+  export GDRT_HOME PYTHONPATH="$GDRT_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+  if [ -n "${GDRT_MODULES:-}" ]; then
+    type module >/dev/null 2>&1 || refuse "GDRT_MODULES = $GDRT_MODULES, but this node has no command \`module\`" \
+      "source the site's module set-up in a file and name it in GDRT_SETUP"
+    set +eu # module files are not written for strict shells
+    # shellcheck disable=SC2086
+    module load $GDRT_MODULES || refuse "GDRT_MODULES: \`module load $GDRT_MODULES\` failed" "see \`module avail\`"
+    set -eu
+  fi
+  if [ -n "${GDRT_SETUP:-}" ]; then
+    [ -f "$GDRT_SETUP" ] || refuse "GDRT_SETUP = $GDRT_SETUP: no such file" "name a shell file that every node can read"
+    set +eu
+    # shellcheck disable=SC1090
+    . "$GDRT_SETUP"
+    set -eu
+  fi
+  read -r -a GDRT_CONTAINER_WORDS <<< "${GDRT_CONTAINER:-}"
+  if [ -n "${GDRT_PYTHON:-}" ]; then PYTHON=$GDRT_PYTHON
+  elif [ -n "${GDRT_CONTAINER:-}" ]; then PYTHON=python3
+  elif [ -n "${GDRT_VENV:-}" ]; then PYTHON=$GDRT_VENV/bin/python
+  elif [ -x "$GDRT_HOME/.venv/bin/python" ]; then PYTHON=$GDRT_HOME/.venv/bin/python
+  elif [ -n "${VIRTUAL_ENV:-}" ]; then PYTHON=$VIRTUAL_ENV/bin/python
+  elif [ -n "${CONDA_PREFIX:-}" ]; then PYTHON=$CONDA_PREFIX/bin/python
+  else refuse "no Python environment: $GDRT_HOME/.venv does not exist, and none was active at submission" \
+    "run \`make install\` in $GDRT_HOME, or set GDRT_VENV, GDRT_PYTHON or GDRT_CONTAINER"
+  fi
+  if [ -z "${GDRT_CONTAINER:-}" ] && ! command -v "$PYTHON" >/dev/null; then
+    refuse "the Python interpreter $PYTHON does not exist on $(hostname)" "check GDRT_VENV or GDRT_PYTHON; the path must exist on every node"
+  fi
+  local complaint
+  complaint=$("${GDRT_CONTAINER_WORDS[@]}" "$PYTHON" -c 'import gdrt_ds, yaml, pydantic, importlib.util as u
+missing = [m for m in ("torch", "deepspeed", "transformers", "peft", "bitsandbytes") if u.find_spec(m) is None]
+if missing: raise SystemExit("missing packages: " + ", ".join(missing))' 2>&1) || refuse \
+    "$PYTHON cannot run gdrt_ds on $(hostname): ${complaint##*$'\n'}" "install the project into that environment (make install), or set GDRT_VENV"
+  say "python: ${GDRT_CONTAINER:+$GDRT_CONTAINER }$PYTHON"
+}
+
+# ---- the shape of the job: ranks and where they run -----------------------------------------------------------------------------
+
+expand_counts() { # "2(x3),1" -> "2 2 2 1"
+  local part count times
+  for part in ${1//,/ }; do
+    count=${part%%(*} times=1
+    [[ $part == *x* ]] && { times=${part##*x}; times=${times%)}; }
+    while [ "$times" -gt 0 ]; do printf '%s ' "$count"; times=$((times - 1)); done
+  done
+}
+
+describe_job() { # sets NUM_NODES RANKS RANKS_PER_NODE (0: not the same on every node) CPUS_PER_RANK, MASTER_ADDR, MASTER_PORT
+  local -a tasks cpus
+  local index share
+  read -r -a tasks <<< "$(expand_counts "$SLURM_TASKS_PER_NODE")"
+  read -r -a cpus <<< "$(expand_counts "$SLURM_JOB_CPUS_PER_NODE")"
+  NUM_NODES=$SLURM_JOB_NUM_NODES RANKS=0 RANKS_PER_NODE=${tasks[0]} CPUS_PER_RANK=0 STEP_OPTIONS=()
+  local gpus=${SLURM_GPUS_ON_NODE:-0}
+  for ((index = 0; index < NUM_NODES; index++)); do
+    [ "$gpus" -gt 0 ] && tasks[index]=$gpus # one rank per GPU, whatever the number of tasks that was asked for
+    RANKS=$((RANKS + tasks[index]))
+    [ "${tasks[index]}" = "${tasks[0]}" ] || RANKS_PER_NODE=0
+    share=$((cpus[index] / tasks[index]))
+    if [ "$index" = 0 ] || [ "$share" -lt "$CPUS_PER_RANK" ]; then CPUS_PER_RANK=$share; fi
+  done
+  [ "$gpus" -gt 0 ] && RANKS_PER_NODE=$gpus
+  if [ "$CPUS_PER_RANK" = 0 ]; then
+    say "warning: fewer CPUs than ranks on a node ($SLURM_JOB_CPUS_PER_NODE CPUs); ranks share cores." \
+      "Ask for --ntasks-per-node=${RANKS_PER_NODE} --cpus-per-task=N"
+    CPUS_PER_RANK=1 STEP_OPTIONS=(--overcommit)
+  fi
+  [ "$RANKS_PER_NODE" -gt 0 ] && STEP_OPTIONS+=("--ntasks-per-node=$RANKS_PER_NODE")
+  MASTER_ADDR=${GDRT_MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+  # another port in every life: a rank that survived its job must not meet the next life's ranks
+  MASTER_PORT=${GDRT_MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0} * 101) % 10000))}
+  export MASTER_ADDR MASTER_PORT
+  if [ -n "${GDRT_INTERFACE:-}" ]; then export NCCL_SOCKET_IFNAME=$GDRT_INTERFACE GLOO_SOCKET_IFNAME=$GDRT_INTERFACE; fi
+  say "job $SLURM_JOB_ID: $RANKS rank(s) on $NUM_NODES node(s) ($SLURM_JOB_NODELIST), ${gpus} GPU(s) per node, $CPUS_PER_RANK CPU(s) per rank," \
+    "rendezvous $MASTER_ADDR:$MASTER_PORT, interface ${GDRT_INTERFACE:-chosen by the library}"
+}
+
+check_nodes() { # check_nodes FOLDER: every node sees the folder and the interpreter, and has as many GPUs as the others
+  local folder=$1 report
+  # shellcheck disable=SC2016
+  report=$(srun --nodes="$NUM_NODES" --ntasks="$NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 --export=ALL --kill-on-bad-exit=1 \
+    bash -c 'gpus=${SLURM_STEP_GPUS:-${CUDA_VISIBLE_DEVICES:-${ROCR_VISIBLE_DEVICES:-}}}
+      IFS=, read -r -a list <<< "$gpus"; name=$(hostname); probe=$1/.probe_$name
+      writable=no; { : > "$probe" && rm -f "$probe"; } 2>/dev/null && writable=yes
+      python=no; { [ -n "$3" ] || command -v "$2" >/dev/null; } && python=yes
+      address=$(getent hosts "$name" | { read -r a _; echo "${a:-none}"; })
+      echo "$name ${#list[@]} $writable $python $address"' probe "$folder" "$PYTHON" "${GDRT_CONTAINER:-}") ||
+    refuse "the nodes $SLURM_JOB_NODELIST could not start a step: $report" "see the messages of srun above"
+  local name gpus writable python address first=""
+  while read -r name gpus writable python address; do
+    [ "$writable" = yes ] || refuse "the run folder $folder is not writable on $name" "put run.dir on a file system that all nodes share"
+    [ "$python" = yes ] || refuse "the Python interpreter $PYTHON does not exist on $name" "put the environment on a file system that all nodes share"
+    [ -n "$first" ] || first=$gpus
+    [ "$gpus" = "$first" ] || refuse "unequal GPUs per node: $(tr '\n' ';' <<< "$report" | sed 's/ \([0-9]*\) [^;]*;/=\1 /g')" \
+      "ask for --gpus-per-node=N instead of --gpus=N, so that every node has the same number"
+    if [ "$NUM_NODES" -gt 1 ] && [ -z "${GLOO_SOCKET_IFNAME:-}" ] && { [[ $address == 127.* ]] || [ "$address" = none ]; }; then
+      say "warning: on $name its own name resolves to $address; if ranks fail with \"Connection refused\", set GDRT_INTERFACE=<network interface>"
+    fi
+  done <<< "$report"
+}
+
+# ---- the ranks ------------------------------------------------------------------------------------------------------------------
+
+launch() { # launch LOG_FOLDER COMMAND...: starts the ranks in the background; STEP_PID is srun, rank 0 is echoed here
+  local folder=$1
+  shift
+  mkdir -p "$folder"
+  : >> "$folder/rank_0.log"
+  export GDRT_RANK_LOGS=$folder
+  srun --nodes="$NUM_NODES" --ntasks="$RANKS" --cpus-per-task="$CPUS_PER_RANK" "${STEP_OPTIONS[@]}" --distribution=block --export=ALL \
+    --kill-on-bad-exit=1 --wait=60 --open-mode=append --output="$folder/rank_%t.log" \
+    bash "$GDRT_HOME/slurm/rank.sh" "${GDRT_CONTAINER_WORDS[@]}" "$PYTHON" "$@" &
+  STEP_PID=$!
+  tail --pid="$STEP_PID" -s 0.5 -n +1 -F "$folder/rank_0.log" 2>/dev/null &
+  TAIL_PID=$!
+}
+
+await_step() { # waits for the step through any number of trapped signals; STEP_CODE is its exit status
+  local code
+  STEP_CODE=0
+  while :; do
+    SIGNALLED=0 code=0
+    wait "$STEP_PID" || code=$?
+    [ "$code" = 127 ] || STEP_CODE=$code # 127: it had been collected just before the signal came
+    [ "$SIGNALLED" = 1 ] || break
+  done
+  wait "$TAIL_PID" 2>/dev/null || true
+}
+
+run_ranks() { # run_ranks LOG_FOLDER COMMAND...: for work that starts anew when the job is requeued
+  launch "$@"
+  await_step
+  if [ "$STEP_CODE" != 0 ]; then
+    say "a rank failed (exit status $STEP_CODE); logs of every rank: $1"
+    exit "$STEP_CODE"
+  fi
+}

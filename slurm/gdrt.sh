@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=gdrt
+#SBATCH --nodes=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#SBATCH --signal=B:USR1@300
+#
+# Trains one run, on as many ranks as the job has GPUs (or tasks, without GPUs), over as many lives as it takes.
+#
+#   sbatch slurm/gdrt.sh                                                             the quick start, one CPU rank
+#   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8 --time=24:00:00 \
+#          slurm/gdrt.sh --config configs/llama3_8b.yaml run.dir=runs/office dro.tau=0.5
+#
+# Before the time limit and before an eviction all ranks save the same step and the job requeues itself; after a dead node Slurm
+# requeues it. Each life goes on from the newest valid checkpoint. A finished run never starts again, a mistake in the settings never
+# requeues, and neither GDRT_MAX_REQUEUES (20) lives nor GDRT_MAX_STALLED (2) lives without a new checkpoint are exceeded.
+# Settings and failures: docs/clusters.md.
+set -euo pipefail
+warned=0 STEP_PID='' REPEATER=''
+# shellcheck disable=SC2317 # called by the trap
+on_warning() { # the time limit or an eviction is near
+  export SIGNALLED=1 # tells await_step why `wait` returned
+  [ "$warned" = 1 ] || printf 'gdrt: %s: asked to stop; the ranks save a checkpoint\n' "$(date +%T)"
+  warned=1
+  pass_on
+}
+pass_on() { # tells the ranks, again and again until they end: a rank that is still starting ignores the signal
+  [ -n "$STEP_PID" ] && [ -z "$REPEATER" ] || return 0
+  while kill -USR1 "$STEP_PID" 2>/dev/null; do sleep 10; done &
+  REPEATER=$!
+}
+trap on_warning USR1 TERM
+
+for GDRT_HOME in "${GDRT_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "${SLURM_SUBMIT_DIR:-}/.."; do # Slurm runs a copy of this file: it cannot ask where it is
+  [ -f "$GDRT_HOME/slurm/common.sh" ] && break
+  GDRT_HOME=
+done
+[ -n "$GDRT_HOME" ] || { printf 'error: the project was not found from %s\n  fix: submit from its folder, or set GDRT_HOME\n' "${SLURM_SUBMIT_DIR:-$PWD}" >&2; exit 2; }
+GDRT_HOME=$(cd "$GDRT_HOME" && pwd)
+# shellcheck source=slurm/common.sh disable=SC1091
+. "$GDRT_HOME/slurm/common.sh"
+[ -n "${SLURM_JOB_ID:-}" ] || refuse "slurm/gdrt.sh was started outside a Slurm job" "sbatch slurm/gdrt.sh ..., or: deepspeed gdrt_ds/train.py ..."
+[[ " $* " == *" --config"* ]] || set -- --config "$GDRT_HOME/configs/quickstart.yaml" "$@"
+
+prepare_environment
+life=("${GDRT_CONTAINER_WORDS[@]}" "$PYTHON" "$GDRT_HOME/slurm/lives.py")
+restart=${SLURM_RESTART_COUNT:-0}
+begun=$("${life[@]}" begin --job "$SLURM_JOB_ID" --restart "$restart" --active "$(squeue -h -u "$(id -u)" -t R,CG -o %A | tr '\n' ' ')" -- "$@") || exit $?
+eval "$begun" # VERDICT, RUN_DIR, LOGS, EXTRA (arguments for the trainer)
+[ "$VERDICT" = finished ] && exit 0
+describe_job
+check_nodes "$RUN_DIR"
+train=("$GDRT_HOME/gdrt_ds/train.py" "$@" "${EXTRA[@]}")
+if [ "$restart" = 0 ] && [ "${GDRT_PLAN:-1}" = 1 ]; then # a plan that is refused ends the job here, before any rank starts
+  "${GDRT_CONTAINER_WORDS[@]}" "$PYTHON" "${train[@]}" --plan --world "$RANKS" || exit $?
+fi
+if [ "$warned" = 0 ]; then
+  export GDRT_SIGNALS=caught GDRT_LIFE=$restart
+  launch "$LOGS" "${train[@]}"
+  [ "$warned" = 0 ] || pass_on # it came between the question above and the launch
+  await_step
+else
+  STEP_CODE=75 # asked to stop before the ranks started
+fi
+
+job=$(scontrol -o show job "$SLURM_JOB_ID")
+[[ $job =~ JobState=([A-Z_]+) ]] && state=${BASH_REMATCH[1]}
+[[ $job =~ Reason=([A-Za-z_]+) ]] && reason=${BASH_REMATCH[1]}
+ended=$("${life[@]}" end --job "$SLURM_JOB_ID" --restart "$restart" --run-dir "$RUN_DIR" --code "$STEP_CODE" \
+  --state "${state:-RUNNING}" --reason "${reason:-None}") || exit $?
+CODE=1
+eval "$ended" # VERDICT, CODE
+case $VERDICT in
+  requeue) scontrol requeue "$SLURM_JOB_ID" || { say "Slurm refused to requeue; go on by hand: sbatch slurm/gdrt.sh $*"; exit 75; } ;;
+  hold) scontrol requeuehold "$SLURM_JOB_ID" || exit "$CODE" ;;
+esac
+exit "$CODE"

@@ -1,0 +1,202 @@
+"""The lives of a run that is requeued: gdrt.sh asks `begin` before it starts the ranks and `end` after they ended.
+
+    python slurm/lives.py begin --job 12 --restart 0 -- --config configs/x.yaml run.dir=runs/x
+    python slurm/lives.py end --job 12 --restart 0 --run-dir runs/x --code 75 --state RUNNING --reason None
+
+What happened is explained on stderr and kept in RUN/logs/slurm/lives.jsonl; the answer on stdout is shell assignments:
+VERDICT = start | finished (begin), done | requeue | hold | stop (end). Exit status 2: the user's mistake, 1: no more lives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gdrt_ds.config import load_config  # noqa: E402
+from gdrt_ds.errors import UserError  # noqa: E402
+
+USER_ERROR, STORAGE_ERROR, INTERRUPTED = 2, 74, 75
+SIGNALS = {137: "killed by signal 9: often out of memory, see `sacct -o MaxRSS` or the node's kernel log", 139: "segmentation fault",
+           134: "aborted", 70: "it hung, or a peer did; the stacks are in RUN/logs", 143: "killed by signal 15"}
+
+
+def say(text: str) -> None:
+    print(f"gdrt: {text}", file=sys.stderr, flush=True)
+
+
+class Lives:
+    """RUN/logs/slurm/lives.jsonl: one line per begin and end of a life, by job."""
+
+    def __init__(self, run_dir: Path, job: str):
+        self.run_dir, self.job = run_dir, job
+        self.path = run_dir / "logs" / "slurm" / "lives.jsonl"
+
+    def events(self, event: str) -> list[dict]:
+        """Events of this job, oldest first; a line that a dying node left half-written is passed over."""
+        found = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []:
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return [e for e in found if e["event"] == event and (e["job"] == self.job or not self.job)]
+
+    def write(self, event: str, **fields) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"event": event, "job": self.job, "time": round(time.time(), 2), **fields}) + "\n")
+
+    def newest_step(self) -> int:
+        """Step of the newest published checkpoint, 0 without one."""
+        steps = [int(p.parent.name.removeprefix("step_")) for p in (self.run_dir / "checkpoints").glob("step_*/manifest.json")
+                 if p.parent.name.removeprefix("step_").isdigit()]
+        return max(steps, default=0)
+
+    def stalled(self, step: int) -> int:
+        """How many of the newest lives of this job began at the checkpoint that is still the newest."""
+        count = 0
+        for life in reversed(self.events("begin")):
+            if life["step"] != step:
+                break
+            count += 1
+        return count
+
+    def summary(self) -> dict:
+        path = self.run_dir / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def limit(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UserError(f"{name} = {text!r} is not a whole number", f"the default is {default}")
+    return int(text)
+
+
+def refusal(lives: Lives, restart: int, step: int) -> str | None:
+    """Why there may be no further life, in words, or None. `restart` counts the requeues that another life would have made."""
+    most, stalled_most = limit("GDRT_MAX_REQUEUES", 20), limit("GDRT_MAX_STALLED", 2)
+    if restart > most:
+        return f"{most} requeues are used up (GDRT_MAX_REQUEUES); submit again to go on from step {step}"
+    stalled = lives.stalled(step)
+    if stalled >= stalled_most:
+        return (f"no progress: {stalled} lives in a row ended without a checkpoint newer than step {step} (GDRT_MAX_STALLED={stalled_most}). "
+                f"Look at {lives.path.parent.parent}; if only time is short, lower train.save_every or ask for more --time")
+    return None
+
+
+def begin(args: argparse.Namespace) -> dict:
+    from gdrt_ds.train import parse
+    train = parse(args.train)
+    config = load_config(train.config, train.overrides)
+    run_dir = Path(config.run.dir).absolute()
+    if config.run.overwrite:
+        raise UserError("run.overwrite = true in a job that requeues itself: every life would empty what the one before saved",
+                        f"remove {run_dir} yourself, or choose another run.dir")
+    lives = Lives(run_dir, args.job)
+    logs = run_dir / "logs" / "slurm" / f"job_{args.job}_life_{args.restart}"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / "logs" / ".write_probe"
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run.dir = {run_dir}: not writable ({error.strerror})", "choose another run.dir, or mend space and permissions") from None
+    if lives.summary().get("status") == "completed":
+        say(f"{run_dir} is a finished run: nothing to do")
+        return {"VERDICT": "finished", "RUN_DIR": run_dir}
+    others = {e["job"] for e in Lives(run_dir, "").events("begin")} - {args.job}
+    running = sorted(others & set(args.active.split()))
+    if running:
+        raise UserError(f"run.dir = {run_dir} is in use by job {running[0]}, which is still running", f"scancel {running[0]}, or choose another run.dir")
+    step = lives.newest_step()
+    reason = refusal(lives, args.restart, step)
+    if reason:
+        say(f"stopped: {reason}")
+        raise SystemExit(1)
+    lives.write("begin", restart=args.restart, step=step, nodes=os.environ.get("SLURM_JOB_NODELIST"))
+    say(f"life {args.restart} of job {args.job}: {run_dir}, " + (f"from checkpoint step {step}" if step else "no checkpoint yet"))
+    resume = ["resume=auto"] if args.restart or config.resume is None else []    # an explicit checkpoint is where the first life starts
+    return {"VERDICT": "start", "RUN_DIR": run_dir, "LOGS": logs, "EXTRA": resume}
+
+
+def first_failure(logs: Path) -> tuple[int, str] | None:
+    """(exit status, description) of the rank that ended first with an error: its peers' errors follow from it."""
+    ended = []
+    for path in logs.glob("rank_*.exit"):
+        words = path.read_text().split()
+        if len(words) == 3 and words[0] != "0":
+            ended.append((float(words[1]), int(words[0]), path.stem.removeprefix("rank_"), words[2]))
+    if not ended:
+        return None
+    _, code, rank, node = min(ended)
+    return code, f"rank {rank} on {node} ended with status {code}" + (f" ({SIGNALS[code]})" if code in SIGNALS else "")
+
+
+def end(args: argparse.Namespace) -> dict:
+    run_dir = Path(args.run_dir)
+    lives = Lives(run_dir, args.job)
+    logs = run_dir / "logs" / "slurm" / f"job_{args.job}_life_{args.restart}"
+    step, status = lives.newest_step(), lives.summary().get("status")
+    code, what = first_failure(logs) or (args.code, f"the step ended with status {args.code}")
+    outside = args.state != "RUNNING" and args.reason != "TimeLimit"
+    if args.code == 0 and status == "completed":
+        verdict, code, text = "done", 0, f"the run is complete: {run_dir}"
+    elif args.code == 0:
+        verdict, code, text = "stop", 1, f"the ranks ended without an error, but {run_dir}/summary.json says {status!r}"
+    elif outside:
+        verdict, code, text = "stop", 1, f"the job was ended from outside ({args.state}); checkpoint step {step} is safe, submit again to go on"
+    elif code == USER_ERROR:
+        verdict, text = "stop", f"{what}: a setting has to be mended, so there is no requeue; the message is in {logs}/rank_0.log"
+    else:
+        reason = refusal(lives, args.restart + 1, step)
+        text = f"interrupted, all ranks saved step {step}" if code == INTERRUPTED else f"{what}; newest checkpoint: step {step}; logs: {logs}"
+        if reason:
+            verdict, code, text = "stop", 1, f"{text}; stopped: {reason}"
+        elif code == STORAGE_ERROR:
+            verdict, text = "hold", f"{text}; the job is held: free space, then `scontrol release {args.job}`"
+        else:
+            verdict, text = "requeue", f"{text}; the job requeues itself"
+    lives.write("end", restart=args.restart, step=step, code=code, step_code=args.code, verdict=verdict, text=text)
+    say(text)
+    return {"VERDICT": verdict, "CODE": code}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name in ("begin", "end"):
+        sub = actions.add_parser(name)
+        sub.add_argument("--job", required=True)
+        sub.add_argument("--restart", type=int, required=True, help="SLURM_RESTART_COUNT")
+        if name == "begin":
+            sub.add_argument("--active", default="", help="ids of jobs that are running now")
+        else:
+            sub.add_argument("--run-dir", required=True)
+            sub.add_argument("--code", type=int, required=True, help="exit status of srun")
+            sub.add_argument("--state", required=True, help="JobState of `scontrol show job`")
+            sub.add_argument("--reason", required=True)
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:cut])
+    args.train = words[cut + 1:]    # the arguments of gdrt_ds/train.py
+    try:
+        answer = begin(args) if args.action == "begin" else end(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    for name, value in answer.items():
+        words = " ".join(shlex.quote(str(v)) for v in value) if isinstance(value, list) else shlex.quote(str(value))
+        print(f"{name}=({words})" if isinstance(value, list) else f"{name}={words}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
