@@ -18,7 +18,7 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.interactions import make_windows
 from gdrt_ds.planted import make_planted
 from gdrt_ds.readers.amazon_reviews import is_amazon_reviews, read_amazon_reviews
-from gdrt_ds.readers.base import BadRows, Item, Sample, Windows
+from gdrt_ds.readers.base import BadRows, Item, Sample, Windows, nearest
 from gdrt_ds.readers.movielens import is_movielens, read_embedded_ml100k, read_movielens
 from gdrt_ds.readers.table import read_table
 from gdrt_ds.readers.windows import read_windows
@@ -74,8 +74,6 @@ def load_corpus(data: DataSection) -> Corpus:
     known = ("user", "item", "timestamp", "rating", "title", "provider", "genres")
     for role in data.columns:
         if role not in known:
-            from gdrt_ds.readers.base import nearest
-
             raise UserError(f"data.columns.{role}: unknown column role", nearest(role, known))
     kind = _format_of(data)
     notes: list[str] = []

@@ -25,15 +25,15 @@ _GENRES = ("river", "stone", "forest", "harbour", "meadow", "island", "canyon", 
 class PlantedOptions:
     """`data.planted`: sizes and strength of the planted shortcut. Seeded by `data.sample_seed` unless `seed` is given."""
 
-    num_items: int = 48  # catalogue size; the successor of the last item is the first
+    num_items: int = 24  # catalogue size; the successor of the last item is the first
     num_train: int = 6000
     num_valid: int = 200
     num_test: int = 400
     num_popular: int = 4  # items that shortcut targets are drawn from
     shortcut_share: float = 0.8  # share of samples of kind "shortcut"
-    shortcut_strength: float = 0.5  # popular item k is drawn with weight (1 - strength) ** k: 0 = evenly, near 1 = one item takes all
-    min_history: int = 3
-    max_history: int = 5
+    shortcut_strength: float = 0.3  # popular item k is drawn with weight (1 - strength) ** k: 0 = evenly, near 1 = one item takes all
+    min_history: int = 2
+    max_history: int = 4
     seed: int | None = None
 
 
@@ -75,10 +75,13 @@ def make_planted(data: DataSection) -> Windows:
 
 
 def _items(num_items: int) -> dict[str, Item]:
-    """Titles of two words: a class word that neighbours in catalogue order share, then an invented name that only this item has."""
+    """Titles of two words: an invented name that only this item has, then a class word that neighbours in catalogue order share.
+
+    The first word carries the choice; the rest of the target follows from the prefix, as most tokens of real titles do.
+    """
     block = max(1, -(-num_items // len(_GENRES)))
     names = _names(num_items)
-    return {str(i + 1): Item(str(i + 1), f"{_GENRES[i // block]} {names[i]}", provider=f"maker {i % 5 + 1}", genres=(_GENRES[i // block],))
+    return {str(i + 1): Item(str(i + 1), f"{names[i]} {_GENRES[i // block]}", provider=f"maker {i % 5 + 1}", genres=(_GENRES[i // block],))
             for i in range(num_items)}
 
 

@@ -76,19 +76,21 @@ class BadRows:
         self.counts: Counter[tuple[str, str]] = Counter()
         self.first: dict[tuple[str, str], str] = {}
 
-    def report(self, path: Path | str, line: int | None, field_name: str, problem: str, kind: str | None = None) -> None:
+    def report(self, path: Path | str, line: int | None, field_name: str, problem: str, kind: str | None = None,
+               row_stays: bool = False) -> None:
         """Raises UserError(file, line, field, problem), or counts the row under `kind` (default: the field) when skipping."""
         name = Path(path).name
         where = f"{name}, line {line}" if line is not None else name
         if not self.skip:
             raise UserError(f"{where}, field `{field_name}`: {problem}",
                             "correct the row, or set data.on_bad_row=skip to leave such rows out (they are counted and reported)")
-        key = (name, kind or f"field `{field_name}` unusable")
+        kind = kind or f"field `{field_name}` unusable"
+        key = (name, kind if row_stays else f"rows left out, {kind}")
         self.counts[key] += 1
         self.first.setdefault(key, f"{where}: {problem}")
 
     def notes(self) -> list[str]:
-        return [f"{name}: {count} rows left out, {kind} (first: {self.first[name, kind]})" for (name, kind), count in self.counts.items()]
+        return [f"{name}: {kind}: {count} (first: {self.first[name, kind]})" for (name, kind), count in self.counts.items()]
 
 
 def clean_title(text: str) -> str:

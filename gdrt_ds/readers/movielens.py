@@ -65,8 +65,7 @@ def read_embedded_ml100k(data: DataSection, bad: BadRows) -> Interactions:
     items = {}
     for line, row in _atomic(folder / "ml-100k.item", bad):
         title = clean_title(row["movie_title"])
-        if not title:
-            bad.report(folder / "ml-100k.item", line, "movie_title", f"item id {row['item_id']} has no title", "items without a title")
+        if not title:  # a rating of it is a bad row, see _collect
             continue
         year = row["release_year"].strip()
         items[row["item_id"]] = Item(row["item_id"], f"{title} ({year})" if year.isdigit() else title, providers.get(row["item_id"]),
@@ -140,8 +139,7 @@ def _read_100k(folder: Path, bad: BadRows) -> Interactions:
     items = {}
     for line, fields in _split_lines(folder / "u.item", "|", 5, bad):
         title = clean_title(fields[1])
-        if not title:
-            bad.report(folder / "u.item", line, "title", f"item id {fields[0]} has no title", "items without a title")
+        if not title:  # a rating of it is a bad row, see _collect
             continue
         genres = tuple(name for name, flag in zip(ML100K_GENRES, fields[5:]) if flag == "1")
         items[fields[0]] = Item(fields[0], title, None, genres)
@@ -156,8 +154,7 @@ def _read_1m(folder: Path, bad: BadRows) -> Interactions:
     items = {}
     for line, fields in _split_lines(folder / "movies.dat", "::", 2, bad):
         title = clean_title(fields[1])
-        if not title:
-            bad.report(folder / "movies.dat", line, "title", f"item id {fields[0]} has no title", "items without a title")
+        if not title:  # a rating of it is a bad row, see _collect
             continue
         items[fields[0]] = Item(fields[0], title, None, tuple(fields[2].split("|")) if len(fields) > 2 and fields[2] else ())
     users = {}

@@ -105,8 +105,7 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
             bad.report(path, line, item_column, "empty id")
             continue
         item, title = as_id(value), clean_title(str(title)) if title is not None else ""
-        if not title:
-            bad.report(path, line, title_column, f"item id {item} has no title", "items without a title")
+        if not title:  # an interaction with it is a bad row, see read_events
             continue
         if item in items and items[item].title != title:
             bad.report(path, line, item_column, f"item id {item} is there twice, as {items[item].title!r} and {title!r}", "item ids that repeat")

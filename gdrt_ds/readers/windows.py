@@ -144,7 +144,8 @@ def _titled(rows: list[tuple[int, Sample]], items: dict[str, Item], path: Path, 
     for line, sample in rows:
         missing = [item for item in sample.history if item not in items]
         for item in missing:
-            bad.report(path, line, "history", f"item id {item} has no title in the item table", "history item without a title (the window stays)")
+            bad.report(path, line, "history", f"item id {item} has no title in the item table", "history items left out of their window, without a title",
+                       row_stays=True)
         if missing:
             sample = replace(sample, history=tuple(item for item in sample.history if item in items))
         if sample.target not in items:
