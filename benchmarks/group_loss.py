@@ -1,0 +1,257 @@
+"""Speed and memory of the fused group loss beside its peers and its floor, in one run: python benchmarks/group_loss.py [--json] [--quick]
+
+Forward and backward with the head frozen for everyone and per-group weights that are known only after the forward (a DRO weight is
+known after an all-reduce), so each contender hands out unreduced losses and gets its weights in the backward. The floor is the two
+matrix products alone: logits = x W^T and dx = g W, in the same chunks and with nothing between them; "unchunked" is one product over all rows.
+
+Repeats are interleaved and the least time of each is taken. On CPUs OMP_NUM_THREADS decides the threads (2 if unset). Peak memory: what torch's
+allocator handed out beyond the inputs, from the profiler on CPUs and from the CUDA allocator on GPUs.
+A contender that cannot run here is a line with `skipped` and the reason. Exit status 0 whatever the ratios are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import time
+import warnings
+
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from gdrt_ds.loss import describe, group_cross_entropy  # noqa: E402
+from gdrt_ds.loss.group_loss import CHUNK_BYTES  # noqa: E402
+
+NUM_GROUPS = 8
+# (name, hidden size H, vocabulary V, tokens on a GPU, tokens on CPUs, tokens with --quick on CPUs or None)
+SHAPES = [
+    ("SmolLM2-135M", 576, 49_152, 16_384, 512, 512),
+    ("Gemma-2-2B", 2_304, 256_000, 8_192, 64, None),
+    ("Qwen2.5-7B", 3_584, 152_064, 8_192, 64, None),
+    ("Llama-3-8B", 4_096, 128_256, 8_192, 64, None),
+]
+
+
+class Problem:
+    """Inputs of one shape and the weights of the backward. Shapes: hidden[N, H], head[V, H], labels[N], groups[N]."""
+
+    def __init__(self, hidden_size: int, vocabulary: int, num_tokens: int, device: str, dtype: torch.dtype):
+        generator = torch.Generator(device=device).manual_seed(0)
+        self.hidden = torch.randn(num_tokens, hidden_size, device=device, generator=generator).to(dtype).requires_grad_()
+        # Rows repeat every 4,096 tokens: a product's time does not depend on it, and half a billion normal deviates take long to draw.
+        rows = torch.randn(min(vocabulary, 4096), hidden_size, device=device, generator=generator).mul_(hidden_size**-0.5).to(dtype)
+        self.head = rows.repeat(-(-vocabulary // len(rows)), 1)[:vocabulary].contiguous()
+        self.labels = torch.randint(vocabulary, (num_tokens,), device=device, generator=generator)
+        self.groups = torch.randint(NUM_GROUPS, (num_tokens,), device=device, generator=generator)
+        self.group_weights = torch.rand(NUM_GROUPS, device=device, generator=generator) / num_tokens
+        self.device = device
+
+    def backward_of_losses(self, losses_N: torch.Tensor) -> None:
+        (losses_N.float() * self.group_weights[self.groups]).sum().backward()
+
+
+def ours(problem: Problem, **options) -> None:
+    out = group_cross_entropy(problem.hidden, problem.head, problem.labels, problem.groups, NUM_GROUPS, **options)
+    (out.loss_sums * problem.group_weights).sum().backward()
+
+
+def full_logits(problem: Problem) -> None:
+    logits_NV = F.linear(problem.hidden, problem.head)
+    problem.backward_of_losses(F.cross_entropy(logits_NV.float(), problem.labels, reduction="none"))
+
+
+def torch_fused(problem: Problem, chunked: bool) -> None:
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    problem.backward_of_losses(F.linear_cross_entropy(problem.hidden, problem.head, problem.labels, reduction="none", options=options))
+
+
+def torch_fused_sum(problem: Problem) -> None:
+    """An easier task: one weight for all tokens, known before the forward."""
+    F.linear_cross_entropy(
+        problem.hidden, problem.head, problem.labels, reduction="sum", options=torch.nn.LinearCrossEntropyOptions()
+    ).backward()
+
+
+def liger(problem: Problem) -> None:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    arguments = (problem.hidden, problem.head, problem.labels, None, None, -100, 0.0, 0.0, "none")
+    result = LigerFusedLinearCrossEntropyFunction.apply(*arguments)
+    problem.backward_of_losses(result[0] if isinstance(result, tuple) else result)
+
+
+def cut_cross_entropy(problem: Problem, implementation: str) -> None:
+    from cut_cross_entropy import linear_cross_entropy
+
+    problem.backward_of_losses(linear_cross_entropy(problem.hidden, problem.head, problem.labels, reduction="none", impl=implementation))
+
+
+class Floor:
+    """The two products alone, with buffers allocated beforehand."""
+
+    def __init__(self, problem: Problem, chunked: bool):
+        num_tokens, vocabulary = len(problem.hidden), problem.head.shape[0]
+        bytes_per_logit = problem.head.element_size()
+        kind = "cuda" if problem.device == "cuda" else "cpu"
+        rows = max(1, CHUNK_BYTES[kind] // (vocabulary * bytes_per_logit)) if chunked else num_tokens
+        self.rows = -(-num_tokens // -(-num_tokens // rows))
+        self.logits = torch.empty(self.rows, vocabulary, dtype=problem.head.dtype, device=problem.device)
+        self.gradient = torch.empty_like(problem.hidden)
+
+    @torch.no_grad()
+    def __call__(self, problem: Problem) -> None:
+        for start in range(0, len(problem.hidden), self.rows):
+            hidden_CH = problem.hidden[start : start + self.rows]
+            logits_CV = self.logits[: len(hidden_CH)]
+            torch.mm(hidden_CH, problem.head.T, out=logits_CV)
+            torch.mm(logits_CV, problem.head, out=self.gradient[start : start + self.rows])
+
+
+def contenders(problem: Problem, quick: bool) -> dict:
+    """name -> (what one forward and backward does, its group: ours, peer or floor)."""
+    table = {
+        "ours, one pass": (lambda p: ours(p), "ours"),
+        "ours, recompute": (lambda p: ours(p, frozen_weight=False), "ours"),
+        "full logits": (full_logits, "peer"),
+        "torch linear_cross_entropy": (lambda p: torch_fused(p, chunked=True), "peer"),
+        "torch linear_cross_entropy, sum": (torch_fused_sum, "easier task"),
+        "Liger": (liger, "peer"),
+        "CCE": (lambda p: cut_cross_entropy(p, "cce"), "peer"),
+        "products, same chunks": (Floor(problem, chunked=True), "floor"),
+        "products, unchunked": (Floor(problem, chunked=False), "floor"),
+    }
+    if not quick:
+        table["CCE torch_compile"] = (lambda p: cut_cross_entropy(p, "torch_compile"), "peer")
+    return table
+
+
+def once(problem: Problem, run) -> float:
+    """Seconds of one forward and backward."""
+    problem.hidden.grad = None
+    if problem.device == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin.record()
+        run(problem)
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    run(problem)
+    return time.perf_counter() - begin
+
+
+def peak_bytes(problem: Problem, run) -> int:
+    """Bytes that torch's allocator handed out at the same time during one forward and backward, inputs not counted."""
+    problem.hidden.grad = None
+    gc.collect()
+    if problem.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(problem)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run(problem)
+    alive = peak = 0
+    for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def measure(name: str, problem: Problem, repeats: int, quick: bool) -> list[dict]:
+    """One JSON object per contender that is not the one-pass op: its time and memory beside ours."""
+    dtype = str(problem.head.dtype).removeprefix("torch.")
+    num_tokens, (vocabulary, hidden_size) = len(problem.hidden), problem.head.shape
+    shape = {"model": name, "N": num_tokens, "H": hidden_size, "V": vocabulary, "dtype": dtype}
+    table, times, peaks, skipped = contenders(problem, quick), {}, {}, {}
+    for label, (run, kind) in table.items():
+        try:
+            once(problem, run)
+            peaks[label] = 0 if kind == "floor" else peak_bytes(problem, run)
+            times[label] = []
+        except Exception as error:  # a peer without a CPU version fails in many ways; the reason is reported, not hidden
+            skipped[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    for _ in range(repeats):
+        for label in times:
+            times[label].append(once(problem, table[label][0]))
+    best = {label: min(values) for label, values in times.items()}
+    mine, budget = best["ours, one pass"], CHUNK_BYTES[problem.device] + problem.hidden.numel() * problem.hidden.element_size()
+    rows = []
+    for label, (_, kind) in table.items():
+        row = {"name": f"group_loss: ours one-pass / {label}", "shape": shape, "machine": machine(problem.device), "kind": kind}
+        if label == "ours, one pass":
+            row |= {"name": "group_loss: memory of one-pass / (chunk budget + N*H)", "kind": "memory"}
+            row |= {"ours": peaks[label], "floor": budget, "ratio": round(peaks[label] / budget, 3), "unit": "bytes"}
+        elif label in skipped:
+            row |= {"ours": mine, "peer": None, "ratio": None, "skipped": skipped[label]}
+        else:
+            row |= {"ours": mine, "floor" if kind == "floor" else "peer": best[label], "ratio": round(mine / best[label], 3), "unit": "s"}
+            row |= {"ours_peak_bytes": peaks["ours, one pass"], "peer_peak_bytes": peaks[label] if kind != "floor" else None}
+        rows.append(row)
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    shape = rows[0]["shape"]
+    print(f"\n{shape['model']}: N {shape['N']}, H {shape['H']}, V {shape['V']}, {shape['dtype']}; {rows[0]['machine']}")
+    print(f"{'ours one-pass beside':38} {'ours':>10} {'other':>10} {'ratio':>7}  {'ours MiB':>9} {'other MiB':>9}")
+    for row in rows:
+        other, label = row.get("peer", row.get("floor")), row["name"].split(" / ")[1]
+        if row.get("skipped"):
+            print(f"{label:38} does not run here: {row['skipped'][:80]}")
+        elif row["kind"] == "memory":
+            print(f"{'memory: ' + label:38} {row['ours'] / 2**20:8.1f} M {other / 2**20:8.1f} M {row['ratio']:7.3f}")
+        else:
+            memory = "" if row["peer_peak_bytes"] is None else f"{row['ours_peak_bytes'] / 2**20:9.1f} {row['peer_peak_bytes'] / 2**20:9.1f}"
+            print(f"{label:38} {row['ours'] * 1e3:8.1f}ms {other * 1e3:8.1f}ms {row['ratio']:7.3f}  {memory}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+    parser.add_argument("--quick", action="store_true", help="within a minute on 2 cores: the small shape only on CPUs")
+    parser.add_argument("--repeats", type=int, default=None, help="interleaved repeats, the least counts (default 7, quick 4, GPU 20)")
+    parser.add_argument("--model", default=None, help="only the shape with this name")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", module="torch")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    repeats = arguments.repeats or (20 if device == "cuda" else 4 if arguments.quick else 7)
+    dtypes = [torch.bfloat16] if device == "cuda" else [torch.float32, torch.bfloat16]
+    for dtype in dtypes if not arguments.json else ():
+        print(describe(device, dtype))
+    for name, hidden_size, vocabulary, gpu_tokens, cpu_tokens, quick_tokens in SHAPES:
+        num_tokens = gpu_tokens if device == "cuda" else quick_tokens if arguments.quick else cpu_tokens
+        if num_tokens is None or arguments.model not in (None, name):
+            continue
+        for dtype in dtypes:
+            rows = measure(name, Problem(hidden_size, vocabulary, num_tokens, device, dtype), repeats, arguments.quick)
+            for row in rows if arguments.json else ():
+                print(json.dumps(row), flush=True)
+            if not arguments.json:
+                print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
