@@ -12,6 +12,7 @@ trusts manifests only. Every start of a run has a life number (RUN/life): an old
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -187,6 +188,55 @@ def load(engine, path: str | Path, *, fingerprint: str | None = None, restore_rn
     return Restored(manifest["step"], _join(state["client"], tensors), manifest["world"], same_world, path)
 
 
+def save_adapter(engine, folder: str | Path, *, tokenizer=None) -> Path:
+    """Writes the adapter as PEFT does (safetensors + adapter_config.json + tokenizer); every rank calls it.
+
+    Sharded parameters are gathered one by one; the file is read back and compared, because empty adapters saved under
+    ZeRO-3 are the field's classic loss (trl #4416, peft #453, #2500).
+
+    Raises:
+        UserError: on every rank, if the folder cannot be written or the adapter is empty after training steps.
+    """
+    import deepspeed
+    from peft import PeftModel, get_peft_model_state_dict
+    folder = Path(folder)
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    model = next(m for m in engine.module.modules() if isinstance(m, PeftModel))
+    gathered: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                if _rank() == 0:
+                    gathered[name] = parameter.detach().to("cpu", copy=True).contiguous()
+
+    def write():
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        tensors = get_peft_model_state_dict(model, state_dict=gathered, adapter_name="default", save_embedding_layers=False)
+        if len(tensors) != len(gathered):
+            raise RuntimeError(f"{len(gathered)} trainable tensors, {len(tensors)} recognised by PEFT")
+        save_file({name: value.contiguous() for name, value in tensors.items()}, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        _fsync(scratch / "adapter_model.safetensors")
+        adapter_config = copy.deepcopy(model.peft_config["default"])
+        adapter_config.inference_mode = True
+        adapter_config.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        again = load_file(scratch / "adapter_model.safetensors")
+        if set(again) != set(tensors) or any(not torch.equal(again[name], tensors[name]) for name in tensors):
+            raise RuntimeError("the file read back differs from the adapter")
+        empty = [name for name, value in again.items() if "lora_B" in name and not value.any()]
+        if empty and engine.global_steps > engine.skipped_steps:
+            raise RuntimeError(f"{len(empty)} adapter matrices are still zero after {engine.global_steps} steps, e.g. {empty[0]}")
+        if folder.exists():
+            _remove(folder)
+        _rename(scratch, folder)
+        _fsync(folder.parent)
+
+    _agree(engine, _attempt(write, on=_rank() == 0), scratch, what="adapter")
+    return folder
+
+
 # ---------------------------------------------------------------------------------------------------- writing
 
 def _prepare(scratch: Path) -> None:
@@ -307,7 +357,7 @@ def _attempt(action, on: bool = True) -> str | None:
     return None
 
 
-def _agree(engine, problem: str | None, scratch: Path) -> None:
+def _agree(engine, problem: str | None, scratch: Path, what: str | None = None) -> None:
     """Raises on every rank if any rank has a problem; also the barrier between the phases of a save."""
     failed = problem is not None
     if _world() > 1:
@@ -323,7 +373,7 @@ def _agree(engine, problem: str | None, scratch: Path) -> None:
     if _rank() == 0:
         shutil.rmtree(scratch, ignore_errors=True)
     which = next(rank for rank, text in enumerate(texts) if text)
-    raise UserError(f"checkpoint {scratch.name.split('.')[1]} was not published: rank {which}: {texts[which]}",
+    raise UserError(f"{what or 'checkpoint ' + scratch.name.split('.')[1]} was not published: rank {which}: {texts[which]}",
                     "free disk space (or stop the other process on this run folder) and go on with resume=auto; earlier checkpoints are intact")
 
 
@@ -374,7 +424,7 @@ def _digest(body: dict) -> str:
 
 @contextlib.contextmanager
 def _locked(run_dir: Path):
-    with open(run_dir / ".life.lock", "a") as handle:
+    with open(run_dir / ".life.lock", "a") as handle:  # the kernel lets go of it when a process dies
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

@@ -101,7 +101,7 @@ def export_state(engine) -> tuple[dict[str, Tensor], dict]:
                 if numel:
                     tensors[f"{name}|{offset}|{key}"] = value.detach()[start:start + numel].to("cpu", copy=True)
         scalars.append({key: float(value) for key, value in inner.state.get(group.flat, {}).items()
-                        if not torch.is_tensor(value) or value.dim() == 0})
+                        if isinstance(value, (int, float)) or (torch.is_tensor(value) and value.dim() == 0)})
     hyper = [{key: value for key, value in group.items() if key != "params" and _is_json(value)} for group in inner.param_groups]
     common = {"optimizer_scalars": scalars[0] if scalars else {}, "param_groups": hyper, "optimizer": type(inner).__name__,
               "counters": {name: int(getattr(engine, name)) for name in COUNTERS}}
@@ -140,8 +140,10 @@ def import_state(engine, slices: dict[str, dict[str, list[tuple[int, Tensor]]]],
                 _copy_overlap(target, start, offset, numel, parts)
         if state or common["optimizer_scalars"]:
             for key, value in common["optimizer_scalars"].items():
-                # torch keeps `step` as a float32 scalar, DeepSpeed's CPU Adam as an int
-                state[key] = int(value) if common["optimizer"].startswith("DeepSpeedCPU") else torch.tensor(value, dtype=torch.float32)
+                # torch keeps `step` as a float32 scalar (on the device in its fused form), DeepSpeed's CPU Adam as an int
+                on_device = inner.param_groups[group.group].get("fused") or inner.param_groups[group.group].get("capturable")
+                state[key] = int(value) if common["optimizer"].startswith("DeepSpeedCPU") else torch.tensor(
+                    value, dtype=torch.float32, device=group.flat.device if on_device else "cpu")
             inner.state[group.flat] = state
     for target, source in zip(inner.param_groups, common["param_groups"]):
         target.update({key: tuple(value) if isinstance(target.get(key), tuple) else value for key, value in source.items()})

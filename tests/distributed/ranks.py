@@ -1,0 +1,88 @@
+"""Starts real ranks for tests: one interpreter imports torch and DeepSpeed once and forks the ranks of every scenario.
+
+A scenario file is run as a script (`python tests/distributed/scenario_x.py OUTPUT.json`); its ranks talk over gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import queue as queues
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _child(function, rank, world, port, queue, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        import deepspeed
+        deepspeed.init_distributed("gloo", verbose=False)
+        queue.put((rank, "ok", pickle.dumps(function(rank, world, *args))))
+    except BaseException as error:  # the parent must hear of everything, UserError included
+        queue.put((rank, "error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    queue.close()
+    queue.join_thread()
+    os._exit(0)
+
+
+def run_ranks(world: int, function, *args, timeout_s: float = 120.0, may_die: bool = False) -> list:
+    """Results of function(rank, world, *args) on every rank, in rank order. Results must be picklable.
+
+    With `may_die` a killed rank gives None and its peers are stopped.
+    """
+    context = multiprocessing.get_context("fork")
+    queue, port = context.Queue(), free_port()
+    processes = [context.Process(target=_child, args=(function, rank, world, port, queue, args)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    results, deadline, problem = {}, time.monotonic() + timeout_s, None
+    while len(results) < world and problem is None:
+        try:
+            rank, status, value = queue.get(timeout=0.2)
+            if status == "error":
+                problem = f"rank {rank}: {value}"
+            results[rank] = pickle.loads(value) if status == "ok" else value
+        except queues.Empty:
+            dead = [r for r, p in enumerate(processes) if not p.is_alive() and r not in results]
+            if dead and queue.empty():
+                if may_die:
+                    break
+                problem = f"rank {dead[0]} ended without a result (exit {processes[dead[0]].exitcode})"
+        if time.monotonic() > deadline:
+            problem = f"ranks {[r for r in range(world) if r not in results]} did not finish within {timeout_s} s"
+    for process in processes:
+        process.join(timeout=0.0 if may_die or problem else 10.0)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    if problem and not may_die:
+        raise RuntimeError(problem)
+    return [results.get(rank) for rank in range(world)]
+
+
+def run_scenario(script: str, folder: Path, timeout_s: float = 300.0) -> dict:
+    """Runs tests/distributed/<script> in a fresh interpreter; returns the JSON it wrote."""
+    output = folder / (Path(script).stem + ".json")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                   "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "distributed" / script), str(output), str(folder)], env=environment,
+                          capture_output=True, text=True, timeout=timeout_s)
+    if done.returncode != 0 or not output.is_file():
+        raise AssertionError(f"{script} failed ({done.returncode})\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
+    return json.loads(output.read_text())
