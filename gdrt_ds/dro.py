@@ -31,11 +31,18 @@ def closed_form_weights(losses: Tensor, p: Tensor, tau: float) -> tuple[Tensor, 
     Args:
         losses: float64[G]; entries of groups with p = 0 are ignored (they may be NaN).
         p: float64[G] on the simplex over the groups present.
+        tau: > 0; infinity is the plain mean under p.
     Returns:
-        (q float64[G], objective float64[]). Exact for any tau > 0: the largest exponent is subtracted first.
+        (q float64[G], objective float64[]). Exact for any tau > 0: the largest loss is subtracted before anything else.
     """
-    exponent = torch.where(p > 0, p.clamp_min(1e-300).log() + losses / tau, -torch.inf)
-    return torch.softmax(exponent, 0), tau * torch.logsumexp(exponent, 0)
+    kept = torch.where(p > 0, losses, -torch.inf)
+    worst = kept.max()
+    below = torch.where(p > 0, (kept - worst) / tau, -torch.inf)      # <= 0, whatever tau
+    q = torch.softmax(p.clamp_min(1e-300).log() + below, 0)
+    if tau == float("inf"):
+        return q, (p * torch.where(p > 0, losses, 0.0)).sum()
+    # log1p of expm1: at large tau the sum is 1 - L/tau and log would leave nothing of it
+    return q, worst + tau * (p * below.expm1()).sum().log1p()
 
 
 def exponentiated_gradient(q: Tensor, losses: Tensor, present: Tensor, eta: float) -> Tensor:

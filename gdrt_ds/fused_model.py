@@ -8,12 +8,13 @@ Shapes: N supervised tokens of the micro-batch, H hidden, V vocabulary, G groups
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from gdrt_ds.batches import MicroBatch
+from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens, group_cross_entropy
 from gdrt_ds.model import decoder, head, head_scaling
 
@@ -27,6 +28,7 @@ class HeadRequest:
     num_groups: int
     temperature: float = 1.0
     allowed: AllowedTokens | None = None
+    difference: bool = False    # the hidden states are a difference of two: the bias of the head cancels
 
 
 class FusedLossModel(nn.Module):
@@ -56,11 +58,10 @@ class FusedLossModel(nn.Module):
                 return plain(hidden)
             lora = None
             if self._lora is not None and not self._lora[0].disable_adapters:
-                layer, name = self._lora
+                layer, name = self._lora  # its dropout is left out: both terms of the fused product read the same hidden states
                 lora = (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-                hidden = layer.lora_dropout[name](hidden)
             out = group_cross_entropy(hidden.to(module.weight.dtype), module.weight, request.labels, request.groups, request.num_groups,
-                                      bias=module.bias, logit_scale=self.logit_scale, softcap=self.softcap,
+                                      bias=None if request.difference else module.bias, logit_scale=self.logit_scale, softcap=self.softcap,
                                       temperature=request.temperature, allowed=request.allowed,
                                       **({"lora": lora} if lora is not None else {}))
             return out.loss_sums, out.token_losses
@@ -81,5 +82,8 @@ class FusedLossModel(nn.Module):
         loss_sums, token_losses = self._head[0](states, request)
         if history_free is None:
             return loss_sums, token_losses, None
-        _, counterfactual = self._head[0](states - self.hidden(history_free), request)
+        if self.softcap is not None:
+            raise UserError("objective = cft: this model soft-caps its logits, so their difference is not the head of a difference",
+                            "choose another objective, or a model without final_logit_softcapping")
+        _, counterfactual = self._head[0](states - self.hidden(history_free), replace(request, difference=True))
         return loss_sums, token_losses, counterfactual

@@ -88,11 +88,14 @@ class StepRunner:
         build = lambda store: build_micro_batch(store, samples, self.packing, self.head_length, self.pad_id, self.runtime.device)
         return build(self.tokens.store), build(self.tokens.history_free) if self.tokens.history_free is not None else None
 
-    def _step_facts(self, step: int) -> tuple[Tensor, Tensor | None, np.ndarray]:
-        """Group counts and reference sums of the whole global batch: every rank computes them from the plan, without talking."""
-        samples = self.plan.samples(step)
+    def _step_facts(self, layout: list[list[np.ndarray]]) -> tuple[Tensor, Tensor | None, np.ndarray]:
+        """Group counts and reference sums of the whole global batch, and its target tokens in the order of the layout.
+
+        Every rank computes them from the plan, without talking. A sample that comes twice in a step (the turn of an epoch)
+        is there twice.
+        """
         offsets = self.tokens.store.target_offsets
-        index = np.concatenate([np.arange(offsets[s], offsets[s + 1]) for s in samples])
+        index = np.concatenate([np.arange(offsets[s], offsets[s + 1]) for slots in layout for samples in slots for s in samples])
         groups, size = self.tokens.groups[index], self.tokens.num_groups
         weights = None if self.tokens.weights is None else self.tokens.weights[index]
         counts = torch.from_numpy(np.bincount(groups, weights, size).astype(np.float64)).to(self.runtime.device)
@@ -100,6 +103,13 @@ class StepRunner:
         if self.tokens.reference is not None:
             reference = torch.from_numpy(np.bincount(groups, self.tokens.reference[index], size)).to(self.runtime.device)
         return counts, reference, index
+
+    def _token_slots(self, layout: list[list[np.ndarray]]) -> list[Tensor]:
+        """Per micro-batch of this rank: Long[N], the places of its target tokens among those of the global batch."""
+        lengths = np.array([[int(self.tokens.store.num_target[samples].sum()) for samples in slots] for slots in layout])
+        stops = lengths.cumsum().reshape(lengths.shape)
+        rank = self.runtime.rank
+        return [torch.arange(stops[a, rank] - lengths[a, rank], stops[a, rank], device=self.runtime.device) for a in range(len(layout))]
 
     # -- forward ---------------------------------------------------------------------------------------------------------
     def _seed(self, step: int, micro: int) -> None:
@@ -139,13 +149,13 @@ class StepRunner:
         """q before the forward: from the state (moving averages after step t-1), or from counts alone."""
         if not self.objective.needs_losses or self.frozen_q is not None:
             return self.objective.aggregate(self._view(None, counts))[0]
-        if self.state.steps == 0:
+        if self.state.steps == 0 and self.objective.remember is None:  # group_dro starts from its own q
             return dro.prior(counts, self.config.dro.prior)
         losses, seen = self.state.ema_losses()
         neutral = (losses * counts * seen).sum() / (counts * seen).sum().clamp_min(1e-300)  # unseen groups: the average of the seen ones
         return self.objective.aggregate(self._view(torch.where(seen, losses, neutral), counts))[0]
 
-    def _backward(self, sums: Tensor, values: Tensor, coefficients: Tensor, groups: Tensor, token_coefficients: Tensor | None) -> None:
+    def _backward(self, sums: Tensor, values: Tensor, coefficients: Tensor, token_coefficients: Tensor | None) -> None:
         if token_coefficients is not None:
             scalar = (token_coefficients * values.to(torch.float64)).sum() + 0.0 * sums.to(torch.float64).sum()
         else:
@@ -155,10 +165,11 @@ class StepRunner:
     # -- the step --------------------------------------------------------------------------------------------------------
     def run(self, step: int, lr: float) -> StepResult:
         """Raises NonFiniteLoss on every rank when any rank saw NaN or inf and train.on_nonfinite = stop."""
-        micro_steps = [slots[self.runtime.rank] for slots in self.plan.step(step)]
-        counts, reference, token_index = self._step_facts(step)
+        layout = self.plan.step(step)
+        micro_steps = [slots[self.runtime.rank] for slots in layout]
+        counts, reference, token_index = self._step_facts(layout)
+        slots_of = self._token_slots(layout) if self.per_token else None
         self._slot_groups = self.tokens.groups[token_index]
-        slot_of = {int(t): i for i, t in enumerate(token_index)} if self.per_token else None
         buffer = dro.StepBuffer(self.tokens.num_groups, self.runtime.device, len(token_index) if self.per_token else 0)
         if self.runtime.stop_signal is not None:
             buffer.request_stop()
@@ -176,13 +187,10 @@ class StepRunner:
             tokens += micro.num_tokens
             buffer.add(sums, group_sums(self._weights_of(micro), groups, self.tokens.num_groups))
             if self.per_token:
-                slots = torch.tensor([slot_of[int(t)] for t in micro.token_index], dtype=torch.long, device=self.runtime.device)
-                buffer.add_tokens(slots, values)
-                held = (sums, values, groups, slots)
-            else:
-                held = (sums, values, groups, None)
+                buffer.add_tokens(slots_of[index], values)
+            held = (sums, values, groups)
             if not self.late:
-                self._backward(sums, values, q / safe_counts, groups, None)
+                self._backward(sums, values, q / safe_counts, None)
                 held = None
         buffer.reduce().wait()
         nonfinite, stop = buffer.flags()
@@ -193,10 +201,10 @@ class StepRunner:
         if self.late and not nonfinite:
             q, objective, token_q = self._late_weights(losses, buffer)
             if two_pass:
-                self._second_pass(micro_steps, step, q / safe_counts, token_q, slot_of)
+                self._second_pass(micro_steps, step, q / safe_counts, token_q, slots_of)
             else:
-                sums, values, groups, slots = held
-                self._backward(sums, values, q / safe_counts, groups, token_q[slots] if token_q is not None else None)
+                sums, values, groups = held
+                self._backward(sums, values, q / safe_counts, token_q[slots_of[0]] if token_q is not None else None)
         if nonfinite:
             q = counts * float("nan")
             if not self.late:
@@ -229,14 +237,11 @@ class StepRunner:
         groups = torch.from_numpy(self._slot_groups.astype(np.int64)).to(self.runtime.device)
         return group_sums(token_q, groups, self.tokens.num_groups), objective, token_q
 
-    def _second_pass(self, micro_steps, step: int, coefficients: Tensor, token_q: Tensor | None, slot_of) -> None:
+    def _second_pass(self, micro_steps, step: int, coefficients: Tensor, token_q: Tensor | None, slots_of: list[Tensor] | None) -> None:
         for index, samples in enumerate(micro_steps):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_steps) - 1)
-            sums, values, groups, micro = self._forward(samples, step, index)
-            local = None
-            if token_q is not None:
-                local = token_q[torch.tensor([slot_of[int(t)] for t in micro.token_index], dtype=torch.long, device=self.runtime.device)]
-            self._backward(sums, values, coefficients, groups, local)
+            sums, values, _, _ = self._forward(samples, step, index)
+            self._backward(sums, values, coefficients, token_q[slots_of[index]] if token_q is not None else None)
 
     def _remember(self, losses: Tensor, counts: Tensor) -> None:
         present = counts > 0
