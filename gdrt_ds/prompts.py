@@ -108,7 +108,8 @@ class PromptTemplate:
 
 
 def _wording(style: str, domain: str) -> dict[str, str]:
-    """Our own wording. Pieces end where a tokenizer breaks anyway (line ends, colons), so that encoding them alone costs nothing."""
+    """Our own wording. Pieces end at line ends and colons, where byte-level tokenizers break anyway; of a whole text they would merge
+    only a title's closing quote with the comma after it."""
     if style == "plain":
         return {"before_instruction": "", "instruction": f"Predict the next {domain} of this user.",
                 "before_history": f"\nThe {domain} history, oldest first:", "after_history": f"\nThe next {domain}: "}

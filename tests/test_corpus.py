@@ -204,10 +204,11 @@ def test_equal_timestamps_keep_the_order_of_the_file_and_are_noted(tmp_path):
 
 
 def test_renamed_columns_and_other_file_types_give_the_same_corpus(tmp_path):
+    half = (0.5, 0.25, 0.25)
     import pyarrow
     import pyarrow.csv
     import pyarrow.parquet
-    expected = load_corpus(section(write_table(tmp_path))).fingerprint
+    expected = load_corpus(section(write_table(tmp_path), split_ratio=half)).fingerprint
     table = pyarrow.csv.read_csv(tmp_path / "interactions.csv")
     pyarrow.parquet.write_table(table, tmp_path / "events.parquet")
     with open(tmp_path / "events.jsonl", "w") as stream:
@@ -215,10 +216,10 @@ def test_renamed_columns_and_other_file_types_give_the_same_corpus(tmp_path):
     with gzip.open(tmp_path / "events.tsv.gz", "wt") as stream:
         stream.write("who\twhat\twhen\trating\n" + "".join(f"{r['user_id']}\t{r['item_id']}\t{r['timestamp']}\t5\n" for r in table.to_pylist()))
     items = str(tmp_path / "items.csv")
-    assert load_corpus(section(tmp_path / "events.parquet", items=items)).fingerprint == expected
-    assert load_corpus(section(tmp_path / "events.jsonl", items=items)).fingerprint == expected
+    assert load_corpus(section(tmp_path / "events.parquet", items=items, split_ratio=half)).fingerprint == expected
+    assert load_corpus(section(tmp_path / "events.jsonl", items=items, split_ratio=half)).fingerprint == expected
     renamed = {"user": "who", "item": "what", "timestamp": "when"}
-    assert load_corpus(section(tmp_path / "events.tsv.gz", items=items, columns=renamed)).fingerprint == expected
+    assert load_corpus(section(tmp_path / "events.tsv.gz", items=items, columns=renamed, split_ratio=half)).fingerprint == expected
     with pytest.raises(UserError, match="data.columns.user=whom.*has no such column") as caught:
         load_corpus(section(tmp_path / "events.tsv.gz", items=items, columns={**renamed, "user": "whom"}))
     assert "`who`" in caught.value.fix
@@ -258,7 +259,7 @@ def test_a_time_split_needs_timestamps_and_iso_dates_are_timestamps(tmp_path):
 def test_user_attributes_come_along(tmp_path):
     write_table(tmp_path)
     (tmp_path / "users.csv").write_text("user_id,gender,age\na,F,30\nb,M,40\nz,F,1\n")
-    assert load_corpus(section(tmp_path)).users == {"a": {"gender": "F", "age": "30"}, "b": {"gender": "M", "age": "40"}}
+    assert load_corpus(section(tmp_path, split_ratio=(0.5, 0.25, 0.25))).users == {"a": {"gender": "F", "age": "30"}, "b": {"gender": "M", "age": "40"}}
 
 
 def test_limits_are_seeded_samples_in_order(tmp_path):
