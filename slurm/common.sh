@@ -106,12 +106,12 @@ check_nodes() { # check_nodes FOLDER: every node sees the folder and the interpr
     [ "$writable" = yes ] || refuse "the run folder $folder is not writable on $name" "put run.dir on a file system that all nodes share"
     [ "$python" = yes ] || refuse "the Python interpreter $PYTHON does not exist on $name" "put the environment on a file system that all nodes share"
     [ -n "$first" ] || first=$gpus
-    [ "$gpus" = "$first" ] || refuse "unequal GPUs per node: $(tr '\n' ';' <<< "$report" | sed 's/ \([0-9]*\) [^;]*;/=\1 /g')" \
+    [ "$gpus" = "$first" ] || refuse "unequal GPUs per node: $(sort <<< "$report" | sed 's/^\([^ ]*\) \([0-9]*\) .*/\1 has \2/' | paste -sd,)" \
       "ask for --gpus-per-node=N instead of --gpus=N, so that every node has the same number"
     if [ "$NUM_NODES" -gt 1 ] && [ -z "${GLOO_SOCKET_IFNAME:-}" ] && { [[ $address == 127.* ]] || [ "$address" = none ]; }; then
       say "warning: on $name its own name resolves to $address; if ranks fail with \"Connection refused\", set GDRT_INTERFACE=<network interface>"
     fi
-  done <<< "$report"
+  done <<< "$(sort <<< "$report")"
 }
 
 # ---- the ranks ------------------------------------------------------------------------------------------------------------------
@@ -140,6 +140,13 @@ await_step() { # waits for the step through any number of trapped signals; STEP_
     [ "$SIGNALLED" = 1 ] || break
   done
   wait "$TAIL_PID" 2>/dev/null || true
+}
+
+requeue_on_warning() { # before the time limit: the job leaves and comes back, GDRT_MAX_REQUEUES times at most
+  # shellcheck disable=SC2016 # expanded when the signal comes
+  trap 'SIGNALLED=1
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt "${GDRT_MAX_REQUEUES:-20}" ]; then say "asked to stop: the job requeues itself"; scontrol requeue "$SLURM_JOB_ID"
+    else say "asked to stop, and ${GDRT_MAX_REQUEUES:-20} requeues are used up (GDRT_MAX_REQUEUES)"; fi' USR1
 }
 
 run_ranks() { # run_ranks LOG_FOLDER COMMAND...: for work that starts anew when the job is requeued

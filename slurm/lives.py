@@ -1,10 +1,12 @@
 """The lives of a run that is requeued: gdrt.sh asks `begin` before it starts the ranks and `end` after they ended.
+`look` only checks settings and run folder (prepare.sh).
 
     python slurm/lives.py begin --job 12 --restart 0 -- --config configs/x.yaml run.dir=runs/x
+    python slurm/lives.py look -- --config configs/x.yaml run.dir=runs/x
     python slurm/lives.py end --job 12 --restart 0 --run-dir runs/x --code 75 --state RUNNING --reason None
 
 What happened is explained on stderr and kept in RUN/logs/slurm/lives.jsonl; the answer on stdout is shell assignments:
-VERDICT = start | finished (begin), done | requeue | hold | stop (end). Exit status 2: the user's mistake, 1: no more lives.
+VERDICT = start | finished (begin, look), done | requeue | hold | stop (end). Exit status 2: the user's mistake, 1: no more lives.
 """
 
 from __future__ import annotations
@@ -92,7 +94,8 @@ def refusal(lives: Lives, restart: int, step: int) -> str | None:
     return None
 
 
-def begin(args: argparse.Namespace) -> dict:
+def look(args: argparse.Namespace) -> dict:
+    """Checks the settings and makes the run folder; VERDICT=finished for a run that needs no more lives."""
     from gdrt_ds.train import parse
     train = parse(args.train)
     config = load_config(train.config, train.overrides)
@@ -100,18 +103,26 @@ def begin(args: argparse.Namespace) -> dict:
     if config.run.overwrite:
         raise UserError("run.overwrite = true in a job that requeues itself: every life would empty what the one before saved",
                         f"remove {run_dir} yourself, or choose another run.dir")
-    lives = Lives(run_dir, args.job)
-    logs = run_dir / "logs" / "slurm" / f"job_{args.job}_life_{args.restart}"
     try:
-        logs.mkdir(parents=True, exist_ok=True)
+        (run_dir / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
         probe = run_dir / "logs" / ".write_probe"
         probe.write_text("x")
         probe.unlink()
     except OSError as error:
         raise UserError(f"run.dir = {run_dir}: not writable ({error.strerror})", "choose another run.dir, or mend space and permissions") from None
-    if lives.summary().get("status") == "completed":
+    if Lives(run_dir, "").summary().get("status") == "completed":
         say(f"{run_dir} is a finished run: nothing to do")
         return {"VERDICT": "finished", "RUN_DIR": run_dir}
+    explicit = config.resume not in (None, "auto")
+    return {"VERDICT": "start", "RUN_DIR": run_dir, "EXTRA": [] if explicit else ["resume=auto"]}
+
+
+def begin(args: argparse.Namespace) -> dict:
+    answer = look(args)
+    run_dir = answer["RUN_DIR"]
+    if answer["VERDICT"] == "finished":
+        return answer
+    lives = Lives(run_dir, args.job)
     others = {e["job"] for e in Lives(run_dir, "").events("begin")} - {args.job}
     running = sorted(others & set(args.active.split()))
     if running:
@@ -123,8 +134,11 @@ def begin(args: argparse.Namespace) -> dict:
         raise SystemExit(1)
     lives.write("begin", restart=args.restart, step=step, nodes=os.environ.get("SLURM_JOB_NODELIST"))
     say(f"life {args.restart} of job {args.job}: {run_dir}, " + (f"from checkpoint step {step}" if step else "no checkpoint yet"))
-    resume = ["resume=auto"] if args.restart or config.resume is None else []    # an explicit checkpoint is where the first life starts
-    return {"VERDICT": "start", "RUN_DIR": run_dir, "LOGS": logs, "EXTRA": resume}
+    if args.restart:
+        answer["EXTRA"] = ["resume=auto"]    # an explicit checkpoint is where the first life starts, not every life
+    logs = lives.path.parent / f"job_{args.job}_life_{args.restart}"
+    logs.mkdir(exist_ok=True)
+    return answer | {"LOGS": logs}
 
 
 def first_failure(logs: Path) -> tuple[int, str] | None:
@@ -172,8 +186,10 @@ def end(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
-    for name in ("begin", "end"):
+    for name in ("look", "begin", "end"):
         sub = actions.add_parser(name)
+        if name == "look":
+            continue
         sub.add_argument("--job", required=True)
         sub.add_argument("--restart", type=int, required=True, help="SLURM_RESTART_COUNT")
         if name == "begin":
@@ -188,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(words[:cut])
     args.train = words[cut + 1:]    # the arguments of gdrt_ds/train.py
     try:
-        answer = begin(args) if args.action == "begin" else end(args)
+        answer = {"look": look, "begin": begin, "end": end}[args.action](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR

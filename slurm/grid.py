@@ -1,0 +1,100 @@
+"""The grid of a sweep: objectives x seeds x temperatures, each a run with a name.
+
+    python slurm/grid.py --objectives sft,gdrt --seeds 0,1 --taus 0.5,1 [--into runs/sweep]     lists it, numbered
+    python slurm/grid.py --index 3 ... -- --config configs/x.yaml key=value                    the arguments of run 3, quoted for a shell
+
+Objectives without a temperature appear once per seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gdrt_ds.config import RunConfig  # noqa: E402
+from gdrt_ds.errors import UserError  # noqa: E402
+
+OBJECTIVES = get_args(RunConfig.model_fields["objective"].annotation)
+WITH_TAU = ("gdrt", "gdrt+msl")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid: its name and the settings that make it."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+def grid(objectives: list[str], seeds: list[str], taus: list[str]) -> list[Cell]:
+    """Cells in the order of the lists. Raises UserError for an unknown objective or a value that is not a number."""
+    cells = []
+    for objective in objectives:
+        if objective not in OBJECTIVES:
+            raise UserError(f"--objectives: unknown objective `{objective}`", f"allowed: {', '.join(OBJECTIVES)}")
+        for tau in taus if objective in WITH_TAU else [""]:
+            for seed in seeds:
+                if not seed.isdigit():
+                    raise UserError(f"--seeds: {seed!r} is not a whole number", "e.g. --seeds 0,1,2")
+                try:
+                    positive = not tau or float(tau) > 0
+                except ValueError:
+                    positive = False
+                if not positive:
+                    raise UserError(f"--taus: {tau!r} is not a positive number", "e.g. --taus 0.5,1")
+                name = objective.replace("+", "-") + (f"-tau{tau}" if tau else "") + f"-seed{seed}"
+                cells.append(Cell(name, (f"objective={objective}", f"train.seed={seed}", *([f"dro.tau={tau}"] if tau else []))))
+    return list(dict.fromkeys(cells))
+
+
+def split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--objectives", type=split, default=["gdrt"], metavar="A,B")
+    parser.add_argument("--seeds", type=split, default=["0"], metavar="0,1")
+    parser.add_argument("--taus", type=split, default=[""], metavar="0.5,1", help="temperatures of gdrt and gdrt+msl; default: the config's")
+    parser.add_argument("--into", default="runs/sweep", help="folder of the run folders")
+
+
+def write_list(into: Path, cells: list[Cell]) -> Path:
+    """INTO/runs.txt, one run folder per line; every array task writes the same content, so they replace it atomically."""
+    into.mkdir(parents=True, exist_ok=True)
+    temporary = into / f".runs.{os.uname().nodename}.{os.getpid()}"
+    temporary.write_text("".join(f"{into / cell.name}\n" for cell in cells), encoding="utf-8")
+    return temporary.replace(into / "runs.txt")
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--index", type=int, help="the number of one run")
+    args = parser.parse_args(words[:cut])
+    try:
+        cells, into = grid(args.objectives, args.seeds, args.taus), Path(args.into).absolute()
+        if args.index is None:
+            print("\n".join(f"{number}  {into / cell.name}  {' '.join(cell.overrides)}" for number, cell in enumerate(cells)))
+            return 0
+        if not 0 <= args.index < len(cells):
+            raise UserError(f"array task {args.index}, but the grid has {len(cells)} runs", f"sbatch --array=0-{len(cells) - 1}")
+        write_list(into, cells)
+        cell = cells[args.index]
+        print(shlex.join([*words[cut + 1:], *cell.overrides, f"run.dir={into / cell.name}"]))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
