@@ -27,9 +27,9 @@ from gdrt_ds.loss.rowwise import TorchRowwise, group_sums
 
 log = logging.getLogger("gdrt_ds.loss")
 
-# Bytes of logits alive at once. CPU: 256 rows of a 64k vocabulary in float32; products gain nothing beyond that (benchmarks/group_loss.py).
+# Bytes of logits alive at once. CPU: 170 rows of a 49k vocabulary in float32; products gain nothing beyond that (benchmarks/group_loss.py).
 # CUDA: 1,000 rows of a 256k vocabulary in bfloat16, enough for the head to be read once per 1,000 tokens.
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 
 class GroupLoss(NamedTuple):
@@ -86,7 +86,7 @@ def group_cross_entropy(
         allowed: softmax over these tokens only (MSL, SIGIR 2025). Keep its tensors on the CPU.
         lora: a low-rank term of the head, scale * (hidden A^T) B^T, trained if A or B requires grad. No dropout inside.
         frozen_weight: True skips the weight's gradient and allows one pass; None: `not weight.requires_grad`; False: recompute.
-        chunk_bytes: budget for logits; None: 64 MiB on CPUs, 512 MiB on CUDA. Memory beyond the inputs is this plus N*H elements
+        chunk_bytes: budget for logits; None: 32 MiB on CPUs, 512 MiB on CUDA. Memory beyond the inputs is this plus N*H elements
             (plus the gradient of the head when it is trained, plus the gathered rows of the head with `allowed`).
         implementation: "auto" (Triton on CUDA, torch elsewhere; announced once by the logger gdrt_ds.loss), "torch", "triton" (also on
             CPUs under TRITON_INTERPRET=1), "reference" (plain torch with all logits, in the head's dtype).
@@ -301,23 +301,21 @@ class _HeadGradients:
                 part.backproject(gradient_CV, part_columns, d_CH, add=False)
                 self.d_hidden[rows] = d_CH
         if self.weight_once:
-            product = gradient_CV.to(part.dtype).T
             if part.converts:
-                self.d_weight[target] = product @ x_CH.to(part.dtype)
+                self.d_weight[target] = gradient_CV.T @ x_CH.to(part.dtype)
             else:
-                torch.mm(product, x_CH, out=self.d_weight[target])
+                torch.mm(gradient_CV.T, x_CH, out=self.d_weight[target])
         elif self.d_weight is not None:
-            self._into(self.d_weight, target, gradient_CV.to(part.dtype).T @ x_CH.to(part.dtype))
+            self._into(self.d_weight, target, gradient_CV.T @ x_CH.to(part.dtype))
         if self.d_bias is not None:
-            self._into(self.d_bias, target, gradient_CV.to(self.accumulate).sum(0))
+            self._into(self.d_bias, target, gradient_CV.sum(0, dtype=self.accumulate))
         if self.has_lora:
             a_rH, b_Vr, scale = part.lora
-            gradient_CV = gradient_CV.to(self.accumulate)
             if self.low_Nr is not None:
-                self.low_Nr[rows] += (gradient_CV @ b_Vr[part_columns].to(self.accumulate)) * scale
+                self.low_Nr[rows] += (gradient_CV @ b_Vr[part_columns].to(part.dtype)).to(self.accumulate) * scale
             if self.d_b is not None:
-                low_rank_Cr = x_CH.to(self.accumulate) @ a_rH.to(self.accumulate).T
-                self._into(self.d_b, target, (gradient_CV.T @ low_rank_Cr) * scale)
+                low_rank_Cr = (x_CH.to(self.accumulate) @ a_rH.to(self.accumulate).T) * scale
+                self._into(self.d_b, target, gradient_CV.T @ low_rank_Cr.to(part.dtype))
 
     def _into(self, whole, target, value) -> None:
         if isinstance(target, slice):

@@ -161,10 +161,10 @@ class TritonRowwise(TorchRowwise):
 
     def __init__(self, settings, product_dtype: torch.dtype):
         super().__init__(settings, product_dtype)
-        self.gain, self.cap_gain = self.head_gain, 0.0 if self.softcap is None else self.cap_gain
-        self.buffer_dtype, self.slope = product_dtype, settings.slope
-        self.head_gain = self.gradient_slope = 1.0
-        self.bytes_per_logit = product_dtype.itemsize
+        self.gain = self.head_gain * self.scratch_gain
+        self.cap_gain = 0.0 if self.softcap is None else self.cap_gain
+        self.slope, self.head_gain, self.gradient_slope = settings.slope, 1.0, 1.0
+        self.bytes_per_logit, self.chunk_bytes = product_dtype.itemsize, settings.chunk_bytes
 
     def buffer(self, rows: int, columns: int, device) -> torch.Tensor:
         return torch.empty(rows, columns, dtype=self.buffer_dtype, device=device)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+SCRATCH_BYTES = 4 * 2**20  # float32 rows being finished for a 2-byte head: within a CPU's second- and third-level caches
+
 
 def soft_cap_(logits_CV: torch.Tensor, gain: float, keep_CV: torch.Tensor | None) -> None:
     """logits <- gain * tanh(logits); `keep_CV` receives 1 - tanh^2, the factor of the backward."""
@@ -74,24 +76,33 @@ def group_sums(losses_N: torch.Tensor, groups_N: torch.Tensor, num_groups: int) 
 
 
 class TorchRowwise:
-    """The torch part of one call: buffers, chunk sizes and the functions above with the call's settings."""
+    """The torch part of one call: buffers, chunk sizes and the functions above with the call's settings.
+
+    A bfloat16 or float16 head leaves its logits in a buffer of its own dtype, as a model would. Arithmetic is float32: a few rows at a time
+    are widened into a scratch that stays in the CPU's cache, finished there, and written back.
+    """
 
     def __init__(self, settings, product_dtype: torch.dtype):
         self.accumulate = torch.float64 if product_dtype == torch.float64 else torch.float32
-        self.chunk_bytes, self.softcap = settings.chunk_bytes, settings.softcap
+        self.narrow, self.buffer_dtype = product_dtype.itemsize < 4, product_dtype
+        self.softcap, self.gradient_slope = settings.softcap, settings.slope
         # With a soft-cap the product is scaled for tanh, and the tanh is scaled afterwards.
-        self.head_gain = settings.slope if self.softcap is None else settings.logit_scale / self.softcap
+        gain = settings.slope if self.softcap is None else settings.logit_scale / self.softcap
+        self.head_gain, self.scratch_gain = (1.0, gain) if self.narrow else (gain, 1.0)
         self.cap_gain = None if self.softcap is None else self.softcap / settings.temperature
-        self.gradient_slope = settings.slope
-        item = 8 if self.accumulate == torch.float64 else 4
-        # Logits, tanh's derivative, and the product in a narrower dtype with its copy for the second product.
-        self.bytes_per_logit = item * (1 if self.softcap is None else 2) + (0 if product_dtype == self.accumulate else 2)
-        self.keep = None
+        with_keep = 1 if self.softcap is None else 2  # tanh's derivative lies beside the logits (or beside the scratch)
+        self.scratch_bytes = min(SCRATCH_BYTES, settings.chunk_bytes // 4) if self.narrow else 0
+        self.chunk_bytes = settings.chunk_bytes - with_keep * self.scratch_bytes
+        self.bytes_per_logit = product_dtype.itemsize * (1 if self.narrow else with_keep)
+        self.keep = self.scratch = None
 
     def buffer(self, rows: int, columns: int, device) -> torch.Tensor:
+        wide_rows = min(rows, max(1, self.scratch_bytes // (columns * 4))) if self.narrow else rows
+        if self.narrow:
+            self.scratch = torch.empty(wide_rows * columns, dtype=self.accumulate, device=device)
         if self.softcap is not None:
-            self.keep = torch.empty(rows, columns, dtype=self.accumulate, device=device)
-        return torch.empty(rows, columns, dtype=self.accumulate, device=device)
+            self.keep = torch.empty(wide_rows * columns, dtype=self.accumulate, device=device)
+        return torch.empty(rows, columns, dtype=self.buffer_dtype, device=device)
 
     def row_chunks(self, num_rows: int, columns: int, device):
         """(slice, buffer[C, columns]): equal chunks of complete rows, all in one buffer."""
@@ -116,27 +127,41 @@ class TorchRowwise:
             return
         size = min(vocabulary, max(64, self.chunk_bytes // (rows * self.bytes_per_logit) // 64 * 64))
         flat = self.buffer(rows, size, device).view(-1)
-        keep = None if self.keep is None else self.keep.view(-1)
         for start in range(0, vocabulary, size):
             stop = min(start + size, vocabulary)
-            if keep is not None:
-                self.keep = keep[: rows * (stop - start)].view(rows, -1)
             yield slice(start, stop), flat[: rows * (stop - start)].view(rows, -1)
 
-    def _cap_(self, buffer_CV: torch.Tensor, gradient: bool) -> torch.Tensor | None:
+    def _wide(self, buffer_CV: torch.Tensor, write_back: bool):
+        """(slice, logits[., V] to work on in place): the buffer itself, or the scratch with some of its rows, then written back."""
+        rows, columns = buffer_CV.shape
+        if not self.narrow:
+            yield slice(0, rows), buffer_CV
+            return
+        size = max(1, len(self.scratch) // columns)
+        for start in range(0, rows, size):
+            part = buffer_CV[start : start + size]
+            wide = self.scratch[: part.numel()].view(part.shape).copy_(part)
+            yield slice(start, start + len(part)), wide if self.scratch_gain == 1.0 else wide.mul_(self.scratch_gain)
+            if write_back:
+                part.copy_(wide)
+
+    def _cap_(self, wide_CV: torch.Tensor, gradient: bool) -> torch.Tensor | None:
         if self.softcap is None:
             return None
-        keep_CV = self.keep[: len(buffer_CV)] if gradient else None
-        soft_cap_(buffer_CV, self.cap_gain, keep_CV)
+        keep_CV = self.keep[: wide_CV.numel()].view(wide_CV.shape) if gradient else None
+        soft_cap_(wide_CV, self.cap_gain, keep_CV)
         return keep_CV
 
     def finish_rows_(self, buffer_CV, columns_C, forbidden_CV):
-        keep_CV = self._cap_(buffer_CV, gradient=True)
-        if forbidden_CV is not None:
-            buffer_CV.masked_fill_(forbidden_CV, -torch.inf)
-        losses_C, normaliser_2C = finish_rows_(buffer_CV, columns_C)
-        if keep_CV is not None:
-            buffer_CV.mul_(keep_CV)
+        losses_C = torch.empty(len(buffer_CV), dtype=self.accumulate, device=buffer_CV.device)
+        normaliser_2C = losses_C.new_empty(2, len(buffer_CV))
+        for rows, wide_CV in self._wide(buffer_CV, write_back=True):
+            keep_CV = self._cap_(wide_CV, gradient=True)
+            if forbidden_CV is not None:
+                wide_CV.masked_fill_(forbidden_CV[rows], -torch.inf)
+            losses_C[rows], normaliser_2C[:, rows] = finish_rows_(wide_CV, columns_C[rows])
+            if keep_CV is not None:
+                wide_CV.mul_(keep_CV)
         return losses_C, normaliser_2C
 
     def start_rows(self, labels_C):
@@ -144,11 +169,12 @@ class TorchRowwise:
         return empty, torch.zeros_like(empty), torch.zeros_like(empty)  # maximum, sum of exponentials, target logit
 
     def extend_rows_(self, buffer_CV, labels_C, first: int, state) -> None:
-        highest_C, total_C, target_C = state
-        self._cap_(buffer_CV, gradient=False)
-        columns_C, inside_C = _local(labels_C, first, buffer_CV.shape[1])
-        target_C.copy_(torch.where(inside_C, buffer_CV.gather(1, columns_C.view(-1, 1)).view(-1), target_C))
-        extend_log_sum_exp_(buffer_CV, highest_C, total_C)
+        for rows, wide_CV in self._wide(buffer_CV, write_back=False):
+            highest_C, total_C, target_C = (part[rows] for part in state)
+            self._cap_(wide_CV, gradient=False)
+            columns_C, inside_C = _local(labels_C[rows], first, wide_CV.shape[1])
+            target_C.copy_(torch.where(inside_C, wide_CV.gather(1, columns_C.view(-1, 1)).view(-1), target_C))
+            extend_log_sum_exp_(wide_CV, highest_C, total_C)
 
     def end_rows(self, state):
         highest_C, total_C, target_C = state
@@ -156,13 +182,14 @@ class TorchRowwise:
         return (highest_C - target_C).add_(log_total_C), torch.stack((highest_C, log_total_C))
 
     def gradient_(self, buffer_CV, columns_C, first: int, normaliser_2C, coefficient_C, forbidden_CV) -> None:
-        keep_CV = self._cap_(buffer_CV, gradient=True)
-        if forbidden_CV is not None:
-            buffer_CV.masked_fill_(forbidden_CV, -torch.inf)
-        columns_C, inside_C = _local(columns_C, first, buffer_CV.shape[1])
-        gradient_(buffer_CV, columns_C, inside_C, normaliser_2C, coefficient_C)
-        if keep_CV is not None:
-            buffer_CV.mul_(keep_CV)
+        for rows, wide_CV in self._wide(buffer_CV, write_back=True):
+            keep_CV = self._cap_(wide_CV, gradient=True)
+            if forbidden_CV is not None:
+                wide_CV.masked_fill_(forbidden_CV[rows], -torch.inf)
+            local_C, inside_C = _local(columns_C[rows], first, wide_CV.shape[1])
+            gradient_(wide_CV, local_C, inside_C, normaliser_2C[:, rows], coefficient_C[rows])
+            if keep_CV is not None:
+                wide_CV.mul_(keep_CV)
 
     group_sums = staticmethod(group_sums)
 
