@@ -66,7 +66,11 @@ class Catalogue:
     def notes(self) -> list[str]:
         """How many ids share a title, for the start of a run."""
         extra = len(self.index_of) - len(self.entries)
-        return [f"{extra} of {len(self.index_of)} items share their title with another and are merged: {len(self)} catalogue entries"] if extra else []
+        return (
+            [f"{extra} of {len(self.index_of)} items share their title with another and are merged: {len(self)} catalogue entries"]
+            if extra
+            else []
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes one JSON object per entry: item_id, merged_ids, text, train_count, provider, groups."""
@@ -89,7 +93,9 @@ class Catalogue:
                         try:
                             entries.append(CatalogueEntry(**json.loads(line)))
                         except (ValueError, TypeError) as error:
-                            raise UserError(f"{path}, line {number}: not a catalogue entry ({error})", "the file is written by training; do not edit it") from None
+                            raise UserError(
+                                f"{path}, line {number}: not a catalogue entry ({error})", "the file is written by training; do not edit it"
+                            ) from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}", "give a run folder that holds catalogue.jsonl") from None
         return cls(entries)
@@ -138,9 +144,9 @@ class TokenTrie:
             if common == len(previous) and leaves or not len(sequence):
                 _refuse(index, leaves[-1][1] if leaves else index, sequences, titles)
             start = len(token)
-            for node in path[common + 1:]:
+            for node in path[common + 1 :]:
                 ends[node] = start
-            del path[common + 1:]
+            del path[common + 1 :]
             for position in range(common, len(sequence)):
                 parent.append(path[-1])
                 path.append(len(token))
@@ -158,7 +164,7 @@ class TokenTrie:
 
     def children(self, node: int) -> np.ndarray:
         """Node ids of the children, int32[number of children], ascending in token."""
-        return self.child_nodes[self.child_offsets[node]:self.child_offsets[node + 1]]
+        return self.child_nodes[self.child_offsets[node] : self.child_offsets[node + 1]]
 
     def walk(self, tokens: list[int]) -> list[int]:
         """The node before each token, [len(tokens)]; the first is the root.
@@ -182,5 +188,7 @@ def _refuse(index: int, earlier: int, sequences: list[list[int]], titles: list[s
     if not len(sequences[index]):
         raise UserError(f"catalogue title {name(index)} has no tokens", "correct the title, or use another tokenizer")
     relation = "are the same tokens" if len(sequences[index]) == len(sequences[earlier]) else "are one a prefix of the other"
-    raise UserError(f"catalogue titles {name(earlier)} and {name(index)} {relation}: they cannot be told apart",
-                    "use a tokenizer that covers the titles (an unknown-word token hides differences), and sequences that end with a terminator")
+    raise UserError(
+        f"catalogue titles {name(earlier)} and {name(index)} {relation}: they cannot be told apart",
+        "use a tokenizer that covers the titles (an unknown-word token hides differences), and sequences that end with a terminator",
+    )

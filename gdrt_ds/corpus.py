@@ -59,8 +59,10 @@ class Corpus:
         if name not in self.splits:
             raise UserError(f"split={name}: there is no such split", f"use one of {', '.join(SPLITS)}")
         if not self.splits[name]:
-            raise UserError(f"split={name}: the {name} split of {self.name} is empty",
-                            "check data.split_ratio, data.min_history, data.kcore and the file of that split")
+            raise UserError(
+                f"split={name}: the {name} split of {self.name} is empty",
+                "check data.split_ratio, data.min_history, data.kcore and the file of that split",
+            )
         return self.splits[name]
 
 
@@ -83,7 +85,9 @@ def load_corpus(data: DataSection) -> Corpus:
         windows = read_windows(data, bad)
     else:
         if kind == "movielens":
-            events = read_embedded_ml100k(data, bad) if data.path == "ml-100k" and not Path(data.path).exists() else read_movielens(data, bad)
+            events = (
+                read_embedded_ml100k(data, bad) if data.path == "ml-100k" and not Path(data.path).exists() else read_movielens(data, bad)
+            )
         elif kind == "amazon_reviews":
             events = read_amazon_reviews(data, bad)
         else:
@@ -129,11 +133,13 @@ def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dic
     """Cuts histories, drops short ones, carves valid where the files have none, samples, numbers. Everything is noted."""
     splits = {}
     for name, samples in windows.splits.items():
-        kept = [s if len(s.history) <= data.history_length else replace(s, history=s.history[-data.history_length:]) for s in samples]
+        kept = [s if len(s.history) <= data.history_length else replace(s, history=s.history[-data.history_length :]) for s in samples]
         long_enough = [s for s in kept if len(s.history) >= data.min_history]
         if len(long_enough) < len(kept):
-            notes.append(f"{name}: {len(kept) - len(long_enough)} of {len(kept)} windows have fewer than data.min_history={data.min_history} "
-                         "history items and are left out")
+            notes.append(
+                f"{name}: {len(kept) - len(long_enough)} of {len(kept)} windows have fewer than data.min_history={data.min_history} "
+                "history items and are left out"
+            )
         splits[name] = long_enough
     if "valid" not in splits:
         splits["train"], splits["valid"] = _carve_valid(splits["train"], data, notes)
@@ -142,7 +148,9 @@ def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dic
         samples = splits[name]
         if limit is not None and limit < len(samples):
             chosen = np.random.default_rng([data.sample_seed, index]).choice(len(samples), size=limit, replace=False)
-            notes.append(f"{name}: a seeded sample of {limit} of {len(samples)} windows (data.limit_{name}, data.sample_seed={data.sample_seed})")
+            notes.append(
+                f"{name}: a seeded sample of {limit} of {len(samples)} windows (data.limit_{name}, data.sample_seed={data.sample_seed})"
+            )
             samples = [samples[i] for i in sorted(chosen.tolist())]
         splits[name] = [replace(sample, sample_id=i) for i, sample in enumerate(samples)]
     return {name: splits[name] for name in SPLITS}
@@ -153,7 +161,7 @@ def _carve_valid(train: list[Sample], data: DataSection, notes: list[str]) -> tu
     share = data.split_ratio[1] / max(data.split_ratio[0] + data.split_ratio[1], 1e-12)
     size = round(len(train) * share)
     order = sorted(range(len(train)), key=lambda i: (train[i].timestamp if train[i].timestamp is not None else 0.0, i))
-    late = set(order[len(train) - size:])
+    late = set(order[len(train) - size :])
     if size:
         notes.append(f"valid: the files have none; the latest {size} of {len(train)} train windows serve as valid and are not trained on")
     return [s for i, s in enumerate(train) if i not in late], [s for i, s in enumerate(train) if i in late]
@@ -189,7 +197,7 @@ def _stitch(pieces: list[list[str]], window: list[str]) -> None:
             if piece[:overlap] == window[-overlap:]:
                 piece[:0] = window[:-overlap]
                 return
-        if any(piece[i:i + len(window)] == window for i in range(len(piece) - len(window))):
+        if any(piece[i : i + len(window)] == window for i in range(len(piece) - len(window))):
             return
     pieces.append(window)
 

@@ -22,15 +22,19 @@ def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list
     keep = list(range(len(events.users_of)))
     if data.min_rating is not None and events.ratings is not None:
         kept = [row for row in keep if events.ratings[row] >= data.min_rating]
-        notes.append(f"{len(keep) - len(kept)} of {len(keep)} interactions are rated below data.min_rating={data.min_rating:g} and left out")
+        notes.append(
+            f"{len(keep) - len(kept)} of {len(keep)} interactions are rated below data.min_rating={data.min_rating:g} and left out"
+        )
         keep = kept
     if data.kcore > 1:
         kept = k_core(events.users_of, events.items_of, keep, data.kcore)
         notes.append(f"{len(keep) - len(kept)} of {len(keep)} interactions are outside the {data.kcore}-core and left out")
         keep = kept
     if not keep:
-        raise UserError(f"data.path={data.path}: no interaction is left (data.min_rating={data.min_rating}, data.kcore={data.kcore})",
-                        "lower data.kcore or data.min_rating, or check the interactions file")
+        raise UserError(
+            f"data.path={data.path}: no interaction is left (data.min_rating={data.min_rating}, data.kcore={data.kcore})",
+            "lower data.kcore or data.min_rating, or check the interactions file",
+        )
     timestamps = events.timestamps
     if timestamps is None:
         notes.append("the interactions carry no timestamp: the order of the file stands for time")
@@ -51,17 +55,21 @@ def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list
         if k < data.min_history:
             continue
         rows = of_user[user]
-        history = tuple(events.items_of[r] for r in rows[max(0, k - data.history_length):k])
+        history = tuple(events.items_of[r] for r in rows[max(0, k - data.history_length) : k])
         sample = Sample(0, user, history, events.items_of[row], timestamps[row] if timestamps is not None else None)
         windows.append((sample, len(rows) - 1 - k))
     short = len(keep) - len(windows)
-    notes.append(f"{len(windows)} windows from {len(keep)} interactions of {len(of_user)} users; {short} interactions have fewer than "
-                 f"data.min_history={data.min_history} before them and are history only")
+    notes.append(
+        f"{len(windows)} windows from {len(keep)} interactions of {len(of_user)} users; {short} interactions have fewer than "
+        f"data.min_history={data.min_history} before them and are history only"
+    )
     used = set(events.items_of[row] for row in keep)
     items = {item: record for item, record in events.items.items() if item in used}
     if len(items) < len(events.items):
-        notes.append(f"{len(events.items) - len(items)} of {len(events.items)} items of the item table are in no interaction that is left "
-                     "and are not in the catalogue")
+        notes.append(
+            f"{len(events.items) - len(items)} of {len(events.items)} items of the item table are in no interaction that is left "
+            "and are not in the catalogue"
+        )
     users = {user: attributes for user, attributes in events.users.items() if user in of_user}
     return Windows(_split(windows, data), items, users, events.domain), notes
 

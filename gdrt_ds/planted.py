@@ -67,8 +67,16 @@ def make_planted(data: DataSection) -> Windows:
             target = int(rng.choice(popular, p=weights)) if is_shortcut[index] else (last + 1) % options.num_items
             user = f"{split}{index}"
             users[user] = {"cohort": "ab"[int(rng.integers(2))]}  # means nothing: a control for measures by user group
-            samples.append(Sample(index, user, tuple(ids[i] for i in history), ids[target], float(clock),
-                                  {"kind": "shortcut" if is_shortcut[index] else "history"}))
+            samples.append(
+                Sample(
+                    index,
+                    user,
+                    tuple(ids[i] for i in history),
+                    ids[target],
+                    float(clock),
+                    {"kind": "shortcut" if is_shortcut[index] else "history"},
+                )
+            )
             clock += 1
         splits[split] = samples
     return Windows(splits, items, users, "item")
@@ -81,8 +89,10 @@ def _items(num_items: int) -> dict[str, Item]:
     """
     block = max(1, -(-num_items // len(_GENRES)))
     names = _names(num_items)
-    return {str(i + 1): Item(str(i + 1), f"{names[i]} {_GENRES[i // block]}", provider=f"maker {i % 5 + 1}", genres=(_GENRES[i // block],))
-            for i in range(num_items)}
+    return {
+        str(i + 1): Item(str(i + 1), f"{names[i]} {_GENRES[i // block]}", provider=f"maker {i % 5 + 1}", genres=(_GENRES[i // block],))
+        for i in range(num_items)
+    }
 
 
 def _names(count: int) -> list[str]:
@@ -103,13 +113,17 @@ def _options(data: DataSection) -> PlantedOptions:
             raise UserError(f"data.planted.{name}: unknown option", nearest(name, list(known)))
         expected = (int,) if "int" in str(known[name].type) else (int, float)
         if isinstance(value, bool) or not (isinstance(value, expected) or (name == "seed" and value is None)):
-            raise UserError(f"data.planted.{name}={value!r}: expected {'a whole number' if expected == (int,) else 'a number'}",
-                            f"the default is {known[name].default}")
+            raise UserError(
+                f"data.planted.{name}={value!r}: expected {'a whole number' if expected == (int,) else 'a number'}",
+                f"the default is {known[name].default}",
+            )
     options = PlantedOptions(**data.planted)
     problems = {
         "num_items": options.num_items < 4,
         "num_popular": not 1 <= options.num_popular <= options.num_items // 2,
-        "num_train": options.num_train < 1, "num_valid": options.num_valid < 0, "num_test": options.num_test < 1,
+        "num_train": options.num_train < 1,
+        "num_valid": options.num_valid < 0,
+        "num_test": options.num_test < 1,
         "shortcut_share": not 0 <= options.shortcut_share <= 1,
         "shortcut_strength": not 0 <= options.shortcut_strength < 1,
         "min_history": options.min_history < 1,
@@ -117,7 +131,9 @@ def _options(data: DataSection) -> PlantedOptions:
     }
     for name, wrong in problems.items():
         if wrong:
-            raise UserError(f"data.planted.{name}={asdict(options)[name]}: out of range",
-                            "num_items >= 4, 1 <= num_popular <= num_items / 2, 0 <= shortcut_share <= 1, 0 <= shortcut_strength < 1, "
-                            "1 <= min_history <= max_history < num_items, sizes positive")
+            raise UserError(
+                f"data.planted.{name}={asdict(options)[name]}: out of range",
+                "num_items >= 4, 1 <= num_popular <= num_items / 2, 0 <= shortcut_share <= 1, 0 <= shortcut_strength < 1, "
+                "1 <= min_history <= max_history < num_items, sizes positive",
+            )
     return options

@@ -64,7 +64,9 @@ class PromptTemplate:
             return _chat_template(domain, tokenizer)
         if prompt.template.endswith(".json"):
             return cls.load(prompt.template, {"style": "file", "domain": domain, "bos": bos})
-        raise UserError(f"prompt.template={prompt.template}: unknown template", f"{nearest(prompt.template, STYLES)} Or give a JSON file of a template")
+        raise UserError(
+            f"prompt.template={prompt.template}: unknown template", f"{nearest(prompt.template, STYLES)} Or give a JSON file of a template"
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes prompt.json."""
@@ -80,7 +82,9 @@ class PromptTemplate:
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"prompt template {path}: cannot be read: {error.strerror or error}", "give the prompt.json of a run, or your own file") from None
+            raise UserError(
+                f"prompt template {path}: cannot be read: {error.strerror or error}", "give the prompt.json of a run, or your own file"
+            ) from None
         except ValueError as error:
             raise UserError(f"prompt template {path}: not valid JSON: {error}", "see the prompt.json of any run for an example") from None
         if not isinstance(fields, dict):
@@ -91,14 +95,19 @@ class PromptTemplate:
             if name not in known:
                 raise UserError(f"prompt template {path}: unknown field `{name}`", nearest(name, known))
             if not isinstance(value, bool if name == "bos" else str) and not (name == "terminator" and value is None):
-                raise UserError(f"prompt template {path}: {name}={value!r}: expected {'true or false' if name == 'bos' else 'text'}", "correct the field")
+                raise UserError(
+                    f"prompt template {path}: {name}={value!r}: expected {'true or false' if name == 'bos' else 'text'}",
+                    "correct the field",
+                )
         missing = [name for name in known[:6] if name not in fields]
         if missing:
             raise UserError(f"prompt template {path}: missing {', '.join(missing)}", "see the prompt.json of any run for an example")
         template = cls(**fields)
         for name in ("item_format", "target_format"):
             if getattr(template, name).count("{title}") != 1:
-                raise UserError(f"prompt template {path}: {name}={getattr(template, name)!r}: `{{title}}` must be there once", 'for example "{title}"')
+                raise UserError(
+                    f"prompt template {path}: {name}={getattr(template, name)!r}: `{{title}}` must be there once", 'for example "{title}"'
+                )
         return template
 
     @property
@@ -111,12 +120,18 @@ def _wording(style: str, domain: str) -> dict[str, str]:
     """Our own wording. Pieces end at line ends and colons, where byte-level tokenizers break anyway; of a whole text they would merge
     only a title's closing quote with the comma after it."""
     if style == "plain":
-        return {"before_instruction": "", "instruction": f"Predict the next {domain} of this user.",
-                "before_history": f"\nThe {domain} history, oldest first:", "after_history": f"\nThe next {domain}: "}
-    return {"before_instruction": "### Instruction:\n",
-            "instruction": f"Here is what a user chose in the past. Recommend the {domain} that this user will choose next, by its title.",
-            "before_history": f"\n\n### Input:\nThe user's {domain} history, oldest first:",
-            "after_history": "\n\n### Response:\n"}
+        return {
+            "before_instruction": "",
+            "instruction": f"Predict the next {domain} of this user.",
+            "before_history": f"\nThe {domain} history, oldest first:",
+            "after_history": f"\nThe next {domain}: ",
+        }
+    return {
+        "before_instruction": "### Instruction:\n",
+        "instruction": f"Here is what a user chose in the past. Recommend the {domain} that this user will choose next, by its title.",
+        "before_history": f"\n\n### Input:\nThe user's {domain} history, oldest first:",
+        "after_history": "\n\n### Response:\n",
+    }
 
 
 def _adds_bos(tokenizer) -> bool:
@@ -127,7 +142,9 @@ def _adds_bos(tokenizer) -> bool:
 def _chat_template(domain: str, tokenizer) -> PromptTemplate:
     """Pieces of the tokenizer's chat template, found by rendering a conversation of place holders and cutting it at them."""
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("prompt.template=chat: the tokenizer has no chat template", "use prompt.template=alpaca, or the tokenizer of a chat model")
+        raise UserError(
+            "prompt.template=chat: the tokenizer has no chat template", "use prompt.template=alpaca, or the tokenizer of a chat model"
+        )
     words = _wording("alpaca", domain)
     marks = [f"@@{name}@@" for name in ("instruction", "history", "answer")]
     before_history = f"\n\nThe user's {domain} history, oldest first:"
@@ -136,16 +153,29 @@ def _chat_template(domain: str, tokenizer) -> PromptTemplate:
         prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template([user, {"role": "assistant", "content": marks[2]}], tokenize=False)
     except Exception as error:  # a template is a program of its author and may raise anything
-        raise UserError(f"prompt.template=chat: the chat template cannot render a user message: {error}", "use prompt.template=alpaca") from None
+        raise UserError(
+            f"prompt.template=chat: the chat template cannot render a user message: {error}", "use prompt.template=alpaca"
+        ) from None
     head, found_instruction, rest = prompt.partition(marks[0])
     middle, found_history, tail = rest.partition(marks[1])
     answered, found_answer, ending = whole.partition(marks[2])
     if not (found_instruction and found_history and found_answer) or middle != before_history:
-        raise UserError("prompt.template=chat: the chat template changes the user's message, so its pieces cannot be found", "use prompt.template=alpaca")
+        raise UserError(
+            "prompt.template=chat: the chat template changes the user's message, so its pieces cannot be found",
+            "use prompt.template=alpaca",
+        )
     special = next((token for token in tokenizer.all_special_tokens if token and ending.lstrip().startswith(token)), None)
     bos = tokenizer.bos_token is not None and head.startswith(tokenizer.bos_token) and _adds_bos(tokenizer)
-    return PromptTemplate("chat", domain, head.removeprefix(tokenizer.bos_token) if bos else head, words["instruction"], before_history, tail,
-                          bos=bos, terminator=special)
+    return PromptTemplate(
+        "chat",
+        domain,
+        head.removeprefix(tokenizer.bos_token) if bos else head,
+        words["instruction"],
+        before_history,
+        tail,
+        bos=bos,
+        terminator=special,
+    )
 
 
 @dataclass
@@ -181,17 +211,23 @@ class PromptEncoder:
         piece = lambda text: self._tokens([text], special=True)[0] if text else []  # noqa: E731
         self._bos = [tokenizer.bos_token_id] if template.bos else []
         if template.bos and tokenizer.bos_token_id is None:
-            raise UserError("the prompt template begins with BOS and the tokenizer has none", "use the tokenizer that the template was made with")
+            raise UserError(
+                "the prompt template begins with BOS and the tokenizer has none", "use the tokenizer that the template was made with"
+            )
         self._before_instruction, self._instruction = piece(template.before_instruction), piece(template.instruction)
         self._before_history, self._separator = piece(template.before_history), piece(template.separator)
         self._after_history = piece(template.after_history)
         self._terminator = tokenizer.eos_token_id if template.terminator is None else tokenizer.convert_tokens_to_ids(template.terminator)
         if self._terminator is None or (template.terminator is not None and self._terminator == tokenizer.unk_token_id):
-            raise UserError(f"the prompt template ends targets with {template.terminator!r}, which the tokenizer does not know",
-                            "use the tokenizer that the template was made with")
+            raise UserError(
+                f"the prompt template ends targets with {template.terminator!r}, which the tokenizer does not know",
+                "use the tokenizer that the template was made with",
+            )
         if len(self.head_ids) + len(self._after_history) >= max_length:
-            raise UserError(f"prompt.max_length={max_length}: the template alone has {len(self.head_ids) + len(self._after_history)} tokens",
-                            "raise prompt.max_length or shorten the template")
+            raise UserError(
+                f"prompt.max_length={max_length}: the template alone has {len(self.head_ids) + len(self._after_history)} tokens",
+                "raise prompt.max_length or shorten the template",
+            )
 
     @property
     def head_ids(self) -> list[int]:
@@ -206,7 +242,9 @@ class PromptEncoder:
         new = [t for t in dict.fromkeys(titles) if t not in self._targets]
         for title, ids in zip(new, self._tokens([template.target_format.replace("{title}", t) for t in new])):
             if self._terminator in ids:
-                raise UserError(f"title {title!r}: its tokens contain the one that ends a target", "use another tokenizer, or correct the title")
+                raise UserError(
+                    f"title {title!r}: its tokens contain the one that ends a target", "use another tokenizer, or correct the title"
+                )
             self._targets[title] = ids + [self._terminator]
 
     def reserve_for(self, catalogue: Catalogue) -> None:
@@ -227,8 +265,13 @@ class PromptEncoder:
             self.warm([title])
         return self._targets[title]
 
-    def encode(self, history_titles: list[str] | tuple[str, ...], target_text: str | None = None, mask_history: bool = False,
-               blank_instruction: bool = False) -> EncodedPrompt:
+    def encode(
+        self,
+        history_titles: list[str] | tuple[str, ...],
+        target_text: str | None = None,
+        mask_history: bool = False,
+        blank_instruction: bool = False,
+    ) -> EncodedPrompt:
         """Encodes one sample; without `target_text`, the prompt up to where the target would begin.
 
         Args:
@@ -291,8 +334,10 @@ class PromptEncoder:
     def _check_target(self, title: str) -> None:
         needed = len(self.head_ids) + len(self._after_history) + len(self._targets[title])
         if needed > self.max_length:
-            raise UserError(f"prompt.max_length={self.max_length}: the template and the target {title[:80]!r} alone have {needed} tokens",
-                            f"set prompt.max_length to at least {needed}, or shorten the title")
+            raise UserError(
+                f"prompt.max_length={self.max_length}: the template and the target {title[:80]!r} alone have {needed} tokens",
+                f"set prompt.max_length to at least {needed}, or shorten the title",
+            )
 
     def _tokens(self, texts: list[str], special: bool = False) -> list[list[int]]:
         """Tokens of each text alone. Only template pieces may hold special tokens; in a title their text is ordinary text."""
@@ -330,8 +375,9 @@ class TokenStore:
         return digest.hexdigest()
 
 
-def tokenise_split(encoder: PromptEncoder, catalogue: Catalogue, samples: list[Sample],
-                   mask_history: bool = False) -> tuple[TokenStore, list[str]]:
+def tokenise_split(
+    encoder: PromptEncoder, catalogue: Catalogue, samples: list[Sample], mask_history: bool = False
+) -> tuple[TokenStore, list[str]]:
     """Tokenises samples with their targets.
 
     Returns:
@@ -345,12 +391,19 @@ def tokenise_split(encoder: PromptEncoder, catalogue: Catalogue, samples: list[S
     sums = lambda values: np.concatenate([[0], np.cumsum(values)]).astype(np.int64)  # noqa: E731
     num_target = np.asarray([e.num_target for e in encoded], np.int32)
     join = lambda arrays, dtype: np.concatenate(arrays) if arrays else np.zeros(0, dtype)  # noqa: E731
-    store = TokenStore(join([e.input_ids for e in encoded], np.int32), sums([len(e.input_ids) for e in encoded]),
-                       join([e.segments for e in encoded], np.int8), num_target, sums(num_target))
+    store = TokenStore(
+        join([e.input_ids for e in encoded], np.int32),
+        sums([len(e.input_ids) for e in encoded]),
+        join([e.segments for e in encoded], np.int8),
+        num_target,
+        sums(num_target),
+    )
     cut = [e.num_dropped for e in encoded if e.num_dropped]
     notes = []
     if cut:
-        notes.append(f"{len(cut)} of {len(samples)} samples exceed prompt.max_length={encoder.max_length}: their {sum(cut)} oldest history items are left out")
+        notes.append(
+            f"{len(cut)} of {len(samples)} samples exceed prompt.max_length={encoder.max_length}: their {sum(cut)} oldest history items are left out"
+        )
     return store, notes
 
 

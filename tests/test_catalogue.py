@@ -42,7 +42,14 @@ def test_saved_catalogue_is_one_plain_object_per_entry_and_loads_again(tmp_path)
     catalogue = Catalogue.build(corpus_of([("Café <b>", "P", ("g",)), ("B", None, ())], [("u", (0, 1))]))
     catalogue.save(tmp_path / "catalogue.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "catalogue.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert lines[0] == {"item_id": "0", "merged_ids": ["0"], "text": "Café <b>", "train_count": 1, "provider": "P", "groups": {"genres": ["g"]}}
+    assert lines[0] == {
+        "item_id": "0",
+        "merged_ids": ["0"],
+        "text": "Café <b>",
+        "train_count": 1,
+        "provider": "P",
+        "groups": {"genres": ["g"]},
+    }
     loaded = Catalogue.load(tmp_path / "catalogue.jsonl")
     assert loaded.entries == catalogue.entries and loaded.index_of == catalogue.index_of
     with pytest.raises(UserError, match="cannot be read"):
@@ -71,7 +78,7 @@ def test_trie_paths_spell_the_sequences_and_intervals_are_the_subtrees(seed):
     assert set(spelled.values()) == prefixes
     assert all(list(spelled[leaf]) == sequences[trie.entry[leaf]] for leaf in leaves.tolist())
     for a in range(0, trie.num_nodes, 7):
-        below = {m for m in range(trie.num_nodes) if spelled[m][:len(spelled[a])] == spelled[a]}
+        below = {m for m in range(trie.num_nodes) if spelled[m][: len(spelled[a])] == spelled[a]}
         assert below == set(range(a, trie.end[a]))
 
 
@@ -113,7 +120,9 @@ def test_one_title_is_a_chain_without_branching():
 def test_a_hundred_thousand_titles_build_in_seconds():
     rng = np.random.default_rng(0)
     lengths = rng.integers(4, 22, size=100_000)
-    sequences = [[*rng.integers(0, 300, size=2).tolist(), index, *rng.integers(0, 30000, size=n).tolist(), 1] for index, n in enumerate(lengths)]
+    sequences = [
+        [*rng.integers(0, 300, size=2).tolist(), index, *rng.integers(0, 30000, size=n).tolist(), 1] for index, n in enumerate(lengths)
+    ]
     start = time.process_time()
     trie = TokenTrie.build(sequences)
     assert time.process_time() - start < 8  # about 1.5 s on an idle core

@@ -17,7 +17,11 @@ from gdrt_ds.readers.base import clean_title, parse_genres, parse_list, parse_nu
 def write_windows(folder, train=None, valid=None, test=None, names=None):
     """A folder of the MSL/LBR family; returns it."""
     row = '7,"[1, 2, 3]",100'
-    files = {"train.csv": train if train is not None else [row, '8,"[2, 3, 1, 4]",101'], "valid.csv": valid, "test.csv": test if test is not None else [row]}
+    files = {
+        "train.csv": train if train is not None else [row, '8,"[2, 3, 1, 4]",101'],
+        "valid.csv": valid,
+        "test.csv": test if test is not None else [row],
+    }
     for name, rows in files.items():
         if rows is not None:
             (folder / name).write_text("\n".join(["user_id,item_ids,timestamp", *rows]) + "\n")
@@ -81,8 +85,10 @@ def test_train_file_names_another_train_file(tmp_path):
 
 
 def test_bigrec_columns_with_titles_need_no_item_table(tmp_path):
-    text = ("user_id,history_item_title,item_title,history_item_id,item_id,timestamp,category\n"
-            "u1,\"['Alpha &amp; co', 'Beta']\",Gamma,\"['a', 'b']\",c,3,toys\n")
+    text = (
+        "user_id,history_item_title,item_title,history_item_id,item_id,timestamp,category\n"
+        "u1,\"['Alpha &amp; co', 'Beta']\",Gamma,\"['a', 'b']\",c,3,toys\n"
+    )
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.csv").write_text(text)
     corpus = load_corpus(section(tmp_path))
@@ -91,19 +97,22 @@ def test_bigrec_columns_with_titles_need_no_item_table(tmp_path):
     assert corpus.split("train")[0].labels == {"category": "toys"}
 
 
-@pytest.mark.parametrize("row, message", [
-    ('7,"[1, 2",100', r"train.csv, line 3, field `item_ids`: malformed list"),
-    ('7,"__import__(\'os\').getcwd()",100', r"line 3, field `item_ids`: malformed list"),
-    ('7,"[1, [2]]",100', r"line 3, field `item_ids`: list"),
-    ('7,"[3]",100', r"line 3, field `item_ids`: empty history"),
-    ('7,"[]",100', r"line 3, field `item_ids`: empty history"),
-    ('7,"[1, 2, 99]",100', r"line 3, field `target`: item id 99 has no title"),
-    ('7,"[99, 2, 1]",100', r"line 3, field `history`: item id 99 has no title"),
-    ('7,"[1, 2, 3]",soon', r"line 3, field `timestamp`: 'soon' is not a number"),
-    ('7,"[1, 2, 3]",nan', r"line 3, field `timestamp`: 'nan' is not finite"),
-    (',"[1, 2, 3]",1', r"line 3, field `user_id`: empty user id"),
-    ('7,"[1, 2, 3]"', r"line 3, field `\(row\)`: 2 fields where the header has 3"),
-])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ('7,"[1, 2",100', r"train.csv, line 3, field `item_ids`: malformed list"),
+        ("7,\"__import__('os').getcwd()\",100", r"line 3, field `item_ids`: malformed list"),
+        ('7,"[1, [2]]",100', r"line 3, field `item_ids`: list"),
+        ('7,"[3]",100', r"line 3, field `item_ids`: empty history"),
+        ('7,"[]",100', r"line 3, field `item_ids`: empty history"),
+        ('7,"[1, 2, 99]",100', r"line 3, field `target`: item id 99 has no title"),
+        ('7,"[99, 2, 1]",100', r"line 3, field `history`: item id 99 has no title"),
+        ('7,"[1, 2, 3]",soon', r"line 3, field `timestamp`: 'soon' is not a number"),
+        ('7,"[1, 2, 3]",nan', r"line 3, field `timestamp`: 'nan' is not finite"),
+        (',"[1, 2, 3]",1', r"line 3, field `user_id`: empty user id"),
+        ('7,"[1, 2, 3]"', r"line 3, field `\(row\)`: 2 fields where the header has 3"),
+    ],
+)
 def test_a_bad_window_is_named_by_file_line_and_field_or_counted(tmp_path, row, message):
     write_windows(tmp_path, train=['7,"[1, 2, 3]",1', row], valid=['9,"[4, 3, 1]",5'])
     with pytest.raises(UserError, match=message) as caught:
@@ -181,8 +190,24 @@ def test_leave_one_out_holds_back_the_last_two_targets_of_each_user(tmp_path):
 
 
 def test_min_rating_and_kcore_leave_out_and_count(tmp_path):
-    rows = [f"{user},{item},{time},{rating}" for time, (user, item, rating) in enumerate(
-        [("a", 1, 5), ("b", 1, 5), ("a", 2, 5), ("b", 2, 5), ("a", 3, 2), ("b", 3, 5), ("c", 3, 5), ("a", 1, 4), ("b", 2, 4), ("a", 2, 4), ("b", 1, 4)])]
+    rows = [
+        f"{user},{item},{time},{rating}"
+        for time, (user, item, rating) in enumerate(
+            [
+                ("a", 1, 5),
+                ("b", 1, 5),
+                ("a", 2, 5),
+                ("b", 2, 5),
+                ("a", 3, 2),
+                ("b", 3, 5),
+                ("c", 3, 5),
+                ("a", 1, 4),
+                ("b", 2, 4),
+                ("a", 2, 4),
+                ("b", 1, 4),
+            ]
+        )
+    ]
     corpus = load_corpus(section(write_table(tmp_path, rows), min_rating=4, kcore=2))
     assert "3" not in corpus.items and all("3" not in (*s.history, s.target) for split in corpus.splits.values() for s in split)
     assert any("1 of 11 interactions are rated below data.min_rating=4" in n for n in corpus.notes)
@@ -208,13 +233,16 @@ def test_renamed_columns_and_other_file_types_give_the_same_corpus(tmp_path):
     import pyarrow
     import pyarrow.csv
     import pyarrow.parquet
+
     expected = load_corpus(section(write_table(tmp_path), split_ratio=half)).fingerprint
     table = pyarrow.csv.read_csv(tmp_path / "interactions.csv")
     pyarrow.parquet.write_table(table, tmp_path / "events.parquet")
     with open(tmp_path / "events.jsonl", "w") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in table.to_pylist())
     with gzip.open(tmp_path / "events.tsv.gz", "wt") as stream:
-        stream.write("who\twhat\twhen\trating\n" + "".join(f"{r['user_id']}\t{r['item_id']}\t{r['timestamp']}\t5\n" for r in table.to_pylist()))
+        stream.write(
+            "who\twhat\twhen\trating\n" + "".join(f"{r['user_id']}\t{r['item_id']}\t{r['timestamp']}\t5\n" for r in table.to_pylist())
+        )
     items = str(tmp_path / "items.csv")
     assert load_corpus(section(tmp_path / "events.parquet", items=items, split_ratio=half)).fingerprint == expected
     assert load_corpus(section(tmp_path / "events.jsonl", items=items, split_ratio=half)).fingerprint == expected
@@ -228,14 +256,17 @@ def test_renamed_columns_and_other_file_types_give_the_same_corpus(tmp_path):
     assert "`user`" in caught.value.fix
 
 
-@pytest.mark.parametrize("row, message", [
-    ("a,9,50,5", r"interactions.csv, line 3, field `item_id`: item id 9 has no title in items.csv"),
-    ("a,4,50,5", r"line 3, field `item_id`: item id 4 has no title"),
-    ("a,1,later,5", r"line 3, field `timestamp`: 'later' is not a number"),
-    ("a,1,50,good", r"line 3, field `rating`: 'good' is not a number"),
-    (",1,50,5", r"line 3, field `user_id`: empty id"),
-    ("a,1,50", r"line 3, field `\(row\)`: 3 fields where the header has 4"),
-])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ("a,9,50,5", r"interactions.csv, line 3, field `item_id`: item id 9 has no title in items.csv"),
+        ("a,4,50,5", r"line 3, field `item_id`: item id 4 has no title"),
+        ("a,1,later,5", r"line 3, field `timestamp`: 'later' is not a number"),
+        ("a,1,50,good", r"line 3, field `rating`: 'good' is not a number"),
+        (",1,50,5", r"line 3, field `user_id`: empty id"),
+        ("a,1,50", r"line 3, field `\(row\)`: 3 fields where the header has 4"),
+    ],
+)
 def test_a_bad_table_row_is_named_or_counted(tmp_path, row, message):
     good = [f"u,{item},{time},5" for time, item in enumerate((1, 2, 3, 1, 2, 3))]
     write_table(tmp_path, [good[0], row, *good[1:]], "item_id,title\n1,One\n2,Two\n3,Three\n4,\n")
@@ -259,7 +290,10 @@ def test_a_time_split_needs_timestamps_and_iso_dates_are_timestamps(tmp_path):
 def test_user_attributes_come_along(tmp_path):
     write_table(tmp_path)
     (tmp_path / "users.csv").write_text("user_id,gender,age\na,F,30\nb,M,40\nz,F,1\n")
-    assert load_corpus(section(tmp_path, split_ratio=(0.5, 0.25, 0.25))).users == {"a": {"gender": "F", "age": "30"}, "b": {"gender": "M", "age": "40"}}
+    assert load_corpus(section(tmp_path, split_ratio=(0.5, 0.25, 0.25))).users == {
+        "a": {"gender": "F", "age": "30"},
+        "b": {"gender": "M", "age": "40"},
+    }
 
 
 def test_limits_are_seeded_samples_in_order(tmp_path):
@@ -275,15 +309,17 @@ def test_limits_are_seeded_samples_in_order(tmp_path):
 
 
 def test_fingerprint_changes_with_titles_and_with_targets(tmp_path):
-    prints = [load_corpus(section(write_windows(tmp_path))).fingerprint,
-              load_corpus(section(write_windows(tmp_path, names={"1": "One", "2": "Two", "3": "Three", "4": "Four"}))).fingerprint,
-              load_corpus(section(write_windows(tmp_path, test=['7,"[1, 2, 4]",100']))).fingerprint]
+    prints = [
+        load_corpus(section(write_windows(tmp_path))).fingerprint,
+        load_corpus(section(write_windows(tmp_path, names={"1": "One", "2": "Two", "3": "Three", "4": "Four"}))).fingerprint,
+        load_corpus(section(write_windows(tmp_path, test=['7,"[1, 2, 4]",100']))).fingerprint,
+    ]
     assert len(set(prints)) == 3
 
 
 def test_popularity_counts_an_interaction_once_however_many_windows_repeat_it(tmp_path):
     sequence = [1, 2, 3, 2, 4, 1, 3, 3, 2]
-    rows = [f'7,"{sequence[max(0, k - 3):k + 1]}",{5 if k < 4 else k}' for k in range(1, len(sequence))]
+    rows = [f'7,"{sequence[max(0, k - 3) : k + 1]}",{5 if k < 4 else k}' for k in range(1, len(sequence))]
     rows[1], rows[2] = rows[2], rows[1]  # equal times: any order
     corpus = load_corpus(section(write_windows(tmp_path, train=[*rows, '8,"[4, 1]",9'], valid=['9,"[4, 3, 1]",5']), history_length=3))
     assert train_popularity(corpus) == Counter(map(str, sequence)) + Counter("41")
@@ -291,6 +327,7 @@ def test_popularity_counts_an_interaction_once_however_many_windows_repeat_it(tm
 
 def test_popularity_of_a_table_is_its_train_interactions(tmp_path):
     import random
+
     rng = random.Random(0)
     rows = [f"u{rng.randrange(6)},{rng.randrange(1, 4)},{t // 3},5" for t in range(300)]
     corpus = load_corpus(section(write_table(tmp_path, rows), split_ratio=(0.9, 0, 0.1), history_length=8))
@@ -299,7 +336,7 @@ def test_popularity_of_a_table_is_its_train_interactions(tmp_path):
         user, item, *_ = row.split(",")
         per_user.setdefault(user, []).append(item)
     in_test = Counter(s.user_id for s in corpus.split("test"))
-    expected = Counter(item for user, items in per_user.items() for item in items[:len(items) - in_test[user]])
+    expected = Counter(item for user, items in per_user.items() for item in items[: len(items) - in_test[user]])
     assert train_popularity(corpus) == expected
 
 
@@ -316,8 +353,14 @@ def test_movielens_layouts_give_titles_genres_and_users(tmp_path):
     (one / "movies.dat").write_bytes("1::Misérables, Les (1995)::Comedy\n2::B (1996)::Comedy\n".encode("latin-1"))
     (one / "users.dat").write_text("1::M::25::12::55117\n")
     (latest / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + "".join(f"{u},{i},{r},{t}\n" for u, i, r, t in events))
-    (latest / "movies.csv").write_text('movieId,title,genres\n1,"Misérables, Les (1995)",Comedy\n2,B (1996),(no genres listed)\n', encoding="utf-8")
-    for folder, user in ((old, {"age": "24", "gender": "M", "occupation": "technician"}), (one, {"gender": "M", "age": "25", "occupation": "programmer"}), (latest, None)):
+    (latest / "movies.csv").write_text(
+        'movieId,title,genres\n1,"Misérables, Les (1995)",Comedy\n2,B (1996),(no genres listed)\n', encoding="utf-8"
+    )
+    for folder, user in (
+        (old, {"age": "24", "gender": "M", "occupation": "technician"}),
+        (one, {"gender": "M", "age": "25", "occupation": "programmer"}),
+        (latest, None),
+    ):
         corpus = load_corpus(section(folder, split="leave_one_out"))
         assert corpus.items["1"].title == "Misérables, Les (1995)" and corpus.items["1"].genres == ("Comedy",) and corpus.domain == "movie"
         assert targets(corpus.split("test")) == [("1", ("1", "2", "1"), "2")]
@@ -345,6 +388,7 @@ def test_embedded_ml100k_has_directors_years_and_user_attributes():
 def test_missing_recbole_tells_how_to_install_it(monkeypatch):
     def absent(name):
         raise importlib.metadata.PackageNotFoundError(name)
+
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
     with pytest.raises(UserError, match="recbole") as caught:
         load_corpus(section("ml-100k"))
@@ -353,16 +397,23 @@ def test_missing_recbole_tells_how_to_install_it(monkeypatch):
 
 @pytest.mark.parametrize("year", [2018, 2023])
 def test_amazon_reviews_of_both_releases(tmp_path, year):
-    user, item, time, rating, provider = {2018: ("reviewerID", "asin", "unixReviewTime", "overall", "brand"),
-                                          2023: ("user_id", "parent_asin", "timestamp", "rating", "store")}[year]
+    user, item, time, rating, provider = {
+        2018: ("reviewerID", "asin", "unixReviewTime", "overall", "brand"),
+        2023: ("user_id", "parent_asin", "timestamp", "rating", "store"),
+    }[year]
     events = [("A", "B1", 1, 5.0), ("A", "B2", 2, 1.0), ("A", "B3", 3, 5.0), ("A", "B1", 4, 4.0), ("A", "B3", 5, 5.0)]
     with gzip.open(tmp_path / "Office_5.json.gz", "wt") as stream:
         stream.writelines(json.dumps({user: u, item: i, time: t, rating: r, "title": "my review"}) + "\n" for u, i, t, r in events)
     with gzip.open(tmp_path / "meta_Office.json.gz", "wt") as stream:
-        stream.writelines(json.dumps({item: i, "title": f"Pen &amp; {i}", provider: "Acme", "categories": ["Office", "Pens"]}) + "\n" for i in ("B1", "B2", "B3", "B4"))
+        stream.writelines(
+            json.dumps({item: i, "title": f"Pen &amp; {i}", provider: "Acme", "categories": ["Office", "Pens"]}) + "\n"
+            for i in ("B1", "B2", "B3", "B4")
+        )
     corpus = load_corpus(section(tmp_path, min_rating=3, split="leave_one_out"))
     assert targets(corpus.split("test")) == [("A", ("B1", "B3", "B1"), "B3")]
-    assert corpus.items["B1"].title == "Pen & B1" and corpus.items["B1"].provider == "Acme" and corpus.items["B1"].genres == ("Office", "Pens")
+    assert (
+        corpus.items["B1"].title == "Pen & B1" and corpus.items["B1"].provider == "Acme" and corpus.items["B1"].genres == ("Office", "Pens")
+    )
     assert corpus.domain == "product" and set(corpus.items) == {"B1", "B3"}
     (tmp_path / "meta_Office.json.gz").unlink()
     with pytest.raises(UserError, match="no metadata file"):
@@ -372,7 +423,9 @@ def test_amazon_reviews_of_both_releases(tmp_path, year):
 def test_titles_lists_and_genres_are_cleaned():
     assert clean_title(" Caf&eacute;&nbsp;&amp;amp;\t&quot;Bar&quot; ") == 'Café & "Bar"'
     assert parse_list("[1, 2]") == [1, 2] and parse_list("('a', 'b')") == ["a", "b"]
-    assert parse_genres("Action|Drama") == ("Action", "Drama") and parse_genres("['A, b', 'C']") == ("A, b", "C") and parse_genres(None) == ()
+    assert (
+        parse_genres("Action|Drama") == ("Action", "Drama") and parse_genres("['A, b', 'C']") == ("A, b", "C") and parse_genres(None) == ()
+    )
     assert parse_genres([["Books", "History"]]) == ("Books", "History")
 
 

@@ -11,7 +11,9 @@ from gdrt_ds.errors import UserError
 
 
 def planted(sample_seed=0, **options):
-    return load_corpus(DataSection(path="planted", sample_seed=sample_seed, planted={"num_train": 1000, "num_test": 200, "num_valid": 50, **options}))
+    return load_corpus(
+        DataSection(path="planted", sample_seed=sample_seed, planted={"num_train": 1000, "num_test": 200, "num_valid": 50, **options})
+    )
 
 
 def by_kind(corpus, kind, split="train"):
@@ -32,7 +34,7 @@ def test_shortcut_targets_do_not_depend_on_the_history():
     corpus = planted(num_train=8000)
     share = Counter(s.target for s in by_kind(corpus, "shortcut"))
     weights = sorted((count / 6400 for count in share.values()), reverse=True)
-    expected = [0.7 ** k / sum(0.7 ** j for j in range(4)) for k in range(4)]
+    expected = [0.7**k / sum(0.7**j for j in range(4)) for k in range(4)]
     assert weights == pytest.approx(expected, abs=0.025)
     top = share.most_common(1)[0][0]
     by_last = {}
@@ -67,16 +69,19 @@ def test_shares_at_the_ends():
     assert not by_kind(planted(shortcut_share=0), "shortcut") and not by_kind(planted(shortcut_share=1.0), "history")
 
 
-@pytest.mark.parametrize("options, message, hint", [
-    ({"num_item": 9}, "data.planted.num_item: unknown option", "`num_items`"),
-    ({"num_items": 2.5}, "data.planted.num_items=2.5: expected a whole number", "24"),
-    ({"num_items": True}, "data.planted.num_items=True", "24"),
-    ({"shortcut_share": "most"}, "data.planted.shortcut_share='most': expected a number", "0.8"),
-    ({"shortcut_share": 1.5}, "data.planted.shortcut_share=1.5: out of range", "shortcut_share <= 1"),
-    ({"num_popular": 13}, "data.planted.num_popular=13: out of range", "num_items / 2"),
-    ({"min_history": 5}, "data.planted.max_history=4: out of range", "min_history <= max_history"),
-    ({"num_test": 0}, "data.planted.num_test=0", "positive"),
-])
+@pytest.mark.parametrize(
+    "options, message, hint",
+    [
+        ({"num_item": 9}, "data.planted.num_item: unknown option", "`num_items`"),
+        ({"num_items": 2.5}, "data.planted.num_items=2.5: expected a whole number", "24"),
+        ({"num_items": True}, "data.planted.num_items=True", "24"),
+        ({"shortcut_share": "most"}, "data.planted.shortcut_share='most': expected a number", "0.8"),
+        ({"shortcut_share": 1.5}, "data.planted.shortcut_share=1.5: out of range", "shortcut_share <= 1"),
+        ({"num_popular": 13}, "data.planted.num_popular=13: out of range", "num_items / 2"),
+        ({"min_history": 5}, "data.planted.max_history=4: out of range", "min_history <= max_history"),
+        ({"num_test": 0}, "data.planted.num_test=0", "positive"),
+    ],
+)
 def test_wrong_options_are_named(options, message, hint):
     with pytest.raises(UserError, match=message) as caught:
         planted(**options)

@@ -15,8 +15,10 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.prompts import HISTORY, INSTRUCTION, SEGMENTS, TARGET, TEMPLATE, PromptEncoder, PromptTemplate, tokenise_split
 
 TITLES = ["Toy Story (1995)", "Toy Story", 'The 12" Ruler', "Toy Story 2 (1999)", "Amélie", "Heat (1995)"]
-CHAT = ("{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +28,15 @@ def bpe():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     texts = TITLES + ["### Instruction: Recommend the movie that this user will choose next", '"Toy Story (1995)", "Heat (1995)"'] * 3
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=420, special_tokens=["</s>", "<s>", "<|start|>", "<|end|>"],
-                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", additional_special_tokens=["<|start|>", "<|end|>"])
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=420, special_tokens=["</s>", "<s>", "<|start|>", "<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", additional_special_tokens=["<|start|>", "<|end|>"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +65,17 @@ def test_segments_hold_exactly_their_text(bpe, style):
     assert text_of(encoder, encoded, TARGET) == '"Toy Story 2 (1999)"</s>'
     assert text_of(encoder, encoded, INSTRUCTION) == encoder.template.instruction and "movie" in encoder.template.instruction
     whole = bpe.decode(encoded.input_ids.tolist())
-    assert ': "Toy Story (1995)", "Toy Story", "The 12" Ruler"\n' in whole and whole.endswith(': "Toy Story 2 (1999)"</s>' if style == "plain" else ':\n"Toy Story 2 (1999)"</s>')
+    assert ': "Toy Story (1995)", "Toy Story", "The 12" Ruler"\n' in whole and whole.endswith(
+        ': "Toy Story 2 (1999)"</s>' if style == "plain" else ':\n"Toy Story 2 (1999)"</s>'
+    )
     assert encoded.input_ids.dtype == np.int32 and encoded.segments.dtype == np.int8 and encoded.item_slot.dtype == np.int16
-    assert (encoded.segments[-encoded.num_target:] == TARGET).all() and (encoded.segments == TARGET).sum() == encoded.num_target
+    assert (encoded.segments[-encoded.num_target :] == TARGET).all() and (encoded.segments == TARGET).sum() == encoded.num_target
     for slot, title in enumerate(TITLES[:3]):
         assert bpe.decode(encoded.input_ids[encoded.item_slot == slot].tolist()) == f' "{title}"'
     assert ((encoded.item_slot >= 0) == (encoded.segments == HISTORY)).all()
-    assert [name for name, _, _ in encoder.pieces(encoded)][-1] == "target" and set(SEGMENTS) == {name for name, _, _ in encoder.pieces(encoded)}
+    assert [name for name, _, _ in encoder.pieces(encoded)][-1] == "target" and set(SEGMENTS) == {
+        name for name, _, _ in encoder.pieces(encoded)
+    }
 
 
 @pytest.mark.parametrize("style", ["alpaca", "plain"])
@@ -73,10 +85,10 @@ def test_head_is_the_same_for_every_sample_also_without_history(bpe, words, styl
         head = encoder.head_ids
         for history in (TITLES, TITLES[4:], []):
             encoded = encoder.encode(history, TITLES[0])
-            assert encoded.input_ids[:len(head)].tolist() == head
+            assert encoded.input_ids[: len(head)].tolist() == head
             if history:
                 assert encoded.segments[len(head)] == HISTORY
-            assert not (encoded.segments[:len(head)] == HISTORY).any()
+            assert not (encoded.segments[: len(head)] == HISTORY).any()
 
 
 def test_target_tokens_do_not_depend_on_the_prompt_and_no_title_is_a_prefix_of_another(bpe):
@@ -84,7 +96,7 @@ def test_target_tokens_do_not_depend_on_the_prompt_and_no_title_is_a_prefix_of_a
     for title in TITLES:
         for history in (TITLES[:1], TITLES[2:5], []):
             encoded = encoder.encode(history, title)
-            assert encoded.input_ids[-encoded.num_target:].tolist() == encoder.target_ids(title)
+            assert encoded.input_ids[-encoded.num_target :].tolist() == encoder.target_ids(title)
         assert encoder.target_ids(title)[-1] == bpe.eos_token_id
     trie = TokenTrie.build([encoder.target_ids(title) for title in TITLES], TITLES)
     assert (trie.entry >= 0).sum() == len(TITLES)
@@ -93,7 +105,7 @@ def test_target_tokens_do_not_depend_on_the_prompt_and_no_title_is_a_prefix_of_a
 def test_training_and_inference_prompts_are_the_same_tokens(bpe):
     encoder = encoder_of(bpe)
     train, infer = encoder.encode(TITLES[:2], TITLES[3]), encoder.encode(TITLES[:2])
-    assert infer.num_target == 0 and train.input_ids[:-train.num_target].tolist() == infer.input_ids.tolist()
+    assert infer.num_target == 0 and train.input_ids[: -train.num_target].tolist() == infer.input_ids.tolist()
 
 
 def test_masked_history_keeps_the_template_and_nothing_of_the_titles(bpe):
@@ -165,7 +177,9 @@ def test_histories_are_cut_alike_whatever_the_target_and_the_cut_is_noted(bpe):
     encoder = encoder_of(bpe, max_length=limit)
     store, notes = tokenise_split(encoder, catalogue, corpus.split("train"))
     assert notes == [f"1 of 3 samples exceed prompt.max_length={limit}: their 2 oldest history items are left out"]
-    prompts = {tuple(encoder.encode([TITLES[i] for i in (0, 1, 2, 4)], target).input_ids[:-len(encoder.target_ids(target))]) for target in TITLES}
+    prompts = {
+        tuple(encoder.encode([TITLES[i] for i in (0, 1, 2, 4)], target).input_ids[: -len(encoder.target_ids(target))]) for target in TITLES
+    }
     assert prompts == {tuple(encoder.encode([TITLES[i] for i in (0, 1, 2, 4)]).input_ids)} and store.lengths.max() <= limit
     with pytest.raises(UserError, match="prompt.max_length"):
         tokenise_split(encoder_of(bpe, max_length=len(roomy.head_ids) + 14), catalogue, corpus.split("train"))
@@ -202,7 +216,10 @@ def test_saved_template_gives_the_same_tokens(bpe, tmp_path):
     encoder.template.save(tmp_path / "prompt.json")
     loaded = PromptTemplate.load(tmp_path / "prompt.json")
     assert loaded == encoder.template and loaded.fingerprint == encoder.template.fingerprint
-    assert PromptEncoder(loaded, bpe, 512).encode(TITLES[:2], TITLES[3]).input_ids.tolist() == encoder.encode(TITLES[:2], TITLES[3]).input_ids.tolist()
+    assert (
+        PromptEncoder(loaded, bpe, 512).encode(TITLES[:2], TITLES[3]).input_ids.tolist()
+        == encoder.encode(TITLES[:2], TITLES[3]).input_ids.tolist()
+    )
     assert encoder_of(bpe, domain="book").template.fingerprint != loaded.fingerprint
     assert encoder_of(bpe, domain="movie", **{}).template.domain == "movie"
 
@@ -213,9 +230,13 @@ def test_template_files_may_be_written_by_hand_and_mistakes_are_named(bpe, tmp_p
     path.write_text(json.dumps(pieces))
     encoder = encoder_of(bpe, str(path))
     assert bpe.decode(encoder.encode(TITLES[:1], TITLES[4]).input_ids.tolist()) == 'Next? Seen: "Toy Story (1995)" Then: "Amélie"</s>'
-    for change, message in (({"instruktion": "x"}, "unknown field `instruktion`"), ({"item_format": "title"}, "item_format='title'"),
-                            ({"bos": "yes"}, "bos='yes': expected true or false"), ({"instruction": 3}, "instruction=3: expected text"),
-                            ({"terminator": "<|nothing|>"}, "does not know|ends targets with")):
+    for change, message in (
+        ({"instruktion": "x"}, "unknown field `instruktion`"),
+        ({"item_format": "title"}, "item_format='title'"),
+        ({"bos": "yes"}, "bos='yes': expected true or false"),
+        ({"instruction": 3}, "instruction=3: expected text"),
+        ({"terminator": "<|nothing|>"}, "does not know|ends targets with"),
+    ):
         path.write_text(json.dumps({**pieces, **change}))
         with pytest.raises(UserError, match=message.replace("|", r"\|") if "nothing" in message else message):
             encoder_of(bpe, str(path))

@@ -32,11 +32,20 @@ def read_amazon_reviews(data: DataSection, bad: BadRows) -> Interactions:
     """
     reviews = _reviews_file(Path(data.path))
     if reviews is None:
-        raise UserError(f"data.path={data.path}: no Amazon reviews there",
-                        "expected JSON lines (.gz too) with reviewerID and asin (2018) or user_id and parent_asin (2023)")
-    meta = Path(data.items) if data.items else next((p for p in _candidates(reviews.parent) if p != reviews and p.name.lower().startswith("meta")), None)
+        raise UserError(
+            f"data.path={data.path}: no Amazon reviews there",
+            "expected JSON lines (.gz too) with reviewerID and asin (2018) or user_id and parent_asin (2023)",
+        )
+    meta = (
+        Path(data.items)
+        if data.items
+        else next((p for p in _candidates(reviews.parent) if p != reviews and p.name.lower().startswith("meta")), None)
+    )
     if meta is None:
-        raise UserError(f"data.path={data.path}: no metadata file (meta*.jsonl[.gz]) beside {reviews.name}", "set data.items=<metadata file>; titles come from it")
+        raise UserError(
+            f"data.path={data.path}: no metadata file (meta*.jsonl[.gz]) beside {reviews.name}",
+            "set data.items=<metadata file>; titles come from it",
+        )
     items = read_item_table(require_file(meta, "data.items"), data, bad)
     events = read_events(reviews, data, bad, items, meta)
     events.users = read_user_table(data, reviews.parent, bad)

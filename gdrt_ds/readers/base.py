@@ -76,14 +76,17 @@ class BadRows:
         self.counts: Counter[tuple[str, str]] = Counter()
         self.first: dict[tuple[str, str], str] = {}
 
-    def report(self, path: Path | str, line: int | None, field_name: str, problem: str, kind: str | None = None,
-               row_stays: bool = False) -> None:
+    def report(
+        self, path: Path | str, line: int | None, field_name: str, problem: str, kind: str | None = None, row_stays: bool = False
+    ) -> None:
         """Raises UserError(file, line, field, problem), or counts the row under `kind` (default: the field) when skipping."""
         name = Path(path).name
         where = f"{name}, line {line}" if line is not None else name
         if not self.skip:
-            raise UserError(f"{where}, field `{field_name}`: {problem}",
-                            "correct the row, or set data.on_bad_row=skip to leave such rows out (they are counted and reported)")
+            raise UserError(
+                f"{where}, field `{field_name}`: {problem}",
+                "correct the row, or set data.on_bad_row=skip to leave such rows out (they are counted and reported)",
+            )
         kind = kind or f"field `{field_name}` unusable"
         key = (name, kind if row_stays else f"rows left out, {kind}")
         self.counts[key] += 1
@@ -178,7 +181,14 @@ def as_id(value: object) -> str:
 def guess_domain(name: str, default: str = "item") -> str:
     """What an item is called in a prompt, from the data set's name."""
     lowered = name.lower()
-    for key, domain in (("book", "book"), ("movie", "movie"), ("ml-", "movie"), ("music", "album"), ("game", "video game"), ("amazon", "product")):
+    for key, domain in (
+        ("book", "book"),
+        ("movie", "movie"),
+        ("ml-", "movie"),
+        ("music", "album"),
+        ("game", "video game"),
+        ("amazon", "product"),
+    ):
         if key in lowered:
             return domain
     return default

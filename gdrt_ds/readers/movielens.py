@@ -20,11 +20,50 @@ from gdrt_ds.readers.rows import open_text, require_file
 DIRECTED_BY = "film.film.directed_by"
 _INSTALL = "pip install --no-deps recbole==1.2.1"
 _LATEST = ("ratings.csv", "movies.csv")
-ML100K_GENRES = ("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy", "Film-Noir",
-                 "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western")
-ML1M_OCCUPATIONS = ("other", "academic/educator", "artist", "clerical/admin", "college/grad student", "customer service", "doctor/health care",
-                    "executive/managerial", "farmer", "homemaker", "K-12 student", "lawyer", "programmer", "retired", "sales/marketing",
-                    "scientist", "self-employed", "technician/engineer", "tradesman/craftsman", "unemployed", "writer")
+ML100K_GENRES = (
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+)
+ML1M_OCCUPATIONS = (
+    "other",
+    "academic/educator",
+    "artist",
+    "clerical/admin",
+    "college/grad student",
+    "customer service",
+    "doctor/health care",
+    "executive/managerial",
+    "farmer",
+    "homemaker",
+    "K-12 student",
+    "lawyer",
+    "programmer",
+    "retired",
+    "sales/marketing",
+    "scientist",
+    "self-employed",
+    "technician/engineer",
+    "tradesman/craftsman",
+    "unemployed",
+    "writer",
+)
 
 
 def is_movielens(folder: Path) -> bool:
@@ -45,7 +84,10 @@ def read_movielens(data: DataSection, bad: BadRows) -> Interactions:
         return _read_1m(folder, bad)
     if (folder / "ratings.csv").is_file():
         return _read_latest(folder, data, bad)
-    raise UserError(f"data.path={data.path}: no MovieLens files there", "expected u.data and u.item, ratings.dat and movies.dat, or ratings.csv and movies.csv")
+    raise UserError(
+        f"data.path={data.path}: no MovieLens files there",
+        "expected u.data and u.item, ratings.dat and movies.dat, or ratings.csv and movies.csv",
+    )
 
 
 def read_embedded_ml100k(data: DataSection, bad: BadRows) -> Interactions:
@@ -59,7 +101,9 @@ def read_embedded_ml100k(data: DataSection, bad: BadRows) -> Interactions:
     except importlib.metadata.PackageNotFoundError:
         raise UserError("data.path=ml-100k: the package recbole, which carries MovieLens-100k, is not installed", _INSTALL) from None
     if not (folder / "ml-100k.inter").is_file():
-        raise UserError(f"data.path=ml-100k: the installed recbole {importlib.metadata.version('recbole')} has no dataset_example/ml-100k", _INSTALL)
+        raise UserError(
+            f"data.path=ml-100k: the installed recbole {importlib.metadata.version('recbole')} has no dataset_example/ml-100k", _INSTALL
+        )
     relation = data.columns.get("provider", DIRECTED_BY)
     providers = _providers(folder, relation)
     items = {}
@@ -68,9 +112,12 @@ def read_embedded_ml100k(data: DataSection, bad: BadRows) -> Interactions:
         if not title:  # a rating of it is a bad row, see _collect
             continue
         year = row["release_year"].strip()
-        items[row["item_id"]] = Item(row["item_id"], f"{title} ({year})" if year.isdigit() else title, providers.get(row["item_id"]),
-                                     tuple(row["class"].split()))
-    users = {row["user_id"]: {name: row[name] for name in ("age", "gender", "occupation")} for _, row in _atomic(folder / "ml-100k.user", bad)}
+        items[row["item_id"]] = Item(
+            row["item_id"], f"{title} ({year})" if year.isdigit() else title, providers.get(row["item_id"]), tuple(row["class"].split())
+        )
+    users = {
+        row["user_id"]: {name: row[name] for name in ("age", "gender", "occupation")} for _, row in _atomic(folder / "ml-100k.user", bad)
+    }
     rows = ((line, row["user_id"], row["item_id"], row["rating"], row["timestamp"]) for line, row in _atomic(folder / "ml-100k.inter", bad))
     return _collect(folder / "ml-100k.inter", rows, items, users, bad)
 
@@ -96,8 +143,10 @@ def _providers(folder: Path, relation: str) -> dict[str, str]:
         if row["relation_id"] == relation and row["head_id"] in item_of:
             linked[item_of[row["head_id"]]].add(row["tail_id"])
     if not linked:
-        raise UserError(f"data.columns.provider={relation}: the knowledge graph of ml-100k has no such relation from films",
-                        nearest(relation, sorted(r for r in relations if r.startswith("film.film."))))
+        raise UserError(
+            f"data.columns.provider={relation}: the knowledge graph of ml-100k has no such relation from films",
+            nearest(relation, sorted(r for r in relations if r.startswith("film.film."))),
+        )
     num_films = Counter(provider for found in linked.values() for provider in found)
     return {item: min(found, key=lambda p: (-num_films[p], p)) for item, found in linked.items()}
 

@@ -38,12 +38,16 @@ def require_file(path: Path, setting: str) -> Path:
 def open_text(path: Path, encoding: str = "utf-8-sig") -> Iterator[io.TextIOBase]:
     """Opens plain or gzip text; whatever makes it unreadable becomes a UserError that names the file."""
     try:
-        stream = gzip.open(path, "rt", encoding=encoding, newline="") if path.name.endswith(".gz") else open(path, encoding=encoding, newline="")
+        stream = (
+            gzip.open(path, "rt", encoding=encoding, newline="") if path.name.endswith(".gz") else open(path, encoding=encoding, newline="")
+        )
         with stream:
             yield stream
     except _UNREADABLE as error:
         reason = f"not {encoding} text ({error})" if isinstance(error, UnicodeDecodeError) else str(error) or type(error).__name__
-        raise UserError(f"{path}: cannot be read: {reason}", "check that the file is complete and readable, and its encoding UTF-8") from None
+        raise UserError(
+            f"{path}: cannot be read: {reason}", "check that the file is complete and readable, and its encoding UTF-8"
+        ) from None
 
 
 def read_rows(path: Path, bad: BadRows, delimiter: str | None = None) -> Iterator[tuple[int, dict]]:
@@ -88,7 +92,9 @@ def _read_delimited(path: Path, bad: BadRows, delimiter: str) -> Iterator[tuple[
             if not row:
                 continue
             if len(row) != len(header):
-                bad.report(path, reader.line_num, "(row)", f"{len(row)} fields where the header has {len(header)}", "wrong number of fields")
+                bad.report(
+                    path, reader.line_num, "(row)", f"{len(row)} fields where the header has {len(header)}", "wrong number of fields"
+                )
                 continue
             yield reader.line_num, dict(zip(header, row))
 
@@ -167,7 +173,9 @@ def header_of(path: Path, delimiter: str | None = None) -> list[str]:
     raise UserError(f"{path}: the file holds no row", "at least one JSON object is expected")
 
 
-def pick_column(path: Path, header: list[str], role: str, aliases: tuple[str, ...], renamed: dict[str, str], required: bool = True) -> str | None:
+def pick_column(
+    path: Path, header: list[str], role: str, aliases: tuple[str, ...], renamed: dict[str, str], required: bool = True
+) -> str | None:
     """The column that plays `role`: data.columns.<role> where given, else the first alias that is there.
 
     Raises:
@@ -178,13 +186,17 @@ def pick_column(path: Path, header: list[str], role: str, aliases: tuple[str, ..
             return renamed[role]
         if not required:
             return None
-        raise UserError(f"data.columns.{role}={renamed[role]}: {path.name} has no such column; it has {', '.join(header)}",
-                        nearest(renamed[role], header))
+        raise UserError(
+            f"data.columns.{role}={renamed[role]}: {path.name} has no such column; it has {', '.join(header)}",
+            nearest(renamed[role], header),
+        )
     lowered = {name.lower(): name for name in reversed(header)}
     for alias in aliases:
         if alias.lower() in lowered:
             return lowered[alias.lower()]
     if required:
-        raise UserError(f"{path.name}: missing column for `{role}`; it has {', '.join(header)}",
-                        f"name it one of {', '.join(aliases)}, or set data.columns.{role}=<column>")
+        raise UserError(
+            f"{path.name}: missing column for `{role}`; it has {', '.join(header)}",
+            f"name it one of {', '.join(aliases)}, or set data.columns.{role}=<column>",
+        )
     return None

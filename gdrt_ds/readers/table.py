@@ -41,12 +41,16 @@ def read_table(data: DataSection, bad: BadRows) -> Interactions:
     if path.is_dir():
         found = find_table(path, INTERACTION_NAMES)
         if found is None:
-            raise UserError(f"data.path={data.path}: no interactions file there",
-                            f"expected one of {', '.join(n + '.*' for n in INTERACTION_NAMES)} with a suffix of {', '.join(TABLE_SUFFIXES)}")
+            raise UserError(
+                f"data.path={data.path}: no interactions file there",
+                f"expected one of {', '.join(n + '.*' for n in INTERACTION_NAMES)} with a suffix of {', '.join(TABLE_SUFFIXES)}",
+            )
         path = found
     items_path = Path(data.items) if data.items else find_table(folder, ITEM_NAMES)
     if items_path is None:
-        raise UserError(f"data.path={data.path}: no item table beside it", "put items.csv (item_id,title[,provider,genres]) there, or set data.items")
+        raise UserError(
+            f"data.path={data.path}: no item table beside it", "put items.csv (item_id,title[,provider,genres]) there, or set data.items"
+        )
     require_file(items_path, "data.items")
     items = read_item_table(items_path, data, bad)
     events = read_events(path, data, bad, items, items_path)
@@ -108,7 +112,9 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
         if not title:  # an interaction with it is a bad row, see read_events
             continue
         if item in items and items[item].title != title:
-            bad.report(path, line, item_column, f"item id {item} is there twice, as {items[item].title!r} and {title!r}", "item ids that repeat")
+            bad.report(
+                path, line, item_column, f"item id {item} is there twice, as {items[item].title!r} and {title!r}", "item ids that repeat"
+            )
             continue
         provider = clean_title(str(row[provider_column])) if provider_column and row.get(provider_column) is not None else ""
         items[item] = Item(item, title, provider or None, parse_genres(row.get(genres_column)) if genres_column else ())

@@ -63,11 +63,19 @@ def _read_split(path: Path, data: DataSection, bad: BadRows, titles: dict[str, s
         if history_column is None or target_column is None:
             history_column, target_column = history_titles, target_title
         if history_column is None or target_column is None:
-            raise UserError(f"{path.name}: missing column `item_ids`; it has {', '.join(header)}",
-                            "windows need item_ids (last = target), or history_item_id and item_id, or history_item_title and item_title; "
-                            "data.columns.item renames item_ids")
-    label_columns = [name for name in header if name not in _ALL and name not in (user_column, time_column, window) and name
-                     and not name.lower().startswith(("history", "unnamed"))]
+            raise UserError(
+                f"{path.name}: missing column `item_ids`; it has {', '.join(header)}",
+                "windows need item_ids (last = target), or history_item_id and item_id, or history_item_title and item_title; "
+                "data.columns.item renames item_ids",
+            )
+    label_columns = [
+        name
+        for name in header
+        if name not in _ALL
+        and name not in (user_column, time_column, window)
+        and name
+        and not name.lower().startswith(("history", "unnamed"))
+    ]
     samples: list[tuple[int, Sample]] = []
     for line, row in read_rows(path, bad):
         field = window or history_column
@@ -85,7 +93,9 @@ def _read_split(path: Path, data: DataSection, bad: BadRows, titles: dict[str, s
                     bad.report(path, line, history_titles, str(error), "malformed list")
                     continue
                 if len(names) != len(sequence):
-                    bad.report(path, line, history_titles, f"{len(names)} titles for {len(sequence)} items", "titles and ids differ in number")
+                    bad.report(
+                        path, line, history_titles, f"{len(names)} titles for {len(sequence)} items", "titles and ids differ in number"
+                    )
                     continue
                 titles.update(zip(sequence, names))
                 titles[target] = str(row[target_title])
@@ -94,8 +104,13 @@ def _read_split(path: Path, data: DataSection, bad: BadRows, titles: dict[str, s
             bad.report(path, line, field, "an item id is empty", "empty item id")
             continue
         if len(sequence) < 2:
-            bad.report(path, line, field, f"empty history: {len(sequence)} item in the window, at least one before the target is needed",
-                       "empty history")
+            bad.report(
+                path,
+                line,
+                field,
+                f"empty history: {len(sequence)} item in the window, at least one before the target is needed",
+                "empty history",
+            )
             continue
         timestamp = None
         if time_column and row[time_column] not in ("", None):
@@ -114,12 +129,16 @@ def _read_split(path: Path, data: DataSection, bad: BadRows, titles: dict[str, s
 
 
 def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str, str]) -> dict[str, Item]:
-    path = Path(data.items) if data.items else next((folder / n for n in ITEM_NAME_FILES + ITEM_TABLE_FILES if (folder / n).is_file()), None)
+    path = (
+        Path(data.items) if data.items else next((folder / n for n in ITEM_NAME_FILES + ITEM_TABLE_FILES if (folder / n).is_file()), None)
+    )
     if path is None:
         if titles:
             return {item: Item(item, clean_title(title)) for item, title in titles.items() if clean_title(title)}
-        raise UserError(f"data.path={data.path}: no item titles: {ITEM_NAME_FILES[0]} is not there and the rows carry none",
-                        f"put {ITEM_NAME_FILES[0]} (item id -> title) into the folder, or set data.items=<file>")
+        raise UserError(
+            f"data.path={data.path}: no item titles: {ITEM_NAME_FILES[0]} is not there and the rows carry none",
+            f"put {ITEM_NAME_FILES[0]} (item id -> title) into the folder, or set data.items=<file>",
+        )
     require_file(path, "data.items")
     if path.suffix != ".json":
         return read_item_table(path, data, bad)
@@ -144,8 +163,14 @@ def _titled(rows: list[tuple[int, Sample]], items: dict[str, Item], path: Path, 
     for line, sample in rows:
         missing = [item for item in sample.history if item not in items]
         for item in missing:
-            bad.report(path, line, "history", f"item id {item} has no title in the item table", "history items left out of their window, without a title",
-                       row_stays=True)
+            bad.report(
+                path,
+                line,
+                "history",
+                f"item id {item} has no title in the item table",
+                "history items left out of their window, without a title",
+                row_stays=True,
+            )
         if missing:
             sample = replace(sample, history=tuple(item for item in sample.history if item in items))
         if sample.target not in items:
