@@ -5,10 +5,14 @@ totals. NDCG is (sum of gains) / (number of samples); MGU is a function of the n
 coverage and Gini are functions of the number of recommendations per item. A bootstrap replicate draws users with
 replacement, so its totals are `weights @ features`, and a thousand replicates are one matrix product.
 
-Intervals. `percentile` for ratios of sums (means), where the bootstrap distribution is centred on the estimate. `centred`
-for everything curved (coverage, Gini, |differences|, maxima): a resample holds about 63 % of the users, so its coverage is
-always below the estimate and its |GP - GH| is on average above it; the spread is right, the place is not. The centred
-interval is the percentile interval moved by (estimate - bootstrap mean), cut to the metric's range.
+Intervals are 95 % intervals of one of three kinds:
+- `percentile` for ratios of sums (means), whose bootstrap distribution is centred on the estimate;
+- `centred` for curved statistics (|differences|, maxima): noise makes |GP - GH| of a resample too large on average, so the
+  spread is right and the place is not; the percentile interval is moved by (estimate - bootstrap mean) and cut to the range;
+- `linearised` for statistics over single items (coverage, Gini, entropy): a resample holds 63 % of the users, so items that
+  one user alone was shown vanish or are doubled, and the resampled statistic has neither the right place nor the right spread
+  (a quarter of the variance for such items). Instead each user gets an influence, the value with minus the value without
+  them, and the replicates are estimate + (weights - 1) @ influences: the bootstrap of the infinitesimal jackknife.
 
 Legend: N test samples, U users, F features, B bootstrap replicates, M metrics.
 """
@@ -33,6 +37,7 @@ class Statistic:
     features: [N, F], dense or CSR; metrics may share one matrix, whose totals are then resampled once.
     finish: totals [B, F] -> values [B]; NaN where the totals do not define the metric.
     smooth: True for ratios of sums (percentile interval), False for curved statistics (centred interval).
+    influence: (user features [U, F], totals [F]) -> [U], what the value loses without each user; makes the interval linearised.
     bounds: range of the metric; centred intervals are cut to it.
     n: number of test samples that the value rests on.
     """
@@ -42,6 +47,7 @@ class Statistic:
     n: int
     smooth: bool = True
     bounds: tuple[float, float] = (-np.inf, np.inf)
+    influence: Callable[[Matrix, np.ndarray], np.ndarray] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +110,12 @@ def resample(statistics: Mapping[str, Statistic], user_of_sample: np.ndarray, nu
         total_1F = np.asarray(features.sum(axis=0), dtype=np.float64).reshape(1, -1)
         for name in names:
             values[name] = float(_finish(statistics[name], total_1F)[0])
+            if statistics[name].influence is not None:
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    replicates[name] = values[name] + (weights - 1) @ statistics[name].influence(features, total_1F[0])
+        names = [name for name in names if statistics[name].influence is None]
+        if not names:
+            continue
         transposed = features.T.tocsr() if sparse.issparse(features) else None  # CSR @ dense is the fast direction
         chunk = max(1, CHUNK_BYTES // (8 * max(1, features.shape[1])))
         for start in range(0, num_bootstrap, chunk):
@@ -120,7 +132,7 @@ def _finish(statistic: Statistic, totals: np.ndarray) -> np.ndarray:
 
 
 def interval(sample: Resampled, level: float = 0.95) -> tuple[float, float]:
-    """Two-sided bootstrap interval (percentile or centred, see the module's docstring); NaN without replicates."""
+    """Two-sided bootstrap interval (see the module's docstring for its kinds); NaN without replicates."""
     finite = sample.replicates[np.isfinite(sample.replicates)]
     if finite.size == 0 or not np.isfinite(sample.value):
         return float("nan"), float("nan")

@@ -9,6 +9,7 @@ from typing import Callable
 
 import numpy as np
 from scipy import sparse
+from scipy.stats import rankdata
 
 from eval.bootstrap import Statistic, mean_statistic, ratio
 from eval.metrics.accuracy import hit_rates
@@ -61,13 +62,20 @@ def dgu(inputs: Inputs, k: int, groups: str = "popularity_8", histories: bool = 
     return _group_unfairness(inputs, k, groups, histories, lambda gap: gap.max(axis=1) - gap.min(axis=1), (0, 2))
 
 
-def _item_statistic(inputs: Inputs, k: int, finish: Callable[[np.ndarray], np.ndarray], bounds: tuple[float, float]) -> Statistic:
-    return Statistic(inputs.exposure(k), finish, inputs.num_samples, False, bounds)
+def coverage_of(totals: np.ndarray) -> np.ndarray:
+    """Share of columns with any exposure. [B, n] -> [B]"""
+    return (totals > 0).mean(axis=1)
+
+
+def coverage_influence(features: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
+    """What coverage loses without each user: the columns that no other user reaches. [U, n], [n] -> [U]"""
+    only_one = np.bincount(features.indices, minlength=totals.size) == 1  # features hold no explicit zeros
+    return (features > 0).astype(float) @ only_one.astype(float) / totals.size
 
 
 def coverage(inputs: Inputs, k: int) -> Statistic:
     """Share of the catalogue that is in at least one list."""
-    return _item_statistic(inputs, k, lambda totals: (totals > 0).mean(axis=1), (0, 1))
+    return Statistic(inputs.exposure(k), coverage_of, inputs.num_samples, False, (0, 1), coverage_influence)
 
 
 def gini_of(totals: np.ndarray) -> np.ndarray:
@@ -77,8 +85,15 @@ def gini_of(totals: np.ndarray) -> np.ndarray:
     return ordered.astype(np.float64) @ (2 * np.arange(1, size + 1) - size - 1) / (size * totals.sum(axis=1))
 
 
+def gini_influence(features: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
+    """Derivative of the Gini index along each user's features; tied columns share their places. [U, n], [n] -> [U]"""
+    size, total = totals.size, totals.sum()
+    places = rankdata(totals, method="average")
+    return features @ ((2 * places - size - 1) / (size * total) - gini_of(totals[None, :])[0] / total)
+
+
 def gini(inputs: Inputs, k: int) -> Statistic:
-    return _item_statistic(inputs, k, gini_of, (0, 1))
+    return Statistic(inputs.exposure(k), gini_of, inputs.num_samples, False, (0, 1), gini_influence)
 
 
 def entropy_of(totals: np.ndarray) -> np.ndarray:
@@ -88,8 +103,14 @@ def entropy_of(totals: np.ndarray) -> np.ndarray:
     return np.log(sums) - terms / sums
 
 
+def entropy_influence(features: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
+    """Derivative of the entropy along each user's features: -(ln share + entropy) / total. [U, n], [n] -> [U]"""
+    total = totals.sum()
+    return features @ (-(np.log(np.maximum(totals, 1) / total) + entropy_of(totals[None, :])[0]) / total)
+
+
 def entropy(inputs: Inputs, k: int) -> Statistic:
-    return _item_statistic(inputs, k, entropy_of, (0, np.inf))
+    return Statistic(inputs.exposure(k), entropy_of, inputs.num_samples, False, (0, np.inf), entropy_influence)
 
 
 def _mean_over_list(inputs: Inputs, k: int, item_values: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from eval.bootstrap import Statistic
 from eval.metrics.inputs import Inputs
-from eval.metrics.item_side import gini_of
+from eval.metrics.item_side import coverage_influence, coverage_of, gini_influence, gini_of
 
 NUM_SIZE_BINS = 5
 
@@ -58,10 +58,11 @@ def size_bins(inputs: Inputs) -> np.ndarray:
     return np.unique(bins, return_inverse=True)[1]  # one huge provider may leave a bin empty: number the filled ones
 
 
-def _statistic(inputs: Inputs, k: int, finish: Callable[[np.ndarray], np.ndarray], bounds: tuple[float, float]) -> Statistic | None:
+def _statistic(inputs: Inputs, k: int, finish: Callable[[np.ndarray], np.ndarray], bounds: tuple[float, float],
+               influence: Callable[[sparse.csr_matrix, np.ndarray], np.ndarray] | None = None) -> Statistic | None:
     if len(inputs.provider_names) < 2:
         return None
-    return Statistic(provider_exposure(inputs, k), finish, inputs.num_samples, False, bounds)
+    return Statistic(provider_exposure(inputs, k), finish, inputs.num_samples, False, bounds, influence)
 
 
 def provider_l1_catalogue(inputs: Inputs, k: int) -> Statistic | None:
@@ -96,12 +97,12 @@ def provider_minmax(inputs: Inputs, k: int) -> Statistic | None:
 
 def provider_gini(inputs: Inputs, k: int) -> Statistic | None:
     """Gini index of exposure over providers, unexposed providers included."""
-    return _statistic(inputs, k, gini_of, (0, 1))
+    return _statistic(inputs, k, gini_of, (0, 1), gini_influence)
 
 
 def provider_coverage(inputs: Inputs, k: int) -> Statistic | None:
     """Share of providers with at least one item in at least one list."""
-    return _statistic(inputs, k, lambda totals: (totals > 0).mean(axis=1), (0, 1))
+    return _statistic(inputs, k, coverage_of, (0, 1), coverage_influence)
 
 
 def exposure_by_size(inputs: Inputs, k: int) -> list[dict[str, float | str]]:

@@ -125,11 +125,11 @@ def build_sections(results: Mapping[str, Any], predictions: Sequence[Mapping[str
     limit = results.get("limit")
     warning = f"Not a result: limited to {limit} samples (--limit)." if limit else ""
     config = results.get("config") or {}
-    name = str((config.get("run") or {}).get("dir") or config.get("name") or "") if isinstance(config, Mapping) else ""
+    name = str(results.get("name") or (config.get("run") or {}).get("dir") or "")
     facts = [("Objective", results.get("objective")), ("Mode", results.get("mode")), ("Precision", results.get("dtype")),
              ("Samples", f"{inputs.num_samples:,}"), ("Users", f"{len(inputs.user_ids):,}"), ("Catalogue", f"{inputs.num_items:,} items"),
              ("Git", str(results.get("git_hash") or "")[:10])]
-    trained = config.get("objective") if isinstance(config, Mapping) else None
+    trained = config.get("objective")
     subtitle = ", ".join(str(x) for x in (name.rstrip("/").split("/")[-1], f"trained with {trained}" if isinstance(trained, str) else "") if x)
     return Page("Evaluation report", subtitle, warning, [(k, str(v)) for k, v in facts if v not in (None, "")], sections)
 

@@ -1,0 +1,199 @@
+"""The bootstrap against plain loops, simulations with known truth, and Holm's published example; planted errors must fail."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from eval import bootstrap
+from eval.bootstrap import Resampled, Statistic, compare, compare_family, holm, interval, mean_statistic, resample, user_weights
+from eval.metrics import item_side
+
+
+def shown_items(lists: np.ndarray, num_items: int) -> sparse.csr_matrix:
+    rows = np.repeat(np.arange(lists.shape[0]), lists.shape[1])
+    return sparse.csr_matrix((np.ones(lists.size), (rows, lists.ravel())), shape=(lists.shape[0], num_items))
+
+
+def coverage_statistic(lists: np.ndarray, num_items: int) -> Statistic:
+    return Statistic(shown_items(lists, num_items), item_side.coverage_of, lists.shape[0], False, (0, 1))
+
+
+def test_matrix_products_equal_a_plain_loop_over_replicates():
+    rng = np.random.default_rng(0)
+    users = np.array([0, 0, 1, 2, 2, 2, 3, 4, 5, 5])
+    values, lists = rng.normal(size=10), rng.integers(0, 12, size=(10, 3))
+    found = resample({"mean": mean_statistic(values), "coverage": coverage_statistic(lists, 12)}, users, 40, seed=3)
+    for b, weights in enumerate(user_weights(6, 40, seed=3)):
+        drawn = np.repeat(np.arange(10), weights[users].astype(int))  # a drawn user brings all of their samples
+        assert found["mean"].replicates[b] == pytest.approx(values[drawn].mean())
+        assert found["coverage"].replicates[b] == pytest.approx(len(np.unique(lists[drawn])) / 12)
+
+
+def test_chunks_of_replicates_change_nothing(monkeypatch):
+    rng = np.random.default_rng(1)
+    statistic = coverage_statistic(rng.integers(0, 50, size=(30, 5)), 50)
+    whole = resample({"c": statistic}, np.arange(30), 33)["c"].replicates
+    monkeypatch.setattr(bootstrap, "CHUNK_BYTES", 8 * 50 * 7)
+    assert np.array_equal(whole, resample({"c": statistic}, np.arange(30), 33)["c"].replicates)
+
+
+def test_every_replicate_draws_as_many_users_as_there_are():
+    weights = user_weights(57, 200, seed=0)
+    assert np.all(weights.sum(axis=1) == 57)
+    assert weights.var() == pytest.approx(1 - 1 / 57, rel=0.05)  # multinomial, not a permutation
+    assert np.array_equal(weights, user_weights(57, 200, seed=0))
+
+
+def test_percentile_intervals_of_means_hold_the_truth_about_95_times_in_100():
+    rng, hits = np.random.default_rng(5), 0
+    for trial in range(200):
+        values = rng.exponential(size=150)
+        low, high = interval(resample({"m": mean_statistic(values)}, np.arange(150), 400, seed=trial)["m"])
+        hits += low <= 1.0 <= high
+    assert 0.90 <= hits / 200 <= 0.985
+
+
+ITEM_STATISTICS = {"coverage": (item_side.coverage_of, item_side.coverage_influence), "gini": (item_side.gini_of, item_side.gini_influence),
+                   "entropy": (item_side.entropy_of, item_side.entropy_influence)}
+
+
+def share_of_intervals_with_the_truth(linearised: bool) -> dict[str, float]:
+    """How often the interval holds the expected value over samples of 200 users, in 100 samples."""
+    rng = np.random.default_rng(6)
+    chance = rng.dirichlet(np.full(300, 0.5))
+    draw = lambda: shown_items(rng.choice(300, (200, 5), p=chance), 300)
+    truths = {name: np.mean([finish(np.asarray(draw().sum(axis=0)))[0] for _ in range(200)]) for name, (finish, _) in ITEM_STATISTICS.items()}
+    hits = dict.fromkeys(truths, 0)
+    for trial in range(100):
+        shown = draw()
+        found = resample({name: Statistic(shown, finish, 200, False, (0, math.inf), influence if linearised else None)
+                          for name, (finish, influence) in ITEM_STATISTICS.items()}, np.arange(200), 200, seed=trial)
+        for name, sample in found.items():
+            low, high = interval(sample)
+            hits[name] += low <= truths[name] <= high
+    return {name: count / 100 for name, count in hits.items()}
+
+
+def test_intervals_of_coverage_gini_and_entropy_hold_the_expected_value_where_plain_resampling_is_too_narrow():
+    linearised, plain = share_of_intervals_with_the_truth(True), share_of_intervals_with_the_truth(False)
+    assert all(share >= 0.9 for share in linearised.values()), linearised
+    assert plain["coverage"] < 0.88 and linearised["coverage"] > plain["coverage"], plain
+
+
+def test_an_influence_is_what_the_value_loses_without_the_user():
+    rng = np.random.default_rng(3)
+    shown = shown_items(rng.choice(40, (60, 4)), 40)
+    shown.sum_duplicates()
+    total = np.asarray(shown.sum(axis=0)).ravel()
+    for name, (finish, influence) in ITEM_STATISTICS.items():
+        without = np.array([finish((total - shown[u].toarray().ravel())[None, :])[0] for u in range(60)])
+        loss = finish(total[None, :])[0] - without
+        found = influence(shown, total)
+        if name != "coverage":  # derivatives: right up to a constant, which cancels because every replicate draws U users
+            found, loss = found - found.mean(), loss - loss.mean()
+        assert np.allclose(found, loss, atol=1e-12 if name == "coverage" else 0.15 * np.abs(loss).max()), name
+
+
+def test_intervals_of_a_distance_hold_its_expected_value_and_are_centred():
+    rng, chance, history = np.random.default_rng(4), np.array([.3, .3, .2, .1, .1]), np.full(5, 0.2)
+    distance = lambda totals: np.abs(totals / totals.sum(axis=1, keepdims=True) - history).mean(axis=1)
+    truth = np.mean([distance(rng.multinomial(300, chance)[None, :])[0] for _ in range(2000)])
+    hits = 0
+    for trial in range(150):
+        features = np.eye(5)[rng.choice(5, 300, p=chance)]
+        low, high = interval(resample({"d": Statistic(features, distance, 300, False, (0, 2))}, np.arange(300), 300, seed=trial)["d"])
+        hits += low <= truth <= high
+    assert hits / 150 >= 0.9
+    uneven = Resampled(1.0, np.linspace(1.5, 2.5, 101), 10, False, (0.8, math.inf))  # mean 2: moved down by one, cut at the range
+    assert interval(uneven) == pytest.approx((0.8, 1.475))
+
+
+def test_two_identical_runs_differ_by_nothing_and_the_verdict_says_so():
+    values = np.random.default_rng(0).random(80)
+    found = resample({"ndcg": mean_statistic(values)}, np.arange(80), 300)
+    row = compare_family(found, found, 80, ["ndcg"], {"ndcg": True})["ndcg"]
+    assert (row.difference, row.p_value, row.effect_size) == (0.0, 1.0, 0.0) and row.verdict == "interval spans zero"
+
+
+def test_a_planted_difference_is_found_by_pairing_and_missed_without_it():
+    rng = np.random.default_rng(2)
+    hard = rng.normal(size=300) * 3  # users differ much more than the runs do
+    first, second = hard + rng.normal(size=300) * 0.2, hard + 0.1 + rng.normal(size=300) * 0.2
+    found = [resample({"nll": mean_statistic(v)}, np.arange(300), 1000, seed=0)["nll"] for v in (first, second)]
+    row = compare(found[0], found[1], 300)
+    assert row.ci_low > 0 and row.p_value < 0.01
+    assert row.effect_size == pytest.approx((second - first).mean() / (second - first).std(ddof=1), rel=0.1)  # Cohen's d_z
+    other = resample({"nll": mean_statistic(second)}, np.arange(300), 1000, seed=1)["nll"]
+    assert compare(found[0], other, 300).ci_low < 0  # other draws are no pairing
+
+
+def test_p_values_without_a_difference_fall_below_5_percent_about_5_times_in_100():
+    rng, below = np.random.default_rng(8), 0
+    for trial in range(200):
+        found = [resample({"m": mean_statistic(rng.normal(size=80))}, np.arange(80), 300, seed=trial)["m"] for _ in range(2)]
+        below += compare(found[0], found[1], 80).p_value <= 0.05
+    assert 0.015 <= below / 200 <= 0.10
+
+
+def test_the_minimum_detectable_difference_is_found_about_80_times_in_100():
+    rng, caught = np.random.default_rng(9), 0
+    detectable = None
+    for trial in range(200):
+        first = rng.normal(size=120)
+        shift = 0.0 if detectable is None else detectable
+        found = [resample({"m": mean_statistic(v)}, np.arange(120), 300, seed=trial)["m"] for v in (first, first + shift + rng.normal(size=120))]
+        row = compare(found[0], found[1], 120)
+        if detectable is None:
+            detectable = 2.8016 / math.sqrt(120)
+            assert row.minimum_detectable == pytest.approx(detectable, rel=0.2)
+        else:
+            caught += row.ci_low > 0
+    assert 0.70 <= caught / 199 <= 0.90
+
+
+def test_holm_adjusts_as_computed_by_hand_and_leaves_undefined_values_out():
+    adjusted, levels = holm([0.01, 0.04, 0.03, 0.005, float("nan")])
+    assert adjusted[:4].tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02]) and math.isnan(adjusted[4])
+    assert levels[:4].tolist() == pytest.approx([0.05 / 3, 0.05, 0.05 / 2, 0.05 / 4])
+
+
+def test_what_only_the_correction_takes_away_is_called_so():
+    rng = np.random.default_rng(11)
+    names = [f"m{i}" for i in range(8)]
+    values = {n: (rng.normal(size=200), rng.normal(size=200)) for n in names}
+    first, noise = values["m0"]
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    values["m0"] = (first, first + noise + 2.25 / math.sqrt(200))  # 2.25 standard errors: p about 0.025
+    runs = [resample({n: mean_statistic(v[i]) for n, v in values.items()}, np.arange(200), 2000) for i in (0, 1)]
+    row = compare_family(runs[0], runs[1], 200, names, {n: True for n in names})["m0"]
+    assert row.ci_low > 0 and row.ci_holm[0] < 0 and row.p_holm > 0.05
+    assert row.verdict == "interval spans zero after Holm's correction"
+    alone = compare_family(runs[0], runs[1], 200, ["m0"], {n: True for n in names})["m0"]
+    assert alone.verdict == "better" and alone.p_holm == pytest.approx(alone.p_value)
+
+
+@pytest.mark.parametrize("name, old, new, check", [
+    ("user_weights", "size=(num_bootstrap, num_users))", "size=(num_bootstrap, num_users // 2))", test_every_replicate_draws_as_many_users_as_there_are),
+    ("interval", "shift = sample.value - finite.mean()", "shift = 0.0", test_intervals_of_a_distance_hold_its_expected_value_and_are_centred),
+    ("resample", "(weights - 1) @", "0.3 * (weights - 1) @",
+     test_intervals_of_coverage_gini_and_entropy_hold_the_expected_value_where_plain_resampling_is_too_narrow),
+    ("interval", "(1 - level) / 2, (1 + level) / 2]", "0.25, 0.75]", test_percentile_intervals_of_means_hold_the_truth_about_95_times_in_100),
+    ("holm", "(tested.size - j) * p[index]", "tested.size * p[index]", test_holm_adjusts_as_computed_by_hand_and_leaves_undefined_values_out),
+    ("compare", "finite - finite.mean()", "finite", test_p_values_without_a_difference_fall_below_5_percent_about_5_times_in_100),
+    ("resample", "weights = user_weights(num_users, num_bootstrap, seed)", "weights = user_weights(num_users, num_bootstrap, seed)[:, ::-1]",
+     test_matrix_products_equal_a_plain_loop_over_replicates),
+], ids=["too few draws", "interval not centred", "influence too small", "narrow interval", "Bonferroni", "null not centred", "draws of other users"])
+def test_a_planted_error_is_caught(name, old, new, check, monkeypatch):
+    source = inspect.getsource(getattr(bootstrap, name))
+    assert old in source, "the mutation no longer applies to the code"
+    space = dict(bootstrap.__dict__)
+    exec(compile("from __future__ import annotations\n" + source.replace(old, new), "mutated", "exec"), space)
+    monkeypatch.setitem(globals(), name, space[name])
+    monkeypatch.setattr(bootstrap, name, space[name])
+    with pytest.raises((AssertionError, ValueError, IndexError)):
+        check()

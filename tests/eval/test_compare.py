@@ -1,0 +1,120 @@
+"""eval.compare: the same users or a refusal, intervals that say what they show, files and a table."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from examples import world  # noqa: E402
+
+from eval.compare import compare_runs, labels_of, load_run, main  # noqa: E402
+from eval.metrics import evaluate  # noqa: E402
+from eval.report import write_catalogue  # noqa: E402
+from gdrt_ds.errors import UserError  # noqa: E402
+
+
+def write_folder(folder: Path, skill: float, *, change=None, **world_options) -> Path:
+    predictions, entries, _ = world(skill=skill, **world_options)
+    if change:
+        change(predictions, entries)
+    folder.mkdir(parents=True)
+    counts = {e.item_id: e.train_count + 1 for e in entries}
+    found = evaluate(predictions, entries, history_item_counts=counts, num_bootstrap=20, breakdowns=False)
+    (folder / "results.json").write_text(json.dumps({**found, "objective": "renormalised", "mode": "exact", "dtype": "float32", "limit": None}))
+    (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, predictions)) + "\n")
+    write_catalogue(folder / "catalogue.jsonl", entries, counts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return [write_folder(root / name / "eval", skill) for name, skill in (("base", 0.5), ("sft", 2.5), ("gdrt", 2.52))]
+
+
+def loaded(folders):
+    return [load_run(f, label) for f, label in zip(folders, labels_of(folders))]
+
+
+def test_values_are_those_of_the_evaluation_and_differences_are_signed_to_the_baseline(folders):
+    found = compare_runs(loaded(folders), 200)
+    for run in found.runs:
+        for name in ("ndcg@10", "mgu@5", "nll", "gini@10"):
+            assert found.samples[run.label][name].value == pytest.approx(run.results["metrics"][name]["value"]), "metrics are not recomputed alike"
+    row = found.rows["sft"]["ndcg@10"]
+    assert row.difference == pytest.approx(row.value - row.baseline) and row.difference > 0.1 and row.verdict == "better"
+    assert found.rows["sft"]["nll"].verdict == "better" and found.rows["sft"]["nll"].difference < 0
+    assert found.family == ["ndcg@10", "hr@10", "mrr", "nll", "mgu@5", "dgu@5", "cvar_nll"]
+
+
+def test_swapping_baseline_and_run_swaps_the_words(folders):
+    found = compare_runs(loaded(folders[1::-1]), 200)
+    assert found.rows["base"]["ndcg@10"].verdict == "worse" and found.rows["base"]["ndcg@10"].difference < 0
+
+
+def test_a_run_against_its_own_copy_spans_zero_everywhere(folders, tmp_path):
+    copy = write_folder(tmp_path / "copy", 2.5, change=lambda predictions, _: random.Random(0).shuffle(predictions))  # other line order
+    found = compare_runs([load_run(folders[1], "sft"), load_run(copy, "copy")], 200)
+    assert all(abs(row.difference) < 1e-12 for row in found.rows["copy"].values() if row.difference == row.difference)
+    assert {row.verdict for row in found.rows["copy"].values()} <= {"interval spans zero", "not defined"}
+
+
+def shift_targets(predictions, entries):
+    predictions[3]["target_id"] = next(e.item_id for e in entries if e.item_id != predictions[3]["target_id"])
+
+
+def rename_item(predictions, entries):
+    unused = next(e for e in entries[::-1] if all(e.item_id not in (*p["top_ids"], *p["history_ids"], p["target_id"]) for p in predictions))
+    unused.item_id, unused.merged_ids = "renamed", ["renamed"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda predictions, entries: predictions.pop(), "299 with the same user and target"), (shift_targets, "different test samples"),
+    (rename_item, "different catalogues"), (lambda predictions, entries: setattr(entries[0], "train_count", 1), "different train counts")],
+    ids=["a user is missing", "another target", "another catalogue", "another training split"])
+def test_runs_over_other_users_or_catalogues_are_refused_in_words(folders, tmp_path, change, words):
+    other = write_folder(tmp_path / "other", 2.0, change=change, **({"length": 8} if change is rename_item else {}))
+    with pytest.raises(UserError, match=words):
+        compare_runs([load_run(folders[0], "base"), load_run(other, "other")], 100)
+
+
+def test_the_command_writes_page_table_and_json(folders, tmp_path, capsys):
+    assert main([*map(str, folders), "--output", str(tmp_path / "out"), "--num-bootstrap", "200"]) == 0
+    printed = capsys.readouterr().out
+    assert "NDCG@10" in printed and "better" in printed
+    written = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert written["baseline"] == "base" and set(written["comparisons"]) == {"sft", "gdrt"} and written["comparisons"]["sft"]["ndcg@10"]["p_holm"] < 0.05
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "Accuracy against disparity" in page and "<script" not in page and "sft against base" in page
+    assert "| NDCG@10 ↑ |" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_the_baseline_can_be_any_of_the_folders(folders, tmp_path):
+    assert main([*map(str, folders), "--baseline", str(folders[1]), "--output", str(tmp_path / "out"), "--num-bootstrap", "100"]) == 0
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["baseline"] == "sft"
+
+
+@pytest.mark.parametrize("arguments, words", [(["{0}"], "nothing to compare"), (["{0}", "{0}"], "given twice"), (["{0}", "nowhere"], "cannot be read"),
+                                              (["{0}", "{1}", "--num-bootstrap", "5"], "--num-bootstrap is 5")])
+def test_wrong_arguments_end_with_words_and_status_2(folders, tmp_path, capsys, arguments, words):
+    assert main([*(a.format(*folders) for a in arguments), "--output", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_difference_in_objective_is_noted_and_a_limit_is_called_no_result(folders, tmp_path):
+    other = write_folder(tmp_path / "other", 2.0)
+    results = json.loads((other / "results.json").read_text())
+    (other / "results.json").write_text(json.dumps({**results, "objective": "full", "limit": 300}))
+    notes = compare_runs([load_run(folders[0], "base"), load_run(other, "other")], 100).notes
+    assert notes[0] == "not a result: limited to 300 samples" and "objective differs: base renormalised, other full" in notes
+
+
+def test_labels_are_the_parts_of_the_paths_that_differ():
+    assert labels_of(["runs/a/eval", "runs/b/eval"]) == ["a", "b"]
+    assert labels_of(["runs/a/eval", "runs/a/eval-base"]) == ["eval", "eval-base"]
+    assert labels_of(["x/a/eval/test", "x/b/eval/test"]) == ["a", "b"]
