@@ -3,7 +3,8 @@
     python -m eval.run --run RUN_DIR [--split test] [--mode renormalised|full|best_first|beam] [--output DIR] [--limit N]
     python -m eval.run --run RUN_DIR --base                      the run's base model under the same prompt and catalogue
     python -m eval.run --model PATH [--adapter PATH] --prompt FILE --data PATH
-    torchrun --nproc_per_node 2 -m eval.run --run RUN_DIR        users split over ranks (deepspeed and srun likewise)
+    torchrun --nproc_per_node 2 -m eval.run --run-dir RUN_DIR    users split over ranks (deepspeed and srun likewise);
+                                                                 torchrun takes --run for an abbreviation of its own --run-path
 Settings of the run can be overridden with key.sub=value, e.g. model.dtype=float32. Started again, it goes on where it ended.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", help="run folder of a training")
+    parser.add_argument("--run", "--run-dir", dest="run", help="run folder of a training")
     parser.add_argument("--base", action="store_true", help="with --run: leave the adapter out")
     parser.add_argument("--model", help="folder or hub name of a model trained elsewhere (or smollm2-135m)")
     parser.add_argument("--adapter", help="PEFT adapter folder for --model")

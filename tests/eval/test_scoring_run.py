@@ -1,0 +1,293 @@
+"""`python -m eval.run` and `gdrt_ds.recommend` on run folders and foreign models: results, restarts, ranks, refusals."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval import predictions as predictions_module
+from eval.floors import Floors
+from eval.loading import load_subject
+from eval.run import main
+from eval.scoring import expected_rank, per_item_scores
+from gdrt_ds.catalogue import Catalogue
+from gdrt_ds.errors import UserError
+from gdrt_ds.recommend import main as recommend_main
+from gdrt_ds.recommend import parse_history
+from gdrt_ds.runtime import Runtime
+from gdrt_ds.scoring import CatalogueScorer
+from tests.eval.run_folders import TINY, make_run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FAST = ["--bootstrap", "50"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("scoring") / "run")
+
+
+@pytest.fixture(scope="module")
+def evaluated(run):
+    main(["--run", str(run), *FAST])
+    return run / "eval" / "test-renormalised"
+
+
+def rows(folder):
+    return [json.loads(line) for line in (Path(folder) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def fails(capsys, arguments, entry=main):
+    """The message of a refused command; it must exit with status 2 and no traceback."""
+    with pytest.raises(SystemExit) as ended:
+        entry([str(a) for a in arguments])
+    text = capsys.readouterr().err
+    assert ended.value.code == 2 and text.startswith("error: ") and "fix: " in text and "Traceback" not in text
+    return text
+
+
+def test_predictions_equal_an_independent_scoring_of_every_item(run, evaluated):
+    subject = load_subject(Runtime(), run=str(run), merge=False)
+    found = rows(evaluated)
+    assert [row["sample_id"] for row in found] == [s.sample_id for s in subject.samples]
+    ids = [entry.item_id for entry in subject.catalogue.entries]
+    for sample, row in list(zip(subject.samples, found))[:3]:
+        recommender = subject.recommender
+        scores = per_item_scores(recommender.loaded.model, recommender.trie, recommender.prompt_of(sample.history)).numpy()
+        target = subject.catalogue.index_of[sample.target]
+        assert row["rank"] == expected_rank(scores, target)
+        assert row["target_nll"] == pytest.approx(-scores[target], abs=1e-4)
+        assert row["top_ids"] == [ids[i] for i in np.argsort(-scores)]
+        assert row["history_ids"] == list(sample.history) and len(row["top_ids"]) == len(ids)
+
+
+def test_results_name_objective_mode_versions_and_floors(evaluated):
+    results = json.loads((evaluated / "results.json").read_text())
+    assert results["objective"] == results["mode"] == "renormalised" and results["dtype"] == "float32" and results["limit"] is None
+    assert set(results["floors"]) == {"popularity", "markov", "targets"}
+    assert results["metrics"]["ndcg@10"]["n"] == len(rows(evaluated)) and results["versions"]["torch"] == torch.__version__
+    mean_nll = np.mean([row["target_nll"] for row in rows(evaluated)])
+    assert results["metrics"]["nll"]["value"] == pytest.approx(mean_nll, abs=1e-9)
+    assert (evaluated / "report.html").is_file() and (evaluated / "report.md").is_file()
+
+
+def test_merged_and_unmerged_adapters_and_the_base_model(run, evaluated):
+    scores = []
+    for options in ({}, {"merge": False}, {"base": True}):
+        subject = load_subject(Runtime(), run=str(run), **options)
+        recommender = subject.recommender
+        scores.append(CatalogueScorer(recommender.reader, recommender.trie).score([recommender.prompt_of(s.history) for s in subject.samples[:4]]))
+    assert torch.allclose(scores[0], scores[1], atol=1e-4, rtol=0)
+    assert (scores[0] - scores[2]).abs().max() > 0.05
+
+
+def test_an_nf4_base_is_scored_like_its_own_per_item_scores(tmp_path):
+    folder = make_run(tmp_path / "run", ["model.quantization=nf4"])
+    subject = load_subject(Runtime(), run=str(folder))
+    recommender, sample = subject.recommender, subject.samples[0]
+    prompt = recommender.prompt_of(sample.history)
+    found = CatalogueScorer(recommender.reader, recommender.trie).score([prompt])[0]
+    assert torch.allclose(found, per_item_scores(recommender.loaded.model, recommender.trie, prompt), atol=1e-4, rtol=0)
+    assert any("NF4" in line for line in recommender.lines)
+
+
+def test_a_model_trained_elsewhere_scores_like_the_run_it_is_a_copy_of(run, evaluated, tmp_path):
+    shutil.copytree(run / "base", tmp_path / "base")
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    shutil.copy(run / "prompt.json", tmp_path / "mine.json")
+    main(["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "--prompt", str(tmp_path / "mine.json"), "--data", "planted",
+          "--output", str(tmp_path / "out"), *FAST, TINY[1]])
+    for mine, theirs in zip(rows(tmp_path / "out"), rows(evaluated)):
+        assert (mine["rank"], mine["top_ids"]) == (theirs["rank"], theirs["top_ids"])
+        assert mine["target_nll"] == pytest.approx(theirs["target_nll"], abs=1e-6)
+
+
+def test_two_ranks_write_what_one_rank_writes(run, evaluated, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "eval.run", "--run-dir", str(run),
+               "--output", str(tmp_path), *FAST, "--batch-size", "3"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    parts = [p.read_text().count("\n") for p in sorted((tmp_path / "parts").glob("rank_*.jsonl"))]
+    assert parts == [20, 20]
+    for mine, theirs in zip(rows(tmp_path), rows(evaluated)):
+        assert {**mine, "target_nll": 0, "top_scores": 0} == {**theirs, "target_nll": 0, "top_scores": 0}
+        assert np.allclose(mine["top_scores"], theirs["top_scores"], atol=1e-5)
+
+
+def test_a_restart_goes_on_where_a_killed_evaluation_ended(run, evaluated, tmp_path, monkeypatch):
+    shutil.copytree(evaluated, tmp_path / "out")
+    part = tmp_path / "out" / "parts" / "rank_0.jsonl"
+    lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
+    part.write_text("".join(lines[:30]) + lines[30][:40], encoding="utf-8")  # killed in the middle of a write
+    scored, original = [], predictions_module.SampleScorer.score
+    monkeypatch.setattr(predictions_module.SampleScorer, "score", lambda self, samples: scored.extend(samples) or original(self, samples))
+    main(["--run", str(run), "--output", str(tmp_path / "out"), *FAST])
+    assert len(scored) == 10
+    strip = lambda row: {**row, "target_nll": 0, "top_scores": 0}  # noqa: E731
+    assert list(map(strip, rows(tmp_path / "out"))) == list(map(strip, rows(evaluated)))
+
+
+def test_predictions_of_different_settings_are_never_mixed(run, evaluated, tmp_path, capsys):
+    shutil.copytree(evaluated, tmp_path / "out")
+    assert "another mode, objective" in fails(capsys, ["--run", run, "--output", tmp_path / "out", "--mode", "full", *FAST])
+    assert "limit" in fails(capsys, ["--run", run, "--output", tmp_path / "out", "--limit", 5, *FAST])
+    main(["--run", str(run), "--output", str(tmp_path / "out"), "--limit", "5", "--overwrite", *FAST])
+    assert len(rows(tmp_path / "out")) == 5 and json.loads((tmp_path / "out" / "results.json").read_text())["limit"] == 5
+    assert "not a result" in capsys.readouterr().out
+
+
+def test_the_searching_modes_agree_with_exact_ranks_where_they_give_one(run, evaluated, tmp_path):
+    exact = rows(evaluated)
+    for mode, options in (("best_first", ["--k", "5"]), ("beam", ["--beams", "30"])):
+        main(["--run", str(run), "--mode", mode, "--output", str(tmp_path / mode), *options, *FAST])
+        for mine, theirs in zip(rows(tmp_path / mode), exact):
+            assert mine["target_nll"] == pytest.approx(theirs["target_nll"], abs=1e-4)
+            assert mine["top_ids"][:5] == theirs["top_ids"][:5]
+            assert mine["rank"] == (theirs["rank"] if mode == "beam" or theirs["rank"] <= 5 else None)
+    assert all(row["certified"] == 5 for row in rows(tmp_path / "best_first"))
+
+
+def test_duplicate_titles_are_one_entry_and_any_of_their_ids_is_a_hit(tmp_path):
+    names = {str(i): title for i, title in enumerate(["Red fox", "Blue whale", "Red  fox", "Grey &amp; white wolf", "Owl", "Owl of the north"])}
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "id2name4Rec.json").write_text(json.dumps(names))
+    for name in ("train", "valid", "test"):
+        (data / f"{name}.csv").write_text("user_id,item_ids,timestamp\n" + "\n".join(
+            f'u{i},"{[str(i % 6), str((i + 1) % 6), target]}",{i}'.replace("'", "") for i, target in enumerate("02450")))
+    folder = make_run(tmp_path / "run", [f"data.path={data}", "data.planted={}"])
+    main(["--run", str(folder), *FAST])
+    found = rows(folder / "eval" / "test-renormalised")
+    catalogue = Catalogue.load(folder / "catalogue.jsonl")
+    assert len(catalogue) == 5 and catalogue.index_of["0"] == catalogue.index_of["2"]
+    assert {row["target_id"] for row in found} <= {entry.item_id for entry in catalogue.entries}
+    assert found[0]["target_id"] == found[1]["target_id"] == catalogue.entries[catalogue.index_of["2"]].item_id
+    assert any(entry.text == "Grey & white wolf" for entry in catalogue.entries)
+    assert all(len(row["top_ids"]) == 5 for row in found)  # a title that is the beginning of another one is an item of its own
+
+
+def test_the_floors_are_distributions_with_counts_by_hand(run):
+    subject = load_subject(Runtime(), run=str(run))
+    floors, train = Floors(subject), subject.corpus.splits["train"]
+    last = train[0].history[-1]
+    for floor, history in (("popularity", (last,)), ("markov", (last,)), ("markov", ())):
+        assert np.exp(floors.log_probs(floor, history)).sum() == pytest.approx(1.0, abs=1e-12)
+    index = subject.catalogue.index_of
+    after = [index[s.target] for s in train if s.history[-1] == last]
+    popular = np.array([e.train_count + 1 for e in subject.catalogue.entries], float)
+    popular /= popular.sum()
+    expected = (np.bincount(after, minlength=len(popular)) + popular) / (len(after) + 1)
+    assert np.allclose(np.exp(floors.log_probs("markov", (last,))), expected, atol=1e-12)
+
+
+def test_wrong_adapters_are_refused(run, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+    zero = tmp_path / "zero"
+    shutil.copytree(run, zero)
+    weights = load_file(zero / "adapter" / "adapter_model.safetensors")
+    save_file({k: w * 0 if "lora_B" in k else w for k, w in weights.items()}, zero / "adapter" / "adapter_model.safetensors")
+    assert "lora_B matrices are zero" in fails(capsys, ["--run", zero])
+    save_file({k.replace("layers.", "blocks."): w for k, w in weights.items()}, zero / "adapter" / "adapter_model.safetensors")
+    assert "does not have" in fails(capsys, ["--run", zero])
+    save_file({k: w * float("nan") for k, w in weights.items()}, zero / "adapter" / "adapter_model.safetensors")
+    assert "NaN" in fails(capsys, ["--run", zero])
+    shutil.rmtree(zero / "adapter")
+    assert "has no adapter yet" in fails(capsys, ["--run", zero])
+
+
+def test_another_base_model_or_tokenizer_is_refused(run, tmp_path, capsys):
+    other = make_run(tmp_path / "other", ["train.seed=5"])
+    assert "whose weights differ" in fails(capsys, ["--model", other / "base", "--adapter", run / "adapter", "--data", "planted", TINY[1]])
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    tokenizer = json.loads((folder / "adapter" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "adapter" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "differs from the base model's" in fails(capsys, ["--run", folder])
+
+
+def test_catalogues_that_do_not_fit_the_data_are_refused(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    catalogue = Catalogue.load(folder / "catalogue.jsonl")
+    Catalogue(catalogue.entries[:-3]).save(folder / "catalogue.jsonl")
+    assert "3 items of the test split are not in the catalogue" in fails(capsys, ["--run", folder])
+    Catalogue(catalogue.entries[:1]).save(folder / "catalogue.jsonl")
+    assert "nothing to rank" in fails(capsys, ["--run", folder])
+
+
+def test_empty_splits_and_wrong_options_are_refused(run, tmp_path, capsys):
+    assert "split=valid" in fails(capsys, ["--run", run, "--split", "valid", "data.planted={num_items: 24, num_train: 200, num_valid: 0, num_test: 40}"])
+    assert "either --run or --model" in fails(capsys, [])
+    assert "exclude each other" in fails(capsys, ["--run", run, "--model", run / "base"])
+    assert "needs --data" in fails(capsys, ["--model", run / "base"])
+    assert "--limit 0" in fails(capsys, ["--run", run, "--limit", 0])
+    assert "--k 0" in fails(capsys, ["--run", run, "--k", 0])
+    assert "does not exist" in fails(capsys, ["--run", tmp_path / "nowhere"])
+    assert "lacks config.yaml" in fails(capsys, ["--run", tmp_path])
+    assert "prompt template" in fails(capsys, ["--model", run / "base", "--data", "planted", "--prompt", "none.json"])
+
+
+def test_nan_scores_count_as_the_worst_rank_and_are_reported(run, tmp_path):
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(run / "base", tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({k: w * float("nan") if k == "lm_head.weight" else w for k, w in weights.items()}, tmp_path / "base" / "model.safetensors",
+              metadata={"format": "pt"})
+    main(["--model", str(tmp_path / "base"), "--prompt", "alpaca", "--data", "planted", "--output", str(tmp_path / "out"), *FAST, TINY[1]])
+    assert {row["rank"] for row in rows(tmp_path / "out")} == {24.0} and {row["target_nll"] for row in rows(tmp_path / "out")} == {None}
+    notes = json.loads((tmp_path / "out" / "results.json").read_text())["notes"]
+    assert any("40 of 40 samples have NaN scores" in note for note in notes)
+
+
+def test_sampling_settings_of_instruct_models_do_not_leak_into_scores(run, evaluated, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    settings = folder / "base" / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "do_sample": True, "temperature": 0.2, "top_k": 3, "repetition_penalty": 1.3}))
+    main(["--run", str(folder), "--output", str(tmp_path / "out"), *FAST])
+    assert "generation_config" in capsys.readouterr().out
+    assert [r["target_nll"] for r in rows(tmp_path / "out")] == pytest.approx([r["target_nll"] for r in rows(evaluated)], abs=1e-6)
+
+
+def test_an_unsupported_architecture_is_noticed_before_scoring(run, monkeypatch):
+    from gdrt_ds.prompt_cache import PromptReader
+    original = PromptReader.run
+    monkeypatch.setattr(PromptReader, "run", lambda self, tokens, positions, *rest, **options: original(
+        self, tokens, positions * (1 if options.get("record") else 2), *rest, **options))
+    subject = load_subject(Runtime(), run=str(run))
+    with pytest.raises(UserError, match="nats from scoring items one by one"):
+        predictions_module.check_exactness(subject, predictions_module.ScoringOptions())
+
+
+def test_recommend_lists_the_most_probable_titles_and_announces_unknown_ones(run, capsys, tmp_path):
+    subject = load_subject(Runtime(), run=str(run))
+    recommender, titles = subject.recommender, [entry.text for entry in subject.catalogue.entries]
+    capsys.readouterr()
+    recommend_main(["--run", str(run), "--history", f"{titles[3]}; A film of my own; {titles[1]}", "--k", "4", "--json"])
+    output = capsys.readouterr()
+    found = json.loads(output.out.splitlines()[-1])
+    assert found["unknown"] == ["A film of my own"] and "'A film of my own' is not in the catalogue" in output.err
+    prompt = recommender.prompt_of_titles([titles[3], "A film of my own", titles[1]])
+    scores = per_item_scores(recommender.loaded.model, recommender.trie, prompt)
+    best = scores.argsort(descending=True)[:4].tolist()
+    assert [row["title"] for row in found["recommendations"]] == [titles[i] for i in best]
+    assert [row["log_prob"] for row in found["recommendations"]] == pytest.approx(scores[best].tolist(), abs=1e-4)
+    (tmp_path / "histories.txt").write_text(f"{titles[0]}\n\n{titles[1]}; {titles[2]}\n")
+    recommend_main(["--run", str(run), "--file", str(tmp_path / "histories.txt"), "--k", "100"])
+    assert capsys.readouterr().out.count("\n") == 2 * (1 + len(titles))
+    assert "no title found" in fails(capsys, ["--run", run, "--history", " ; "], recommend_main)
+    assert "cannot be read" in fails(capsys, ["--run", run, "--file", tmp_path / "absent"], recommend_main)
+
+
+def test_a_title_that_holds_the_separator_is_kept_whole():
+    known = {"Shine; a life", "Heat"}
+    assert parse_history("Heat; Shine; a life;  Other ;", known) == ["Heat", "Shine; a life", "Other"]
