@@ -77,9 +77,10 @@ def _claim_cpu_threads(local_world: int) -> int:
 
 def quiet_libraries() -> None:
     """Keeps the log readable: libraries' warnings about each other's deprecated calls, and their progress bars, say nothing to a user."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    for library in ("torch.distributed", "deepspeed", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises a kernel for inference that training does not use
     from transformers.utils import logging as transformers_logging
     transformers_logging.disable_progress_bar()
 
