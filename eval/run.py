@@ -35,7 +35,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="a sample of this many users; marks the output `not a result`")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the intervals")
     parser.add_argument("--no-floors", action="store_true", help="leave popularity and Markov out")
-    parser.add_argument("--audit", default="", help="comma-separated audits, or all; see docs/evaluation.md")
+    parser.add_argument("--audit", default="", help="comma-separated audits, or all; see docs/audits.md")
+    parser.add_argument("--audit-users", type=int, help="users per audit; default: each audit's own")
+    parser.add_argument("--permutations", type=int, default=8, help="position audit: orders of the history per user")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="other run or evaluation folders, for audits over several of them")
     parser.add_argument("--output", help="evaluation folder; default RUN/eval/SPLIT-MODE")
     parser.add_argument("--overwrite", action="store_true", help="drop other predictions in --output")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of the run's config to override")
@@ -56,8 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
                                data=options.data, split=options.split, limit=options.limit, overrides=options.overrides)
         audits = {}
         if options.audit:
-            from eval.audit import run_audits
-            audits = run_audits(options.audit.split(","), subject, runtime)
+            from eval.audit import AuditOptions, run_audits
+            settings = AuditOptions(options.audit_users, options.permutations, tuple(options.runs), options.bootstrap, overrides=tuple(options.overrides))
+            audits = run_audits(options.audit.split(","), subject, runtime, settings)
         run_evaluation(subject, scoring, runtime, output=Path(options.output) if options.output else None, overwrite=options.overwrite,
                        floors=not options.no_floors, num_bootstrap=options.bootstrap, audits=audits)
 

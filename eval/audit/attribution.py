@@ -1,0 +1,96 @@
+"""Feature-ablation attribution of a target's log-probability to parts of its context, by the conventions of captum's FeatureAblation.
+
+A part is ablated by putting one baseline token in the place of each of its tokens, so that positions stay. Attribution of part s to
+target token t:   a[s, t] = log p(y_t | whole context) - log p(y_t | context with s ablated).
+The generated prefix y_<t is a part too, an auxiliary one: captum's own text attribution keeps the target's earlier tokens in place
+and gives them nothing, which hides half of the shortcut. One pass in which all fed target tokens are ablated gives it for every t,
+because position t sees only tokens before t. The first target token has no prefix: its attribution there is 0.
+
+Legend: S parts, N target tokens of one sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gdrt_ds.prompts import SEGMENTS, EncodedPrompt
+
+PARTS = ("instruction", "template", "history", "generated prefix")
+AUXILIARY = (0, 1, 3)
+INTERACTION = 2
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Of one sample. effects: [S, N], nats. loss: [N] of the whole context. tokens: [S] tokens of each part (prefix: mean over t)."""
+
+    effects: np.ndarray
+    loss: np.ndarray
+    tokens: np.ndarray
+
+
+def ablated(tokens: list[int], mask: np.ndarray, baseline: int) -> list[int]:
+    """The tokens with the baseline token where the mask is set."""
+    return [baseline if hit else token for token, hit in zip(tokens, mask)]
+
+
+def part_masks(encoded: EncodedPrompt, keep: set[int]) -> list[np.ndarray]:
+    """Bool[prompt tokens] of instruction, template and history. `keep`: special tokens (BOS, turn marks) that are never ablated:
+    without an attention sink every part would seem to matter."""
+    prompt = slice(0, len(encoded.input_ids) - encoded.num_target)
+    special = np.isin(encoded.input_ids[prompt], sorted(keep))
+    return [(encoded.segments[prompt] == SEGMENTS.index(name)) & ~special for name in PARTS[:3]]
+
+
+def attribution_rows(prompt: list[int], target: list[int], masks: list[np.ndarray], baseline: int, prefix: bool = True) -> tuple[list, list]:
+    """(rows for token_losses, true labels): whole context first, then each mask ablated, then the generated prefix."""
+    rows = [(prompt, target)] + [(ablated(prompt, mask, baseline), target) for mask in masks]
+    if prefix:
+        rows.append((prompt, [baseline] * len(target)))
+    return rows, [target] * len(rows)
+
+
+def effects_of(losses: list[np.ndarray]) -> np.ndarray:
+    """Losses [N] of whole and ablated contexts -> effects [S, N]: the loss that ablation adds is the attribution."""
+    return np.stack([loss - losses[0] for loss in losses[1:]])
+
+
+def baseline_token(tokenizer) -> int:
+    """What stands in for an ablated token: the padding token, else the unknown one, else EOS."""
+    for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def attribute(context, samples, objective: str, baseline: int | None = None, what: str = "attribution") -> list[Attribution]:
+    """Attribution of every sample's target to instruction, template, history and generated prefix: five passes each.
+
+    Args:
+        context: eval.audit.context.AuditContext.
+        objective: `full` or `renormalised`; tokens on which the trie allows no choice have none under the latter.
+    """
+    encoder, catalogue = context.recommender.encoder, context.catalogue
+    tokenizer = encoder.tokenizer
+    baseline = baseline_token(tokenizer) if baseline is None else baseline
+    rows, labels, sizes = [], [], []
+    for sample in samples:
+        encoded = encoder.encode([catalogue.text_of(i) for i in sample.history], catalogue.text_of(sample.target))
+        cut = len(encoded.input_ids) - encoded.num_target
+        prompt, target = encoded.input_ids[:cut].tolist(), encoded.input_ids[cut:].tolist()
+        masks = part_masks(encoded, set(tokenizer.all_special_ids))
+        r, l = attribution_rows(prompt, target, masks, baseline)
+        rows += r
+        labels += l
+        sizes.append([*(int(m.sum()) for m in masks), (len(target) - 1) / 2])
+    losses = context.losses(rows, what, labels)
+    count = len(PARTS) + 1
+    result = []
+    for index, size in enumerate(sizes):
+        own = [losses[index * count + j][objective] for j in range(count)]
+        effects = effects_of(own)
+        effects[3, 0] = 0.0  # no prefix before the first token; rounding only
+        result.append(Attribution(effects, own[0], np.array(size, dtype=float)))
+    return result
