@@ -86,9 +86,12 @@ def gini_of(totals: np.ndarray) -> np.ndarray:
 
 
 def gini_influence(features: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
-    """Derivative of the Gini index along each user's features; tied columns share their places. [U, n], [n] -> [U]"""
+    """Derivative of the Gini index along each user's features; of tied columns the lowest place, which a column takes when it loses.
+
+    [U, n], [n] -> [U]
+    """
     size, total = totals.size, totals.sum()
-    places = rankdata(totals, method="average")
+    places = rankdata(totals, method="min")
     return features @ ((2 * places - size - 1) / (size * total) - gini_of(totals[None, :])[0] / total)
 
 
@@ -104,9 +107,16 @@ def entropy_of(totals: np.ndarray) -> np.ndarray:
 
 
 def entropy_influence(features: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
-    """Derivative of the entropy along each user's features: -(ln share + entropy) / total. [U, n], [n] -> [U]"""
-    total = totals.sum()
-    return features @ (-(np.log(np.maximum(totals, 1) / total) + entropy_of(totals[None, :])[0]) / total)
+    """What the entropy loses without each user, exactly. [U, n], [n] -> [U]"""
+    def weigh(x: np.ndarray) -> np.ndarray:
+        return x * np.log(np.maximum(x, 1))
+
+    with_user = totals[features.indices]
+    change = sparse.csr_matrix((weigh(with_user) - weigh(with_user - features.data), features.indices, features.indptr), shape=features.shape)
+    left = totals.sum() - np.asarray(features.sum(axis=1)).ravel()
+    terms = weigh(totals).sum() - np.asarray(change.sum(axis=1)).ravel()
+    without = np.log(np.maximum(left, 1)) - terms / np.maximum(left, 1)
+    return entropy_of(totals[None, :])[0] - without
 
 
 def entropy(inputs: Inputs, k: int) -> Statistic:

@@ -87,11 +87,12 @@ def test_intervals_of_coverage_gini_and_entropy_hold_the_expected_value_where_pl
 
 def test_an_influence_is_what_the_value_loses_without_the_user():
     rng = np.random.default_rng(3)
-    shown = shown_items(rng.choice(40, (60, 4)), 40)
+    uneven = np.geomspace(1, 1e-3, 40) / np.geomspace(1, 1e-3, 40).sum()
+    shown = shown_items(np.array([rng.choice(40, 4, replace=False, p=uneven) for _ in range(300)]), 40)
     shown.sum_duplicates()
     total = np.asarray(shown.sum(axis=0)).ravel()
     for name, (finish, influence) in ITEM_STATISTICS.items():
-        without = np.array([finish((total - shown[u].toarray().ravel())[None, :])[0] for u in range(60)])
+        without = np.array([finish((total - shown[u].toarray().ravel())[None, :])[0] for u in range(300)])
         loss = finish(total[None, :])[0] - without
         found = influence(shown, total)
         if name != "coverage":  # derivatives: right up to a constant, which cancels because every replicate draws U users
