@@ -59,11 +59,14 @@ class Head:
     def backproject(self, gradient_CV: torch.Tensor, columns: slice, into_CH: torch.Tensor, add: bool, slope: float = 1.0) -> None:
         """into (+)= slope * gradient @ W[columns], accumulated in `into`'s dtype across calls."""
         if self.converts:
+            sum_CH = into_CH if into_CH.dtype == self.dtype else torch.zeros(into_CH.shape, dtype=self.dtype)
             if not add:
-                into_CH.zero_()
+                sum_CH.zero_()
             for block in self.blocks(columns):
                 local = slice(block.start - columns.start, block.stop - columns.start)
-                into_CH.addmm_(gradient_CV[:, local], self.block(block), alpha=slope)
+                sum_CH.addmm_(gradient_CV[:, local], self.block(block), alpha=slope)
+            if sum_CH is not into_CH:
+                into_CH.add_(sum_CH) if add else into_CH.copy_(sum_CH)
         elif into_CH.dtype == self.dtype:
             into_CH.addmm_(gradient_CV, self.weight[columns], beta=1.0 if add else 0.0, alpha=slope)
         elif into_CH.device.type == "cuda":  # float32 out of the product: blocks of the vocabulary add up without rounding to bfloat16
