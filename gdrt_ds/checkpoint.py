@@ -30,11 +30,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gdrt_ds.engine_state import export_rng, export_state, import_rng, import_state
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import StorageError, UserError
 
 MANIFEST, FORMAT = "manifest.json", 1
 STEP_PATTERN = re.compile(r"^step_(\d+)(\.replaced_\d+)?$")
 TENSOR_KEY = "__tensor__"
+TAKEN_OVER = "was taken over by"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
@@ -287,7 +288,7 @@ def _publish(run_dir: Path, scratch: Path, final: Path, about: dict, keep: int, 
     with _locked(run_dir):
         newest = current_life(run_dir)
         if newest != about["life"]:
-            raise UserError(f"{run_dir} was taken over by start number {newest}; this process is start number {about['life']} and publishes nothing",
+            raise UserError(f"{run_dir} {TAKEN_OVER} start number {newest}; this process is start number {about['life']} and publishes nothing",
                             "stop this process; the newer one goes on")
         replaced = None
         if final.exists():
@@ -373,8 +374,10 @@ def _agree(engine, problem: str | None, scratch: Path, what: str | None = None) 
     if _rank() == 0:
         shutil.rmtree(scratch, ignore_errors=True)
     which = next(rank for rank, text in enumerate(texts) if text)
-    raise UserError(f"{what or 'checkpoint ' + scratch.name.split('.')[1]} was not published: rank {which}: {texts[which]}",
-                    "free disk space (or stop the other process on this run folder) and go on with resume=auto; earlier checkpoints are intact")
+    mistake = TAKEN_OVER in texts[which] or (what is not None and texts[which].startswith("RuntimeError"))
+    kind = UserError if mistake else StorageError
+    raise kind(f"{what or 'checkpoint ' + scratch.name.split('.')[1]} was not published: rank {which}: {texts[which]}",
+               "free disk space (or stop the other process on this run folder) and go on with resume=auto; earlier checkpoints are intact")
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -14,6 +14,14 @@ class UserError(Exception):
         fix: one sentence that says what to do.
     """
 
+    status = 2  # exit status
+
     def __init__(self, problem: str, fix: str = ""):
         self.problem, self.fix = problem, fix
         super().__init__(f"{problem}\n  fix: {fix}" if fix else problem)
+
+
+class StorageError(UserError):
+    """A file system that does not take a checkpoint (full, read-only): nothing is wrong with the settings, and a restart can go on."""
+
+    status = 74  # EX_IOERR of sysexits.h

@@ -2,7 +2,8 @@
 
 `start_runtime` understands `deepspeed`, `torchrun`, `srun` and plain `python`; `report_user_errors` turns a UserError into
 one clear message and exit status 2; `Watchdog` ends a job whose ranks stopped moving, with the stacks of every rank.
-Exit statuses: 0 finished, 2 the user's mistake, 75 interrupted after a checkpoint (please requeue), 70 hung or dead peer.
+Exit statuses: 0 finished, 2 the user's mistake, 70 hung or dead peer, 74 no space for a checkpoint, 75 interrupted after a checkpoint
+(please requeue).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.distributed as dist
 
 from gdrt_ds.errors import UserError
 
-EXIT_USER_ERROR, EXIT_HUNG, EXIT_INTERRUPTED = 2, 70, 75
+EXIT_HUNG, EXIT_INTERRUPTED = 70, 75
 
 
 @dataclass
@@ -180,7 +181,7 @@ def report_user_errors():
     except UserError as error:
         rank = detect_rank()["rank"]
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error.problem}", file=sys.stderr, flush=True)
-        code = EXIT_USER_ERROR
+        code = error.status
     except KeyboardInterrupt:
         print("interrupted: nothing was published after the last checkpoint", file=sys.stderr, flush=True)
         code = 128 + signal.SIGINT
