@@ -168,7 +168,12 @@ def logpopdiff(inputs: Inputs, k: int) -> Statistic | None:
 
 
 def _relative_deviation(rates: np.ndarray) -> np.ndarray:
-    return np.nanstd(rates, axis=1) / np.nanmean(rates, axis=1)
+    """Standard deviation / mean of each row over its groups that exist (not NaN); NaN where the mean is 0. [B, G] -> [B]"""
+    exists = np.isfinite(rates)
+    count, known = exists.sum(axis=1), np.where(exists, rates, 0.0)
+    mean = known.sum(axis=1) / count
+    variance = np.where(exists, (known - mean[:, None]) ** 2, 0.0).sum(axis=1) / count
+    return np.sqrt(variance) / mean
 
 
 def rsp(inputs: Inputs, k: int, groups: str = "popularity_8") -> Statistic | None:

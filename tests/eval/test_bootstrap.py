@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from scipy import sparse
 
 from eval import bootstrap
@@ -32,6 +33,14 @@ def test_matrix_products_equal_a_plain_loop_over_replicates():
         drawn = np.repeat(np.arange(10), weights[users].astype(int))  # a drawn user brings all of their samples
         assert found["mean"].replicates[b] == pytest.approx(values[drawn].mean())
         assert found["coverage"].replicates[b] == pytest.approx(len(np.unique(lists[drawn])) / 12)
+
+
+def test_the_percentile_interval_of_a_mean_agrees_with_scipy_and_with_its_bca():
+    values = np.random.default_rng(0).exponential(size=400)
+    low, high = interval(resample({"m": mean_statistic(values)}, np.arange(400), 4000)["m"])
+    for method in ("percentile", "BCa"):
+        theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=4000, method=method, rng=np.random.default_rng(1)).confidence_interval
+        assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.12 * (high - low)), method
 
 
 def test_chunks_of_replicates_change_nothing(monkeypatch):

@@ -20,6 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from examples import entry, prediction, world  # noqa: E402
 
+from eval.bootstrap import mean_statistic  # noqa: E402
 from eval.metrics import evaluate, evaluate_targets  # noqa: E402
 from eval.metrics import accuracy, inputs, item_side, provider_side, table, user_side  # noqa: E402
 from gdrt_ds.errors import UserError  # noqa: E402
@@ -273,6 +274,28 @@ def test_inputs_that_do_not_fit_are_refused_in_words(change, words):
     predictions[0].update(change)
     with pytest.raises(UserError, match=words):
         evaluate(predictions, [entry(f"i{i}") for i in range(5)], **FAST)
+
+
+def test_adding_a_metric_is_one_function_and_one_row(monkeypatch):
+    def rare_share(data, k):
+        rare = data.train_count <= np.median(data.train_count)
+        return mean_statistic(item_side._mean_over_list(data, k, rare.astype(float)), (0, 1))
+
+    row = table.Metric("rare_share@{k}", rare_share, "item", "share of the list in the less popular half", None, (5,), targets=True)
+    monkeypatch.setattr(table, "METRICS", (*table.METRICS, row))
+    predictions, entries = popular_and_rare()
+    found = evaluate(predictions, entries, ks=(5,), **FAST)["metrics"]["rare_share@5"]
+    assert found["value"] == pytest.approx(1 / 5) and found["ci_low"] is not None
+    assert evaluate_targets(predictions, entries, ks=(5,), num_bootstrap=20)["rare_share@5"]["value"] == pytest.approx(1 / 2)
+
+
+def test_lists_that_are_missing_or_short_leave_list_metrics_out_with_words():
+    entries = [entry(f"i{i}", 3) for i in range(30)]
+    found = evaluate([prediction(n, "i0", 2, []) for n in range(3)], entries, **FAST)
+    assert value(found, "hr@5") == 1.0 and "mgu@5" not in found["metrics"]
+    assert any("mgu@5: not measured, the lists hold 0 items" in note for note in found["notes"])
+    uneven = evaluate([prediction(0, "i0", 2, ["i1", "i0", "i2", "i3", "i4"]), prediction(1, "i0", None, ["i1"])], entries, **FAST)
+    assert value(uneven, "coverage@5") == pytest.approx(5 / 30) and any("shorter" in note for note in uneven["notes"])
 
 
 def test_an_empty_split_and_a_bad_cut_off_are_refused():

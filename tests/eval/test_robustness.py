@@ -1,0 +1,41 @@
+"""List distances against scipy and hand-computed cases."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import kendalltau
+
+from eval.metrics.robustness import jaccard, kendall_tau, rank_biased_overlap, relative_drop, worst_environment
+
+
+def test_kendall_tau_of_shared_items_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        first, second = rng.permutation(12)[:9], rng.permutation(12)[:9]
+        shared = [i for i in first if i in second]
+        expected = kendalltau(range(len(shared)), [list(second).index(i) for i in shared]).statistic
+        assert kendall_tau(list(first), list(second)) == pytest.approx(expected)
+    assert math.isnan(kendall_tau([1], [1]))
+
+
+def test_rank_biased_overlap_equals_the_sum_of_its_definition():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        a, b = list(rng.permutation(9)[:6]), list(rng.permutation(9)[:6])
+        agreement = [len(set(a[:d]) & set(b[:d])) / d for d in range(1, 7)]
+        tail = agreement[-1] * 0.9 ** 6  # all deeper agreements taken as the last one: sum of (1-p) p^(d-1) from d = 7
+        assert rank_biased_overlap(a, b) == pytest.approx(sum(0.1 * 0.9 ** d * x for d, x in enumerate(agreement)) + tail)
+    assert rank_biased_overlap([1, 2, 3], [1, 2, 3]) == pytest.approx(1.0) and rank_biased_overlap([1, 2], [3, 4]) == 0.0
+    assert rank_biased_overlap([1, 2, 3, 4], [2, 1, 3, 4]) < rank_biased_overlap([1, 2, 3, 4], [1, 2, 4, 3])  # the top weighs more
+
+
+def test_overlap_drop_and_worst_environment():
+    assert jaccard([1, 2, 3], [3, 4]) == pytest.approx(1 / 4) and jaccard([], []) == 1.0
+    assert relative_drop(0.4, 0.3) == pytest.approx(0.25) and math.isnan(relative_drop(0.0, 0.1))
+    assert worst_environment({"a": 0.2, "b": 0.1, "c": None}) == ("b", 0.1)
+    assert worst_environment({"a": 2.0, "b": 1.0}, higher_is_better=False) == ("a", 2.0)
+    with pytest.raises(ValueError, match="no environment"):
+        worst_environment({"a": float("nan")})
