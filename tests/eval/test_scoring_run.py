@@ -109,7 +109,7 @@ def test_a_model_trained_elsewhere_scores_like_the_run_it_is_a_copy_of(run, eval
 
 
 def test_two_ranks_write_what_one_rank_writes(run, evaluated, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "eval.run", "--run-dir", str(run),
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval.run", "--run-dir", str(run),
                "--output", str(tmp_path), *FAST, "--batch-size", "3"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
