@@ -402,7 +402,8 @@ def tokenise_split(
     notes = []
     if cut:
         notes.append(
-            f"{len(cut)} of {len(samples)} samples exceed prompt.max_length={encoder.max_length}: their {sum(cut)} oldest history items are left out"
+            f"{len(cut)} of {len(samples)} samples exceed prompt.max_length={encoder.max_length}: "
+            f"their {sum(cut)} oldest history items are left out"
         )
     return store, notes
 
