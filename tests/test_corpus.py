@@ -381,6 +381,12 @@ def test_embedded_ml100k_has_directors_years_and_user_attributes():
     assert corpus.users["1"] == {"age": "24", "gender": "M", "occupation": "technician"}
     providers = Counter(item.provider for item in corpus.items.values())
     assert providers[None] == 92 and len(providers) > 1000
+    folder = importlib.metadata.distribution("recbole").locate_file("recbole/dataset_example/ml-100k")
+    film_of = {entity: film for film, entity in (line.split("\t") for line in (folder / "ml-100k.link").read_text().splitlines())}
+    edges = [line.split("\t") for line in (folder / "ml-100k.kg").read_text().splitlines()]
+    directed = {(film_of[film], person) for film, relation, person in edges if relation == "film.film.directed_by" and film in film_of}
+    num_films = Counter(person for _, person in directed)
+    assert all(num_films[person] <= num_films[corpus.items[film].provider] for film, person in directed)
     times = [s.timestamp for name in ("train", "valid", "test") for s in corpus.split(name)]
     assert times == sorted(times)
 
