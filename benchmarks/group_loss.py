@@ -6,6 +6,7 @@ matrix products alone: logits = x W^T and dx = g W, in the same chunks and with 
 
 Repeats are interleaved and the least time of each is taken. On CPUs OMP_NUM_THREADS decides the threads (2 if unset). Peak memory: what torch's
 allocator handed out beyond the inputs, from the profiler on CPUs and from the CUDA allocator on GPUs.
+On a machine that others use at the same time, wall clocks of two threads say little: --cpu-time counts CPU seconds on one thread.
 A contender that cannot run here is a line with `skipped` and the reason. Exit status 0 whatever the ratios are.
 """
 
@@ -28,6 +29,7 @@ from gdrt_ds.loss import describe, group_cross_entropy  # noqa: E402
 from gdrt_ds.loss.group_loss import CHUNK_BYTES  # noqa: E402
 
 NUM_GROUPS = 8
+SLOW_S = 4.0  # with --quick a contender slower than this runs once
 # (name, hidden size H, vocabulary V, tokens on a GPU, tokens on CPUs, tokens with --quick on CPUs or None)
 SHAPES = [
     ("SmolLM2-135M", 576, 49_152, 16_384, 512, 512),
@@ -65,16 +67,14 @@ def full_logits(problem: Problem) -> None:
     problem.backward_of_losses(F.cross_entropy(logits_NV.float(), problem.labels, reduction="none"))
 
 
-def torch_fused(problem: Problem, chunked: bool) -> None:
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-    problem.backward_of_losses(F.linear_cross_entropy(problem.hidden, problem.head, problem.labels, reduction="none", options=options))
+def torch_fused(problem: Problem, options) -> None:
+    losses_N = F.linear_cross_entropy(problem.hidden, problem.head, problem.labels, reduction="none", options=options)
+    problem.backward_of_losses(losses_N)
 
 
-def torch_fused_sum(problem: Problem) -> None:
+def torch_fused_sum(problem: Problem, options) -> None:
     """An easier task: one weight for all tokens, known before the forward."""
-    F.linear_cross_entropy(
-        problem.hidden, problem.head, problem.labels, reduction="sum", options=torch.nn.LinearCrossEntropyOptions()
-    ).backward()
+    F.linear_cross_entropy(problem.hidden, problem.head, problem.labels, reduction="sum", options=options).backward()
 
 
 def liger(problem: Problem) -> None:
@@ -114,23 +114,26 @@ class Floor:
 
 def contenders(problem: Problem, quick: bool) -> dict:
     """name -> (what one forward and backward does, its group: ours, peer or floor)."""
+    torch_chunks = lambda rows=None: torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)  # noqa: E731
     table = {
         "ours, one pass": (lambda p: ours(p), "ours"),
         "ours, recompute": (lambda p: ours(p, frozen_weight=False), "ours"),
         "full logits": (full_logits, "peer"),
-        "torch linear_cross_entropy": (lambda p: torch_fused(p, chunked=True), "peer"),
-        "torch linear_cross_entropy, sum": (torch_fused_sum, "easier task"),
+        "torch linear_cross_entropy": (lambda p: torch_fused(p, None), "peer"),
+        "same, chunks of 256 rows": (lambda p: torch_fused(p, torch_chunks(256)), "peer"),
         "Liger": (liger, "peer"),
         "CCE": (lambda p: cut_cross_entropy(p, "cce"), "peer"),
         "products, same chunks": (Floor(problem, chunked=True), "floor"),
         "products, unchunked": (Floor(problem, chunked=False), "floor"),
     }
     if not quick:
+        table["same, chunks chosen by torch"] = (lambda p: torch_fused(p, torch_chunks()), "peer")
+        table["same, chunks by torch, plain sum"] = (lambda p: torch_fused_sum(p, torch_chunks()), "easier task")
         table["CCE torch_compile"] = (lambda p: cut_cross_entropy(p, "torch_compile"), "peer")
     return table
 
 
-def once(problem: Problem, run) -> float:
+def once(problem: Problem, run, clock=time.perf_counter) -> float:
     """Seconds of one forward and backward."""
     problem.hidden.grad = None
     if problem.device == "cuda":
@@ -141,9 +144,9 @@ def once(problem: Problem, run) -> float:
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
+    begin = clock()
     run(problem)
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def peak_bytes(problem: Problem, run) -> int:
@@ -177,10 +180,10 @@ def machine(device: str) -> str:
             name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
-def measure(name: str, problem: Problem, repeats: int, quick: bool) -> list[dict]:
+def measure(name: str, problem: Problem, repeats: int, quick: bool, clock) -> list[dict]:
     """One JSON object per contender that is not the one-pass op: its time and memory beside ours."""
     dtype = str(problem.head.dtype).removeprefix("torch.")
     num_tokens, (vocabulary, hidden_size) = len(problem.hidden), problem.head.shape
@@ -188,14 +191,16 @@ def measure(name: str, problem: Problem, repeats: int, quick: bool) -> list[dict
     table, times, peaks, skipped = contenders(problem, quick), {}, {}, {}
     for label, (run, kind) in table.items():
         try:
-            once(problem, run)
-            peaks[label] = 0 if kind == "floor" else peak_bytes(problem, run)
-            times[label] = []
+            first = once(problem, run, clock)
+            slow = quick and first > SLOW_S  # one warm run is then its time, and its memory is not asked for
+            peaks[label] = None if kind == "floor" or slow else peak_bytes(problem, run)
+            times[label] = [first] if slow else []
         except Exception as error:  # a peer without a CPU version fails in many ways; the reason is reported, not hidden
             skipped[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     for _ in range(repeats):
         for label in times:
-            times[label].append(once(problem, table[label][0]))
+            if not (quick and times[label] and max(times[label]) > SLOW_S):
+                times[label].append(once(problem, table[label][0], clock))
     best = {label: min(values) for label, values in times.items()}
     mine, budget = best["ours, one pass"], CHUNK_BYTES[problem.device] + problem.hidden.numel() * problem.hidden.element_size()
     rows = []
@@ -208,7 +213,7 @@ def measure(name: str, problem: Problem, repeats: int, quick: bool) -> list[dict
             row |= {"ours": mine, "peer": None, "ratio": None, "skipped": skipped[label]}
         else:
             row |= {"ours": mine, "floor" if kind == "floor" else "peer": best[label], "ratio": round(mine / best[label], 3), "unit": "s"}
-            row |= {"ours_peak_bytes": peaks["ours, one pass"], "peer_peak_bytes": peaks[label] if kind != "floor" else None}
+            row |= {"ours_peak_bytes": peaks["ours, one pass"], "peer_peak_bytes": peaks[label]}
         rows.append(row)
     return rows
 
@@ -232,12 +237,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     parser.add_argument("--quick", action="store_true", help="within a minute on 2 cores: the small shape only on CPUs")
-    parser.add_argument("--repeats", type=int, default=None, help="interleaved repeats, the least counts (default 7, quick 4, GPU 20)")
+    parser.add_argument("--repeats", type=int, default=None, help="interleaved repeats, the least counts (default 7, quick 3, GPU 20)")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds on one thread: for a machine that others use, too (CPUs only)")
     parser.add_argument("--model", default=None, help="only the shape with this name")
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    repeats = arguments.repeats or (20 if device == "cuda" else 4 if arguments.quick else 7)
+    repeats = arguments.repeats or (20 if device == "cuda" else 3 if arguments.quick else 7)
     dtypes = [torch.bfloat16] if device == "cuda" else [torch.float32, torch.bfloat16]
     for dtype in dtypes if not arguments.json else ():
         print(describe(device, dtype))
@@ -246,7 +255,7 @@ def main() -> None:
         if num_tokens is None or arguments.model not in (None, name):
             continue
         for dtype in dtypes:
-            rows = measure(name, Problem(hidden_size, vocabulary, num_tokens, device, dtype), repeats, arguments.quick)
+            rows = measure(name, Problem(hidden_size, vocabulary, num_tokens, device, dtype), repeats, arguments.quick, clock)
             for row in rows if arguments.json else ():
                 print(json.dumps(row), flush=True)
             if not arguments.json:
