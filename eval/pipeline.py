@@ -8,7 +8,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 from eval.floors import FLOORS, floor_predictions
 from eval.loading import Subject
@@ -64,14 +64,18 @@ def default_output(subject: Subject, options: ScoringOptions) -> Path:
 
 
 def run_evaluation(subject: Subject, options: ScoringOptions, runtime: Runtime, *, output: Path | None = None, overwrite: bool = False,
-                   floors: bool = True, num_bootstrap: int = 1000, audits: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Scores, measures and reports.
+                   floors: bool = True, num_bootstrap: int = 1000, audits: Sequence[str] = (),
+                   audit_options: Any = None) -> dict[str, Any] | None:
+    """Scores, measures, audits and reports.
 
     Args:
-        audits: finished audits by name, for the report.
+        audits: names of eval.audit, or all; they run after the scores are safe on disk, with `audit_options` (AuditOptions).
     Returns:
         the content of results.json on rank 0, None elsewhere.
     """
+    if audits:
+        from eval.audit import AuditOptions, choose, run_audits
+        choose(audits)  # a misspelt name is refused before hours of scoring
     output = output or default_output(subject, options)
     key, size = scoring_key(subject, options), len(subject.catalogue)
     if runtime.is_main:
@@ -84,10 +88,11 @@ def run_evaluation(subject: Subject, options: ScoringOptions, runtime: Runtime, 
     runtime.barrier()
     with Progress(runtime, f"{subject.name}: {options.mode}") as progress:
         predictions = predict(subject, options, output, runtime, progress)
+    audited = run_audits(audits, subject, runtime, audit_options or AuditOptions()) if audits else {}
     if predictions is None:
         return None
     results = measure(subject, options, predictions, floors=floors, num_bootstrap=num_bootstrap)
-    results["audits"] = audits or {}
+    results["audits"] = audited
     write(output, results, predictions, subject)
     return results
 

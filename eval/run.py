@@ -57,13 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
         runtime = evaluation_runtime()
         subject = load_subject(runtime, run=options.run, base=options.base, model=options.model, adapter=options.adapter, prompt=options.prompt,
                                data=options.data, split=options.split, limit=options.limit, overrides=options.overrides)
-        audits = {}
-        if options.audit:
-            from eval.audit import AuditOptions, run_audits
+        audits, settings = [name for name in options.audit.split(",") if name.strip()], None
+        if audits:
+            from eval.audit import AuditOptions
             settings = AuditOptions(options.audit_users, options.permutations, tuple(options.runs), options.bootstrap, overrides=tuple(options.overrides))
-            audits = run_audits(options.audit.split(","), subject, runtime, settings)
         run_evaluation(subject, scoring, runtime, output=Path(options.output) if options.output else None, overwrite=options.overwrite,
-                       floors=not options.no_floors, num_bootstrap=options.bootstrap, audits=audits)
+                       floors=not options.no_floors, num_bootstrap=options.bootstrap,
+                       audits=audits, audit_options=settings)
 
 
 if __name__ == "__main__":
