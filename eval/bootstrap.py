@@ -143,7 +143,7 @@ def interval(sample: Resampled, level: float = 0.95) -> tuple[float, float]:
         # n draws without a single success leave a success rate of up to 1 - (alpha/2)^(1/n) plausible (Clopper-Pearson);
         # a mean of values in [0, 1] is below its rate of non-zero values
         reach = (1 - ((1 - level) / 2) ** (1 / max(1, sample.n))) * (sample.bounds[1] - sample.bounds[0])
-        return (edge[0], edge[0] + reach) if edge[0] == sample.bounds[0] else (edge[0] - reach, edge[0])
+        return (float(edge[0]), float(edge[0] + reach)) if edge[0] == sample.bounds[0] else (float(edge[0] - reach), float(edge[0]))
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     if not sample.smooth:
         shift = sample.value - finite.mean()

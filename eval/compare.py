@@ -248,7 +248,7 @@ def _scaled(row: Comparison, bound: float) -> float:
 def terminal_table(found: Comparisons) -> RichTable:
     """The primary family for a terminal: one line per metric and run."""
     base = found.runs[0].label
-    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=f"against {base}, paired 95 % intervals")
+    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=Text(f"against {base}, paired 95 % intervals"))
     for column in ("metric", "run", "value", "difference", "95 % interval", "verdict"):
         shown.add_column(column, justify="left" if column in ("metric", "run", "verdict") else "right", no_wrap=column not in ("run", "verdict"))
     colour = {"better": "green", "worse": "red"}

@@ -118,10 +118,12 @@ def group_names(groups_N: np.ndarray) -> list[str]:
 
 
 def pool_small(groups_N: np.ndarray) -> np.ndarray:
-    """Groups under MIN_GROUP_SIZE samples, and all but the MAX_GROUPS largest, become one group."""
+    """Groups under MIN_GROUP_SIZE samples, and all but the MAX_GROUPS largest, become one group; a single small one keeps its name."""
     names, counts = np.unique([g for g in groups_N if g is not None], return_counts=True)
     ranked = sorted(zip(-counts, names))[:MAX_GROUPS]
     keep = {str(name) for count, name in ranked if -count >= MIN_GROUP_SIZE}
+    if len(names) - len(keep) == 1:
+        return groups_N
     pooled = "(other)" if len(names) > MAX_GROUPS else SMALL
     return np.array([None if g is None else g if g in keep else pooled for g in groups_N], dtype=object)
 

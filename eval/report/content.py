@@ -8,6 +8,7 @@ from typing import Any, Mapping, Sequence
 
 from rich import box
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from eval.metrics import METRICS, row_of
 from eval.metrics.inputs import build_inputs
@@ -86,6 +87,10 @@ def number(value: Any) -> str:
     if size >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 10 else f"{value:.4f}" if size >= 1e-3 or value == 0 else f"{value:.2g}"
+
+
+def rank_text(rank: float | None) -> str:
+    return "–" if rank is None or rank != rank else f"{rank:,.1f}".removesuffix(".0")
 
 
 def percent(share: float) -> str:
@@ -253,7 +258,7 @@ def _examples(predictions: Sequence[Mapping[str, Any]], catalogue_entries: Seque
     with_lists = [p for p in predictions if p.get("top_ids")]
     ordered = sorted(with_lists, key=lambda p: (p["rank"] if p.get("rank") is not None else math.inf, str(p.get("sample_id"))))
     places = sorted({round(q * (len(ordered) - 1)) for q in (0, 0.1, 0.3, 0.5, 0.7, 0.95)}) if ordered else []
-    examples = [{"user": str(p["user_id"]), "rank": p.get("rank"), "target": title_of[p["target_id"]],
+    examples = [{"user": str(p["user_id"]), "rank": rank_text(p.get("rank")), "target": title_of[p["target_id"]],
                  "history": [title_of[i] for i in p.get("history_ids") or ()],
                  "top": [(title_of[i], i == p["target_id"], i in set(p.get("history_ids") or ())) for i in p["top_ids"][:10]]}
                 for p in (ordered[i] for i in places[:EXAMPLES])]
@@ -275,8 +280,8 @@ def terminal_table(results: Mapping[str, Any], every: bool = False) -> RichTable
     """The report's main table for a terminal (rich); `every` shows all metrics instead of the usual cut-offs."""
     floors = _floors(results)
     limit = results.get("limit")
-    title = f"{results.get('objective') or ''} {results.get('mode') or ''}".strip()
-    table = RichTable(title=f"{title} NOT A RESULT (limit {limit})" if limit else title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    title = " ".join(dict.fromkeys(str(results[key]) for key in ("name", "objective", "mode") if results.get(key)))
+    table = RichTable(title=Text(f"NOT A RESULT (limit {limit}): {title}" if limit else title) if title or limit else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("metric", "value", "95 % interval", *floors):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=column != "metric")
     order = [m.name_at(k) for m in METRICS for k in ((None,) if m.ks is None else (1, 5, 10, 20, 50))]

@@ -77,7 +77,7 @@ def exposure_figures(inputs: Inputs) -> list[dict[str, Any]]:
         parts = {"train histories": share(inputs.history_count), f"top-{k} lists": share(inputs.exposure(k).sum(axis=0)),
                  "test targets": share(np.bincount(inputs.target, minlength=inputs.num_items))}
         keep = np.argsort(-parts["train histories"], kind="stable")[:14] if len(grouping.names) > 8 else np.arange(len(grouping.names))
-        left_out = f"; the {len(grouping.names) - len(keep)} smallest are in the table only by their sums" if len(keep) < len(grouping.names) else ""
+        left_out = f" (the {len(grouping.names) - len(keep)} smallest are left out here)" if len(keep) < len(grouping.names) else ""
         found.append({"kind": "bar", "title": title, "categories": [grouping.names[i].replace(" (", "\n(") for i in keep], "y_label": "share", "percent": True,
                       "horizontal": len(keep) > 8, "series": [{"name": name, "values": values[keep].tolist()} for name, values in parts.items()],
                       "caption": f"Shares over {what}{left_out}: {measure}@{k} is the mean distance between the first two bars; "
@@ -108,7 +108,8 @@ def by_group(title: str, groups: Mapping[str, Mapping[str, Any]], measure: str) 
     return {"kind": "bar", "title": f"{name} by {title}", "categories": [f"{group}\n(n {f['n']})" for group, f in shown.items()], "y_label": name,
             "series": [{"name": name, "values": [f["value"] for f in shown.values()], "low": [f["ci_low"] for f in shown.values()],
                         "high": [f["ci_high"] for f in shown.values()]}], "horizontal": len(shown) > 8,
-            "caption": f"Highest for {high}, lowest for {low}; {overlap} (95 %, over users)."}
+            "caption": f"Highest for {high}, lowest for {low}; {overlap} (95 %, over users)." if shown[high]["value"] > shown[low]["value"] else
+            f"All groups have the same value, {shown[high]['value']:.4g}; whiskers are 95 % intervals over users."}
 
 
 def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -133,5 +133,5 @@ def _token(token: Mapping[str, Any], largest: float, num_groups: int) -> str:
 def _example(example: Mapping[str, Any]) -> str:
     top = "".join(f'<li class="{"hit" if hit else "seen" if seen else ""}">{escape(title)}</li>' for title, hit, seen in example["top"])
     history = "".join(f"<li>{escape(title)}</li>" for title in example["history"]) or "<li>(empty)</li>"
-    return (f'<article><h3>{escape(example["user"])} <small>rank {number(example["rank"])}</small></h3><p>held out: <b>{escape(example["target"])}</b></p>'
+    return (f'<article><h3>{escape(example["user"])} <small>rank {escape(example["rank"])}</small></h3><p>held out: <b>{escape(example["target"])}</b></p>'
             f'<div class="lists"><div><h4>history, oldest first</h4><ul>{history}</ul></div><div><h4>top 10</h4><ol>{top}</ol></div></div></article>')

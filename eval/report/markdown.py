@@ -40,7 +40,7 @@ def _section(section: Section) -> list[str]:
     for figure in section.figures:
         lines += [f"*Figure in report.html: {escape(figure['title'])}.* {escape(figure['caption'])}", ""]
     for example in section.examples:
-        lines += [f"- **{escape(example['user'])}**, rank {number(example['rank'])}, held out: {escape(example['target'])}",
+        lines += [f"- **{escape(example['user'])}**, rank {example['rank']}, held out: {escape(example['target'])}",
                   f"  - history: {escape('; '.join(example['history']) or '(empty)')}",
                   f"  - top 10: {escape('; '.join(('● ' if hit else '') + title for title, hit, _ in example['top']))}"]
     return [*lines, ""] if section.examples else lines

@@ -214,7 +214,7 @@ def test_groups_agree_with_fairlearn():
 
 def test_the_worst_group_of_a_loss_is_the_highest_and_small_groups_are_pooled():
     entries = [entry(f"i{i}", 5) for i in range(12)]
-    sizes = {"0": (12, 1.0), "1": (12, 3.0), "2": (3, 9.0)}
+    sizes = {"0": (12, 1.0), "1": (12, 3.0), "2": (3, 8.0), "3": (3, 10.0)}
     predictions = [prediction(n, "i0", 1, ["i0"], target_nll=loss, relevance_group=int(g))
                    for n, (g, loss) in enumerate((g, loss) for g, (count, loss) in sizes.items() for _ in range(count))]
     found = evaluate(predictions, entries, num_bootstrap=20)

@@ -140,7 +140,7 @@ def test_the_terminal_table_names_values_intervals_and_floors(report):
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
     console.print(terminal_table(report[1]))
     text = console.export_text()
-    assert "NOT A RESULT (limit 120)" in text and "popularity" in text and f"{report[1]['metrics']['ndcg@10']['value']:.4f}" in text
+    assert "NOT A RESULT (limit 120)" in text and "[a]" in text and "popularity" in text and f"{report[1]['metrics']['ndcg@10']['value']:.4f}" in text
 
 
 def test_a_torn_last_line_of_the_training_log_is_left_out_and_a_torn_middle_is_an_error(tmp_path):
