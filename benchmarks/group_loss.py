@@ -1,11 +1,13 @@
-"""Speed and memory of the fused group loss beside its peers and its floor, in one run: python benchmarks/group_loss.py [--json] [--quick]
+"""Speed and memory of the fused group loss beside its peers and its floor, in one run:
+
+    python benchmarks/group_loss.py [--json] [--quick] [--cpu-time] [--model NAME]
 
 Forward and backward with the head frozen for everyone and per-group weights that are known only after the forward (a DRO weight is
 known after an all-reduce), so each contender hands out unreduced losses and gets its weights in the backward. The floor is the two
-matrix products alone: logits = x W^T and dx = g W, in the same chunks and with nothing between them; "unchunked" is one product over all rows.
+matrix products alone: logits = x W^T and dx = g W, in the same chunks and with nothing between them; "unchunked" is over all rows.
 
-Repeats are interleaved and the least time of each is taken. On CPUs OMP_NUM_THREADS decides the threads (2 if unset). Peak memory: what torch's
-allocator handed out beyond the inputs, from the profiler on CPUs and from the CUDA allocator on GPUs.
+Repeats are interleaved and the least time of each is taken. On CPUs OMP_NUM_THREADS decides the threads (2 if unset). Peak memory: what
+torch's allocator handed out beyond the inputs, from the profiler on CPUs and from the CUDA allocator on GPUs.
 On a machine that others use at the same time, wall clocks of two threads say little: --cpu-time counts CPU seconds on one thread.
 A contender that cannot run here is a line with `skipped` and the reason. Exit status 0 whatever the ratios are.
 """
@@ -229,7 +231,8 @@ def print_table(rows: list[dict]) -> None:
         elif row["kind"] == "memory":
             print(f"{'memory: ' + label:38} {row['ours'] / 2**20:8.1f} M {other / 2**20:8.1f} M {row['ratio']:7.3f}")
         else:
-            memory = "" if row["peer_peak_bytes"] is None else f"{row['ours_peak_bytes'] / 2**20:9.1f} {row['peer_peak_bytes'] / 2**20:9.1f}"
+            peaks = (row["ours_peak_bytes"], row["peer_peak_bytes"])
+            memory = "" if None in peaks else " ".join(f"{peak / 2**20:9.1f}" for peak in peaks)
             print(f"{label:38} {row['ours'] * 1e3:8.1f}ms {other * 1e3:8.1f}ms {row['ratio']:7.3f}  {memory}")
 
 

@@ -61,13 +61,15 @@ def plan_allowed(allowed: AllowedTokens, num_rows: int, vocabulary: int, chunk_b
         )
     if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocabulary):
         raise UserError(
-            f"allowed.tokens holds ids {tokens.min()}..{tokens.max()}, but the head has {vocabulary} rows", "tokenise with the model's tokenizer"
+            f"allowed.tokens holds ids {tokens.min()}..{tokens.max()}, but the head has {vocabulary} rows",
+            "tokenise the catalogue with the model's tokenizer",
         )
     size = offsets[node + 1] - offsets[node]
     if num_rows and size.min() < 1:
         row = int(size.argmin())
         raise UserError(
-            f"row {row} is at trie node {node[row]}, which allows no token", "a supervised token needs a node with children; leaves have none"
+            f"row {row} is at trie node {node[row]}, which allows no token",
+            "a supervised token needs a node with children; leaves have none",
         )
     single = np.flatnonzero(size == 1)
     rest = np.flatnonzero(size > 1)
@@ -102,4 +104,5 @@ def _chunk(rows: np.ndarray, node: np.ndarray, offsets: np.ndarray, tokens: np.n
         for slot, part in enumerate(parts):
             forbidden[slot, np.searchsorted(union, part)] = False
     to_device = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)  # noqa: E731
-    return AllowedChunk(to_device(rows), to_device(union), to_device(node_slot.reshape(-1)), None if forbidden is None else to_device(forbidden))
+    mask = None if forbidden is None else to_device(forbidden)
+    return AllowedChunk(to_device(rows), to_device(union), to_device(node_slot.reshape(-1)), mask)

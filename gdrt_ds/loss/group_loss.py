@@ -149,7 +149,7 @@ class _GroupCrossEntropy(torch.autograd.Function):
             _forward_streaming(head, rowwise, hidden, labels, losses_N, normaliser_2N)
         sums_G = rowwise.group_sums(losses_N, groups, settings.num_groups)
         if settings.one_pass:
-            ctx.save_for_backward(unit_NH, groups)
+            ctx.save_for_backward(groups, unit_NH)
         else:
             ctx.save_for_backward(groups, labels, normaliser_2N, hidden, weight, bias, a_rH, b_Vr)
         ctx.plan, ctx.settings = plan, settings
@@ -161,7 +161,8 @@ class _GroupCrossEntropy(torch.autograd.Function):
         nothing = (None,) * 9
         if d_sums_G is None and d_losses_N is None:
             return nothing
-        groups = ctx.saved_tensors[1 if ctx.settings.one_pass else 0]
+        # Read once: under non-reentrant activation checkpointing each read would run the forward again, and the second raises.
+        groups, *saved = ctx.saved_tensors
         coefficient_N = torch.zeros(len(groups), dtype=torch.float64, device=groups.device)
         if d_sums_G is not None:
             coefficient_N = d_sums_G.to(torch.float64)[groups]
@@ -169,8 +170,8 @@ class _GroupCrossEntropy(torch.autograd.Function):
             coefficient_N = coefficient_N + d_losses_N
         with torch.autocast(groups.device.type, enabled=False):
             if ctx.settings.one_pass:
-                return (_scale_rows(ctx.saved_tensors[0], coefficient_N), *nothing[1:])
-            return (*_backward_recompute(ctx, coefficient_N), *nothing[5:])
+                return (_scale_rows(saved[0], coefficient_N), *nothing[1:])
+            return (*_backward_recompute(ctx, saved, coefficient_N), *nothing[5:])
 
 
 def _tools(hidden, weight, bias, a_rH, b_Vr, settings: Settings):
@@ -245,9 +246,9 @@ def _scale_rows(unit_NH: torch.Tensor, coefficient_N: torch.Tensor) -> torch.Ten
     return out_NH
 
 
-def _backward_recompute(ctx, coefficient_N: torch.Tensor):
+def _backward_recompute(ctx, saved, coefficient_N: torch.Tensor):
     """Gradients of hidden, weight, bias, A and B: the logits again, a block of the vocabulary at a time (or an allowed chunk)."""
-    _, labels_N, normaliser_2N, hidden_NH, weight, bias, a_rH, b_Vr = ctx.saved_tensors
+    labels_N, normaliser_2N, hidden_NH, weight, bias, a_rH, b_Vr = saved
     settings, plan, wants = ctx.settings, ctx.plan, ctx.needs_input_grad
     head, rowwise = _tools(hidden_NH, weight, bias, a_rH, b_Vr, settings)
     row_blocks = list(rowwise.row_blocks(len(hidden_NH)))
@@ -359,7 +360,8 @@ def _check_range(name: str, values: torch.Tensor, stop: int, fix: str) -> None:
 def _check_shapes(hidden, weight, labels, groups, num_groups, bias, lora) -> None:
     def expect(name, tensor, shape):
         if tuple(tensor.shape) != shape:
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}", f"with hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} it must be {shape}")
+            expected = f"with hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} it must be {shape}"
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}", expected)
 
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise UserError(

@@ -49,7 +49,9 @@ def extend_log_sum_exp_(logits_CV: torch.Tensor, highest_C: torch.Tensor, total_
     highest_C.copy_(highest_new_C)
 
 
-def gradient_(logits_CV: torch.Tensor, columns_C: torch.Tensor, inside_C: torch.Tensor, normaliser_2C: torch.Tensor, coefficient_C: torch.Tensor) -> None:
+def gradient_(
+    logits_CV: torch.Tensor, columns_C: torch.Tensor, inside_C: torch.Tensor, normaliser_2C: torch.Tensor, coefficient_C: torch.Tensor
+) -> None:
     """A block of columns: logits <- coefficient * (softmax - onehot), from the normaliser of the forward.
 
     `inside_C` marks rows whose label lies in this block; `columns_C` is valid where it is true, and 0 elsewhere.

@@ -13,7 +13,9 @@ from gdrt_ds.loss import AllowedTokens, GroupLoss, reference_group_cross_entropy
 class Case:
     """Seeded inputs of one call, leaves that require grad, and the weights of a backward that uses both outputs."""
 
-    def __init__(self, n=37, v=101, h=16, g=5, dtype=torch.float32, train=False, bias=False, lora=False, allowed=False, size=1.0, **settings):
+    def __init__(
+        self, n=37, v=101, h=16, g=5, dtype=torch.float32, train=False, bias=False, lora=False, allowed=False, size=1.0, **settings
+    ):  # fmt: skip
         make = torch.Generator().manual_seed(17)
         normal = lambda *shape: torch.randn(*shape, generator=make, dtype=torch.float64)  # noqa: E731
         self.hidden = (normal(n, h) * size).to(dtype).requires_grad_()

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens, GroupLoss, describe, group_cross_entropy
@@ -85,7 +86,8 @@ def test_a_head_bias_of_minus_infinity_bans_tokens():
 
 
 def test_gradcheck_of_both_outputs():
-    for settings in ({"train": True, "bias": True, "lora": True, "softcap": 1.5, "temperature": 0.8}, {"softcap": 1.5}, {"allowed": True, "train": True}):
+    everything = {"train": True, "bias": True, "lora": True, "softcap": 1.5, "temperature": 0.8}
+    for settings in (everything, {"softcap": 1.5}, {"allowed": True, "train": True}):
         case = Case(n=7, v=11, h=4, g=3, dtype=torch.float64, **settings)
         lora = case.settings.get("lora")
 
@@ -273,6 +275,21 @@ def test_hidden_states_of_another_dtype_are_converted_and_get_their_gradient_bac
     case.hidden = case.hidden.detach().float().requires_grad_()
     gradient = case.run(group_cross_entropy)[2]
     assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_does_not_change_the_result(reentrant):
+    for settings in ({}, {"train": True, "bias": True}):
+        case = Case(**settings)
+        expected = case.run(group_cross_entropy)
+
+        def op(hidden, *rest, **more):
+            again = lambda x: tuple(group_cross_entropy(x, *rest, **more))  # noqa: E731
+            return torch.utils.checkpoint.checkpoint(again, hidden, use_reentrant=reentrant)
+
+        objective = sum((value.double() * d).sum() for value, d in zip(case.call(op), (case.d_sums, case.d_tokens)))
+        objective.backward()
+        assert all(torch.equal(leaf.grad, value) for leaf, value in zip(case.leaves, expected[2:]))
 
 
 def test_autocast_does_not_change_the_result():
