@@ -68,7 +68,8 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90_without_spills(compiled):
         rows = [row for row in compiled if row["arch"].startswith(arch)]
         assert {row["kernel"] for row in rows} == {"finish_rows_kernel", "extend_rows_kernel", "gradient_kernel", "group_sums_kernel"}
         for row in rows:
-            print(f"{arch} {row['kernel']:20} {row['logits']:6} {row['registers']} registers, spilled {row['spill_bytes']}, {row['constants']}")
+            use = f"{row['registers']} registers, {row['spill_bytes']} bytes spilled"
+            print(f"{arch} {row['kernel']:20} {row['logits']:6} {use}, {row['constants']}")
             assert row["cubin_bytes"] > 1000 and row["spill_bytes"] == 0
             assert row["registers"] <= 128  # 8 warps x 32 x 128 = half of a multiprocessor's 65,536: two programs at once
 
