@@ -87,7 +87,9 @@ def user_weights(num_users: int, num_bootstrap: int, seed: int) -> np.ndarray:
     return np.bincount(draws.ravel(), minlength=num_bootstrap * num_users).reshape(num_bootstrap, num_users).astype(np.float64)
 
 
-def resample(statistics: Mapping[str, Statistic], user_of_sample: np.ndarray, num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Resampled]:
+def resample(
+    statistics: Mapping[str, Statistic], user_of_sample: np.ndarray, num_bootstrap: int = 1000, seed: int = 0
+) -> dict[str, Resampled]:
     """Bootstrap all statistics over the same users with the same draws.
 
     user_of_sample: [N] index of each sample's user, 0..U-1; all samples of a user are drawn together (cluster bootstrap).
@@ -186,12 +188,16 @@ def compare(baseline: Resampled, other: Resampled, num_users: int, level: float 
     # error below rounding noise: identical predictions, where no effect size is defined
     effect = difference / (error * np.sqrt(num_users)) if error > 1e-12 else (0.0 if difference == 0 else float("nan"))
     power = (ndtri((1 + level) / 2) + ndtri(0.8)) * error
-    return Comparison(baseline.value, other.value, difference, low, high, float(p_value), float(effect), float(power), min(baseline.n, other.n))
+    return Comparison(
+        baseline.value, other.value, difference, low, high, float(p_value), float(effect), float(power), min(baseline.n, other.n)
+    )
 
 
 def _paired(baseline: Resampled, other: Resampled) -> Resampled:
     smooth = baseline.smooth and other.smooth
-    return Resampled(other.value - baseline.value, other.replicates - baseline.replicates, min(baseline.n, other.n), smooth, (-np.inf, np.inf))
+    return Resampled(
+        other.value - baseline.value, other.replicates - baseline.replicates, min(baseline.n, other.n), smooth, (-np.inf, np.inf)
+    )
 
 
 def holm(p_values: Sequence[float], alpha: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
@@ -210,8 +216,14 @@ def holm(p_values: Sequence[float], alpha: float = 0.05) -> tuple[np.ndarray, np
     return adjusted, levels
 
 
-def compare_family(baseline: Mapping[str, Resampled], other: Mapping[str, Resampled], num_users: int, family: Sequence[str],
-                   higher_is_better: Mapping[str, bool | None], level: float = 0.95) -> dict[str, Comparison]:
+def compare_family(
+    baseline: Mapping[str, Resampled],
+    other: Mapping[str, Resampled],
+    num_users: int,
+    family: Sequence[str],
+    higher_is_better: Mapping[str, bool | None],
+    level: float = 0.95,
+) -> dict[str, Comparison]:
     """Compare all shared metrics; Holm's correction runs over the metrics of `family` only, the rest is descriptive.
 
     An interval of a family member is also given at its Holm level (`ci_holm`), and the verdict in words follows the

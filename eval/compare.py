@@ -65,8 +65,17 @@ def load_run(folder: str | Path, label: str) -> Run:
     results = json.loads(_text(folder / "results.json"))
     predictions = _json_lines(folder / "predictions.jsonl")
     rows = _json_lines(folder / "catalogue.jsonl")
-    entries = [SimpleNamespace(item_id=r["item_id"], merged_ids=r.get("merged_ids") or [], text=r.get("text", ""), train_count=r["train_count"],
-                               provider=r.get("provider"), groups=r.get("groups") or {}) for r in rows]
+    entries = [
+        SimpleNamespace(
+            item_id=r["item_id"],
+            merged_ids=r.get("merged_ids") or [],
+            text=r.get("text", ""),
+            train_count=r["train_count"],
+            provider=r.get("provider"),
+            groups=r.get("groups") or {},
+        )
+        for r in rows
+    ]
     counts = {r["item_id"]: r["history_count"] for r in rows} if all("history_count" in r for r in rows) else None
     predictions.sort(key=lambda p: str(p["sample_id"]))  # the order of the file must not pair the wrong samples
     return Run(label, folder, results, predictions, entries, counts, build_inputs(predictions, entries, counts))
@@ -108,13 +117,17 @@ def check_same(runs: Sequence[Run]) -> list[str]:
         pair = f"{first.label} and {run.label}"
         ours, theirs = set(first.inputs.item_ids), set(run.inputs.item_ids)
         if ours != theirs:
-            raise UserError(f"{pair} have different catalogues ({len(ours)} and {len(theirs)} items, {len(ours & theirs)} shared)",
-                            "evaluate both on the same data; ranks among different items cannot be compared")
+            raise UserError(
+                f"{pair} have different catalogues ({len(ours)} and {len(theirs)} items, {len(ours & theirs)} shared)",
+                "evaluate both on the same data; ranks among different items cannot be compared",
+            )
         keys = [{(str(p["sample_id"]), str(p["user_id"]), p["target_id"]) for p in r.predictions} for r in (first, run)]
         if keys[0] != keys[1]:
             shared = len(keys[0] & keys[1])
-            raise UserError(f"{pair} have different test samples ({len(keys[0])} and {len(keys[1])}, {shared} with the same user and target)",
-                            "evaluate both with the same split, --limit and data; a paired comparison needs the same users")
+            raise UserError(
+                f"{pair} have different test samples ({len(keys[0])} and {len(keys[1])}, {shared} with the same user and target)",
+                "evaluate both with the same split, --limit and data; a paired comparison needs the same users",
+            )
         if dict(zip(first.inputs.item_ids, first.inputs.train_count)) != dict(zip(run.inputs.item_ids, run.inputs.train_count)):
             raise UserError(f"{pair} have different train counts in their catalogues", "evaluate both with the same training split")
         for key in ("objective", "mode", "dtype"):
@@ -151,39 +164,81 @@ def compare_runs(runs: Sequence[Run], num_bootstrap: int = 2000, seed: int = 0) 
 
 
 def to_json(found: Comparisons) -> dict[str, Any]:
-    runs = {run.label: {"folder": run.folder.name, "metrics": {n: figure(s, found.metrics[n].higher_is_better) for n, s in found.samples[run.label].items()}}
-            for run in found.runs}
+    runs = {
+        run.label: {
+            "folder": run.folder.name,
+            "metrics": {n: figure(s, found.metrics[n].higher_is_better) for n, s in found.samples[run.label].items()},
+        }
+        for run in found.runs
+    }
     clean = lambda v: None if isinstance(v, float) and v != v else v
     rows = {label: {n: {k: clean(v) for k, v in asdict(row).items()} for n, row in rows.items()} for label, rows in found.rows.items()}
-    return {"baseline": found.runs[0].label, "runs": runs, "comparisons": rows, "primary_family": found.family, "num_bootstrap": found.num_bootstrap,
-            "num_users": len(found.runs[0].inputs.user_ids), "num_samples": found.runs[0].inputs.num_samples, "notes": found.notes}
+    return {
+        "baseline": found.runs[0].label,
+        "runs": runs,
+        "comparisons": rows,
+        "primary_family": found.family,
+        "num_bootstrap": found.num_bootstrap,
+        "num_users": len(found.runs[0].inputs.user_ids),
+        "num_samples": found.runs[0].inputs.num_samples,
+        "notes": found.notes,
+    }
 
 
 def build_page(found: Comparisons) -> content.Page:
     base = found.runs[0].label
     sections = [content.Section("In short", [_sentence(label, base, found) for label in found.rows], figures=_figures(found))]
-    explanation = (f"Difference to {base} over the same users: 95 % interval, and for the primary family the interval at Holm's level. Effect size: "
-                   "difference / (standard error x square root of users), 0.2 small, 0.5 medium. Detectable: the smallest true difference that "
-                   "these users would show with 80 % power.")
+    explanation = (
+        f"Difference to {base} over the same users: 95 % interval, and for the primary family the interval at Holm's level. Effect size: "
+        "difference / (standard error x square root of users), 0.2 small, 0.5 medium. Detectable: the smallest true difference that "
+        "these users would show with 80 % power."
+    )
     columns = ["metric", base, "run", "difference", "95 % interval", "Holm interval", "Holm p", "effect size", "detectable", "verdict"]
     for label, rows in found.rows.items():
         table_rows = [_row(n, rows[n], found.metrics[n].higher_is_better) for n in found.family]
         sections.append(content.Section(f"{label} against {base}", [explanation], tables=[content.Table(columns, table_rows)]))
     for label, rows in found.rows.items():
-        others = [[*_row(n, row, found.metrics[n].higher_is_better)[:5], content.number(row.effect_size), row.verdict]
-                  for n, row in rows.items() if not row.family]
-        sections.append(content.Section(f"All other metrics: {label} against {base}", ["Descriptive: not corrected for the number of metrics."],
-                                        tables=[content.Table([*columns[:5], "effect size", "verdict"], others)], folded=True))
-    values = [[content.label(n) + " " + content.arrow(found.metrics[n].higher_is_better),
-               *(f"{content.number(found.samples[r.label][n].value)}" for r in found.runs)] for n in found.metrics]
-    sections.append(content.Section("Side by side", ["All metrics of all runs."], tables=[content.Table(["metric", *(r.label for r in found.runs)], values)],
-                                    folded=True))
-    notes = [f"Note: {note}." for note in found.notes] + [f"{found.num_bootstrap:,} paired bootstrap replicates over users; percentile intervals for "
-                                                         "means, centred ones for curved statistics. Formulas: docs/evaluation.md."]
+        others = [
+            [*_row(n, row, found.metrics[n].higher_is_better)[:5], content.number(row.effect_size), row.verdict]
+            for n, row in rows.items()
+            if not row.family
+        ]
+        sections.append(
+            content.Section(
+                f"All other metrics: {label} against {base}",
+                ["Descriptive: not corrected for the number of metrics."],
+                tables=[content.Table([*columns[:5], "effect size", "verdict"], others)],
+                folded=True,
+            )
+        )
+    values = [
+        [
+            content.label(n) + " " + content.arrow(found.metrics[n].higher_is_better),
+            *(f"{content.number(found.samples[r.label][n].value)}" for r in found.runs),
+        ]
+        for n in found.metrics
+    ]
+    sections.append(
+        content.Section(
+            "Side by side",
+            ["All metrics of all runs."],
+            tables=[content.Table(["metric", *(r.label for r in found.runs)], values)],
+            folded=True,
+        )
+    )
+    notes = [f"Note: {note}." for note in found.notes] + [
+        f"{found.num_bootstrap:,} paired bootstrap replicates over users; percentile intervals for "
+        "means, centred ones for curved statistics. Formulas: docs/evaluation.md."
+    ]
     sections.append(content.Section("Conventions and notes", notes))
     first = found.runs[0]
-    facts = [("Baseline", base), ("Samples", f"{first.inputs.num_samples:,}"), ("Users", f"{len(first.inputs.user_ids):,}"),
-             ("Catalogue", f"{first.inputs.num_items:,} items"), ("Objective", str(first.results.get("objective") or "–"))]
+    facts = [
+        ("Baseline", base),
+        ("Samples", f"{first.inputs.num_samples:,}"),
+        ("Users", f"{len(first.inputs.user_ids):,}"),
+        ("Catalogue", f"{first.inputs.num_items:,} items"),
+        ("Objective", str(first.results.get("objective") or "–")),
+    ]
     warning = next((n[0].upper() + n[1:] + "." for n in found.notes if n.startswith("not a result")), "")
     return content.Page("Comparison", " · ".join(r.label for r in found.runs), warning, facts, sections)
 
@@ -191,8 +246,18 @@ def build_page(found: Comparisons) -> content.Page:
 def _row(name: str, row: Comparison, higher: bool | None) -> list[str]:
     number, signed = content.number, lambda v: ("+" if v > 0 else "") + content.number(v)
     holm = "–" if row.ci_holm is None else f"{signed(row.ci_holm[0])} to {signed(row.ci_holm[1])}"
-    return [f"{content.label(name)} {content.arrow(higher)}", number(row.baseline), number(row.value), signed(row.difference),
-            f"{signed(row.ci_low)} to {signed(row.ci_high)}", holm, number(row.p_holm), number(row.effect_size), number(row.minimum_detectable), row.verdict]
+    return [
+        f"{content.label(name)} {content.arrow(higher)}",
+        number(row.baseline),
+        number(row.value),
+        signed(row.difference),
+        f"{signed(row.ci_low)} to {signed(row.ci_high)}",
+        holm,
+        number(row.p_holm),
+        number(row.effect_size),
+        number(row.minimum_detectable),
+        row.verdict,
+    ]
 
 
 def _sentence(label: str, base: str, found: Comparisons) -> str:
@@ -200,7 +265,9 @@ def _sentence(label: str, base: str, found: Comparisons) -> str:
     groups: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
     for name in found.family:
         kind = rows[name].verdict if rows[name].verdict in groups else "open"
-        groups[kind].append(content.label(name) + (f" ({100 * rows[name].difference / abs(rows[name].baseline):+.0f} %)" if rows[name].baseline else ""))
+        groups[kind].append(
+            content.label(name) + (f" ({100 * rows[name].difference / abs(rows[name].baseline):+.0f} %)" if rows[name].baseline else "")
+        )
     parts = [f"{kind} on {', '.join(names)}" for kind, names in groups.items() if names and kind != "open"]
     text = f"**{label}** against {base}: " + ("; ".join(parts) if parts else "no difference of the primary family is shown")
     return text + (f"; interval spans zero for {', '.join(groups['open'])}." if groups["open"] else ".")
@@ -212,27 +279,62 @@ def _figures(found: Comparisons) -> list[dict[str, Any]]:
         points = []
         for run in found.runs:
             x, y = (figure(found.samples[run.label][n], None) for n in ("mgu@5", "ndcg@10"))
-            points.append({"x": x["value"], "y": y["value"], "x_low": x["ci_low"], "x_high": x["ci_high"], "y_low": y["ci_low"], "y_high": y["ci_high"],
-                           "label": run.label, "series": run.label})
+            points.append(
+                {
+                    "x": x["value"],
+                    "y": y["value"],
+                    "x_low": x["ci_low"],
+                    "x_high": x["ci_high"],
+                    "y_low": y["ci_low"],
+                    "y_high": y["ci_high"],
+                    "label": run.label,
+                    "series": run.label,
+                }
+            )
         if all(p["x"] is not None and p["y"] is not None for p in points):
-            drawn.append({"kind": "scatter", "title": "Accuracy against disparity", "points": points, "x_label": "MGU@5 (lower is better)", "legend": False,
-                          "y_label": "NDCG@10 (higher is better)", "caption": "Up and to the left is better on both; whiskers are each run's own 95 % "
-                          "interval (the paired differences in the tables are sharper)."})
+            drawn.append(
+                {
+                    "kind": "scatter",
+                    "title": "Accuracy against disparity",
+                    "points": points,
+                    "x_label": "MGU@5 (lower is better)",
+                    "legend": False,
+                    "y_label": "NDCG@10 (higher is better)",
+                    "caption": "Up and to the left is better on both; whiskers are each run's own 95 % "
+                    "interval (the paired differences in the tables are sharper).",
+                }
+            )
     series = []
     for label, rows in found.rows.items():
         shown = [rows[n] for n in found.family]
-        series.append({"name": label, "values": [r.effect_size * _sign(found, n) for r, n in zip(shown, found.family)],
-                       "low": [_scaled(r, r.ci_low if _sign(found, n) > 0 else -r.ci_high) for r, n in zip(shown, found.family)],
-                       "high": [_scaled(r, r.ci_high if _sign(found, n) > 0 else -r.ci_low) for r, n in zip(shown, found.family)]})
+        series.append(
+            {
+                "name": label,
+                "values": [r.effect_size * _sign(found, n) for r, n in zip(shown, found.family)],
+                "low": [_scaled(r, r.ci_low if _sign(found, n) > 0 else -r.ci_high) for r, n in zip(shown, found.family)],
+                "high": [_scaled(r, r.ci_high if _sign(found, n) > 0 else -r.ci_low) for r, n in zip(shown, found.family)],
+            }
+        )
+
     def cut(value: float) -> float | None:
         return None if value != value else max(-EFFECT_SHOWN, min(EFFECT_SHOWN, value))
+
     is_cut = any(abs(v) > EFFECT_SHOWN for s in series for v in s["values"])
     clean = [{"name": s["name"], **{k: [cut(v) for v in s[k]] for k in ("values", "low", "high")}} for s in series]
-    drawn.append({"kind": "bar", "title": f"Improvement over {found.runs[0].label}", "categories": [content.label(n) for n in found.family], "series": clean,
-                  "horizontal": True, "y_label": "effect size (right is better)",
-                  "caption": "Differences in units of their spread over users, turned so that right is better; whiskers are 95 % intervals without "
-                             "correction, and a whisker over zero shows no difference."
-                             + (f" Bars beyond {EFFECT_SHOWN:g} are cut there." if is_cut else "")})
+    drawn.append(
+        {
+            "kind": "bar",
+            "title": f"Improvement over {found.runs[0].label}",
+            "categories": [content.label(n) for n in found.family],
+            "series": clean,
+            "horizontal": True,
+            "y_label": "effect size (right is better)",
+            "caption": "Differences in units of their spread over users, turned so that right is better; "
+            "whiskers are 95 % intervals without "
+            "correction, and a whisker over zero shows no difference."
+            + (f" Bars beyond {EFFECT_SHOWN:g} are cut there." if is_cut else ""),
+        }
+    )
     return drawn
 
 
@@ -250,11 +352,19 @@ def terminal_table(found: Comparisons) -> RichTable:
     base = found.runs[0].label
     shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=Text(f"against {base}, paired 95 % intervals"))
     for column in ("metric", "run", "value", "difference", "95 % interval", "verdict"):
-        shown.add_column(column, justify="left" if column in ("metric", "run", "verdict") else "right", no_wrap=column not in ("run", "verdict"))
+        shown.add_column(
+            column, justify="left" if column in ("metric", "run", "verdict") else "right", no_wrap=column not in ("run", "verdict")
+        )
     colour = {"better": "green", "worse": "red"}
     for name in found.family:
-        shown.add_row(f"{content.label(name)} {content.arrow(found.metrics[name].higher_is_better)}", Text(base),
-                      content.number(found.samples[base][name].value), "", "", "")
+        shown.add_row(
+            f"{content.label(name)} {content.arrow(found.metrics[name].higher_is_better)}",
+            Text(base),
+            content.number(found.samples[base][name].value),
+            "",
+            "",
+            "",
+        )
         for label, rows in found.rows.items():
             cells = _row(name, rows[name], None)
             shown.add_row("", Text(label), cells[2], cells[3], cells[4], Text(rows[name].verdict, style=colour.get(rows[name].verdict, "")))
@@ -281,7 +391,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = Path(chosen.output)
         output.mkdir(parents=True, exist_ok=True)
         page = build_page(found)
-        for name, text in (("compare.md", render_markdown(page)), ("compare.html", render_html(page)), ("compare.json", json.dumps(to_json(found), indent=1))):
+        for name, text in (
+            ("compare.md", render_markdown(page)),
+            ("compare.html", render_html(page)),
+            ("compare.json", json.dumps(to_json(found), indent=1)),
+        ):
             (output / name).write_text(text, encoding="utf-8")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,9 +25,16 @@ __all__ = ["METRICS", "Metric", "evaluate", "evaluate_targets", "build_inputs", 
 DEFAULT_KS = (1, 5, 10, 20, 50)
 
 
-def evaluate(predictions: Sequence[Mapping[str, Any]], catalogue_entries: Sequence[Any], *, ks: Sequence[int] = DEFAULT_KS,
-             history_item_counts: Mapping[str, float] | None = None, num_bootstrap: int = 1000, seed: int = 0,
-             breakdowns: bool = True) -> dict[str, Any]:
+def evaluate(
+    predictions: Sequence[Mapping[str, Any]],
+    catalogue_entries: Sequence[Any],
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    history_item_counts: Mapping[str, float] | None = None,
+    num_bootstrap: int = 1000,
+    seed: int = 0,
+    breakdowns: bool = True,
+) -> dict[str, Any]:
     """Measure everything that the data defines.
 
     predictions: objects as in predictions.jsonl (sample_id, user_id, target_id, rank, top_ids, target_nll, history_ids, user,
@@ -54,8 +61,15 @@ def evaluate(predictions: Sequence[Mapping[str, Any]], catalogue_entries: Sequen
     return {"metrics": metrics, "breakdowns": result, "notes": [*inputs.notes, *notes]}
 
 
-def evaluate_targets(predictions: Sequence[Mapping[str, Any]], catalogue_entries: Sequence[Any], *, ks: Sequence[int] = DEFAULT_KS,
-                     history_item_counts: Mapping[str, float] | None = None, num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+def evaluate_targets(
+    predictions: Sequence[Mapping[str, Any]],
+    catalogue_entries: Sequence[Any],
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    history_item_counts: Mapping[str, float] | None = None,
+    num_bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
     """The calibration metrics of the test targets themselves (lists of one item): {name: figure}.
 
     MGU measures calibration to the history, not to the future: with a time split even a perfect recommender has this value.

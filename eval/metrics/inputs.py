@@ -119,8 +119,9 @@ def popularity_groups(train_count: np.ndarray, item_ids: Sequence[str], num_bins
     return ItemGroups(tuple(names), membership)
 
 
-def build_inputs(predictions: Sequence[Mapping[str, Any]], catalogue_entries: Sequence[Any],
-                 history_item_counts: Mapping[str, float] | None = None) -> Inputs:
+def build_inputs(
+    predictions: Sequence[Mapping[str, Any]], catalogue_entries: Sequence[Any], history_item_counts: Mapping[str, float] | None = None
+) -> Inputs:
     """Check predictions against the catalogue and turn both into arrays.
 
     predictions: one object per test sample, keys as in predictions.jsonl. catalogue_entries: objects with item_id,
@@ -158,13 +159,25 @@ def build_inputs(predictions: Sequence[Mapping[str, Any]], catalogue_entries: Se
     providers = {p: i for i, p in enumerate(sorted({str(e.provider) for e in catalogue_entries if e.provider}))}
     groups = [p.get("relevance_group") for p in predictions]
     return Inputs(
-        item_ids, rank, missing, tied, nll, _lists(predictions, index_of, notes), _histories(predictions, index_of, len(item_ids)),
-        np.array([_lookup(index_of, p["target_id"], "target_id") for p in predictions]), train_count, history_count,
-        np.array([users[str(p["user_id"])] for p in predictions]), tuple(users),
-        _columns(predictions, "user"), _columns(predictions, "labels"),
+        item_ids,
+        rank,
+        missing,
+        tied,
+        nll,
+        _lists(predictions, index_of, notes),
+        _histories(predictions, index_of, len(item_ids)),
+        np.array([_lookup(index_of, p["target_id"], "target_id") for p in predictions]),
+        train_count,
+        history_count,
+        np.array([users[str(p["user_id"])] for p in predictions]),
+        tuple(users),
+        _columns(predictions, "user"),
+        _columns(predictions, "labels"),
         np.array([-1 if g is None else int(g) for g in groups]),
-        np.array([providers[str(e.provider)] if e.provider else -1 for e in catalogue_entries]), tuple(providers),
-        _label_groups(catalogue_entries), tuple(notes),
+        np.array([providers[str(e.provider)] if e.provider else -1 for e in catalogue_entries]),
+        tuple(providers),
+        _label_groups(catalogue_entries),
+        tuple(notes),
     )
 
 
@@ -174,7 +187,9 @@ def _number(value: Any) -> float:
 
 def _lookup(index_of: Mapping[str, int], item_id: str, where: str) -> int:
     if item_id not in index_of:
-        raise UserError(f"{where} names item {item_id!r}, which is not in the catalogue", "evaluate with the catalogue that scored the items")
+        raise UserError(
+            f"{where} names item {item_id!r}, which is not in the catalogue", "evaluate with the catalogue that scored the items"
+        )
     return index_of[item_id]
 
 
@@ -185,12 +200,16 @@ def _ranks(predictions: Sequence[Mapping[str, Any]], num_items: int, notes: list
         bad = float(rank[~missing][(rank[~missing] < 1) | (rank[~missing] > num_items)][0])
         raise UserError(f"rank {bad:g} is outside 1..{num_items} (the catalogue)", "ranks are 1-based; check the scorer and the catalogue")
     if missing.any():
-        notes.append(f"{int(missing.sum())} of {rank.size} targets have no rank (not found, or NaN scores): counted at the worst rank {num_items}")
+        notes.append(
+            f"{int(missing.sum())} of {rank.size} targets have no rank (not found, or NaN scores): counted at the worst rank {num_items}"
+        )
     tied = np.array([max(1.0, _number(p.get("num_tied", 1))) for p in predictions])
     tied[missing] = 1.0
     if np.any(rank - (tied - 1) / 2 < 1 - 1e-9):
-        raise UserError("num_tied does not fit the expected rank: the first tied position would be below 1",
-                        "rank must be the mean position of the num_tied items that share the target's score")
+        raise UserError(
+            "num_tied does not fit the expected rank: the first tied position would be below 1",
+            "rank must be the mean position of the num_tied items that share the target's score",
+        )
     return np.where(missing, float(num_items), rank), missing, tied
 
 

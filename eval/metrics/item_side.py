@@ -23,15 +23,18 @@ def _shares(totals: np.ndarray) -> np.ndarray:
 
 def _group_features(inputs: Inputs, k: int, groups: str, histories: bool) -> np.ndarray:
     """[N, G] recommendations per group, and with `histories` [N, 2G] the sample's own history per group beside them."""
+
     def make() -> np.ndarray:
         membership = inputs.groups(groups).membership
         shown = (inputs.exposure(k) @ membership).toarray()
         return np.hstack([shown, (inputs.history @ membership).toarray()]) if histories else shown
+
     return inputs._cached(("group_features", k, groups, histories), make)
 
 
-def _group_unfairness(inputs: Inputs, k: int, groups: str, histories: bool, summary: Callable[[np.ndarray], np.ndarray],
-                      bounds: tuple[float, float]) -> Statistic | None:
+def _group_unfairness(
+    inputs: Inputs, k: int, groups: str, histories: bool, summary: Callable[[np.ndarray], np.ndarray], bounds: tuple[float, float]
+) -> Statistic | None:
     grouping = inputs.groups(groups)
     if grouping is None:
         return None
@@ -49,6 +52,7 @@ def _group_unfairness(inputs: Inputs, k: int, groups: str, histories: bool, summ
 
         def finish(totals: np.ndarray) -> np.ndarray:
             return summary(_shares(totals) - train_share)
+
     return Statistic(_group_features(inputs, k, groups, histories), finish, inputs.num_samples, False, bounds)
 
 
@@ -108,11 +112,14 @@ def entropy_of(totals: np.ndarray) -> np.ndarray:
 
 def entropy_influence(features: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
     """What the entropy loses without each user, exactly. [U, n], [n] -> [U]"""
+
     def weigh(x: np.ndarray) -> np.ndarray:
         return x * np.log(np.maximum(x, 1))
 
     with_user = totals[features.indices]
-    change = sparse.csr_matrix((weigh(with_user) - weigh(with_user - features.data), features.indices, features.indptr), shape=features.shape)
+    change = sparse.csr_matrix(
+        (weigh(with_user) - weigh(with_user - features.data), features.indices, features.indptr), shape=features.shape
+    )
     left = totals.sum() - np.asarray(features.sum(axis=1)).ravel()
     terms = weigh(totals).sum() - np.asarray(change.sum(axis=1)).ravel()
     without = np.log(np.maximum(left, 1)) - terms / np.maximum(left, 1)
@@ -186,8 +193,13 @@ def rsp(inputs: Inputs, k: int, groups: str = "popularity_8") -> Statistic | Non
         return None
     sizes = np.asarray(grouping.membership.sum(axis=0)).ravel()
     sizes = np.where(sizes > 0, sizes, np.nan)  # shares over N cancel in std / mean
-    return Statistic(_group_features(inputs, k, groups, False), lambda totals: _relative_deviation(totals / sizes), inputs.num_samples, False,
-                     (0, np.inf))
+    return Statistic(
+        _group_features(inputs, k, groups, False),
+        lambda totals: _relative_deviation(totals / sizes),
+        inputs.num_samples,
+        False,
+        (0, np.inf),
+    )
 
 
 def reo(inputs: Inputs, k: int, groups: str = "popularity_8") -> Statistic | None:

@@ -23,8 +23,9 @@ NUM_SIZE_BINS = 5
 def _provider_matrix(inputs: Inputs) -> sparse.csr_matrix:
     """[I, P] 1 where the item is the provider's."""
     items = np.flatnonzero(inputs.provider_of_item >= 0)
-    return sparse.csr_matrix((np.ones(items.size), (items, inputs.provider_of_item[items])),
-                             shape=(inputs.num_items, len(inputs.provider_names)))
+    return sparse.csr_matrix(
+        (np.ones(items.size), (items, inputs.provider_of_item[items])), shape=(inputs.num_items, len(inputs.provider_names))
+    )
 
 
 def provider_exposure(inputs: Inputs, k: int) -> sparse.csr_matrix:
@@ -58,8 +59,13 @@ def size_bins(inputs: Inputs) -> np.ndarray:
     return np.unique(bins, return_inverse=True)[1]  # one huge provider may leave a bin empty: number the filled ones
 
 
-def _statistic(inputs: Inputs, k: int, finish: Callable[[np.ndarray], np.ndarray], bounds: tuple[float, float],
-               influence: Callable[[sparse.csr_matrix, np.ndarray], np.ndarray] | None = None) -> Statistic | None:
+def _statistic(
+    inputs: Inputs,
+    k: int,
+    finish: Callable[[np.ndarray], np.ndarray],
+    bounds: tuple[float, float],
+    influence: Callable[[sparse.csr_matrix, np.ndarray], np.ndarray] | None = None,
+) -> Statistic | None:
     if len(inputs.provider_names) < 2:
         return None
     return Statistic(provider_exposure(inputs, k), finish, inputs.num_samples, False, bounds, influence)
@@ -114,8 +120,13 @@ def exposure_by_size(inputs: Inputs, k: int) -> list[dict[str, float | str]]:
     total = exposure.sum()
     for index in range(bins.max() + 1):
         members = bins == index
-        rows.append({"providers": f"{'largest' if index == 0 else 'smallest' if index == bins.max() else index + 1}",
-                     "num_providers": int(members.sum()), "catalogue_share": float(catalogue_share(inputs)[members].sum()),
-                     "interaction_share": float(interaction_share(inputs)[members].sum()),
-                     "exposure_share": float(exposure[members].sum() / total) if total else float("nan")})
+        rows.append(
+            {
+                "providers": f"{'largest' if index == 0 else 'smallest' if index == bins.max() else index + 1}",
+                "num_providers": int(members.sum()),
+                "catalogue_share": float(catalogue_share(inputs)[members].sum()),
+                "interaction_share": float(interaction_share(inputs)[members].sum()),
+                "exposure_share": float(exposure[members].sum() / total) if total else float("nan"),
+            }
+        )
     return rows

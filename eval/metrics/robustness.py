@@ -31,8 +31,8 @@ def rank_biased_overlap(first: Sequence, second: Sequence, persistence: float = 
         shared += 1 if a == b else int(a in seen_b) + int(b in seen_a)
         seen_a.add(a)
         seen_b.add(b)
-        total += shared / d * persistence ** d
-    return shared / depth * persistence ** depth + (1 - persistence) / persistence * total
+        total += shared / d * persistence**d
+    return shared / depth * persistence**depth + (1 - persistence) / persistence * total
 
 
 def kendall_tau(first: Sequence, second: Sequence) -> float:

@@ -100,7 +100,9 @@ def row_of(name: str) -> Metric | None:
     return None
 
 
-def statistics(inputs: Inputs, ks: tuple[int, ...], only_targets: bool = False) -> tuple[dict[str, Statistic], dict[str, Metric], list[str]]:
+def statistics(
+    inputs: Inputs, ks: tuple[int, ...], only_targets: bool = False
+) -> tuple[dict[str, Statistic], dict[str, Metric], list[str]]:
     """All defined metrics as statistics: (name -> Statistic, name -> row, notes on what could not be measured)."""
     found: dict[str, Statistic] = {}
     rows: dict[str, Metric] = {}
@@ -111,9 +113,14 @@ def statistics(inputs: Inputs, ks: tuple[int, ...], only_targets: bool = False) 
         needs_lists = metric.side in ("item", "provider") and metric.name != "reo@{k}"
         for k in metric.cut_offs(ks):
             if k is not None and (k > inputs.num_items or (needs_lists and not inputs.has_lists(k))):
-                notes.append(f"{metric.name_at(k)}: not measured, "
-                             + (f"K is larger than the catalogue ({inputs.num_items})" if k > inputs.num_items else
-                                f"the lists hold {inputs.top.shape[1]} items"))
+                notes.append(
+                    f"{metric.name_at(k)}: not measured, "
+                    + (
+                        f"K is larger than the catalogue ({inputs.num_items})"
+                        if k > inputs.num_items
+                        else f"the lists hold {inputs.top.shape[1]} items"
+                    )
+                )
                 continue
             statistic = metric.function(inputs, k)
             if statistic is not None:

@@ -81,16 +81,20 @@ def group_statistics(values_N: np.ndarray, groups_N: np.ndarray, bounds: tuple[f
     return {name: Statistic(features, lambda t, g=g: _rates(t, size)[:, g], int(counts[g]), True, bounds) for g, name in enumerate(names)}
 
 
-def summary_statistics(values_N: np.ndarray, groups_N: np.ndarray, higher_is_better: bool,
-                       bounds: tuple[float, float] = (-np.inf, np.inf)) -> dict[str, Statistic]:
+def summary_statistics(
+    values_N: np.ndarray, groups_N: np.ndarray, higher_is_better: bool, bounds: tuple[float, float] = (-np.inf, np.inf)
+) -> dict[str, Statistic]:
     """worst, best, gap (max - min) and ratio (min / max) over the groups' means."""
     features, names, counts = _group_features(values_N, groups_N)
     size, n = len(names), int(counts.sum())
     low, high = (lambda t: np.nanmin(_rates(t, size), axis=1)), (lambda t: np.nanmax(_rates(t, size), axis=1))
     worst, best = (low, high) if higher_is_better else (high, low)
-    return {"worst": Statistic(features, worst, n, False, bounds), "best": Statistic(features, best, n, False, bounds),
-            "gap": Statistic(features, lambda t: high(t) - low(t), n, False, (0, np.inf)),
-            "ratio": Statistic(features, lambda t: low(t) / high(t), n, False, (0, 1))}
+    return {
+        "worst": Statistic(features, worst, n, False, bounds),
+        "best": Statistic(features, best, n, False, bounds),
+        "gap": Statistic(features, lambda t: high(t) - low(t), n, False, (0, np.inf)),
+        "ratio": Statistic(features, lambda t: low(t) / high(t), n, False, (0, 1)),
+    }
 
 
 def _group_features(values_N: np.ndarray, groups_N: np.ndarray) -> tuple[np.ndarray, list[str], np.ndarray]:
@@ -101,7 +105,7 @@ def _group_features(values_N: np.ndarray, groups_N: np.ndarray) -> tuple[np.ndar
     columns = np.array([index[groups_N[r]] for r in rows], dtype=int)
     features = np.zeros((values_N.size, 2 * len(names)))
     features[rows, columns], features[rows, len(names) + columns] = values_N[rows], 1.0
-    return features, names, features[:, len(names):].sum(axis=0)
+    return features, names, features[:, len(names) :].sum(axis=0)
 
 
 def _rates(totals: np.ndarray, size: int) -> np.ndarray:
@@ -111,9 +115,11 @@ def _rates(totals: np.ndarray, size: int) -> np.ndarray:
 
 def group_names(groups_N: np.ndarray) -> list[str]:
     """Names in reading order: numbers by value, text by alphabet, pooled groups last."""
+
     def key(name: str) -> tuple[bool, float, str]:
         number = name.split("-")[0].rstrip("+").split(" ")[0]
         return (name.startswith("("), float(number) if number.replace(".", "", 1).isdigit() else float("inf"), name)
+
     return sorted({g for g in groups_N if g is not None}, key=key)
 
 

@@ -15,7 +15,8 @@ Audits fill in `results["audits"] = {name: audit}` with
 
 Figures: plain dictionaries (they survive JSON), drawn by eval.report.plots as inline SVG that follows the reader's light or
 dark mode. All have "kind", "title" and "caption" (one sentence that says what to see). Optional everywhere but in tokens:
-"x_label", "y_label", "legend": False, "percent": True (share axis), "ordered": True (series are ordered groups: one colour ramp instead of distinct colours),
+"x_label", "y_label", "legend": False, "percent": True (share axis),
+"ordered": True (series are ordered groups: one colour ramp instead of distinct colours),
 "smooth": True (a noisy curve is drawn faint under its moving average),
 "reference": {"value": y, "label": str} (a dashed line). None in a list of numbers is a gap.
     bar           "categories": [str], "series": [{"name": str, "values": [y], "low": [y]?, "high": [y]?}],
@@ -46,8 +47,15 @@ from eval.report.markdown import render_markdown
 __all__ = ["write_report", "terminal_table", "write_catalogue"]
 
 
-def write_report(folder: str | Path, results: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]], catalogue_entries: Sequence[Any], *,
-                 run_folder: str | Path | None = None, history_item_counts: Mapping[str, float] | None = None) -> list[Path]:
+def write_report(
+    folder: str | Path,
+    results: Mapping[str, Any],
+    predictions: Sequence[Mapping[str, Any]],
+    catalogue_entries: Sequence[Any],
+    *,
+    run_folder: str | Path | None = None,
+    history_item_counts: Mapping[str, float] | None = None,
+) -> list[Path]:
     """Write report.md, report.html and catalogue.jsonl (what eval.compare and outsiders need to recompute every metric).
 
     run_folder: a training run, whose metrics.jsonl gives the training curves. history_item_counts: as for `evaluate`.
@@ -55,7 +63,9 @@ def write_report(folder: str | Path, results: Mapping[str, Any], predictions: Se
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    page = build_sections(results, predictions, catalogue_entries, training=read_training(run_folder), history_item_counts=history_item_counts)
+    page = build_sections(
+        results, predictions, catalogue_entries, training=read_training(run_folder), history_item_counts=history_item_counts
+    )
     return [
         _write(folder / "report.md", render_markdown(page)),
         _write(folder / "report.html", render_html(page)),
@@ -67,8 +77,14 @@ def write_catalogue(path: Path, catalogue_entries: Sequence[Any], history_item_c
     """The run folder's catalogue.jsonl plus, where known, history_count (occurrences in train histories) per entry."""
     lines = []
     for entry in catalogue_entries:
-        row = {"item_id": entry.item_id, "merged_ids": list(entry.merged_ids or ()), "text": entry.text, "train_count": entry.train_count,
-               "provider": entry.provider, "groups": entry.groups or {}}
+        row = {
+            "item_id": entry.item_id,
+            "merged_ids": list(entry.merged_ids or ()),
+            "text": entry.text,
+            "train_count": entry.train_count,
+            "provider": entry.provider,
+            "groups": entry.groups or {},
+        }
         if history_item_counts is not None:
             row["history_count"] = sum(history_item_counts.get(i, 0) for i in {entry.item_id, *(entry.merged_ids or ())})
         lines.append(json.dumps(row, ensure_ascii=False))

@@ -15,21 +15,60 @@ from eval.metrics.inputs import build_inputs
 from eval.report import figures
 
 HEADLINE = ("ndcg@10", "hr@10", "mrr", "nll", "mgu@5", "dgu@5", "coverage@10", "nll_worst_relevance_group")
-TERMINAL = (*HEADLINE, "gini@10", "arp@10", "logpopdiff@10", "provider_l1_interactions@10", "provider_minmax@10", "provider_coverage@10", "cvar_nll")
-LABELS = {"ndcg": "NDCG", "hr": "HR", "mrr": "MRR", "nll": "Target NLL", "mgu": "MGU", "dgu": "DGU", "arp": "ARP", "aplt": "APLT",
-          "rsp": "RSP", "reo": "REO", "gini": "Gini", "cvar_nll": "CVaR of NLL", "cvar_rank_share": "CVaR of rank share",
-          "nll_worst_relevance_group": "NLL, worst group", "nll_gap_relevance_group": "NLL, group gap",
-          "mgu_pop5": "MGU, 5 bins", "dgu_pop5": "DGU, 5 bins", "mgu_genres": "MGU, genres", "dgu_genres": "DGU, genres",
-          "mgu_test_histories": "MGU, test histories", "dgu_test_histories": "DGU, test histories", "logpopdiff": "LogPopDiff",
-          "provider_l1_catalogue": "Provider L1, catalogue", "provider_l1_interactions": "Provider L1", "provider_minmax": "Provider min/max",
-          "provider_gini": "Provider Gini"}
-SIDES = {"accuracy": ("Accuracy", "How well the held-out item of each sample is found. Chance and the two floors need no language model."),
-         "item": ("Item side", "Which items the lists show. MGU and DGU compare with the histories; the test targets themselves are "
-                  "shown beside them, because they too drift away from the histories."),
-         "provider": ("Provider side", "How exposure falls on brands, authors, directors or publishers."),
-         "user": ("User side", "The worst served tenth of the samples, and the relevance group that Group DRO looks at.")}
-DIMENSIONS = {"relevance_group": "relevance group of the target", "target_popularity": "popularity of the target",
-              "target_in_train": "target seen in train (warm) or not (cold)", "history_length": "length of the history"}
+TERMINAL = (
+    *HEADLINE,
+    "gini@10",
+    "arp@10",
+    "logpopdiff@10",
+    "provider_l1_interactions@10",
+    "provider_minmax@10",
+    "provider_coverage@10",
+    "cvar_nll",
+)
+LABELS = {
+    "ndcg": "NDCG",
+    "hr": "HR",
+    "mrr": "MRR",
+    "nll": "Target NLL",
+    "mgu": "MGU",
+    "dgu": "DGU",
+    "arp": "ARP",
+    "aplt": "APLT",
+    "rsp": "RSP",
+    "reo": "REO",
+    "gini": "Gini",
+    "cvar_nll": "CVaR of NLL",
+    "cvar_rank_share": "CVaR of rank share",
+    "nll_worst_relevance_group": "NLL, worst group",
+    "nll_gap_relevance_group": "NLL, group gap",
+    "mgu_pop5": "MGU, 5 bins",
+    "dgu_pop5": "DGU, 5 bins",
+    "mgu_genres": "MGU, genres",
+    "dgu_genres": "DGU, genres",
+    "mgu_test_histories": "MGU, test histories",
+    "dgu_test_histories": "DGU, test histories",
+    "logpopdiff": "LogPopDiff",
+    "provider_l1_catalogue": "Provider L1, catalogue",
+    "provider_l1_interactions": "Provider L1",
+    "provider_minmax": "Provider min/max",
+    "provider_gini": "Provider Gini",
+}
+SIDES = {
+    "accuracy": ("Accuracy", "How well the held-out item of each sample is found. Chance and the two floors need no language model."),
+    "item": (
+        "Item side",
+        "Which items the lists show. MGU and DGU compare with the histories; the test targets themselves are "
+        "shown beside them, because they too drift away from the histories.",
+    ),
+    "provider": ("Provider side", "How exposure falls on brands, authors, directors or publishers."),
+    "user": ("User side", "The worst served tenth of the samples, and the relevance group that Group DRO looks at."),
+}
+DIMENSIONS = {
+    "relevance_group": "relevance group of the target",
+    "target_popularity": "popularity of the target",
+    "target_in_train": "target seen in train (warm) or not (cold)",
+    "history_length": "length of the history",
+}
 EXAMPLES = 6
 
 
@@ -86,7 +125,15 @@ def number(value: Any) -> str:
     size = abs(value)
     if size >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 10 else f"{value:.4f}" if size >= 1e-3 or value == 0 else f"{value:.2g}"
+    return (
+        f"{value:.1f}"
+        if size >= 100
+        else f"{value:.2f}"
+        if size >= 10
+        else f"{value:.4f}"
+        if size >= 1e-3 or value == 0
+        else f"{value:.2g}"
+    )
 
 
 def rank_text(rank: float | None) -> str:
@@ -116,26 +163,40 @@ def arrow(higher_is_better: bool | None) -> str:
     return {True: "↑", False: "↓", None: "·"}[higher_is_better]
 
 
-def build_sections(results: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]], catalogue_entries: Sequence[Any], *,
-                   training: Sequence[Mapping[str, Any]] = (), history_item_counts: Mapping[str, float] | None = None) -> Page:
+def build_sections(
+    results: Mapping[str, Any],
+    predictions: Sequence[Mapping[str, Any]],
+    catalogue_entries: Sequence[Any],
+    *,
+    training: Sequence[Mapping[str, Any]] = (),
+    history_item_counts: Mapping[str, float] | None = None,
+) -> Page:
     """All sections of an evaluation report, in reading order."""
     inputs = build_inputs(predictions, catalogue_entries, history_item_counts)
     sections = [_headline(results, inputs.num_samples, len(inputs.user_ids), inputs.num_items)]
     sections += _training(training)
     sections += _metric_sections(results, inputs)
     sections += _breakdowns(results)
-    sections += [_audit(name, audit) for name, audit in (results.get("audits") or {}).items()]
+    sections += [audit_section(name, audit) for name, audit in (results.get("audits") or {}).items()]
     sections.append(_examples(predictions, catalogue_entries))
     sections.append(_conventions(results))
     limit = results.get("limit")
     warning = f"Not a result: limited to {limit} samples (--limit)." if limit else ""
     config = results.get("config") or {}
     name = str(results.get("name") or (config.get("run") or {}).get("dir") or "")
-    facts = [("Objective", results.get("objective")), ("Mode", results.get("mode")), ("Precision", results.get("dtype")),
-             ("Samples", f"{inputs.num_samples:,}"), ("Users", f"{len(inputs.user_ids):,}"), ("Catalogue", f"{inputs.num_items:,} items"),
-             ("Git", str(results.get("git_hash") or "")[:10])]
+    facts = [
+        ("Objective", results.get("objective")),
+        ("Mode", results.get("mode")),
+        ("Precision", results.get("dtype")),
+        ("Samples", f"{inputs.num_samples:,}"),
+        ("Users", f"{len(inputs.user_ids):,}"),
+        ("Catalogue", f"{inputs.num_items:,} items"),
+        ("Git", str(results.get("git_hash") or "")[:10]),
+    ]
     trained = config.get("objective")
-    subtitle = ", ".join(str(x) for x in (name.rstrip("/").split("/")[-1], f"trained with {trained}" if isinstance(trained, str) else "") if x)
+    subtitle = ", ".join(
+        str(x) for x in (name.rstrip("/").split("/")[-1], f"trained with {trained}" if isinstance(trained, str) else "") if x
+    )
     return Page("Evaluation report", subtitle, warning, [(k, str(v)) for k, v in facts if v not in (None, "")], sections)
 
 
@@ -152,8 +213,18 @@ def _headline(results: Mapping[str, Any], num_samples: int, num_users: int, num_
         figure, row = metrics[name], row_of(name)
         marks = [("this run", figure["value"])]
         marks += [(floor, values[name]["value"]) for floor, values in floors.items() if (values.get(name) or {}).get("value") is not None]
-        cards.append(Card(label(name), number(figure["value"]), span(figure), row.meaning if row else "", direction(figure.get("higher_is_better")),
-                          marks, figure.get("ci_low"), figure.get("ci_high")))
+        cards.append(
+            Card(
+                label(name),
+                number(figure["value"]),
+                span(figure),
+                row.meaning if row else "",
+                direction(figure.get("higher_is_better")),
+                marks,
+                figure.get("ci_low"),
+                figure.get("ci_high"),
+            )
+        )
     return Section("In short", [_sentence(metrics, floors, num_samples, num_users, num_items)], cards)
 
 
@@ -162,7 +233,8 @@ def _sentence(metrics: Mapping[str, Any], floors: Mapping[str, Any], num_samples
     hit = metrics.get("hr@10")
     if not hit or hit["value"] is None:
         return text
-    text += f" The held-out item is in the top 10 for {percent(hit['value'])} of the samples (95 % interval {percent(hit['ci_low'])} to {percent(hit['ci_high'])})"
+    text += f" The held-out item is in the top 10 for {percent(hit['value'])} of the samples"
+    text += f" (95 % interval {percent(hit['ci_low'])} to {percent(hit['ci_high'])})"
     rates = {"chance": 10 / num_items}
     rates |= {name: values["hr@10"]["value"] for name, values in floors.items() if (values.get("hr@10") or {}).get("value") is not None}
     best = max(rates, key=rates.get)
@@ -187,8 +259,16 @@ def _metric_sections(results: Mapping[str, Any], inputs: Any) -> list[Section]:
             figure, row = results["metrics"][name], row_of(name)
             meaning = row.meaning if row and row.name not in explained else ""
             explained.add(row.name if row else name)
-            rows.append([f"{label(name)} {arrow(figure.get('higher_is_better'))}", number(figure["value"]), span(figure),
-                         *(number((floors[floor].get(name) or {}).get("value")) for floor in shown), figure["n"], meaning])
+            rows.append(
+                [
+                    f"{label(name)} {arrow(figure.get('higher_is_better'))}",
+                    number(figure["value"]),
+                    span(figure),
+                    *(number((floors[floor].get(name) or {}).get("value")) for floor in shown),
+                    figure["n"],
+                    meaning,
+                ]
+            )
         columns = ["metric", "value", "95 % interval", *shown, "n", "what it is"]
         section = Section(title, [text], tables=[Table(columns, rows)], folded=len(rows) > 14)
         if side == "accuracy":
@@ -210,8 +290,10 @@ def _breakdowns(results: Mapping[str, Any]) -> list[Section]:
             continue
         title = DIMENSIONS.get(dimension, dimension.replace(":", " ").replace("_", " "))
         measures = list(next(iter(groups.values())))
-        rows = [[group, max(f["n"] for f in values.values()), *(f"{number(values[m]['value'])} ({span(values[m])})" for m in measures)]
-                for group, values in groups.items()]
+        rows = [
+            [group, max(f["n"] for f in values.values()), *(f"{number(values[m]['value'])} ({span(values[m])})" for m in measures)]
+            for group, values in groups.items()
+        ]
         for part in ("worst", "gap", "ratio"):
             rows.append([part, "", *(_summary(parts, m, part) for m in measures)])
         tables.append(Table(["group", "n", *(label(m) for m in measures)], rows, f"By {title}."))
@@ -220,8 +302,11 @@ def _breakdowns(results: Mapping[str, Any]) -> list[Section]:
             drawn.append(figures.by_group(title, groups, "nll"))
     if not tables:
         return []
-    text = ("Each figure is the mean over the samples of the group, with its 95 % interval. Worst, gap (max - min) and ratio (min / max) are over "
-            "the groups; groups under 10 samples are pooled.")
+    text = (
+        "Each figure is the mean over the samples of the group, with its 95 % interval. "
+        "Worst, gap (max - min) and ratio (min / max) are over "
+        "the groups; groups under 10 samples are pooled."
+    )
     return [Section("For whom it works", [text], tables=tables, figures=[f for f in drawn if f], folded=True)]
 
 
@@ -239,13 +324,19 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> list[Section]:
     return [Section("Training", [text], figures=drawn)]
 
 
-def _audit(name: str, audit: Mapping[str, Any]) -> Section:
-    section = Section(f"Audit: {audit.get('title') or name}", [f"**Question.** {audit['question']}" if audit.get("question") else "",
-                                                              f"**Finding.** {audit['finding']}" if audit.get("finding") else ""])
+def audit_section(name: str, audit: Mapping[str, Any]) -> Section:
+    section = Section(
+        f"Audit: {audit.get('title') or name}",
+        [
+            f"**Question.** {audit['question']}" if audit.get("question") else "",
+            f"**Finding.** {audit['finding']}" if audit.get("finding") else "",
+        ],
+    )
     table = audit.get("table")
     if table:
-        section.tables.append(Table([str(c) for c in table["columns"]],
-                                    [[c if isinstance(c, str) else number(c) for c in row] for row in table["rows"]]))
+        section.tables.append(
+            Table([str(c) for c in table["columns"]], [[c if isinstance(c, str) else number(c) for c in row] for row in table["rows"]])
+        )
     section.figures = [figures.checked(f) for f in audit.get("figures") or ()]
     section.paragraphs += [f"**{key.capitalize()}.** {audit[key]}" for key in ("control", "cost") if audit.get(key)]
     section.paragraphs = [p for p in section.paragraphs if p]
@@ -258,19 +349,29 @@ def _examples(predictions: Sequence[Mapping[str, Any]], catalogue_entries: Seque
     with_lists = [p for p in predictions if p.get("top_ids")]
     ordered = sorted(with_lists, key=lambda p: (p["rank"] if p.get("rank") is not None else math.inf, str(p.get("sample_id"))))
     places = sorted({round(q * (len(ordered) - 1)) for q in (0, 0.1, 0.3, 0.5, 0.7, 0.95)}) if ordered else []
-    examples = [{"user": str(p["user_id"]), "rank": rank_text(p.get("rank")), "target": title_of[p["target_id"]],
-                 "history": [title_of[i] for i in p.get("history_ids") or ()],
-                 "top": [(title_of[i], i == p["target_id"], i in set(p.get("history_ids") or ())) for i in p["top_ids"][:10]]}
-                for p in (ordered[i] for i in places[:EXAMPLES])]
-    text = ("Users at fixed places of the rank distribution (best, 10 %, 30 %, median, 70 %, 95 %), not picked by hand. "
-            "A filled dot marks the held-out item, a ring an item of the history.")
+    examples = [
+        {
+            "user": str(p["user_id"]),
+            "rank": rank_text(p.get("rank")),
+            "target": title_of[p["target_id"]],
+            "history": [title_of[i] for i in p.get("history_ids") or ()],
+            "top": [(title_of[i], i == p["target_id"], i in set(p.get("history_ids") or ())) for i in p["top_ids"][:10]],
+        }
+        for p in (ordered[i] for i in places[:EXAMPLES])
+    ]
+    text = (
+        "Users at fixed places of the rank distribution (best, 10 %, 30 %, median, 70 %, 95 %), not picked by hand. "
+        "A filled dot marks the held-out item, a ring an item of the history."
+    )
     return Section("Example users", [text], examples=examples)
 
 
 def _conventions(results: Mapping[str, Any]) -> Section:
     versions = results.get("versions") or {}
-    text = ["Intervals are 95 % bootstrap intervals over users (percentile for means, centred for curved statistics such as coverage and "
-            "MGU). Formulas and conventions: docs/evaluation.md."]
+    text = [
+        "Intervals are 95 % bootstrap intervals over users (percentile for means, centred for curved statistics such as coverage and "
+        "MGU). Formulas and conventions: docs/evaluation.md."
+    ]
     text += [f"Note: {note}." for note in results.get("notes") or ()]
     tables = [Table(["package", "version"], [[str(k), str(v)] for k, v in versions.items()])] if versions else []
     return Section("Conventions and notes", text, tables=tables, folded=True)
@@ -281,12 +382,21 @@ def terminal_table(results: Mapping[str, Any], every: bool = False) -> RichTable
     floors = _floors(results)
     limit = results.get("limit")
     title = " ".join(dict.fromkeys(str(results[key]) for key in ("name", "objective", "mode") if results.get(key)))
-    table = RichTable(title=Text(f"NOT A RESULT (limit {limit}): {title}" if limit else title) if title or limit else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = RichTable(
+        title=Text(f"NOT A RESULT (limit {limit}): {title}" if limit else title) if title or limit else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for column in ("metric", "value", "95 % interval", *floors):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=column != "metric")
     order = [m.name_at(k) for m in METRICS for k in ((None,) if m.ks is None else (1, 5, 10, 20, 50))]
     for name in [n for n in order if n in results["metrics"] and (every or n in TERMINAL)]:
         figure = results["metrics"][name]
-        table.add_row(f"{label(name)} {arrow(figure.get('higher_is_better'))}", number(figure["value"]), span(figure),
-                      *(number((values.get(name) or {}).get("value")) for values in floors.values()))
+        table.add_row(
+            f"{label(name)} {arrow(figure.get('higher_is_better'))}",
+            number(figure["value"]),
+            span(figure),
+            *(number((values.get(name) or {}).get("value")) for values in floors.values()),
+        )
     return table

@@ -18,8 +18,10 @@ MAX_POINTS = 400  # a training curve is thinned to this many means
 
 def checked(figure: Mapping[str, Any]) -> dict[str, Any]:
     """The figure, once it fits the schema; raises UserError that names the figure and what is wrong with it."""
+
     def wrong(problem: str) -> UserError:
         return UserError(f"figure {figure.get('title')!r}: {problem}", "see the figure schema in eval/report/__init__.py")
+
     kind = figure.get("kind")
     if kind not in KINDS:
         raise wrong(f"kind is {kind!r}, allowed are {', '.join(KINDS)}")
@@ -52,13 +54,27 @@ def accuracy_by_cutoff(metrics: Mapping[str, Any], floors: Mapping[str, Any]) ->
     ks = sorted(int(name[5:]) for name in metrics if name.startswith("ndcg@") and metrics[name]["value"] is not None)
     if len(ks) < 2:
         return None
-    series = [{"name": "this run", "x": ks, "y": [metrics[f"ndcg@{k}"]["value"] for k in ks], "low": [metrics[f"ndcg@{k}"]["ci_low"] for k in ks],
-               "high": [metrics[f"ndcg@{k}"]["ci_high"] for k in ks]}]
+    series = [
+        {
+            "name": "this run",
+            "x": ks,
+            "y": [metrics[f"ndcg@{k}"]["value"] for k in ks],
+            "low": [metrics[f"ndcg@{k}"]["ci_low"] for k in ks],
+            "high": [metrics[f"ndcg@{k}"]["ci_high"] for k in ks],
+        }
+    ]
     for floor, values in floors.items():
         if all((values.get(f"ndcg@{k}") or {}).get("value") is not None for k in ks):
             series.append({"name": floor, "x": ks, "y": [values[f"ndcg@{k}"]["value"] for k in ks]})
-    return {"kind": "line", "title": "NDCG by list length", "series": series, "x_label": "K", "y_label": "NDCG@K", "log_x": True,
-            "caption": "The run must stand clear of the floors, which use no language model; the band is the 95 % interval."}
+    return {
+        "kind": "line",
+        "title": "NDCG by list length",
+        "series": series,
+        "x_label": "K",
+        "y_label": "NDCG@K",
+        "log_x": True,
+        "caption": "The run must stand clear of the floors, which use no language model; the band is the 95 % interval.",
+    }
 
 
 def exposure_figures(inputs: Inputs) -> list[dict[str, Any]]:
@@ -66,22 +82,38 @@ def exposure_figures(inputs: Inputs) -> list[dict[str, Any]]:
     k = next((k for k in (5, 10, 1) if inputs.has_lists(k)), None)
     if k is None or inputs.history_count.sum() == 0:
         return []
-    for groups, title, measure, what in (("popularity_8", "Exposure by item popularity", "MGU", "popularity bins of equal item count"),
-                                ("genres", "Exposure by genre", "MGU over genres", "genres, an item with m of them counts 1/m in each")):
+    for groups, title, measure, what in (
+        ("popularity_8", "Exposure by item popularity", "MGU", "popularity bins of equal item count"),
+        ("genres", "Exposure by genre", "MGU over genres", "genres, an item with m of them counts 1/m in each"),
+    ):
         grouping = inputs.groups(groups)
         if grouping is None:
             continue
+
         def share(counts: np.ndarray) -> np.ndarray:
             totals = np.asarray(counts).ravel() @ grouping.membership
             return totals / totals.sum()
-        parts = {"train histories": share(inputs.history_count), f"top-{k} lists": share(inputs.exposure(k).sum(axis=0)),
-                 "test targets": share(np.bincount(inputs.target, minlength=inputs.num_items))}
+
+        parts = {
+            "train histories": share(inputs.history_count),
+            f"top-{k} lists": share(inputs.exposure(k).sum(axis=0)),
+            "test targets": share(np.bincount(inputs.target, minlength=inputs.num_items)),
+        }
         keep = np.argsort(-parts["train histories"], kind="stable")[:14] if len(grouping.names) > 8 else np.arange(len(grouping.names))
         left_out = f" (the {len(grouping.names) - len(keep)} smallest are left out here)" if len(keep) < len(grouping.names) else ""
-        found.append({"kind": "bar", "title": title, "categories": [grouping.names[i].replace(" (", "\n(") for i in keep], "y_label": "share", "percent": True,
-                      "horizontal": len(keep) > 8, "series": [{"name": name, "values": values[keep].tolist()} for name, values in parts.items()],
-                      "caption": f"Shares over {what}{left_out}: {measure}@{k} is the mean distance between the first two bars; "
-                                 "the third shows where the future itself went."})
+        found.append(
+            {
+                "kind": "bar",
+                "title": title,
+                "categories": [grouping.names[i].replace(" (", "\n(") for i in keep],
+                "y_label": "share",
+                "percent": True,
+                "horizontal": len(keep) > 8,
+                "series": [{"name": name, "values": values[keep].tolist()} for name, values in parts.items()],
+                "caption": f"Shares over {what}{left_out}: {measure}@{k} is the mean distance between the first two bars; "
+                "the third shows where the future itself went.",
+            }
+        )
     return found
 
 
@@ -90,11 +122,24 @@ def provider_figures(inputs: Inputs) -> list[dict[str, Any]]:
     rows = provider_side.exposure_by_size(inputs, k) if k else []
     if not rows:
         return []
-    names = {"catalogue_share": "share of catalogue", "interaction_share": "share of train interactions", "exposure_share": "share of exposure"}
-    return [{"kind": "bar", "title": "Exposure by provider size", "categories": [f"{r['providers']}\n({r['num_providers']})" for r in rows],
-             "series": [{"name": name, "values": [_finite(r[key]) for r in rows]} for key, name in names.items()], "y_label": "share", "percent": True,
-             "caption": f"Providers from the largest to the smallest (number in brackets): compare the discounted exposure in the top {k} with "
-                        "what providers offer and with what users took."}]
+    names = {
+        "catalogue_share": "share of catalogue",
+        "interaction_share": "share of train interactions",
+        "exposure_share": "share of exposure",
+    }
+    return [
+        {
+            "kind": "bar",
+            "title": "Exposure by provider size",
+            "categories": [f"{r['providers']}\n({r['num_providers']})" for r in rows],
+            "series": [{"name": name, "values": [_finite(r[key]) for r in rows]} for key, name in names.items()],
+            "y_label": "share",
+            "percent": True,
+            "caption": f"Providers from the largest to the smallest (number in brackets): "
+            "compare the discounted exposure in the top {k} with "
+            "what providers offer and with what users took.",
+        }
+    ]
 
 
 def by_group(title: str, groups: Mapping[str, Mapping[str, Any]], measure: str) -> dict[str, Any] | None:
@@ -105,11 +150,24 @@ def by_group(title: str, groups: Mapping[str, Mapping[str, Any]], measure: str) 
     high, low = max(shown, key=lambda g: shown[g]["value"]), min(shown, key=lambda g: shown[g]["value"])
     apart = (shown[high]["ci_low"] or 0) > (shown[low]["ci_high"] or 0)
     overlap = "their intervals do not overlap" if apart else "their intervals overlap, so this test set hardly tells them apart"
-    return {"kind": "bar", "title": f"{name} by {title}", "categories": [f"{group}\n(n {f['n']})" for group, f in shown.items()], "y_label": name,
-            "series": [{"name": name, "values": [f["value"] for f in shown.values()], "low": [f["ci_low"] for f in shown.values()],
-                        "high": [f["ci_high"] for f in shown.values()]}], "horizontal": len(shown) > 8,
-            "caption": f"Highest for {high}, lowest for {low}; {overlap} (95 %, over users)." if shown[high]["value"] > shown[low]["value"] else
-            f"All groups have the same value, {shown[high]['value']:.4g}; whiskers are 95 % intervals over users."}
+    return {
+        "kind": "bar",
+        "title": f"{name} by {title}",
+        "categories": [f"{group}\n(n {f['n']})" for group, f in shown.items()],
+        "y_label": name,
+        "series": [
+            {
+                "name": name,
+                "values": [f["value"] for f in shown.values()],
+                "low": [f["ci_low"] for f in shown.values()],
+                "high": [f["ci_high"] for f in shown.values()],
+            }
+        ],
+        "horizontal": len(shown) > 8,
+        "caption": f"Highest for {high}, lowest for {low}; {overlap} (95 %, over users)."
+        if shown[high]["value"] > shown[low]["value"]
+        else f"All groups have the same value, {shown[high]['value']:.4g}; whiskers are 95 % intervals over users.",
+    }
 
 
 def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -120,8 +178,14 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     steps = np.array([row["step"] for row in rows], dtype=float)
     found = []
     for key, title, caption, reading in (
-            ("group_loss", "Group losses", "One line per group (0 = least tied to the auxiliary tokens): GDRT pulls the upper lines down; moving averages.", 0),
-            ("group_weight", "Group weights q", "The share of the gradient that each group gets: groups with a high loss are given more.", 1)):
+        (
+            "group_loss",
+            "Group losses",
+            "One line per group (0 = least tied to the auxiliary tokens): GDRT pulls the upper lines down; moving averages.",
+            0,
+        ),
+        ("group_weight", "Group weights q", "The share of the gradient that each group gets: groups with a high loss are given more.", 1),
+    ):
         num_groups = max((len(row.get(key) or ()) for row in rows), default=0)
         if num_groups < 2:
             continue
@@ -129,21 +193,55 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         thin_steps, thin = _thin(steps, columns)
         names = [str(g) for g in range(num_groups)]
         if reading and np.isfinite(thin).all():
-            found.append({"kind": "stacked_area", "title": title, "x": thin_steps, "ordered": True, "x_label": "step", "y_label": "weight",
-                          "series": [{"name": n, "y": thin[:, g].tolist()} for g, n in enumerate(names)], "caption": caption})
+            found.append(
+                {
+                    "kind": "stacked_area",
+                    "title": title,
+                    "x": thin_steps,
+                    "ordered": True,
+                    "x_label": "step",
+                    "y_label": "weight",
+                    "series": [{"name": n, "y": thin[:, g].tolist()} for g, n in enumerate(names)],
+                    "caption": caption,
+                }
+            )
         else:
-            found.append({"kind": "line", "title": title, "ordered": True, "x_label": "step", "y_label": "weight" if reading else "loss, nats", "smooth": True,
-                          "series": [{"name": n, "x": thin_steps, "y": [_finite(v) for v in thin[:, g]]} for g, n in enumerate(names)],
-                          "caption": caption})
+            found.append(
+                {
+                    "kind": "line",
+                    "title": title,
+                    "ordered": True,
+                    "x_label": "step",
+                    "y_label": "weight" if reading else "loss, nats",
+                    "smooth": True,
+                    "series": [{"name": n, "x": thin_steps, "y": [_finite(v) for v in thin[:, g]]} for g, n in enumerate(names)],
+                    "caption": caption,
+                }
+            )
     for key, title, unit, caption in (
-            ("loss", "Training loss", "nats per token", "Mean loss of the target tokens of each global batch; the bold line is a moving average."),
-            ("tokens_per_s", "Speed", "tokens / s", "Tokens per second over all ranks; the bold line is a moving average."),
-            ("grad_norm", "Gradient norm", "norm", "Norm before clipping; spikes point at unusual batches, the bold line is a moving average.")):
+        (
+            "loss",
+            "Training loss",
+            "nats per token",
+            "Mean loss of the target tokens of each global batch; the bold line is a moving average.",
+        ),
+        ("tokens_per_s", "Speed", "tokens / s", "Tokens per second over all ranks; the bold line is a moving average."),
+        ("grad_norm", "Gradient norm", "norm", "Norm before clipping; spikes point at unusual batches, the bold line is a moving average."),
+    ):
         values = np.array([_nan(row.get(key)) for row in rows])
         if np.isfinite(values).sum() >= 2:
             thin_steps, thin = _thin(steps, values[:, None])
-            found.append({"kind": "line", "title": title, "series": [{"name": title.lower(), "x": thin_steps, "y": [_finite(v) for v in thin[:, 0]]}],
-                          "x_label": "step", "y_label": unit, "caption": caption, "smooth": True})
+            found.append(
+                {
+                    "kind": "line",
+                    "title": title,
+                    "series": [{"name": title.lower(), "x": thin_steps, "y": [_finite(v) for v in thin[:, 0]]}],
+                    "x_label": "step",
+                    "y_label": unit,
+                    "caption": caption,
+                    "smooth": True,
+                }
+            )
     return found
 
 

@@ -18,10 +18,15 @@ def render_html(page: Page) -> str:
     contents = "".join(f'<a href="#{_anchor(s.title)}">{escape(s.title)}</a>' for s in page.sections)
     body = "".join(_section(section, counter) for section in page.sections)
     title = escape(f"{page.title}: {page.subtitle}" if page.subtitle else page.title)
-    return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
-            f'<header><p class="kicker">{escape(page.title)}</p><h1>{escape(page.subtitle or page.title)}</h1>{warning}<p class="facts">{facts}</p>'
-            f"<nav>{contents}</nav></header>\n<main>\n{body}</main>\n</body>\n</html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n<title>{title}</title>\n'
+        f'<style>{STYLE}</style>\n</head>\n<body>\n'
+        f'<header><p class="kicker">{escape(page.title)}</p><h1>{escape(page.subtitle or page.title)}</h1>'
+        f'{warning}<p class="facts">{facts}</p>'
+        f"<nav>{contents}</nav></header>\n<main>\n{body}</main>\n</body>\n</html>\n"
+    )
 
 
 def _anchor(title: str) -> str:
@@ -60,9 +65,14 @@ def _card(card: Card) -> str:
         strip += f'<i class="span" style="left:{place(card.low)};right:calc(100% - {place(card.high)})"></i>'
     strip += "".join(f'<i class="tick t{n % 4}" style="left:{place(v)}"></i>' for n, (_, v) in enumerate(card.marks[1:], 1))
     strip += f'<i class="dot" style="left:{place(card.marks[0][1])}"></i>'
-    beside = "".join(f'<li><i class="key t{n % 4}"></i>{escape(name)} <b>{number(v)}</b></li>' for n, (name, v) in enumerate(card.marks[1:], 1))
-    return (f'<div class="card"><h3>{escape(card.label)}</h3><p class="value">{escape(card.value)}</p><p class="interval">{escape(card.interval)}</p>'
-            f'<div class="strip">{strip}</div><ul>{beside}</ul><p class="meaning">{escape(card.meaning)}; {escape(card.direction)}</p></div>')
+    beside = "".join(
+        f'<li><i class="key t{n % 4}"></i>{escape(name)} <b>{number(v)}</b></li>' for n, (name, v) in enumerate(card.marks[1:], 1)
+    )
+    return (
+        f'<div class="card"><h3>{escape(card.label)}</h3><p class="value">{escape(card.value)}</p>'
+        f'<p class="interval">{escape(card.interval)}</p>'
+        f'<div class="strip">{strip}</div><ul>{beside}</ul><p class="meaning">{escape(card.meaning)}; {escape(card.direction)}</p></div>'
+    )
 
 
 def _table(table: Table) -> str:
@@ -89,7 +99,8 @@ def _figure(figure: Mapping[str, Any], counter: list[int]) -> str:
     counter[0] += 1
     wide = figure["kind"] == "tokens"
     drawing = _tokens(figure) if wide else draw(figure, counter[0])
-    return (f'<figure class="{"wide" if wide else ""}"><h3>{escape(figure["title"])}</h3>{drawing}<figcaption>{escape(figure["caption"])}</figcaption></figure>')
+    opening = '<figure class="wide">' if wide else "<figure>"
+    return f"{opening}<h3>{escape(figure['title'])}</h3>{drawing}<figcaption>{escape(figure['caption'])}</figcaption></figure>"
 
 
 def _tokens(figure: Mapping[str, Any]) -> str:
@@ -101,7 +112,10 @@ def _tokens(figure: Mapping[str, Any]) -> str:
         spans = "".join(_token(t, largest, num_groups) for t in prompt["tokens"])
         title = f"<h4>{escape(str(prompt['title']))}</h4>" if prompt.get("title") else ""
         prompts.append(f'{title}<p class="tokens">{spans}</p>')
-    groups = "".join(f'<span style="background:color-mix(in srgb, var(--g{_ramp(g, num_groups)}) 55%, transparent)">{g}</span>' for g in range(num_groups))
+    groups = "".join(
+        f'<span style="background:color-mix(in srgb, var(--g{_ramp(g, num_groups)}) 55%, transparent)">{g}</span>'
+        for g in range(num_groups)
+    )
     has_group = any(t.get("group") is not None for p in figure["prompts"] for t in p["tokens"])
     has_weight = any(t.get("weight") is not None for p in figure["prompts"] for t in p["tokens"])
     legend = "".join(f'<span class="seg {s}">{s}</span>' for s in ("instruction", "template", "history", "target"))
@@ -127,11 +141,16 @@ def _token(token: Mapping[str, Any], largest: float, num_groups: int) -> str:
     if token.get("weight") is not None:
         hint += f", attribution {token['weight']:.3g}"
     text = escape(str(token["text"])).replace("\n", "↵<br>")
-    return f'<span class="seg {token["segment"]}" title="{escape(hint, quote=True)}"{f" style={chr(34)}{style}{chr(34)}" if style else ""}>{text}</span>'
+    styled = f' style="{style}"' if style else ""
+    return f'<span class="seg {token["segment"]}" title="{escape(hint, quote=True)}"{styled}>{text}</span>'
 
 
 def _example(example: Mapping[str, Any]) -> str:
     top = "".join(f'<li class="{"hit" if hit else "seen" if seen else ""}">{escape(title)}</li>' for title, hit, seen in example["top"])
     history = "".join(f"<li>{escape(title)}</li>" for title in example["history"]) or "<li>(empty)</li>"
-    return (f'<article><h3>{escape(example["user"])} <small>rank {escape(example["rank"])}</small></h3><p>held out: <b>{escape(example["target"])}</b></p>'
-            f'<div class="lists"><div><h4>history, oldest first</h4><ul>{history}</ul></div><div><h4>top 10</h4><ol>{top}</ol></div></div></article>')
+    return (
+        f"<article><h3>{escape(example['user'])} <small>rank {escape(example['rank'])}</small></h3>"
+        f"<p>held out: <b>{escape(example['target'])}</b></p>"
+        f'<div class="lists"><div><h4>history, oldest first</h4><ul>{history}</ul></div>'
+        f'<div><h4>top 10</h4><ol>{top}</ol></div></div></article>'
+    )

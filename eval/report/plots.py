@@ -26,11 +26,34 @@ RAMP = [f"#0102{0x20 + i:02x}" for i in range(8)]  # ordered groups, blended for
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--card"}
 VARIABLES |= {c: f"--s{i}" for i, c in enumerate(SERIES)} | {c: f"--g{i}" for i, c in enumerate(RAMP)}
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "gdrt_ds", "text.parse_math": False, "font.size": 10, "axes.edgecolor": RULE, "axes.labelcolor": MUTED,
-    "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "text.color": INK, "axes.grid": True,
-    "grid.color": RULE, "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.spines.left": False, "legend.frameon": False, "legend.fontsize": 9, "legend.labelcolor": INK, "axes.labelsize": 9.5,
-    "xtick.labelsize": 9, "ytick.labelsize": 9, "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 1.8, "font.family": "DejaVu Sans",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gdrt_ds",
+    "text.parse_math": False,
+    "font.size": 10,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "text.color": INK,
+    "axes.grid": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.labelcolor": INK,
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "font.family": "DejaVu Sans",
 }
 
 
@@ -81,12 +104,24 @@ def _bar(axes: Any, figure: Mapping[str, Any]) -> None:
         at = places if stacked or len(series) == 1 else places + (index - (len(series) - 1) / 2) * width
         options = {"color": colour, "label": one["name"], "linewidth": 0}
         draw_bar = axes.barh if horizontal else axes.bar
-        draw_bar(at, values, width * (1 if stacked or len(series) == 1 else 0.92), **({"left" if horizontal else "bottom": base} if stacked else {}), **options)
+        draw_bar(
+            at,
+            values,
+            width * (1 if stacked or len(series) == 1 else 0.92),
+            **({"left" if horizontal else "bottom": base} if stacked else {}),
+            **options,
+        )
         if one.get("low") is not None and not stacked:
             low, high = _numbers(one["low"]), _numbers(one["high"])
             spread = np.abs(np.stack([values - low, high - values]))
-            axes.errorbar(*((values, at) if horizontal else (at, values)), **{"xerr" if horizontal else "yerr": spread}, fmt="none", ecolor=INK,
-                          elinewidth=1.1, capsize=0)
+            axes.errorbar(
+                *((values, at) if horizontal else (at, values)),
+                **{"xerr" if horizontal else "yerr": spread},
+                fmt="none",
+                ecolor=INK,
+                elinewidth=1.1,
+                capsize=0,
+            )
         base = base + np.nan_to_num(values)
     names = [str(c) for c in figure["categories"]]
     if horizontal:
@@ -125,8 +160,13 @@ def _moving_average(y: np.ndarray, width: int) -> np.ndarray:
 
 def _stacked_area(axes: Any, figure: Mapping[str, Any]) -> None:
     series = figure["series"]
-    axes.stackplot(_numbers(figure["x"]), [np.nan_to_num(_numbers(s["y"])) for s in series], labels=[s["name"] for s in series],
-                   colors=colours(len(series), bool(figure.get("ordered"))), linewidth=0)
+    axes.stackplot(
+        _numbers(figure["x"]),
+        [np.nan_to_num(_numbers(s["y"])) for s in series],
+        labels=[s["name"] for s in series],
+        colors=colours(len(series), bool(figure.get("ordered"))),
+        linewidth=0,
+    )
     axes.margins(x=0, y=0)
 
 
@@ -141,11 +181,27 @@ def _scatter(axes: Any, figure: Mapping[str, Any]) -> None:
             if any(f"{axis}_low" in p for p in points):
                 middle = x if axis == "x" else y
                 low, high = _numbers([p.get(f"{axis}_low") for p in points]), _numbers([p.get(f"{axis}_high") for p in points])
-                axes.errorbar(x, y, fmt="none", ecolor=palette[name], elinewidth=1.1, alpha=0.7, **{f"{axis}err": np.abs(np.stack([middle - low, high - middle]))})
+                axes.errorbar(
+                    x,
+                    y,
+                    fmt="none",
+                    ecolor=palette[name],
+                    elinewidth=1.1,
+                    alpha=0.7,
+                    **{f"{axis}err": np.abs(np.stack([middle - low, high - middle]))},
+                )
         axes.scatter(x, y, s=9 if many else 44, color=palette[name], alpha=0.55 if many else 1, linewidth=0, label=name or None, zorder=3)
     for point in figure["points"]:
         if point.get("label"):
-            axes.annotate(_short(str(point["label"]), 26), (point["x"], point["y"]), xytext=(7, 5), textcoords="offset points", fontsize=9.5, color=INK, zorder=4)
+            axes.annotate(
+                _short(str(point["label"]), 26),
+                (point["x"], point["y"]),
+                xytext=(7, 5),
+                textcoords="offset points",
+                fontsize=9.5,
+                color=INK,
+                zorder=4,
+            )
     axes.margins(0.14)
 
 
@@ -156,12 +212,21 @@ def _heatmap(axes: Any, figure: Mapping[str, Any]) -> None:
         if not math.isfinite(value):
             continue
         colour = SERIES[0] if value >= 0 else SERIES[1]
-        axes.add_patch(matplotlib.patches.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colour, alpha=0.06 + 0.5 * abs(value) / (largest or 1), linewidth=0))
+        axes.add_patch(
+            matplotlib.patches.Rectangle(
+                (column - 0.48, row - 0.46), 0.96, 0.92, color=colour, alpha=0.06 + 0.5 * abs(value) / (largest or 1), linewidth=0
+            )
+        )
         axes.text(column, row, f"{value:.2g}" if abs(value) < 1000 else f"{value:,.0f}", ha="center", va="center", fontsize=9, color=INK)
     axes.set_xlim(-0.5, values.shape[1] - 0.5)
     axes.set_ylim(values.shape[0] - 0.5, -0.5)
     lengthy = max(len(str(c)) for c in figure["columns"]) * len(figure["columns"]) > 50
-    axes.set_xticks(range(values.shape[1]), [_short(str(c), 20) for c in figure["columns"]], rotation=35 if lengthy else 0, ha="right" if lengthy else "center")
+    axes.set_xticks(
+        range(values.shape[1]),
+        [_short(str(c), 20) for c in figure["columns"]],
+        rotation=35 if lengthy else 0,
+        ha="right" if lengthy else "center",
+    )
     axes.set_yticks(range(values.shape[0]), [_short(str(r), 26) for r in figure["rows"]])
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
@@ -186,7 +251,9 @@ def _finish(axes: Any, figure: Mapping[str, Any]) -> None:
     axes.set_ylabel(str((figure.get("x_label") if horizontal else figure.get("y_label")) or ""))
     reference = figure.get("reference")
     if reference:
-        (axes.axvline if horizontal else axes.axhline)(reference["value"], color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label=reference.get("label"))
+        (axes.axvline if horizontal else axes.axhline)(
+            reference["value"], color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label=reference.get("label")
+        )
 
 
 def _legend(drawing: Figure, axes: Any, figure: Mapping[str, Any]) -> None:
@@ -194,8 +261,19 @@ def _legend(drawing: Figure, axes: Any, figure: Mapping[str, Any]) -> None:
     if figure.get("legend") is False or (len(labels) < 2 and not figure.get("reference")):
         return
     columns = len(labels) if figure.get("ordered") and len(labels) <= 8 else 3 if max(map(len, labels)) < 22 else 2
-    drawing.legend(handles, [_short(name, 34) for name in labels], loc="outside upper left", ncols=min(columns, len(labels)), handlelength=1.0 if figure["kind"] != "line" else 1.4,
-                   columnspacing=1.2, handletextpad=0.5, borderaxespad=0.1, title="group" if figure.get("ordered") else None, alignment="left", title_fontsize=9)
+    drawing.legend(
+        handles,
+        [_short(name, 34) for name in labels],
+        loc="outside upper left",
+        ncols=min(columns, len(labels)),
+        handlelength=1.0 if figure["kind"] != "line" else 1.4,
+        columnspacing=1.2,
+        handletextpad=0.5,
+        borderaxespad=0.1,
+        title="group" if figure.get("ordered") else None,
+        alignment="left",
+        title_fontsize=9,
+    )
 
 
 def _short(text: str, length: int) -> str:
@@ -204,14 +282,18 @@ def _short(text: str, length: int) -> str:
 
 def _inline(svg: str, description: str, number: int) -> str:
     """The bare <svg> element: CSS colours, the page's font, ids apart from other figures', no metadata, no fixed size."""
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
-    svg = re.sub(r"font(-family)?: ([^;\"]*?)'DejaVu Sans'[^;\"]*", lambda m: f"font{m[1] or ''}: {m[2]}inherit" if m[1] else f"font: {m[2]}var(--sans)", svg)
+    svg = re.sub(
+        r"font(-family)?: ([^;\"]*?)'DejaVu Sans'[^;\"]*",
+        lambda m: f"font{m[1] or ''}: {m[2]}inherit" if m[1] else f"font: {m[2]}var(--sans)",
+        svg,
+    )
     svg = re.sub(r'\bid="([^"]+)"', rf'id="f{number}-\1"', svg)
-    svg = re.sub(r'url\(#([^)]+)\)', rf'url(#f{number}-\1)', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#f{number}-\1)", svg)
     svg = re.sub(r'(xlink:href|href)="#([^"]+)"', rf'\1="#f{number}-\2"', svg)
     opening = svg[: svg.index(">") + 1]
     bare = re.sub(r'\s(width|height)="[^"]*"', "", opening)
-    return bare[:-1] + f' role="img" aria-label="{escape(description, quote=True)}">' + svg[len(opening):]
+    return bare[:-1] + f' role="img" aria-label="{escape(description, quote=True)}">' + svg[len(opening) :]

@@ -39,7 +39,9 @@ def test_the_percentile_interval_of_a_mean_agrees_with_scipy_and_with_its_bca():
     values = np.random.default_rng(0).exponential(size=400)
     low, high = interval(resample({"m": mean_statistic(values)}, np.arange(400), 4000)["m"])
     for method in ("percentile", "BCa"):
-        theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=4000, method=method, rng=np.random.default_rng(1)).confidence_interval
+        theirs = scipy.stats.bootstrap(
+            (values,), np.mean, n_resamples=4000, method=method, rng=np.random.default_rng(1)
+        ).confidence_interval
         assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.12 * (high - low)), method
 
 
@@ -67,8 +69,11 @@ def test_percentile_intervals_of_means_hold_the_truth_about_95_times_in_100():
     assert 0.90 <= hits / 200 <= 0.985
 
 
-ITEM_STATISTICS = {"coverage": (item_side.coverage_of, item_side.coverage_influence), "gini": (item_side.gini_of, item_side.gini_influence),
-                   "entropy": (item_side.entropy_of, item_side.entropy_influence)}
+ITEM_STATISTICS = {
+    "coverage": (item_side.coverage_of, item_side.coverage_influence),
+    "gini": (item_side.gini_of, item_side.gini_influence),
+    "entropy": (item_side.entropy_of, item_side.entropy_influence),
+}
 
 
 def share_of_intervals_with_the_truth(linearised: bool) -> dict[str, float]:
@@ -76,12 +81,21 @@ def share_of_intervals_with_the_truth(linearised: bool) -> dict[str, float]:
     rng = np.random.default_rng(6)
     chance = rng.dirichlet(np.full(300, 0.5))
     draw = lambda: shown_items(rng.choice(300, (200, 5), p=chance), 300)
-    truths = {name: np.mean([finish(np.asarray(draw().sum(axis=0)))[0] for _ in range(200)]) for name, (finish, _) in ITEM_STATISTICS.items()}
+    truths = {
+        name: np.mean([finish(np.asarray(draw().sum(axis=0)))[0] for _ in range(200)]) for name, (finish, _) in ITEM_STATISTICS.items()
+    }
     hits = dict.fromkeys(truths, 0)
     for trial in range(100):
         shown = draw()
-        found = resample({name: Statistic(shown, finish, 200, False, (0, math.inf), influence if linearised else None)
-                          for name, (finish, influence) in ITEM_STATISTICS.items()}, np.arange(200), 200, seed=trial)
+        found = resample(
+            {
+                name: Statistic(shown, finish, 200, False, (0, math.inf), influence if linearised else None)
+                for name, (finish, influence) in ITEM_STATISTICS.items()
+            },
+            np.arange(200),
+            200,
+            seed=trial,
+        )
         for name, sample in found.items():
             low, high = interval(sample)
             hits[name] += low <= truths[name] <= high
@@ -110,7 +124,7 @@ def test_an_influence_is_what_the_value_loses_without_the_user():
 
 
 def test_intervals_of_a_distance_hold_its_expected_value_and_are_centred():
-    rng, chance, history = np.random.default_rng(4), np.array([.3, .3, .2, .1, .1]), np.full(5, 0.2)
+    rng, chance, history = np.random.default_rng(4), np.array([0.3, 0.3, 0.2, 0.1, 0.1]), np.full(5, 0.2)
     distance = lambda totals: np.abs(totals / totals.sum(axis=1, keepdims=True) - history).mean(axis=1)
     truth = np.mean([distance(rng.multinomial(300, chance)[None, :])[0] for _ in range(2000)])
     hits = 0
@@ -156,7 +170,9 @@ def test_the_minimum_detectable_difference_is_found_about_80_times_in_100():
     for trial in range(200):
         first = rng.normal(size=120)
         shift = 0.0 if detectable is None else detectable
-        found = [resample({"m": mean_statistic(v)}, np.arange(120), 300, seed=trial)["m"] for v in (first, first + shift + rng.normal(size=120))]
+        found = [
+            resample({"m": mean_statistic(v)}, np.arange(120), 300, seed=trial)["m"] for v in (first, first + shift + rng.normal(size=120))
+        ]
         row = compare(found[0], found[1], 120)
         if detectable is None:
             detectable = 2.8016 / math.sqrt(120)
@@ -187,17 +203,57 @@ def test_what_only_the_correction_takes_away_is_called_so():
     assert alone.verdict == "better" and alone.p_holm == pytest.approx(alone.p_value)
 
 
-@pytest.mark.parametrize("name, old, new, check", [
-    ("user_weights", "size=(num_bootstrap, num_users))", "size=(num_bootstrap, num_users // 2))", test_every_replicate_draws_as_many_users_as_there_are),
-    ("interval", "shift = sample.value - finite.mean()", "shift = 0.0", test_intervals_of_a_distance_hold_its_expected_value_and_are_centred),
-    ("resample", "(weights - 1) @", "0.3 * (weights - 1) @",
-     test_intervals_of_coverage_gini_and_entropy_hold_the_expected_value_where_plain_resampling_is_too_narrow),
-    ("interval", "(1 - level) / 2, (1 + level) / 2]", "0.25, 0.75]", test_percentile_intervals_of_means_hold_the_truth_about_95_times_in_100),
-    ("holm", "(tested.size - j) * p[index]", "tested.size * p[index]", test_holm_adjusts_as_computed_by_hand_and_leaves_undefined_values_out),
-    ("compare", "finite - finite.mean()", "finite", test_p_values_without_a_difference_fall_below_5_percent_about_5_times_in_100),
-    ("resample", "weights = user_weights(num_users, num_bootstrap, seed)", "weights = user_weights(num_users, num_bootstrap, seed)[:, ::-1]",
-     test_matrix_products_equal_a_plain_loop_over_replicates),
-], ids=["too few draws", "interval not centred", "influence too small", "narrow interval", "Bonferroni", "null not centred", "draws of other users"])
+@pytest.mark.parametrize(
+    "name, old, new, check",
+    [
+        (
+            "user_weights",
+            "size=(num_bootstrap, num_users))",
+            "size=(num_bootstrap, num_users // 2))",
+            test_every_replicate_draws_as_many_users_as_there_are,
+        ),
+        (
+            "interval",
+            "shift = sample.value - finite.mean()",
+            "shift = 0.0",
+            test_intervals_of_a_distance_hold_its_expected_value_and_are_centred,
+        ),
+        (
+            "resample",
+            "(weights - 1) @",
+            "0.3 * (weights - 1) @",
+            test_intervals_of_coverage_gini_and_entropy_hold_the_expected_value_where_plain_resampling_is_too_narrow,
+        ),
+        (
+            "interval",
+            "(1 - level) / 2, (1 + level) / 2]",
+            "0.25, 0.75]",
+            test_percentile_intervals_of_means_hold_the_truth_about_95_times_in_100,
+        ),
+        (
+            "holm",
+            "(tested.size - j) * p[index]",
+            "tested.size * p[index]",
+            test_holm_adjusts_as_computed_by_hand_and_leaves_undefined_values_out,
+        ),
+        ("compare", "finite - finite.mean()", "finite", test_p_values_without_a_difference_fall_below_5_percent_about_5_times_in_100),
+        (
+            "resample",
+            "weights = user_weights(num_users, num_bootstrap, seed)",
+            "weights = user_weights(num_users, num_bootstrap, seed)[:, ::-1]",
+            test_matrix_products_equal_a_plain_loop_over_replicates,
+        ),
+    ],
+    ids=[
+        "too few draws",
+        "interval not centred",
+        "influence too small",
+        "narrow interval",
+        "Bonferroni",
+        "null not centred",
+        "draws of other users",
+    ],
+)
 def test_a_planted_error_is_caught(name, old, new, check, monkeypatch):
     source = inspect.getsource(getattr(bootstrap, name))
     assert old in source, "the mutation no longer applies to the code"

@@ -25,7 +25,9 @@ def write_folder(folder: Path, skill: float, *, change=None, **world_options) ->
     folder.mkdir(parents=True)
     counts = {e.item_id: e.train_count + 1 for e in entries}
     found = evaluate(predictions, entries, history_item_counts=counts, num_bootstrap=20, breakdowns=False)
-    (folder / "results.json").write_text(json.dumps({**found, "objective": "renormalised", "mode": "exact", "dtype": "float32", "limit": None}))
+    (folder / "results.json").write_text(
+        json.dumps({**found, "objective": "renormalised", "mode": "exact", "dtype": "float32", "limit": None})
+    )
     (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, predictions)) + "\n")
     write_catalogue(folder / "catalogue.jsonl", entries, counts)
     return folder
@@ -45,7 +47,9 @@ def test_values_are_those_of_the_evaluation_and_differences_are_signed_to_the_ba
     found = compare_runs(loaded(folders), 200)
     for run in found.runs:
         for name in ("ndcg@10", "mgu@5", "nll", "gini@10"):
-            assert found.samples[run.label][name].value == pytest.approx(run.results["metrics"][name]["value"]), "metrics are not recomputed alike"
+            assert found.samples[run.label][name].value == pytest.approx(run.results["metrics"][name]["value"]), (
+                "metrics are not recomputed alike"
+            )
     row = found.rows["sft"]["ndcg@10"]
     assert row.difference == pytest.approx(row.value - row.baseline) and row.difference > 0.1 and row.verdict == "better"
     assert found.rows["sft"]["nll"].verdict == "better" and found.rows["sft"]["nll"].difference < 0
@@ -73,10 +77,16 @@ def rename_item(predictions, entries):
     unused.item_id, unused.merged_ids = "renamed", ["renamed"]
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda predictions, entries: predictions.pop(), "299 with the same user and target"), (shift_targets, "different test samples"),
-    (rename_item, "different catalogues"), (lambda predictions, entries: setattr(entries[0], "train_count", 1), "different train counts")],
-    ids=["a user is missing", "another target", "another catalogue", "another training split"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda predictions, entries: predictions.pop(), "299 with the same user and target"),
+        (shift_targets, "different test samples"),
+        (rename_item, "different catalogues"),
+        (lambda predictions, entries: setattr(entries[0], "train_count", 1), "different train counts"),
+    ],
+    ids=["a user is missing", "another target", "another catalogue", "another training split"],
+)
 def test_runs_over_other_users_or_catalogues_are_refused_in_words(folders, tmp_path, change, words):
     other = write_folder(tmp_path / "other", 2.0, change=change, **({"length": 8} if change is rename_item else {}))
     with pytest.raises(UserError, match=words):
@@ -88,7 +98,11 @@ def test_the_command_writes_page_table_and_json(folders, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "NDCG@10" in printed and "better" in printed
     written = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert written["baseline"] == "base" and set(written["comparisons"]) == {"sft", "gdrt"} and written["comparisons"]["sft"]["ndcg@10"]["p_holm"] < 0.05
+    assert (
+        written["baseline"] == "base"
+        and set(written["comparisons"]) == {"sft", "gdrt"}
+        and written["comparisons"]["sft"]["ndcg@10"]["p_holm"] < 0.05
+    )
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "Accuracy against disparity" in page and "<script" not in page and "sft against base" in page
     assert "| NDCG@10 ↑ |" in (tmp_path / "out" / "compare.md").read_text()
@@ -99,8 +113,15 @@ def test_the_baseline_can_be_any_of_the_folders(folders, tmp_path):
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["baseline"] == "sft"
 
 
-@pytest.mark.parametrize("arguments, words", [(["{0}"], "nothing to compare"), (["{0}", "{0}"], "given twice"), (["{0}", "nowhere"], "cannot be read"),
-                                              (["{0}", "{1}", "--num-bootstrap", "5"], "--num-bootstrap is 5")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["{0}"], "nothing to compare"),
+        (["{0}", "{0}"], "given twice"),
+        (["{0}", "nowhere"], "cannot be read"),
+        (["{0}", "{1}", "--num-bootstrap", "5"], "--num-bootstrap is 5"),
+    ],
+)
 def test_wrong_arguments_end_with_words_and_status_2(folders, tmp_path, capsys, arguments, words):
     assert main([*(a.format(*folders) for a in arguments), "--output", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err

@@ -86,7 +86,12 @@ def test_a_constant_scorer_scores_exactly_like_chance():
 
 def test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place():
     entries = [entry(f"i{i}") for i in range(20)]
-    predictions = [prediction(0, "i0", 1, ["i0"]), prediction(1, "i1", 3, ["i0"]), prediction(2, "i2", None, ["i0"]), prediction(3, "i3", math.nan, ["i0"])]
+    predictions = [
+        prediction(0, "i0", 1, ["i0"]),
+        prediction(1, "i1", 3, ["i0"]),
+        prediction(2, "i2", None, ["i0"]),
+        prediction(3, "i3", math.nan, ["i0"]),
+    ]
     predictions[3]["target_nll"] = None
     found = evaluate(predictions, entries, **FAST)
     assert value(found, "ndcg@5") == pytest.approx((1 + 0.5) / 4)
@@ -117,8 +122,10 @@ def test_coverage_gini_entropy_and_popularity_agree_with_recbole():
 def popular_and_rare() -> tuple[list, list]:
     """Eight items, one per popularity bin, counts 80, 70, .. 10; two lists of five."""
     entries = [entry(f"i{i}", 80 - 10 * i) for i in range(8)]
-    predictions = [prediction(0, "i0", 1, ["i0", "i1", "i2", "i3", "i4"], history_ids=["i0", "i1"]),
-                   prediction(1, "i7", 8, ["i0", "i1", "i2", "i3", "i5"], history_ids=["i7"])]
+    predictions = [
+        prediction(0, "i0", 1, ["i0", "i1", "i2", "i3", "i4"], history_ids=["i0", "i1"]),
+        prediction(1, "i7", 8, ["i0", "i1", "i2", "i3", "i5"], history_ids=["i7"]),
+    ]
     return predictions, entries
 
 
@@ -131,7 +138,7 @@ def test_mgu_and_dgu_equal_the_hand_computed_case():
     own = np.array([1, 1, 0, 0, 0, 0, 0, 1]) / 3
     assert value(found, "mgu_test_histories@5") == pytest.approx(np.abs(shown - own).mean())
     given = evaluate(predictions, entries, ks=(5,), history_item_counts={"i0": 3, "i7": 1}, **FAST)
-    assert value(given, "mgu@5") == pytest.approx(np.abs(shown - np.array([.75, 0, 0, 0, 0, 0, 0, .25])).mean())
+    assert value(given, "mgu@5") == pytest.approx(np.abs(shown - np.array([0.75, 0, 0, 0, 0, 0, 0, 0.25])).mean())
 
 
 def test_popularity_bins_hold_equal_numbers_of_seen_items_and_unseen_items_join_the_last():
@@ -188,9 +195,9 @@ def test_provider_exposure_equals_the_hand_computed_case():
     big, small, third = 1 / 2 + 1 / math.log2(5), 1.0, 1 / math.log2(6)
     share = np.array([big, small, third]) / (big + small + third)
     assert value(found, "provider_l1_catalogue@5") == pytest.approx(np.abs(share - [2 / 4, 1 / 4, 1 / 4]).sum())
-    assert value(found, "provider_l1_interactions@5") == pytest.approx(np.abs(share - [.8, .2, 0]).sum())
+    assert value(found, "provider_l1_interactions@5") == pytest.approx(np.abs(share - [0.8, 0.2, 0]).sum())
     assert value(found, "provider_coverage@5") == 1.0
-    rates = share / np.array([.5, .25, .25])
+    rates = share / np.array([0.5, 0.25, 0.25])
     assert value(found, "provider_minmax@5") == pytest.approx(rates.min() / rates.max())
     ordered = np.sort(share)
     assert value(found, "provider_gini@5") == pytest.approx((ordered * [-2, 0, 2]).sum() / 3, abs=1e-6)
@@ -204,7 +211,9 @@ def test_groups_agree_with_fairlearn():
     predictions, entries, _ = world()
     found = evaluate(predictions, entries, num_bootstrap=20)["breakdowns"]["user:gender"]
     gains = np.array([1 / math.log2(p["rank"] + 1) if p["rank"] <= 10 else 0 for p in predictions])
-    frame = metrics.MetricFrame(metrics=lambda y, p: float(np.mean(p)), y_true=gains, y_pred=gains, sensitive_features=[p["user"]["gender"] for p in predictions])
+    frame = metrics.MetricFrame(
+        metrics=lambda y, p: float(np.mean(p)), y_true=gains, y_pred=gains, sensitive_features=[p["user"]["gender"] for p in predictions]
+    )
     for group, expected in frame.by_group.items():
         assert found["groups"][group]["ndcg@10"]["value"] == pytest.approx(expected)
     summary = {part: f["value"] for part, f in found["summary"]["ndcg@10"].items()}
@@ -215,8 +224,10 @@ def test_groups_agree_with_fairlearn():
 def test_the_worst_group_of_a_loss_is_the_highest_and_small_groups_are_pooled():
     entries = [entry(f"i{i}", 5) for i in range(12)]
     sizes = {"0": (12, 1.0), "1": (12, 3.0), "2": (3, 8.0), "3": (3, 10.0)}
-    predictions = [prediction(n, "i0", 1, ["i0"], target_nll=loss, relevance_group=int(g))
-                   for n, (g, loss) in enumerate((g, loss) for g, (count, loss) in sizes.items() for _ in range(count))]
+    predictions = [
+        prediction(n, "i0", 1, ["i0"], target_nll=loss, relevance_group=int(g))
+        for n, (g, loss) in enumerate((g, loss) for g, (count, loss) in sizes.items() for _ in range(count))
+    ]
     found = evaluate(predictions, entries, num_bootstrap=20)
     groups = found["breakdowns"]["relevance_group"]["groups"]
     assert list(groups) == ["0", "1", "(groups under 10)"] and groups["1"]["nll"]["value"] == pytest.approx(3.0)
@@ -234,7 +245,15 @@ def test_the_tail_mean_is_the_mean_of_the_worst_tenth():
 def test_all_breakdowns_are_made_and_an_age_is_cut_at_its_quartiles():
     predictions, entries, _ = world()
     found = evaluate(predictions, entries, num_bootstrap=20)["breakdowns"]
-    assert set(found) == {"relevance_group", "target_popularity", "target_in_train", "history_length", "label:kind", "user:gender", "user:age"}
+    assert set(found) == {
+        "relevance_group",
+        "target_popularity",
+        "target_in_train",
+        "history_length",
+        "label:kind",
+        "user:gender",
+        "user:age",
+    }
     assert len(found["user:age"]["groups"]) == 4
     for parts in found.values():
         assert sum(g["ndcg@10"]["n"] for g in parts["groups"].values()) == len(predictions)
@@ -260,15 +279,26 @@ def test_the_order_of_samples_and_catalogue_changes_no_value():
 
 def test_every_id_of_a_merged_entry_counts_as_that_entry():
     entries = [entry("i0", 3, merged=("copy",)), entry("i1", 1)]
-    found = evaluate([prediction(0, "copy", 1, ["i0", "i1"], history_ids=["copy"])], entries, ks=(1,), history_item_counts={"copy": 2, "i1": 2}, **FAST)
+    found = evaluate(
+        [prediction(0, "copy", 1, ["i0", "i1"], history_ids=["copy"])], entries, ks=(1,), history_item_counts={"copy": 2, "i1": 2}, **FAST
+    )
     assert value(found, "hr@1") == 1.0
     with pytest.raises(UserError, match="names an item twice"):
         evaluate([prediction(0, "i1", 1, ["i0", "copy"])], entries, **FAST)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"target_id": "nowhere"}, "not in the catalogue"), ({"rank": 0}, "outside 1..5"), ({"rank": 6}, "outside 1..5"), ({"top_ids": ["nowhere"]}, "top_ids"),
-    ({"history_ids": ["nowhere"]}, "history_ids"), ({"num_tied": 4, "rank": 1.0}, "num_tied"), ({"sample_id": 1}, "repeated")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"target_id": "nowhere"}, "not in the catalogue"),
+        ({"rank": 0}, "outside 1..5"),
+        ({"rank": 6}, "outside 1..5"),
+        ({"top_ids": ["nowhere"]}, "top_ids"),
+        ({"history_ids": ["nowhere"]}, "history_ids"),
+        ({"num_tied": 4, "rank": 1.0}, "num_tied"),
+        ({"sample_id": 1}, "repeated"),
+    ],
+)
 def test_inputs_that_do_not_fit_are_refused_in_words(change, words):
     predictions = [prediction(0, "i0", 1, ["i0"]), prediction(1, "i1", 2, ["i0"])]
     predictions[0].update(change)
@@ -325,14 +355,32 @@ MUTATIONS = [
     (accuracy, "gains", "inputs.rank + 1", "inputs.rank + 2", test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place),
     (accuracy, "hit_rates", "<= k", "< k", test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place),
     (accuracy, "_expected_gain", "(inputs.num_tied - 1) / 2", "0", test_a_constant_scorer_scores_exactly_like_chance),
-    (inputs, "_ranks", "np.where(missing, float(num_items), rank)", "np.where(missing, 1.0, rank)", test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place),
+    (
+        inputs,
+        "_ranks",
+        "np.where(missing, float(num_items), rank)",
+        "np.where(missing, 1.0, rank)",
+        test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place,
+    ),
     (item_side, "mgu", "mean(axis=1)", "max(axis=1)", test_mgu_and_dgu_equal_the_hand_computed_case),
     (item_side, "dgu", "- gap.min(axis=1)", "", test_mgu_and_dgu_equal_the_hand_computed_case),
     (item_side, "gini_of", "size * totals", "(size - 1) * totals", test_coverage_gini_entropy_and_popularity_agree_with_recbole),
     (item_side, "entropy_of", "np.log(sums)", "np.log2(sums)", test_coverage_gini_entropy_and_popularity_agree_with_recbole),
-    (inputs, "popularity_groups", "num_bins - 1)", "0)", test_popularity_bins_hold_equal_numbers_of_seen_items_and_unseen_items_join_the_last),
+    (
+        inputs,
+        "popularity_groups",
+        "num_bins - 1)",
+        "0)",
+        test_popularity_bins_hold_equal_numbers_of_seen_items_and_unseen_items_join_the_last,
+    ),
     (inputs, "_label_groups", "1 / len(values)", "1.0", test_a_genre_share_is_split_over_the_genres_of_an_item),
-    (item_side, "reo", "where=targets > 0", "where=targets > 1", test_statistical_parity_and_equal_opportunity_equal_the_hand_computed_case),
+    (
+        item_side,
+        "reo",
+        "where=targets > 0",
+        "where=targets > 1",
+        test_statistical_parity_and_equal_opportunity_equal_the_hand_computed_case,
+    ),
     (provider_side, "catalogue_share", "counts.sum()", "inputs.num_items", test_provider_exposure_equals_the_hand_computed_case),
     (user_side, "summary_statistics", "if higher_is_better else", "if not higher_is_better else", test_groups_agree_with_fairlearn),
     (user_side, "tail_mean", "-values[valid]", "values[valid]", test_the_tail_mean_is_the_mean_of_the_worst_tenth),
@@ -349,8 +397,10 @@ def test_a_planted_error_is_caught(module, name, old, new, check, monkeypatch):
     mutated.__kwdefaults__ = space[name].__kwdefaults__
     original = getattr(module, name)
     monkeypatch.setattr(module, name, mutated)
-    rows = tuple(row if row.function is not original and getattr(row.function, "func", None) is not original else _replaced(row, original, mutated)
-                 for row in table.METRICS)
+    rows = tuple(
+        row if row.function is not original and getattr(row.function, "func", None) is not original else _replaced(row, original, mutated)
+        for row in table.METRICS
+    )
     monkeypatch.setattr(table, "METRICS", rows)
     for user in (accuracy, inputs, item_side, provider_side, user_side):
         if getattr(user, name, None) is original:

@@ -23,16 +23,59 @@ from gdrt_ds.errors import UserError  # noqa: E402
 
 EVIL = '<script>alert("x")</script> & $co$t_ | [a](javascript:x)'
 FIGURES = [
-    {"kind": "bar", "title": "Bars " + EVIL, "caption": "Two bars.", "categories": ["a " + EVIL, "b"], "series": [{"name": EVIL, "values": [1, None]}]},
-    {"kind": "bar", "stacked": True, "title": "Stacked", "caption": "Parts.", "categories": ["a"], "series": [{"name": "x", "values": [1]}, {"name": "y", "values": [2]}]},
-    {"kind": "line", "title": "Line", "caption": "A line.", "reference": {"value": 1, "label": "none"},
-     "series": [{"name": "x", "x": [1, 2], "y": [1, None], "low": [0, None], "high": [2, None]}]},
-    {"kind": "stacked_area", "title": "Area", "caption": "Shares.", "ordered": True, "x": [1, 2], "series": [{"name": "0", "y": [1, 0]}, {"name": "1", "y": [0, 1]}]},
-    {"kind": "scatter", "title": "Scatter", "caption": "Points.", "points": [{"x": 1, "y": 2, "label": EVIL, "x_low": 0, "x_high": 2}, {"x": 2, "y": 1}]},
+    {
+        "kind": "bar",
+        "title": "Bars " + EVIL,
+        "caption": "Two bars.",
+        "categories": ["a " + EVIL, "b"],
+        "series": [{"name": EVIL, "values": [1, None]}],
+    },
+    {
+        "kind": "bar",
+        "stacked": True,
+        "title": "Stacked",
+        "caption": "Parts.",
+        "categories": ["a"],
+        "series": [{"name": "x", "values": [1]}, {"name": "y", "values": [2]}],
+    },
+    {
+        "kind": "line",
+        "title": "Line",
+        "caption": "A line.",
+        "reference": {"value": 1, "label": "none"},
+        "series": [{"name": "x", "x": [1, 2], "y": [1, None], "low": [0, None], "high": [2, None]}],
+    },
+    {
+        "kind": "stacked_area",
+        "title": "Area",
+        "caption": "Shares.",
+        "ordered": True,
+        "x": [1, 2],
+        "series": [{"name": "0", "y": [1, 0]}, {"name": "1", "y": [0, 1]}],
+    },
+    {
+        "kind": "scatter",
+        "title": "Scatter",
+        "caption": "Points.",
+        "points": [{"x": 1, "y": 2, "label": EVIL, "x_low": 0, "x_high": 2}, {"x": 2, "y": 1}],
+    },
     {"kind": "heatmap", "title": "Map", "caption": "Cells.", "rows": ["a", "b"], "columns": ["c"], "values": [[1.0], [None]]},
-    {"kind": "tokens", "title": "Tokens", "caption": "A prompt.", "num_groups": 4, "prompts": [{"title": EVIL, "tokens": [
-        {"text": "### Input:\n", "segment": "template", "weight": -0.5}, {"text": EVIL, "segment": "history", "weight": 1.0},
-        {"text": "Blade", "segment": "target", "group": 3}]}]},
+    {
+        "kind": "tokens",
+        "title": "Tokens",
+        "caption": "A prompt.",
+        "num_groups": 4,
+        "prompts": [
+            {
+                "title": EVIL,
+                "tokens": [
+                    {"text": "### Input:\n", "segment": "template", "weight": -0.5},
+                    {"text": EVIL, "segment": "history", "weight": 1.0},
+                    {"text": "Blade", "segment": "target", "group": 3},
+                ],
+            }
+        ],
+    },
 ]
 
 
@@ -44,16 +87,44 @@ def report(tmp_path_factory):
         e.text = EVIL
     entries[0].groups["genres"] = [EVIL]
     predictions[0]["user_id"], predictions[0]["user"]["gender"] = EVIL, EVIL
-    rows = [{"step": s + 1, "loss": 3 - s / 100, "group_loss": [3.0, None if s == 5 else 2.0, 1.0], "group_weight": [0.5, None if s == 5 else 0.3, 0.2],
-             "group_count": [4, 0, 4], "lr": 1e-4, "grad_norm": 1.0, "tokens_per_s": 100.0} for s in range(60)]
+    rows = [
+        {
+            "step": s + 1,
+            "loss": 3 - s / 100,
+            "group_loss": [3.0, None if s == 5 else 2.0, 1.0],
+            "group_weight": [0.5, None if s == 5 else 0.3, 0.2],
+            "group_count": [4, 0, 4],
+            "lr": 1e-4,
+            "grad_norm": 1.0,
+            "tokens_per_s": 100.0,
+        }
+        for s in range(60)
+    ]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 61, "lo')  # a torn last line
     found = evaluate(predictions, entries, num_bootstrap=60)
     floor = evaluate(world(120, 60, skill=0.0)[0], entries, num_bootstrap=30, breakdowns=False)["metrics"]
-    audit = {"title": "Planted " + EVIL, "question": "Is it?", "finding": "It is.", "table": {"columns": ["a", "b"], "rows": [[EVIL, 0.5], ["c", None]]},
-             "figures": FIGURES, "control": "Permuted: 0.", "cost": "1 s"}
-    results = {**found, "floors": {"popularity": floor, "targets": evaluate_targets(predictions, entries, num_bootstrap=30)}, "name": "a " + EVIL,
-               "objective": "renormalised", "mode": "exact", "dtype": "float32", "limit": 120, "versions": {"torch": "2"}, "git_hash": "0123456789abc",
-               "config": {"run": {"dir": "x"}, "objective": "gdrt"}, "audits": {"planted": audit}}
+    audit = {
+        "title": "Planted " + EVIL,
+        "question": "Is it?",
+        "finding": "It is.",
+        "table": {"columns": ["a", "b"], "rows": [[EVIL, 0.5], ["c", None]]},
+        "figures": FIGURES,
+        "control": "Permuted: 0.",
+        "cost": "1 s",
+    }
+    results = {
+        **found,
+        "floors": {"popularity": floor, "targets": evaluate_targets(predictions, entries, num_bootstrap=30)},
+        "name": "a " + EVIL,
+        "objective": "renormalised",
+        "mode": "exact",
+        "dtype": "float32",
+        "limit": 120,
+        "versions": {"torch": "2"},
+        "git_hash": "0123456789abc",
+        "config": {"run": {"dir": "x"}, "objective": "gdrt"},
+        "audits": {"planted": audit},
+    }
     write_report(folder, results, predictions, entries, run_folder=run, history_item_counts={"i0": 5, "i1": 2})
     return folder, results
 
@@ -110,7 +181,17 @@ def test_a_title_that_is_markup_stays_text_in_page_and_markdown(report):
 
 def test_every_section_table_and_figure_is_there_with_its_sentence(report):
     page = (report[0] / "report.html").read_text()
-    for title in ("In short", "Training", "Accuracy", "Item side", "Provider side", "User side", "For whom it works", "Audit: Planted", "Example users"):
+    for title in (
+        "In short",
+        "Training",
+        "Accuracy",
+        "Item side",
+        "Provider side",
+        "User side",
+        "For whom it works",
+        "Audit: Planted",
+        "Example users",
+    ):
         assert f"<h2>{title}" in page, title
     assert page.count("<figure") == page.count("<figcaption") >= 15 + len(FIGURES) - 2
     assert all(re.search(r"[a-z]", caption) for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page))
@@ -137,10 +218,16 @@ def test_the_catalogue_beside_the_report_lets_anyone_recompute_the_metrics(repor
 
 def test_the_terminal_table_names_values_intervals_and_floors(report):
     from rich.console import Console
+
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
     console.print(terminal_table(report[1]))
     text = console.export_text()
-    assert "NOT A RESULT (limit 120)" in text and "[a]" in text and "popularity" in text and f"{report[1]['metrics']['ndcg@10']['value']:.4f}" in text
+    assert (
+        "NOT A RESULT (limit 120)" in text
+        and "[a]" in text
+        and "popularity" in text
+        and f"{report[1]['metrics']['ndcg@10']['value']:.4f}" in text
+    )
 
 
 def test_a_torn_last_line_of_the_training_log_is_left_out_and_a_torn_middle_is_an_error(tmp_path):
@@ -160,8 +247,14 @@ def test_every_kind_of_figure_is_drawn_in_the_page_colours(figure):
     assert "<script" not in svg and all(i.startswith("f7-") for i in tags.ids)
 
 
-@pytest.mark.parametrize("change, words", [({"kind": "pie"}, "kind is 'pie'"), ({"caption": None}, "caption"),
-                                           ({"series": [{"name": "x", "values": [1, 2, 3]}]}, "3 values for 2 places")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"kind": "pie"}, "kind is 'pie'"),
+        ({"caption": None}, "caption"),
+        ({"series": [{"name": "x", "values": [1, 2, 3]}]}, "3 values for 2 places"),
+    ],
+)
 def test_a_figure_that_does_not_fit_the_schema_is_refused_in_words(change, words):
     with pytest.raises(UserError, match=words):
         checked({**FIGURES[0], **change})
@@ -180,11 +273,31 @@ def test_a_browser_opens_the_page_without_console_error_network_or_sideways_scro
     probe = "<script>onload=()=>parent.postMessage(document.documentElement.scrollWidth+' of '+innerWidth,'*')</script>"
     (tmp_path / "report.html").write_text(page.replace("</body>", probe + "</body>"))
     copy = tmp_path / "frame.html"  # a window cannot be narrower than 500 px, a frame can
-    copy.write_text(f"<body><script>onmessage=e=>document.title='width '+e.data</script><iframe src=report.html style='width:{width}px;height:900px;border:0'>")
+    copy.write_text(
+        f"<body><script>onmessage=e=>document.title='width '+e.data</script>"
+        f"<iframe src=report.html style='width:{width}px;height:900px;border:0'>"
+    )
     log = tmp_path / "net.json"
-    done = subprocess.run([browser(), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}",
-                           "--disable-background-networking", "--enable-logging=stderr", f"--log-net-log={log}", "--window-size=1400,1000", "--virtual-time-budget=4000",
-                           "--dump-dom", copy.as_uri()], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [
+            browser(),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--disable-background-networking",
+            "--enable-logging=stderr",
+            f"--log-net-log={log}",
+            "--window-size=1400,1000",
+            "--virtual-time-budget=4000",
+            "--dump-dom",
+            copy.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     scroll, inner = map(int, re.search(r"<title>width (\d+) of (\d+)", done.stdout).groups())
     assert inner == width and scroll <= inner, "the page scrolls sideways"
     assert "CONSOLE" not in done.stderr, done.stderr
