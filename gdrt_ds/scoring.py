@@ -86,18 +86,16 @@ class TreePlan:
         child = np.concatenate([trie.child_nodes[offsets[v]:offsets[v + 1]] for v in self.scored]).astype(np.int64) \
             if len(self.scored) else np.zeros(0, np.int64)
         self.edge_token, self.edge_node = trie.token[child].astype(np.int64), np.repeat(np.arange(len(self.scored)), counts)
-        # The nearest edge at or above every node, top-down: parents come first in depth-first order.
-        own = np.full(n, -1, np.int64)
-        own[child] = np.arange(len(child))
-        edge_above = own.copy()
-        for node in range(1, n):
-            if edge_above[node] < 0:
-                edge_above[node] = edge_above[trie.parent[node]]
+        # The nearest edge at or above every node, and how many edges are above it: top-down, one depth at a time.
+        edge_above, num_above = np.full(n, -1, np.int64), np.zeros(n, np.int64)
+        edge_above[child] = np.arange(len(child))
+        by_depth = np.split(np.argsort(trie.depth, kind="stable"), np.cumsum(np.bincount(trie.depth))[:-1])
+        for nodes in by_depth[1:]:
+            above, fresh = trie.parent[nodes], edge_above[nodes] >= 0
+            edge_above[nodes] = np.where(fresh, edge_above[nodes], edge_above[above])
+            num_above[nodes] = num_above[above] + fresh
         self.edge_parent = edge_above[self.scored][self.edge_node]
-        level = np.zeros(len(child), np.int64)
-        for edge in np.argsort(child, kind="stable"):
-            if self.edge_parent[edge] >= 0:
-                level[edge] = level[self.edge_parent[edge]] + 1
+        level = num_above[child] - 1
         self.levels = [np.flatnonzero(level == k) for k in range(int(level.max(initial=-1)) + 1)]
         leaves = np.flatnonzero(trie.entry >= 0)
         self.entry_edge = np.full(self.num_entries, -1, np.int64)

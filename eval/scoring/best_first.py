@@ -63,16 +63,16 @@ class _Search:
             heapq.heappushpop(self.found, (score, -entry))
 
 
-def _chains(trie: TokenTrie) -> tuple[np.ndarray, np.ndarray]:
-    """For every node: where its single-child chain ends (a branching node or a leaf), and how many nodes that is."""
+def _chains(trie: TokenTrie) -> np.ndarray:
+    """For every node: where its single-child chain ends (a branching node or a leaf)."""
     n = trie.num_nodes
     children = np.diff(trie.child_offsets)
-    last, length = np.arange(n), np.ones(n, np.int64)
-    for node in range(n - 1, -1, -1):  # children have larger numbers
-        if children[node] == 1:
-            child = trie.child_nodes[trie.child_offsets[node]]
-            last[node], length[node] = last[child], length[child] + 1
-    return last, length
+    last = np.arange(n)
+    single = np.flatnonzero(children == 1)
+    order = np.argsort(-trie.depth[single], kind="stable")  # deepest first: a child's chain is known before its parent's
+    for nodes in np.split(single[order], np.flatnonzero(np.diff(trie.depth[single[order]])) + 1):
+        last[nodes] = last[trie.child_nodes[trie.child_offsets[nodes]]]
+    return last
 
 
 class BestFirst:
@@ -86,7 +86,7 @@ class BestFirst:
                  nodes_per_pass: int = NODES_PER_PASS):
         self.reader, self.trie, self.full = reader, trie, objective == "full"
         self.max_nodes, self.nodes_per_pass = max_nodes, nodes_per_pass
-        self.chain_end, self.chain_length = _chains(trie)
+        self.chain_end = _chains(trie)
         self.step = NextTokens(reader.rows, trie, self.full)
 
     @torch.inference_mode()

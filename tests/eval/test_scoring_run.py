@@ -254,7 +254,8 @@ def test_sampling_settings_of_instruct_models_do_not_leak_into_scores(run, evalu
     settings = folder / "base" / "generation_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "do_sample": True, "temperature": 0.2, "top_k": 3, "repetition_penalty": 1.3}))
     main(["--run", str(folder), "--output", str(tmp_path / "out"), *FAST])
-    assert "generation_config" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "generation_config" in output and "the catalogue has 24 items, so lists end there (--k 50)" in output
     assert [r["target_nll"] for r in rows(tmp_path / "out")] == pytest.approx([r["target_nll"] for r in rows(evaluated)], abs=1e-6)
 
 
