@@ -13,13 +13,15 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from eval.audit import language, sensitivity
+from eval.audit import (amplification, cross_tuning, debiasing, dimensionality, language, position, pretraining, provider, selection, sensitivity,
+                        shift, titles)
 from eval.audit.context import Audit, AuditContext, AuditOptions, Cost
 from gdrt_ds.errors import UserError
 
-__all__ = ["AUDITS", "Audit", "AuditContext", "AuditOptions", "Cost", "run_audits", "choose"]
+__all__ = ["AUDITS", "Audit", "AuditContext", "AuditOptions", "Cost", "run_audits", "choose", "finite"]
 
-AUDITS: dict[str, Audit] = {module.AUDIT.name: module.AUDIT for module in (sensitivity, language)}
+AUDITS: dict[str, Audit] = {module.AUDIT.name: module.AUDIT for module in (
+    sensitivity, language, pretraining, titles, provider, position, selection, dimensionality, shift, amplification, cross_tuning, debiasing)}
 
 
 def choose(names: Sequence[str]) -> tuple[list[str], bool]:
@@ -65,7 +67,7 @@ def run_audits(names: Sequence[str], subject, runtime=None, options: AuditOption
         cost = context.describe_cost(audit.cost(context))
         say(f"audit {name}: {cost}", flush=True)
         started = time.time()
-        found[name] = _finite(audit.run(context))
+        found[name] = finite(audit.run(context))
         found[name]["cost"] = f"{cost}; took {time.time() - started:.0f} s on {context.runtime.world} rank(s) of {context.runtime.device.type}"
         say(f"  {found[name]['finding']}", flush=True)
     if not found:
@@ -73,12 +75,14 @@ def run_audits(names: Sequence[str], subject, runtime=None, options: AuditOption
     return found
 
 
-def _finite(value: Any) -> Any:
-    """NaN and infinity become None: results.json is strict JSON."""
+def finite(value: Any) -> Any:
+    """NaN and infinity become None: results.json is strict JSON. Arrays become lists."""
     if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
+        return {key: finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.ndarray):
+        return finite(value.tolist())
     return int(value) if isinstance(value, np.integer) else value

@@ -70,10 +70,14 @@ class Audit:
 
 
 def result(audit_title: str, question: str, *, finding: str, control: str, effect, effect_name: str, speaks: bool, measures: dict[str, Any],
-           table: dict[str, Any] | None = None, figures: Sequence[dict[str, Any]] = (), **extra: Any) -> dict[str, Any]:
-    """The dictionary of one finished audit. `measures`: name -> Estimate."""
+           table: dict[str, Any] | None = None, figures: Sequence[dict[str, Any]] = (), better: str | None = "null", **extra: Any) -> dict[str, Any]:
+    """The dictionary of one finished audit.
+
+    Args:
+        measures: name -> Estimate. better: which way the effect improves: `null` (towards its null value), `higher`, `lower`, None = neither.
+    """
     return {"title": audit_title, "question": question, "finding": finding, "table": table, "figures": list(figures), "control": control,
-            "effect": {"name": effect_name, **effect.as_dict()}, "speaks": bool(speaks),
+            "effect": {"name": effect_name, "better": better, **effect.as_dict()}, "speaks": bool(speaks),
             "measures": {name: estimate.as_dict() for name, estimate in measures.items()}, **extra}
 
 
@@ -86,7 +90,7 @@ class AuditContext:
 
     def __init__(self, subject, runtime, options: AuditOptions = AuditOptions()):
         self.subject, self.runtime, self.options = subject, runtime, options
-        self._rows: dict[tuple[str, ...], np.ndarray] = {}
+        self._rows: dict[tuple[str, ...], np.ndarray] = {}  # scores by history
         self._base: AuditContext | None = None
         self._scorer = None
         self._seconds: dict[str, float] = {}
@@ -105,15 +109,15 @@ class AuditContext:
         """Train interactions per entry, float64 [I]."""
         return np.array([entry.train_count for entry in self.catalogue.entries], dtype=np.float64)
 
-    def users(self, default: int) -> list[Sample]:
-        """One sample per user (so that samples are independent), at most `options.users` or `default`, in the split's order.
+    def users(self, default: int, where: Callable[[Sample], bool] = lambda sample: True) -> list[Sample]:
+        """One sample per user (so that samples are independent) among those that fit, at most `options.users` or `default`, in the split's order.
 
         The choice depends on the split and the seed alone: all audits with the same number see the same users.
         """
         wanted = self.options.users or default
         if wanted < 2:
             raise UserError(f"--audit-users {wanted} leaves nothing to compare", "give at least 2")
-        samples = self.subject.samples
+        samples = [s for s in self.subject.samples if where(s)]
         order = np.random.default_rng(self.options.seed).permutation(len(samples))
         seen: set[str] = set()
         chosen = [i for i in order.tolist() if not (samples[i].user_id in seen or seen.add(samples[i].user_id))]
@@ -154,10 +158,18 @@ class AuditContext:
             self._rows[key] = row
         return np.stack([self._rows[k] for k in keys])
 
+    def unscored(self, default: int) -> int:
+        """Users of `matrix(default)` whose scores are still to be computed."""
+        return len({tuple(s.history) for s in self.users(default)} - set(self._rows))
+
     def matrix(self, default: int) -> tuple[list[Sample], np.ndarray]:
         """The users and their exact user x item matrix of log-probabilities, float64 [U, I]."""
         samples = self.users(default)
         return samples, self.scores([s.history for s in samples], "catalogue scores")
+
+    def forget(self) -> None:
+        """Drops what was computed (call after the model's weights changed)."""
+        self._rows, self._scorer = {}, None
 
     def losses(self, rows: Sequence[tuple[list[int], list[int]]], what: str, labels: Sequence[list[int]] | None = None,
                full_only: bool = False) -> list[dict[str, np.ndarray]]:

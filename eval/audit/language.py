@@ -138,7 +138,7 @@ def run(context: AuditContext) -> dict:
                         "caption": "Unequal bars are unequal service: low groups are titles that the prompt alone does not predict.",
                         "categories": [r[0] for r in group_rows],
                         "series": [{"name": "NLL", "values": [r[2] for r in group_rows], "low": [r[3] for r in group_rows], "high": [r[4] for r in group_rows]}]})
-    return result(TITLE, QUESTION, finding=finding + group_note, effect=verdict, effect_name="log2 of auxiliary:interaction", speaks=verdict.low > 0,
+    return result(TITLE, QUESTION, finding=finding + group_note, effect=verdict, effect_name="log2 of auxiliary:interaction", better="lower", speaks=verdict.low > 0,
                   control=f"with another user's history in place, the ratio is {control['auxiliary:interaction'].text()}: the part of the history's "
                           "attribution that any text in its place would get", measures=measures, table={"columns": columns, "rows": rows}, figures=figures,
                   relevance_groups={"columns": ["group", "users", "NLL", "low", "high", "NDCG@10", "low", "high"], "rows": group_rows})

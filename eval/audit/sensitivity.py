@@ -81,7 +81,7 @@ def run(context: AuditContext) -> dict:
               "series": [{"name": "NLL difference", "values": [found[b].value for b in bars], "low": [found[b].low for b in bars],
                           "high": [found[b].high for b in bars]}]}
     control = f"two wrong histories against each other: {found['control: second swap - swapped'].text()} nats, expected 0"
-    return result(TITLE, QUESTION, finding=finding, control=control, effect=effect, effect_name="NLL(swapped history) - NLL(true), nats",
+    return result(TITLE, QUESTION, finding=finding, control=control, effect=effect, effect_name="NLL(swapped history) - NLL(true), nats", better="higher",
                   speaks=not effect.low > 0, measures={**found, **{f"full: {k}": v for k, v in both["full"].items()}},
                   table={"columns": ["prompt", "NLL over the catalogue", "low", "high", "NLL over the vocabulary", "low", "high"], "rows": rows}, figures=[figure])
 

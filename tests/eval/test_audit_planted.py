@@ -1,0 +1,195 @@
+"""Each planted bias makes the right audit speak and leaves the others silent; permuted labels silence every audit."""
+
+import numpy as np
+import pytest
+from planted_context import HONEST_DATA, PlantedContext
+from run_folders import make_run
+
+from eval.audit import AuditOptions, cross_tuning, dimensionality, finite, position, pretraining, provider, run_audits, selection, shift, titles
+from eval.audit.amplification import measure_change, measure_step
+from eval.audit.inference import bootstrap, exposure, least_squares, ndcg, probabilities, spearman, target_ranks, top_lists
+from eval.loading import load_subject
+from eval.report import figures
+from gdrt_ds.runtime import Runtime
+
+OPTIONS = AuditOptions(users=40, num_bootstrap=200, permutations=3)
+RIGHT = {"position": {"position"}, "popularity": {"pretraining"}, "provider": {"provider"}, "shortcut": {"sensitivity", "language"}}
+DETECTORS = ["sensitivity", "language", "pretraining", "provider", "position"]
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    return load_subject(Runtime(), run=str(make_run(tmp_path_factory.mktemp("planted") / "run", [HONEST_DATA])))
+
+
+@pytest.mark.parametrize("plant", [None, *RIGHT])
+def test_only_the_right_audit_speaks_about_a_planted_bias(subject, plant):
+    found = run_audits(DETECTORS, PlantedContext(subject, Runtime(), OPTIONS, plant))
+    assert {name for name, audit in found.items() if audit["speaks"]} == RIGHT.get(plant, set())
+    for audit in found.values():
+        assert all(figures.checked(f) for f in audit["figures"]) and audit["control"] and audit["cost"]
+
+
+def test_the_strength_of_a_planted_prior_is_found_and_popularity_stands_beside_it():
+    rng = np.random.default_rng(0)
+    prior, popularity = rng.normal(size=400), rng.poisson(20, size=400).astype(float)
+    noise = rng.normal(size=400)
+    log_popularity = (np.log1p(popularity) - np.log1p(popularity).mean()) / np.log1p(popularity).std()
+    found = pretraining.measure(0.8 * prior + 0.5 * log_popularity + 0.3 * noise, prior, popularity, 200)
+    spread = np.sqrt(0.64 * prior.var() + 0.25 + 0.09)
+    assert found["beta: prior"].value == pytest.approx(0.8 * prior.std() / spread, abs=0.05)
+    assert found["beta: popularity"].value == pytest.approx(0.5 / spread, abs=0.05)
+    assert found["partial R2: prior"].value == pytest.approx(0.64 / 0.73, abs=0.05)
+    silent = pretraining.measure(0.8 * prior + 0.3 * noise, rng.permutation(prior), popularity, 200)
+    assert silent["beta: prior"].spans_null and abs(silent["beta: prior"].value) < 0.15
+
+
+def test_permuting_labels_kills_the_position_effect():
+    rng = np.random.default_rng(1)
+    rise = np.linspace(0.1, 0.5, 5)[None] + rng.normal(size=(40, 5)) * 0.05
+    observed, p, null, curve = position.measure_probe(rise, 200, 0)
+    assert p < 0.01 and observed.low > null.max() and [c.value for c in curve] == sorted(c.value for c in curve)
+    _, p, _, _ = position.measure_probe(rng.permuted(rise, axis=1), 200, 0)
+    assert p > 0.05
+
+
+def test_orders_that_change_nothing_agree_perfectly_and_another_user_does_not():
+    rng = np.random.default_rng(2)
+    true = rng.normal(size=(8, 60))
+    other, targets = rng.normal(size=(8, 60)), rng.integers(60, size=8)
+    found = position.measure_orders(true, np.repeat(true[:, None], 3, axis=1), other, targets, 50, 0)
+    assert found["Jaccard@10, other orders"].value == found["Kendall tau, other orders"].value == 1.0
+    assert found["RBO, other orders"].value == pytest.approx(1.0) and found["NDCG@10 spread over orders"].value == 0.0
+    assert found["Jaccard@10, another user"].value < 0.4 and abs(found["Kendall tau, another user"].value) < 0.2
+    assert found["change by order / change by another user (1 - RBO)"].value == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_skewed_provider_is_found_whatever_the_items_popularity_and_permuted_labels_are_not():
+    rng = np.random.default_rng(3)
+    popularity, provider_of = rng.pareto(1.5, size=300) * 20, rng.integers(10, size=300)
+    follow = np.log(popularity + 1)[None] + rng.gumbel(size=(80, 300))
+    rows = provider.discounted(top_lists(follow + 2.0 * (provider_of == 0), 10), 300)
+    found, p, _ = provider.measure(rows, popularity, provider_of, 100)
+    assert p <= 0.01 and found["excess over permuted labels"].low > 0
+    _, p, _ = provider.measure(rows, popularity, rng.permutation(provider_of), 100)
+    assert p > 0.05
+    assert np.allclose(rows.sum(axis=1), 1) and rows.max() == pytest.approx(1 / (1 / np.log2(np.arange(10) + 2)).sum())
+
+
+def test_lists_drawn_from_the_data_are_not_called_concentrated_and_one_list_for_all_is():
+    rng = np.random.default_rng(4)
+    popularity = rng.pareto(1.5, size=300) * 20
+    same, p, _ = titles.measure(titles.drawn_lists(popularity, 60, 10, rng), popularity, 100)
+    assert p > 0.05
+    one = np.tile(np.arange(10), (60, 1))
+    found, p, _ = titles.measure(one, popularity, 100)
+    assert p <= 0.01 and found["exposure share of the most shown"].value == 1.0 and found["Gini of exposure"].value > 0.9
+    assert same["exposure share of the most shown"].value < 0.8
+
+
+def test_slots_that_draw_choices_are_found_beside_the_main_score_and_permuted_slots_are_not():
+    rng = np.random.default_rng(5)
+    slots = selection.popularity_slots(rng.permutation(400).astype(float))
+    assert np.bincount(slots)[0] < np.bincount(slots)[-1] and slots.min() == 0
+    scores = np.log(probabilities(rng.normal(size=(300, 400))))
+    planted = np.where(slots == 0, 3.0, 0.0)
+    choose = lambda bonus: np.argmax(scores + bonus + rng.gumbel(size=scores.shape), axis=1)  # noqa: E731
+    mass, targets = selection.slot_mass(scores, slots), choose(planted)
+    b = selection.fit_tower(mass, slots[targets])
+    assert b.argmax() == 0 and b[0] - np.median(b[1:]) == pytest.approx(3.0, abs=0.6)
+    plain = selection.fit_tower(mass, slots[choose(0.0)])
+    assert plain.std() < 0.5 * b.std()
+    moved = rng.permutation(slots)
+    assert selection.fit_tower(selection.slot_mass(scores, moved), moved[targets]).std() < 0.6 * b.std()
+    weights = selection.inverse_propensity(b, slots[targets])
+    assert weights[slots[targets] == 0].max() < weights[slots[targets] > 2].min() and weights.max() <= selection.CLIP * weights.min() + 1e-9
+    measured = selection.measure(lambda rows: selection.fit_tower(mass[rows], slots[targets][rows]), slots[targets], target_ranks(scores, targets), 100, 0)
+    assert measured["tower"][0].low > 0
+    nll = rng.normal(size=300) + 2.0 * (np.arange(300) % 4 == 0)  # logged slots: what stood on top was chosen though little relevant
+    assert selection.fit_labelled(nll, np.arange(300) % 4).argmax() == 0
+
+
+def test_effective_rank_counts_directions_and_permuted_columns_have_all_of_them():
+    rng = np.random.default_rng(6)
+    low = rng.normal(size=(40, 3)) @ rng.normal(size=(3, 120))
+    assert dimensionality.effective_rank(low) == pytest.approx(3, abs=0.3) and dimensionality.effective_rank(np.ones((5, 7)) * rng.normal(size=7)) == 0
+    targets, popularity = rng.integers(120, size=40), np.arange(120.0)
+    found = dimensionality.measure(low, targets, popularity, 100)
+    assert found["effective rank / control"].high < 0.2
+    broken = dimensionality.measure(dimensionality.shuffled_columns(low, rng), targets, popularity, 100)
+    assert broken["effective rank / control"].value == pytest.approx(1, abs=0.05) and broken["effective rank / control"].spans_null
+
+
+def test_head_targets_that_rank_higher_open_the_head_tail_gap():
+    popularity, targets = np.arange(100.0)[::-1], np.arange(100)
+    scores = np.tile(popularity, (100, 1)) + np.random.default_rng(0).normal(size=(100, 100)) * 0.1
+    assert dimensionality.measure(scores, targets, popularity, 100)["head-tail gap of relative rank"].low > 0.3
+    assert dimensionality.measure(scores, targets, np.random.default_rng(1).permutation(popularity), 100)["head-tail gap of relative rank"].spans_null
+
+
+def test_an_environment_that_costs_more_is_found_and_permuted_labels_are_not():
+    rng = np.random.default_rng(7)
+    labels = np.array(["early", "late"] * 60)
+    nll = rng.normal(size=120) + 5 + 1.5 * (labels == "late")
+    rows, tests = shift.measure(nll, np.zeros(120), {"time": labels, "length": rng.permutation(labels)}, 200, 0)
+    drops = {(r["axis"], r["name"]): r["drop"] for r in rows}
+    assert tests["time"][2] <= 0.05 < tests["length"][2]
+    assert drops["time", "late"].low > 0 > drops["time", "early"].high and drops["length", "late"].spans_null
+    assert shift.noisy("Princess Bride, The (1987)") == "Pirncess Bride, The (1987)" and shift.noisy("abc") == "abc"
+    share = np.array([8.0, 1, 1, 0])
+    assert shift.popularity_shift(np.array([3] * 30), share, 0)[0] == 1.0 and shift.popularity_shift(rng.choice(4, 200, p=share / 10), share, 0)[2] > 0.05
+
+
+def test_growth_of_the_bases_favourites_is_found_and_permuted_steps_are_not():
+    rng = np.random.default_rng(8)
+    first, last = rng.uniform(0, 0.4, size=30), rng.uniform(0.3, 0.8, size=30)
+    effect, p, null = measure_change(first, last, 200, 0)
+    assert p <= 0.01 and effect.low > 0 and np.abs(null).max() < effect.value
+    flip = rng.random(30) < 0.5
+    effect, p, _ = measure_change(np.where(flip, first, last), np.where(flip, last, first), 200, 0)
+    assert p > 0.05 and effect.spans_null
+    scores, membership, favoured = np.log(probabilities(rng.normal(size=(4, 20)))), np.eye(20)[:, :2] * 0, np.arange(20) < 2
+    membership[:10, 0], membership[10:, 1] = 1, 1
+    mean = probabilities(scores).mean(axis=0)
+    step = measure_step(scores, mean, np.full(20, 0.05), membership, favoured)
+    assert step["kl_base"] == pytest.approx(0) and step["kl_data"] > 0 and step["groups"].sum() == pytest.approx(1) and len(step["favoured"]) == 4
+
+
+def test_biases_planted_by_backbone_cluster_by_backbone_and_not_by_data_or_seed():
+    rng = np.random.default_rng(9)
+    backbone, data, seed = np.repeat(["a", "b"], 8), np.tile(np.repeat(["x", "y"], 4), 2), np.tile(["0", "1", "2", "3"], 4)
+    vectors = cross_tuning.standardised(rng.normal(size=(16, 6)) + 3.0 * (backbone == "b")[:, None])
+    found = cross_tuning.measure(vectors, {"backbone": backbone, "data": data, "seed": seed})
+    assert found["labels"]["backbone"]["p"] <= 0.05 and found["labels"]["data"]["p"] > 0.05 and found["labels"]["seed"]["p"] > 0.05
+    assert found["labels"]["backbone"]["silhouette"].low > 0.2
+    shares = found["shares"]
+    assert np.allclose(sum(shares.values()), 1) and shares["backbone"].mean() > 0.5 > 0.2 > shares["data"].mean()
+    permuted = cross_tuning.measure(vectors, {"backbone": np.random.default_rng(4).permutation(backbone)})
+    assert permuted["labels"]["backbone"]["p"] > 0.05
+
+
+def test_silhouette_equals_a_hand_computed_case():
+    vectors = np.array([[0.0], [1.0], [10.0], [12.0]])
+    labels = np.array(["p", "p", "q", "q"])
+    expected = np.mean([(11 - 1) / 11, (10 - 1) / 10, (9.5 - 2) / 9.5, (11.5 - 2) / 11.5])
+    assert cross_tuning.silhouette(vectors, labels) == pytest.approx(expected)
+
+
+def test_statistics_equal_hand_computed_cases_and_scipy():
+    from scipy.stats import spearmanr
+    rng = np.random.default_rng(10)
+    x, y = rng.integers(5, size=50).astype(float), rng.normal(size=50)
+    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic) and spearman(np.ones(4), np.arange(4.0)) == 0
+    scores = np.array([[1.0, 3.0, 3.0, np.nan], [0.0, 0.0, 0.0, 0.0]])
+    assert target_ranks(scores, np.array([1, 2])).tolist() == [1.5, 2.5] and target_ranks(scores, np.array([3, 0]))[0] == 4
+    assert ndcg(np.array([1.0, 3.0, 11.0])).tolist() == [1.0, 0.5, 0.0]
+    assert top_lists(scores[:1], 3)[0, 2] == 0 and exposure(np.array([[0, 1], [0, 2]]), 4).tolist() == [2, 1, 1, 0]
+    betas, partial, r2 = least_squares(np.stack([x, y], axis=1), 2 * x - 3)
+    assert betas[0] == pytest.approx(1) and abs(betas[1]) < 1e-9 and r2 == pytest.approx(1) and partial[0] == pytest.approx(1)
+    assert finite({"a": [float("nan"), np.float64(2), np.arange(2)]}) == {"a": [None, 2.0, [0, 1]]}
+
+
+def test_bootstrap_intervals_hold_the_true_mean_in_most_samples():
+    rng = np.random.default_rng(11)
+    held = [not bootstrap(rng.normal(size=40), num=200, seed=s).spans_null for s in range(100)]
+    assert 0.0 <= np.mean(held) <= 0.13
