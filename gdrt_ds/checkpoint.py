@@ -16,6 +16,7 @@ import copy
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -307,13 +308,14 @@ def _publish(run_dir: Path, scratch: Path, final: Path, about: dict, keep: int, 
 
 def _retain(folder: Path, keep: int) -> None:
     best = (folder / "best").read_text().strip() if (folder / "best").is_file() else None
-    for index, (_, path) in enumerate(_published(folder)):
+    readable = [path for (life, _), path in _published(folder) if life != math.inf]
+    for index, path in enumerate(readable):
         if index >= keep and path.name != best:
             _remove(path)
 
 
-def _published(folder: Path) -> list[tuple[tuple[int, int], Path]]:
-    """((life, step), path) of every published checkpoint, newest first; unreadable manifests count as life 0."""
+def _published(folder: Path) -> list[tuple[tuple[float, int], Path]]:
+    """((life, step), path) of every published checkpoint, newest first; those without a readable manifest lead, with life inf."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = STEP_PATTERN.match(path.name)
@@ -321,7 +323,7 @@ def _published(folder: Path) -> list[tuple[tuple[int, int], Path]]:
             try:
                 life = int(json.loads((path / MANIFEST).read_text())["life"])
             except (OSError, ValueError, KeyError, TypeError):
-                life = 0
+                life = math.inf
             found.append(((life, int(match.group(1))), path))
     return sorted(found, key=lambda item: item[0], reverse=True)
 

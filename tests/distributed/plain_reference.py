@@ -78,10 +78,8 @@ def run_reference(cell: Cell, folder: Path, steps: int = STEPS) -> CellResult:
         group_loss = (member @ values)[present] / torch.from_numpy(counts[present])
         plain_excess = torch.from_numpy(((member.numpy() @ reference)[present]) / counts[present])
         scalar, q = _objective(cell, config, values, group_loss - plain_excess, counts, present, groups, memory)
-        if cell.objective != "gdrt" or cell.estimate != "batch":
-            objective = float((torch.from_numpy(q) * (group_loss.detach() - plain_excess)).sum())
-        else:
-            objective = float(scalar.detach())
+        own_value = cell.objective == "cvar" and config.dro.cvar_over == "tokens" or cell.objective.startswith("gdrt") and cell.estimate == "batch"
+        objective = float(scalar.detach()) if own_value else float(q @ (group_loss.detach() - plain_excess).numpy())
         gradients = torch.autograd.grad(scalar, list(trainable.values()))
         result.group_loss.append(_full(group_loss.detach().numpy(), present))
         result.group_weight.append(_full(q, present))

@@ -22,7 +22,7 @@ FAMILIES = {
     "llama": ("LlamaConfig", {}), "llama_tied": ("LlamaConfig", {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2Config", {}), "qwen3": ("Qwen3Config", {"head_dim": 10}), "mistral": ("MistralConfig", {"sliding_window": 8}),
     "gemma": ("GemmaConfig", {"head_dim": 12}), "gemma2": ("Gemma2Config", {"head_dim": 12, "query_pre_attn_scalar": 12}),
-    "phi": ("PhiConfig", {}), "phi3": ("Phi3Config", {}),
+    "phi": ("PhiConfig", {"num_attention_heads": 2}), "phi3": ("Phi3Config", {}),
     "gpt2": ("GPT2Config", {"n_embd": 40, "n_layer": 2, "n_head": 4, "n_positions": 64}),
 }
 
