@@ -55,6 +55,8 @@ class Telemetry:
         if not runtime.is_main:
             return
         self._keep_steps_before(first_step)
+        # Held open: the next life replaces the file, so an orphan of this life would write into one that nobody reads.
+        self.stream = open(self.path, "a", encoding="utf-8", buffering=1)
         if config.log.tensorboard:
             self.board = _tensorboard(folder)
         if config.log.wandb:
@@ -100,12 +102,12 @@ class Telemetry:
         now = time.perf_counter()
         seconds = (now - self.interval) / len(records)
         self.interval = now
-        with open(self.path, "a", encoding="utf-8") as stream:
-            for record in records:
-                record["step_s"] = round(seconds, 6)
-                record["tokens_per_s"] = round(record["tokens"] / max(seconds, 1e-9), 1)
-                stream.write(json.dumps(record) + "\n")
-                self._mirror(record)
+        for record in records:
+            record["step_s"] = round(seconds, 6)
+            record["tokens_per_s"] = round(record["tokens"] / max(seconds, 1e-9), 1)
+            self._mirror(record)
+        self.stream.write("".join(json.dumps(record) + "\n" for record in records))
+        self.stream.flush()
         self._show(records[-1], seconds)
 
     def _mirror(self, record: dict) -> None:
@@ -146,6 +148,8 @@ class Telemetry:
 
     def close(self) -> None:
         self.flush()
+        if self.runtime.is_main:
+            self.stream.close()
         if self.bar is not None:
             self.bar.stop()
         if self.board is not None:

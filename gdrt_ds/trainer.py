@@ -475,5 +475,5 @@ class Trainer:
         """Leaves the last word and the stacks; the newest valid checkpoint stays what it was."""
         self.telemetry_closed = getattr(self, "telemetry", None) and self.telemetry.close()
         self.watchdog.dump(f"{type(error).__name__}: {error}")
-        if self.runtime.is_main:
+        if self.runtime.is_main and checkpoint.current_life(self.folder) == self.life:  # a newer life has the last word
             run_folder.write_summary(self.folder, "failed", error=f"{type(error).__name__}: {error}"[:2000], life=self.life)
