@@ -141,7 +141,7 @@ def build(args: argparse.Namespace) -> Chain:
         if cells:
             write_list(folder, cells)
     site = [f"--{name}={value}" for name in ("partition", "account", "qos", "constraint") if (value := getattr(args, name))]
-    common = ["--parsable", "--kill-on-invalid-dep=yes", *site, *shlex.split(args.sbatch)]
+    common = ["--parsable", "--kill-on-invalid-dep=yes", *site]
     if args.mem:
         common.append(f"--mem={args.mem}")
     train_config = ["--config", str(Path(args.config).absolute()), *(["--deepspeed_config", args.deepspeed_config] if args.deepspeed_config else []),
@@ -152,7 +152,7 @@ def build(args: argparse.Namespace) -> Chain:
         gpus = [f"--gpus-per-node={args.gpus_per_node}"] if gpus_per_node(args) else []
         cpus = args.cpus_per_task or (8 if gpus else None)
         return [*common, f"--nodes={nodes}", f"--ntasks-per-node={ranks_per_node(args)}", *gpus, *([f"--cpus-per-task={cpus}"] if cpus else []),
-                *([f"--time={duration}"] if duration else [])]
+                *([f"--time={duration}"] if duration else []), *shlex.split(args.sbatch)]
 
     jobs, wait, array = [], [], f"0-{len(cells) - 1}%{args.at_once}" if cells else ""
     if args.prepare:
@@ -175,7 +175,7 @@ def build(args: argparse.Namespace) -> Chain:
     name = evaluation_name(eval_words)
     folders = [*args.compare_with, *([] if args.no_base else [str(Path(runs[0]) / "eval" / f"{name}-base")]), *(str(Path(r) / "eval" / name) for r in runs)]
     if len(folders) > 1:
-        small = [*common, "--nodes=1", "--ntasks=1", *([f"--time={args.eval_time}"] if args.eval_time else [])]
+        small = [*common, "--nodes=1", "--ntasks=1", *([f"--time={args.eval_time}"] if args.eval_time else []), *shlex.split(args.sbatch)]
         jobs.append(Job("compare", "compare.sh", [*folders, "--output", str(folder / "comparison")], small, [j.name for j in jobs if j.name.startswith("evaluate")]))
     for job in jobs:
         job.log = str(logs / (f"{job.name}-%A_%a.log" if job.array else f"{job.name}-%j.log"))

@@ -161,8 +161,9 @@ def end(args: argparse.Namespace) -> dict:
     step, status = lives.newest_step(), lives.summary().get("status")
     code, what = first_failure(logs) or (args.code, f"the step ended with status {args.code}")
     outside = args.state != "RUNNING" and args.reason != "TimeLimit"
-    if args.code == 0 and status == "completed":
-        verdict, code, text = "done", 0, f"the run is complete: {run_dir}"
+    if status == "completed":
+        late = f" (after that {what})" if args.code else ""     # e.g. a signal that came while the interpreter was closing
+        verdict, code, text = "done", 0, f"the run is complete: {run_dir}{late}"
     elif args.code == 0:
         verdict, code, text = "stop", 1, f"the ranks ended without an error, but {run_dir}/summary.json says {status!r}"
     elif outside:

@@ -9,9 +9,11 @@ computed twice (at most one checkpoint interval), seconds from the fault to the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,22 +67,42 @@ def minutes_run(site: Site, job: str) -> int:
     return parts[-3] * 60 + parts[-2]
 
 
+@contextlib.contextmanager
+def frozen(site: Site, job: str, run: Path):
+    """Stops the ranks (SIGSTOP) until the block ends: the tiny run must not finish while Slurm takes its time."""
+    def send(name):
+        for node, pids in places.items():
+            site.cluster.on(node, "kill", f"-{name}", *pids, check=False)
+    places = {node: rank_pids(site, node, run) for node in nodes_of(site, job)}
+    send("STOP")
+    try:
+        yield
+    finally:
+        send("CONT")
+
+
 def near_time_limit(site, job, run):
     """Slurm itself sends the warning: the limit comes closer than the 300 s of --signal=B:USR1@300."""
-    site.cluster.login("scontrol", "update", f"jobid={job}", f"timelimit={minutes_run(site, job) + 3}")
+    with frozen(site, job, run):
+        site.cluster.login("scontrol", "update", f"jobid={job}", f"timelimit={minutes_run(site, job) + 3}")
+        site.until(lambda: "asked to stop" in site.log(job), 90, "the warning did not come", job)
     wait_for_life(site, job, 1)
     site.cluster.login("scontrol", "update", f"jobid={job}", "timelimit=60")
 
 
 def hit_time_limit(site, job, run):
     """The limit itself, without time for a warning: ranks get TERM and KillWait (15 s here) to save."""
-    site.cluster.login("scontrol", "update", f"jobid={job}", f"timelimit={max(1, minutes_run(site, job))}")
+    with frozen(site, job, run):
+        site.cluster.login("scontrol", "update", f"jobid={job}", f"timelimit={max(1, minutes_run(site, job))}")
+        site.until(lambda: site.cluster.job(job)["JobState"] != "RUNNING", 150, "the time limit did not come", job)
     wait_for_life(site, job, 1)
     site.cluster.login("scontrol", "update", f"jobid={job}", "timelimit=60")
 
 
 def preempt(site, job, run):
-    urgent = site.sbatch("--partition=high", f"--nodes={site.cluster.shape.nodes}", "--exclusive", "--wrap=sleep 3")
+    with frozen(site, job, run):
+        urgent = site.sbatch("--partition=high", f"--nodes={site.cluster.shape.nodes}", "--exclusive", "--wrap=sleep 3")
+        site.until(lambda: "asked to stop" in site.log(job), 60, "the warning did not come", job)
     site.wait(urgent, 240)
 
 
@@ -111,7 +133,9 @@ def revive(site, job, run):
 def cut_network(site, job, run):
     """Both ranks live on the node that is cut: they go on alone, as an orphan, while the next life starts elsewhere."""
     site.victim = nodes_of(site, job)[0]
-    site.cluster.cut(site.victim)
+    with frozen(site, job, run):
+        site.cluster.cut(site.victim)
+        site.until(lambda: json.loads((run / "life").read_text())["life"] > 1, 300, "no second life", job)
 
 
 def heal(site, job, run):
@@ -157,7 +181,7 @@ def fill_disk(site, job, run):
 ROWS = [Row("warning signal", warn, lost_steps=0), Row("time limit is near", near_time_limit, lost_steps=0),
         Row("time limit is hit", hit_time_limit, lost_steps=0), Row("preemption", preempt, lost_steps=0), Row("requeue by hand", requeue),
         Row("one rank kill -9", kill_rank), Row("node killed", kill_last_node, after=revive), Row("batch node killed", kill_batch_node, after=revive),
-        Row("network cut, old ranks alive", cut_network, ONE_NODE, after=heal), Row("slurmd restarted", restart_slurmd, lives=1, lost_steps=0),
+        Row("network cut with old ranks alive", cut_network, ONE_NODE, after=heal), Row("slurmd restarted", restart_slurmd, lives=1, lost_steps=0),
         Row("checkpoint disk full", fill_disk, prepare=small_disk)]
 
 
@@ -223,6 +247,7 @@ def main() -> int:
     rows = [row for row in ROWS if not wanted or row.name in wanted]
     if len(wanted) > len(rows):
         parser.error(f"unknown row; rows: {'; '.join(row.name for row in ROWS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # leave through the finally blocks: there is a mount to undo
     install()
     reason = why_not()
     if reason:

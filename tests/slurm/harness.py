@@ -26,7 +26,7 @@ def write_config(folder: Path, **train) -> Path:
     config = {"data": {"path": "planted", "limit_train": 96, "limit_valid": 12, "limit_test": 24},
               "model": {"path": "tiny-random", "quantization": "nf4", "lora": {"r": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear"}},
               "train": {"max_steps": 40, "global_batch": 12, "lr": 0.003, "warmup_steps": 2, "save_every": 10, "eval_every": 20, "log_every": 1,
-                        "timeout_s": 120, "debug_sync": True} | train,
+                        "timeout_s": 300, "debug_sync": True} | train,
               "objective": "gdrt", "groups": {"num": 4}}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
