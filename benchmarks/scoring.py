@@ -81,7 +81,8 @@ def on_real_data(options) -> list[dict]:
     from gdrt_ds.runtime import Runtime
     from gdrt_ds.scoring import CatalogueScorer
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    config = load_config(None, [f"data.path={options.data}", f"model.path={options.model}", "model.quantization=none", "model.dtype=float32"])
+    config = load_config(None, [f"data.path={options.data}", f"model.path={options.model}", "model.quantization=none", "model.dtype=float32",
+                                *options.overrides])
     corpus = load_corpus(config.data)
     recommender = assemble(config, Runtime(device=device), resolve_model(config.model.path), None, None, corpus.domain, Catalogue.build(corpus))
     samples = corpus.split("test")
@@ -195,9 +196,9 @@ def on_generated_catalogues(options) -> list[dict]:
         trie = TokenTrie.build([encoder.target_ids(t) for t in part])
         scorer = CatalogueScorer(PromptReader(model, encoder.head_ids), trie, max_bytes=bound)
         prompts = [encoder.encode(part[i * 10:i * 10 + 8]).input_ids.tolist() for i in range(2)]
-        scorer.score(prompts[:1])
         reset_peak()
         before = peak_bytes()
+        scorer.score(prompts[:1])
         spent, scores = timed(scorer.score, prompts)
         peak = peak_bytes()
         assert torch.allclose(scores.exp().sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6)
@@ -221,8 +222,9 @@ def main() -> None:
     parser.add_argument("--only", choices=("data", "size"))
     parser.add_argument("--quick", action="store_true", help="2 users, one of them for the peer")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of one thread: for machines that others use at the same time")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of data and prompt, e.g. data.on_bad_row=skip")
     parser.add_argument("--json", action="store_true", help="JSON lines only")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.cpu_time:
         global _clock
         torch.set_num_threads(1)
