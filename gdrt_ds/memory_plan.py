@@ -5,7 +5,7 @@ Per rank, W ranks, s bytes of the compute dtype, t tokens of a micro-batch:
     base        packed 4-bit weights (1/2 byte each), unquantised parameters (s each); both / W under ZeRO-3
     quant_state 1 byte per 64 values + 4 per 64*256 (double quantisation), 4 per 64 without; whole on every rank
     adapter     weights s, gradients s, float32 masters 4 and two moments 8 per trainable parameter; sharded by stage
-    gathered    ZeRO-3's whole parameters in use: all of them up to stage3_max_live_parameters elements
+    gathered    ZeRO-3's whole parameters in use: all of them up to stage3_max_live_parameters elements, at least the embedding
     dequantised the largest matrix, dense, twice (forward copy and its transpose product in backward)
     activations per token and layer, see `activation_bytes_per_token`; with checkpointing the inputs of all layers and one layer
     loss        logits chunk (its byte budget) and the hidden states and row gradients of the supervised tokens
@@ -28,7 +28,7 @@ from gdrt_ds.model import choose_attention, compute_dtype, linear_names, model_c
 
 MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
 LOSS_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers, allocator slack: measured, see docs/support-matrix.md
+CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers, allocator slack: an allowance, not yet calibrated
 DEVICE_RESERVE = 0.94  # share of a GPU that tensors can use: context, workspaces and fragmentation take the rest
 
 
@@ -171,7 +171,7 @@ def estimate(config: RunConfig, model_config, world: int, device_memory_bytes: i
         limit = MAX_LIVE_PARAMETERS if limit == "auto" else int(limit)
         storage_elements = packed + model.plain
         share = min(1.0, limit / max(1, storage_elements))
-        live = int(share * (packed + model.plain * size)) if world > 1 or share < 1 else packed + model.plain * size
+        live = max(int(share * (packed + model.plain * size)), model.vocabulary * model.hidden * size)
     gradients = model.lora * size // (world if stage >= 2 else 1) + model.lora * size
     per_token = activation_bytes_per_token(model, size, config.model.lora.dropout)
     if config.model.gradient_checkpointing:
@@ -217,4 +217,4 @@ def advise(config: RunConfig, plan: MemoryPlan, model: Inventory, stage: int, wo
 
 
 def _mib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 10 * 2**30 // 10 else f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -44,5 +44,8 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
     say(f"engine: DeepSpeed ZeRO stage {zero_stage(filled)} on {world} rank(s), {str(dtype).removeprefix('torch.')}")
     from gdrt_ds.memory_plan import estimate
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    for text in estimate(config, prepared.model_config, world, memory).lines():
+    micro_batches = world * plan.accumulation
+    tokens = max(1, round(figures["padded" if packing == "none" else packing] / micro_batches))
+    targets = max(1, round(config.train.global_batch * float(store.num_target.mean()) / micro_batches))
+    for text in estimate(config, prepared.model_config, world, memory, tokens=tokens, targets=targets, deepspeed_config=filled).lines():
         say(text)
