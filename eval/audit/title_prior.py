@@ -11,6 +11,7 @@ import torch
 
 # Above this size the control keeps two layers: a random model knows nothing at any depth, and memory is not spent twice.
 FULL_DEPTH_PARAMETERS = 500_000_000
+CONTROL_SEED = 2510  # not one that trainings use: a tiny-random base is itself a random initialisation
 
 
 def content_free_prompt(context) -> list[int]:
@@ -40,7 +41,7 @@ def title_log_probs(context, which: str) -> np.ndarray:
 
 
 def random_model(context):
-    """The base's architecture with fresh weights, seed 0; two layers of it where the base is large. float32."""
+    """The base's architecture with fresh weights; two layers of it where the base is large. float32."""
     from transformers import AutoModelForCausalLM
 
     from gdrt_ds.model import read_model_config, unwrap
@@ -51,6 +52,6 @@ def random_model(context):
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:2]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(CONTROL_SEED)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     return model.float().eval().to(context.recommender.reader.device)

@@ -1,0 +1,168 @@
+"""Every audit end to end on tiny run folders: checkpoints, several runs, the command line, the report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from run_folders import make_run
+
+from eval.audit import AUDITS, AuditOptions, amplification, checkpoint_weights, cross_tuning, debiasing, folders, run_audits
+from eval.audit.__main__ import main as audit_runs
+from eval.audit.context import AuditContext
+from eval.audit.title_prior import content_free_prompt, title_log_probs, title_tokens
+from eval.loading import load_subject
+from eval.run import main as evaluate
+from gdrt_ds import checkpoint
+from gdrt_ds.errors import UserError
+from gdrt_ds.runtime import Runtime
+
+REPOSITORY = Path(__file__).parents[2]
+OPTIONS = AuditOptions(users=6, num_bootstrap=50, permutations=2)
+
+
+def publish(run, step: int, scale: float, world: int = 2) -> None:
+    """A checkpoint as the trainer's ranks leave it: `scale` x the adapter's weights, cut in `world` slices at odd places."""
+    from safetensors.torch import load_file
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    scratch = run / "checkpoints" / f".step_{step}.life_1"
+    scratch.mkdir(parents=True)
+    slices = [{} for _ in range(world)]
+    for name, value in weights.items():
+        flat, cut = value.flatten() * (scale if "lora_B" in name else 1.0), value.numel() // 3 + 1
+        name = f"model.{name.replace('.weight', '.default.weight')}"
+        slices[0][f"{name}|0|weight"], slices[-1][f"{name}|{cut}|weight"] = flat[:cut].clone(), flat[cut:].clone()
+        slices[0][f"{name}|0|exp_avg"] = torch.zeros(cut)
+    for rank, part in enumerate(slices):
+        checkpoint._save_tensors({**part, "rng.torch": torch.zeros(4, dtype=torch.uint8)}, scratch / f"rank_{rank:05d}.safetensors")
+    (scratch / "state.json").write_text("{}")
+    about = {"format": checkpoint.FORMAT, "step": step, "world": world, "life": 1, "fingerprint": "", "stage": 3}
+    checkpoint._publish(run, scratch, run / "checkpoints" / f"step_{step}", about, 10, False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Four evaluated runs: two objectives x two seeds, one with checkpoints."""
+    base, made = tmp_path_factory.mktemp("runs"), []
+    for objective in ("sft", "gdrt"):
+        for seed in (0, 1):
+            run = make_run(base / f"{objective}-{seed}", [f"objective={objective}", f"train.seed={seed}"], seed=seed)
+            evaluate(["--run", str(run), "--limit", "12", "--bootstrap", "20", "--no-floors", "--audit", "sensitivity,dimensionality", "--audit-users", "6"])
+            made.append(run)
+    checkpoint.begin_life(made[0])
+    publish(made[0], 10, 0.5)
+    publish(made[0], 20, 1.0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def subject(runs):
+    return load_subject(Runtime(), run=str(runs[0]))
+
+
+def test_every_audit_runs_from_the_command_line_and_is_in_the_report(runs, capsys):
+    output = runs[0] / "eval" / "everything"
+    evaluate(["--run", str(runs[0]), "--limit", "12", "--bootstrap", "20", "--no-floors", "--audit", "all", "--audit-users", "6", "--permutations", "2",
+              "--output", str(output), "--runs", *map(str, runs)])
+    printed = capsys.readouterr().out
+    audits = json.loads((output / "results.json").read_text())["audits"]
+    assert set(audits) == set(AUDITS)
+    page = (output / "report.html").read_text()
+    for name, audit in audits.items():
+        assert f"audit {name}: " in printed and printed.index(f"audit {name}: ") < printed.index(audit["finding"])
+        assert audit["figures"] and audit["control"] and audit["cost"] and audit["table"]["rows"] and audit["title"] in page
+        assert np.isfinite(audit["effect"]["value"])
+        assert any(m["ci_low"] is not None for m in audit["measures"].values())
+
+
+def test_two_ranks_find_what_one_rank_finds(runs, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval.run", "--run-dir", str(runs[1]), "--limit", "12",
+               "--bootstrap", "20", "--no-floors", "--audit", "sensitivity,dimensionality", "--audit-users", "6", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((folder / "results.json").read_text())["audits"] for folder in (next((runs[1] / "eval").iterdir()), tmp_path))
+    for name, audit in one.items():
+        for measure, estimate in audit["measures"].items():
+            assert estimate["value"] == pytest.approx(two[name]["measures"][measure]["value"], abs=1e-4), (name, measure)
+            assert estimate["ci_low"] == pytest.approx(two[name]["measures"][measure]["ci_low"], abs=1e-4)
+    assert "2 rank(s)" in two["sensitivity"]["cost"]
+
+
+def test_all_leaves_out_what_cannot_run_and_says_so_and_a_name_is_refused(subject, runs, capsys):
+    bare = load_subject(Runtime(), run=str(runs[1]))  # no checkpoints
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        run_audits(["amplification"], bare, Runtime(), OPTIONS)
+    with pytest.raises(UserError, match="compares at least 4 runs, --runs names 0"):
+        run_audits(["cross_tuning"], subject, Runtime(), OPTIONS)
+    with pytest.raises(UserError, match="holds no evaluation"):
+        folders.load_evaluations([runs[0] / "base", runs[1]], 2)
+    reasons = {name: audit.lacks(AuditContext(bare, Runtime(), OPTIONS)) for name, audit in AUDITS.items()}
+    assert {n for n, reason in reasons.items() if reason} == {"amplification", "cross_tuning", "debiasing"}
+
+
+def test_checkpoint_slices_give_the_adapter_back_to_the_bit_and_damage_is_refused(runs, subject):
+    from safetensors.torch import load_file
+    context = AuditContext(subject, Runtime(), OPTIONS)
+    saved = load_file(runs[0] / "adapter" / "adapter_model.safetensors")
+    steps = checkpoint_weights.checkpoint_folders(runs[0])
+    assert [step for step, _ in steps] == [10, 20]
+    whole = checkpoint_weights.adapter_weights(steps[1][1])
+    assert all(torch.equal(whole[n.replace(".weight", ".default.weight")], v.flatten()) for n, v in saved.items()) and len(whole) == len(saved)
+    samples = context.users(6)
+    scored = dict(amplification.score_steps(context, samples))
+    assert np.allclose(scored[20], context.scores([s.history for s in samples], "scores"), atol=1e-4)  # the merged adapter
+    assert np.allclose(scored[0], context.base().scores([s.history for s in samples], "scores"))
+    assert np.abs(scored[10] - scored[20]).max() > 1e-3 < np.abs(scored[10] - scored[0]).max()
+    model = context.variant(subject.recommender.adapter, merge=False).loaded.model
+    with pytest.raises(UserError, match="differ in 1 weights"):
+        checkpoint_weights.set_adapter(model, {n: v for n, v in whole.items() if n != sorted(whole)[0]})
+    torn = {n: v for n, v in load_file(steps[0][1] / "rank_00001.safetensors").items() if not n.endswith("layers.0.self_attn.v_proj.lora_A.default.weight")}
+    keys = sorted(k for k in torn if k.startswith("model.") and k.endswith("|weight"))
+    torn[keys[0].replace("|", "|1", 1)] = torn.pop(keys[0])
+    checkpoint._save_tensors(torn, steps[0][1] / "rank_00001.safetensors")
+    with pytest.raises(UserError, match="do not join"):
+        checkpoint_weights.adapter_weights(steps[0][1])
+    assert [step for step, _ in checkpoint_weights.checkpoint_folders(runs[0])] == [20]  # its checksum no longer holds
+
+
+def test_title_log_probabilities_equal_a_plain_forward_and_the_control_knows_no_titles(subject):
+    context = AuditContext(subject, Runtime(), OPTIONS)
+    prompt, title = content_free_prompt(context), title_tokens(context)[3]
+    with torch.no_grad():
+        logits = context.base().recommender.loaded.model(input_ids=torch.tensor([prompt + title])).logits[0].double()
+    expected = torch.log_softmax(logits[len(prompt) - 1:-1], -1)[torch.arange(len(title)), torch.tensor(title)].sum()
+    assert title_log_probs(context, "base")[3] == pytest.approx(float(expected), abs=1e-4)
+    control = title_log_probs(context, "random")
+    assert not np.allclose(control, title_log_probs(context, "base"), atol=0.1) and np.array_equal(control, title_log_probs(context, "random"))
+
+
+def test_runs_are_compared_without_a_model_and_identical_runs_differ_by_nothing(runs, tmp_path, capsys):
+    audit_runs(["cross_tuning", *map(str, runs), "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "cross_tuning.json").read_text())
+    assert {row[0] for row in found["table"]["rows"]} == {"objective", "seed"} and "<svg" in (tmp_path / "cross_tuning.html").read_text()
+    audit_runs(["debiasing", *map(str, runs[:3]), "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "debiasing.json").read_text())
+    assert found["table"]["columns"][1] == "sft-0 (baseline)" and len(found["measures"]) == 2
+    same = debiasing.z_scores(*[debiasing.badness(folders.load_evaluations([runs[0]], 1)[0])] * 2)
+    assert len(same) > 5 and set(same.values()) == {0.0}
+
+
+def test_a_run_with_less_bias_everywhere_scores_better_and_flipped_signs_do_not():
+    figure = lambda value, direction: {"value": value, "ci_low": value - 0.02, "ci_high": value + 0.02, "higher_is_better": direction}  # noqa: E731
+
+    def run(shift):
+        metrics = {"mgu@5": figure(0.3 - shift, False), "gini@10": figure(0.8 - shift, False), "coverage@10": figure(0.2 + shift, True),
+                   "arp@10": figure(5, None), "aplt@10": figure(0.1 + shift, None)}
+        return folders.Evaluation(None, "x", {"metrics": metrics, "floors": {"targets": {"aplt@10": {"value": 0.5}}}})
+
+    z = debiasing.z_scores(debiasing.badness(run(0.1)), debiasing.badness(run(0.0)))
+    assert set(z) == {"mgu@5", "gini@10", "coverage@10", "aplt@10"} and all(v == pytest.approx(-0.1 / (0.04 / 3.92 * 2 ** 0.5)) for v in z.values())
+
+
+def test_bias_vectors_keep_only_measures_that_all_runs_have_and_that_vary(runs):
+    names, values = cross_tuning.bias_vectors(folders.load_evaluations(runs, 4))
+    assert values.shape == (4, len(names)) and "audit: sensitivity" in names and np.ptp(values, axis=0).min() > 0
