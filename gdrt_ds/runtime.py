@@ -135,6 +135,12 @@ def catch_stop_signals(runtime: Runtime) -> None:
     faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
 
 
+def ignore_stop_signals() -> None:
+    """When a rank has done its work: at exit Python puts the default actions back, and a late signal would turn success into a death."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Watchdog:
     """Ends this rank when no `beat` came for `timeout_s`: stacks of all its threads go to `folder/stacks_rank_K.txt`.
 

@@ -44,10 +44,11 @@ def main(argv: list[str] | None = None) -> int:
             print_plan(config, arguments.world or rank["world"], full=arguments.plan, quiet=rank["rank"] != 0)
         if arguments.plan:
             return 0
-        from gdrt_ds.runtime import start_runtime
+        from gdrt_ds.runtime import ignore_stop_signals, start_runtime
         from gdrt_ds.trainer import Trainer
         runtime = start_runtime(config.train.timeout_s)
         status = Trainer(config, runtime).run()
+        ignore_stop_signals()
         import torch.distributed as dist
         dist.destroy_process_group()
         return status
