@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import time
 import warnings
 
@@ -26,6 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+
+from machine_line import machine  # noqa: E402
 
 from gdrt_ds.loss import describe, group_cross_entropy  # noqa: E402
 from gdrt_ds.loss.group_loss import CHUNK_BYTES  # noqa: E402
@@ -173,18 +174,6 @@ def peak_bytes(problem: Problem, run) -> int:
     return peak
 
 
-def machine(device: str) -> str:
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-
-
 def measure(name: str, problem: Problem, repeats: int, quick: bool, clock) -> list[dict]:
     """One JSON object per contender that is not the one-pass op: its time and memory beside ours."""
     dtype = str(problem.head.dtype).removeprefix("torch.")
@@ -207,7 +196,7 @@ def measure(name: str, problem: Problem, repeats: int, quick: bool, clock) -> li
     mine, budget = best["ours, one pass"], CHUNK_BYTES[problem.device] + problem.hidden.numel() * problem.hidden.element_size()
     rows = []
     for label, (_, kind) in table.items():
-        row = {"name": f"group_loss: ours one-pass / {label}", "shape": shape, "machine": machine(problem.device), "kind": kind}
+        row = {"name": f"group_loss: ours one-pass / {label}", "shape": shape, "machine": machine(), "kind": kind}
         if label == "ours, one pass":
             row |= {"name": "group_loss: memory of one-pass / (chunk budget + N*H)", "kind": "memory"}
             row |= {"ours": peaks[label], "floor": budget, "ratio": round(peaks[label] / budget, 3), "unit": "bytes"}

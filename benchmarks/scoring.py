@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import time
 from pathlib import Path
@@ -23,14 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-
-def machine() -> str:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+from machine_line import machine
 
 
 def prefix_table(trie) -> dict[tuple[int, ...], list[int]]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -28,17 +27,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists(
 import numpy as np
 import torch
 
+from machine_line import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE_7B = dict(num_layers=32, hidden=4096, num_heads=32, num_key_value_heads=8, intermediate=14336)
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
-    name = platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
 
 
 class Bench:

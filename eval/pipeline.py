@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -15,9 +12,9 @@ from eval.loading import Subject
 from eval.metrics import evaluate, evaluate_targets
 from eval.predictions import OBJECTIVES, Progress, ScoringOptions, check_exactness, claim_output, item_order, predict, scoring_key
 from gdrt_ds.errors import UserError
+from gdrt_ds.run_folder import git_hash, versions
 from gdrt_ds.runtime import Runtime, detect_rank, start_runtime
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "scipy", "gdrt-ds")
 # Ranks finish at different times and meet at a barrier: the longest share must fit.
 TIMEOUT_S = 7 * 24 * 3600
 
@@ -28,27 +25,6 @@ def evaluation_runtime() -> Runtime:
         return start_runtime(timeout_s=TIMEOUT_S)
     import torch
     return Runtime(device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that scores depend on, and Python's."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_hash() -> str | None:
-    """Commit of the code, with `+changes` if the tree differs; None outside a checkout."""
-    def ask(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    try:
-        return ask("rev-parse", "HEAD") + ("+changes" if ask("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def default_output(subject: Subject, options: ScoringOptions) -> Path:

@@ -24,7 +24,7 @@ from gdrt_ds.errors import UserError
 FREE_ON_RESUME = ("run.", "log.", "resume", "deepspeed", "train.log_every", "train.save_every", "train.keep_checkpoints", "train.timeout_s",
                   "train.debug_sync", "train.on_nonfinite", "train.micro_batch", "train.packing", "model.attention", "model.loading",
                   "model.gradient_checkpointing", "model.compile")
-VERSIONED = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy", "triton", "flash-attn")
+VERSIONED = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy", "scipy", "triton", "flash-attn", "gdrt-ds")
 
 
 def status(folder: Path) -> str | None:
