@@ -142,6 +142,30 @@ await_step() { # waits for the step through any number of trapped signals; STEP_
   wait "$TAIL_PID" 2>/dev/null || true
 }
 
+# ---- the next life (gdrt.sh) ------------------------------------------------------------------------------------------------------
+
+describe_state() { # what Slurm thinks of this job: STATE, REASON
+  local job
+  STATE=RUNNING REASON=None
+  job=$(scontrol -o show job "$SLURM_JOB_ID") || return 0
+  if [[ $job =~ JobState=([A-Z_]+) ]]; then STATE=${BASH_REMATCH[1]}; fi
+  if [[ $job =~ Reason=([A-Za-z_]+) ]]; then REASON=${BASH_REMATCH[1]}; fi
+}
+
+conclude() { # conclude STEP_CODE [--early]: asks lives.py what follows and does it, once; CODE is the job's exit status
+  [ -z "$CODE" ] || return 0
+  local ended code=$1 by_hand="go on by hand: sbatch slurm/gdrt.sh ${TRAIN[*]:1}"
+  shift
+  ended=$("${LIFE_TOOL[@]}" end --job "$SLURM_JOB_ID" --restart "$RESTART" --run-dir "$RUN_DIR" --code "$code" --state "$STATE" --reason "$REASON" "$@") || exit $?
+  eval "$ended" # VERDICT, CODE
+  case $VERDICT in
+    requeue) scontrol requeue "$SLURM_JOB_ID" || say "Slurm refused to requeue; $by_hand" ;;
+    hold) scontrol requeuehold "$SLURM_JOB_ID" || say "Slurm refused to hold the job; $by_hand" ;;
+  esac
+}
+
+# ---- work that starts anew when the job is requeued (eval.sh, prepare.sh) -----------------------------------------------------------
+
 requeue_on_warning() { # before the time limit: the job leaves and comes back, GDRT_MAX_REQUEUES times at most
   # shellcheck disable=SC2016 # expanded when the signal comes
   trap 'SIGNALLED=1
@@ -149,7 +173,7 @@ requeue_on_warning() { # before the time limit: the job leaves and comes back, G
     else say "asked to stop, and ${GDRT_MAX_REQUEUES:-20} requeues are used up (GDRT_MAX_REQUEUES)"; fi' USR1
 }
 
-run_ranks() { # run_ranks LOG_FOLDER COMMAND...: for work that starts anew when the job is requeued
+run_ranks() { # run_ranks LOG_FOLDER COMMAND...
   launch "$@"
   await_step
   if [ "$STEP_CODE" != 0 ]; then

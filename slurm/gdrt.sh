@@ -17,7 +17,7 @@
 # requeues, and neither GDRT_MAX_REQUEUES (20) lives nor GDRT_MAX_STALLED (2) lives without a new checkpoint are exceeded.
 # Settings and failures: docs/clusters.md.
 set -euo pipefail
-warned=0 STEP_PID='' REPEATER=''
+warned=0 STEP_PID='' REPEATER='' CODE=''
 # shellcheck disable=SC2317 # called by the trap
 on_warning() { # the time limit or an eviction is near
   export SIGNALLED=1 # tells await_step why `wait` returned
@@ -30,7 +30,15 @@ pass_on() { # tells the ranks, again and again until they end: a rank that is st
   while kill -USR1 "$STEP_PID" 2>/dev/null; do sleep 10; done &
   REPEATER=$!
 }
-trap on_warning USR1 TERM
+# shellcheck disable=SC2317 # called by the trap
+on_term() { # preemption without a warning: as above. The time limit itself: seconds are left, so requeue first; ranks that save in time lose nothing
+  on_warning
+  [ -n "$STEP_PID" ] || return 0
+  describe_state
+  if [ "$REASON" = TimeLimit ]; then conclude 75 --early; fi
+}
+trap on_warning USR1
+trap on_term TERM
 
 for GDRT_HOME in "${GDRT_HOME:-}" "${SLURM_SUBMIT_DIR:-}" "${SLURM_SUBMIT_DIR:-}/.."; do # Slurm runs a copy of this file: it cannot ask where it is
   [ -f "$GDRT_HOME/slurm/common.sh" ] && break
@@ -44,35 +52,26 @@ GDRT_HOME=$(cd "$GDRT_HOME" && pwd)
 [[ " $* " == *" --config"* ]] || set -- --config "$GDRT_HOME/configs/quickstart.yaml" "$@"
 
 prepare_environment
-life=("${GDRT_CONTAINER_WORDS[@]}" "$PYTHON" "$GDRT_HOME/slurm/lives.py")
-restart=${SLURM_RESTART_COUNT:-0}
-begun=$("${life[@]}" begin --job "$SLURM_JOB_ID" --restart "$restart" --active "$(squeue -h -u "$(id -u)" -t R,CG -o %A | tr '\n' ' ')" -- "$@") || exit $?
+LIFE_TOOL=("${GDRT_CONTAINER_WORDS[@]}" "$PYTHON" "$GDRT_HOME/slurm/lives.py")
+RESTART=${SLURM_RESTART_COUNT:-0}
+begun=$("${LIFE_TOOL[@]}" begin --job "$SLURM_JOB_ID" --restart "$RESTART" --active "$(squeue -h -u "$(id -u)" -t R,CG -o %A | tr '\n' ' ')" -- "$@") || exit $?
 eval "$begun" # VERDICT, RUN_DIR, LOGS, EXTRA (arguments for the trainer)
 [ "$VERDICT" = finished ] && exit 0
 describe_job
 check_nodes "$RUN_DIR"
-train=("$GDRT_HOME/gdrt_ds/train.py" "$@" "${EXTRA[@]}")
-if [ "$restart" = 0 ] && [ "${GDRT_PLAN:-1}" = 1 ]; then # a plan that is refused ends the job here, before any rank starts
-  "${GDRT_CONTAINER_WORDS[@]}" "$PYTHON" "${train[@]}" --plan --world "$RANKS" || exit $?
+TRAIN=("$GDRT_HOME/gdrt_ds/train.py" "$@" "${EXTRA[@]}")
+if [ "$RESTART" = 0 ] && [ "${GDRT_PLAN:-1}" = 1 ]; then # a plan that is refused ends the job here, before any rank starts
+  "${GDRT_CONTAINER_WORDS[@]}" "$PYTHON" "${TRAIN[@]}" --plan --world "$RANKS" || exit $?
 fi
 if [ "$warned" = 0 ]; then
-  export GDRT_SIGNALS=caught GDRT_LIFE=$restart
-  launch "$LOGS" "${train[@]}"
+  export GDRT_SIGNALS=caught GDRT_LIFE=$RESTART
+  launch "$LOGS" "${TRAIN[@]}"
   [ "$warned" = 0 ] || pass_on # it came between the question above and the launch
   await_step
 else
   STEP_CODE=75 # asked to stop before the ranks started
 fi
 
-job=$(scontrol -o show job "$SLURM_JOB_ID")
-[[ $job =~ JobState=([A-Z_]+) ]] && state=${BASH_REMATCH[1]}
-[[ $job =~ Reason=([A-Za-z_]+) ]] && reason=${BASH_REMATCH[1]}
-ended=$("${life[@]}" end --job "$SLURM_JOB_ID" --restart "$restart" --run-dir "$RUN_DIR" --code "$STEP_CODE" \
-  --state "${state:-RUNNING}" --reason "${reason:-None}") || exit $?
-CODE=1
-eval "$ended" # VERDICT, CODE
-case $VERDICT in
-  requeue) scontrol requeue "$SLURM_JOB_ID" || { say "Slurm refused to requeue; go on by hand: sbatch slurm/gdrt.sh $*"; exit 75; } ;;
-  hold) scontrol requeuehold "$SLURM_JOB_ID" || exit "$CODE" ;;
-esac
+describe_state
+conclude "$STEP_CODE"
 exit "$CODE"

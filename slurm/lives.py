@@ -172,7 +172,10 @@ def end(args: argparse.Namespace) -> dict:
         verdict, text = "stop", f"{what}: a setting has to be mended, so there is no requeue; the message is in {logs}/rank_0.log"
     else:
         reason = refusal(lives, args.restart + 1, step)
-        text = f"interrupted, all ranks saved step {step}" if code == INTERRUPTED else f"{what}; newest checkpoint: step {step}; logs: {logs}"
+        if args.early:
+            code, text = INTERRUPTED, f"the time limit is reached; newest checkpoint: step {step}"
+        else:
+            text = f"interrupted, all ranks saved step {step}" if code == INTERRUPTED else f"{what}; newest checkpoint: step {step}; logs: {logs}"
         if reason:
             verdict, code, text = "stop", 1, f"{text}; stopped: {reason}"
         elif code == STORAGE_ERROR:
@@ -200,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument("--code", type=int, required=True, help="exit status of srun")
             sub.add_argument("--state", required=True, help="JobState of `scontrol show job`")
             sub.add_argument("--reason", required=True)
+            sub.add_argument("--early", action="store_true", help="the ranks are still ending: the time limit leaves no time to wait for them")
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])

@@ -91,7 +91,7 @@ def near_time_limit(site, job, run):
 
 
 def hit_time_limit(site, job, run):
-    """The limit itself, without time for a warning: ranks get TERM and KillWait (15 s here) to save."""
+    """The limit itself, without time for a warning: ranks get TERM and KillWait (30 s) to save."""
     with frozen(site, job, run):
         site.cluster.login("scontrol", "update", f"jobid={job}", f"timelimit={max(1, minutes_run(site, job))}")
         site.until(lambda: site.cluster.job(job)["JobState"] != "RUNNING", 150, "the time limit did not come", job)
@@ -179,7 +179,7 @@ def fill_disk(site, job, run):
 
 
 ROWS = [Row("warning signal", warn, lost_steps=0), Row("time limit is near", near_time_limit, lost_steps=0),
-        Row("time limit is hit", hit_time_limit, lost_steps=0), Row("preemption", preempt, lost_steps=0), Row("requeue by hand", requeue),
+        Row("time limit is hit", hit_time_limit), Row("preemption", preempt, lost_steps=0), Row("requeue by hand", requeue),
         Row("one rank kill -9", kill_rank), Row("node killed", kill_last_node, after=revive), Row("batch node killed", kill_batch_node, after=revive),
         Row("network cut with old ranks alive", cut_network, ONE_NODE, after=heal), Row("slurmd restarted", restart_slurmd, lives=1, lost_steps=0),
         Row("checkpoint disk full", fill_disk, prepare=small_disk)]
@@ -260,7 +260,7 @@ def main() -> int:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(runs / "small")], check=True)    # before the nodes: they inherit it
     results = []
     try:
-        with Cluster(folder / "cluster", Shape(nodes=3, kill_wait_s=15)) as cluster:
+        with Cluster(folder / "cluster", Shape(nodes=3, kill_wait_s=30)) as cluster:
             site = Site(cluster, runs)
             calm = {}
             for options in (TWO_NODES, ONE_NODE):       # both layouts are two ranks: the same arithmetic

@@ -37,7 +37,7 @@ class Site:
     """A cluster with this checkout on every node, and a folder for runs and logs."""
 
     def __init__(self, cluster: Cluster, folder: Path):
-        self.cluster, self.folder = cluster, folder
+        self.cluster, self.folder, self.home = cluster, folder, HOME
         self.config = write_config(folder)
 
     @staticmethod

@@ -188,3 +188,11 @@ def test_the_grid_repeats_temperatures_only_where_they_matter(tmp_path, capsys):
     assert len((tmp_path / "sweep" / "runs.txt").read_text().splitlines()) == 6
     assert grid.main([*words, "--index", "6"]) == 2
     assert "sbatch --array=0-5" in capsys.readouterr().err
+
+
+def test_at_the_time_limit_the_job_is_requeued_before_the_ranks_have_ended(tmp_path):
+    run = tmp_path / "run"
+    begin(run)
+    checkpoint(run, 10)
+    code, answer, said = call(lives.main, "end", "--job", "7", "--restart", 0, "--run-dir", run, "--code", 75, "--state", "COMPLETING", "--reason", "TimeLimit", "--early")
+    assert answer == {"VERDICT": "requeue", "CODE": "75"} and "the time limit is reached; newest checkpoint: step 10" in said
