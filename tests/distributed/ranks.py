@@ -39,7 +39,7 @@ def _child(function, rank, world, port, queue, args):
     os._exit(0)
 
 
-def run_ranks(world: int, function, *args, timeout_s: float = 120.0, may_die: bool = False) -> list:
+def run_ranks(world: int, function, *args, timeout_s: float = 300.0, may_die: bool = False) -> list:
     """Results of function(rank, world, *args) on every rank, in rank order. Results must be picklable.
 
     With `may_die` a killed rank gives None and its peers are stopped.
@@ -74,7 +74,7 @@ def run_ranks(world: int, function, *args, timeout_s: float = 120.0, may_die: bo
     return [results.get(rank) for rank in range(world)]
 
 
-def run_scenario(script: str, folder: Path, timeout_s: float = 300.0) -> dict:
+def run_scenario(script: str, folder: Path, timeout_s: float = 550.0) -> dict:
     """Runs tests/distributed/<script> in a fresh interpreter; returns the JSON it wrote."""
     output = folder / (Path(script).stem + ".json")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
