@@ -28,7 +28,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NETWORK = "10.77.0"
-PACKAGES = ["slurm-wlm", "slurm-client", "munge", "iproute2", "util-linux"]
+PACKAGES = ["slurm-wlm", "slurm-client", "munge", "iproute2", "util-linux", "procps"]
 ACCOUNTING_PACKAGES = ["slurmdbd", "mariadb-server"]
 COMMANDS = ["sbatch", "srun", "salloc", "squeue", "sinfo", "scancel", "scontrol", "sacct", "sacctmgr"]
 
@@ -88,6 +88,7 @@ class Shape:
     grace_s: int = 40               # what a preempted job has between the warning and the eviction
     slurmd_timeout_s: int = 20      # silence after which a node counts as dead
     kill_wait_s: int = 5            # between TERM and KILL at the time limit
+    forget_s: int = 900             # until the controller forgets an ended job
 
 
 class Cluster:
@@ -276,7 +277,7 @@ class Cluster:
         kind = f"{shape.gpu_type}:" if shape.gpu_type else ""
         gres = f" Gres=gpu:{kind}{shape.gpus}" if shape.gpus else ""
         settings = {"STATE": self.state, "NETWORK": NETWORK, "SLURMD_TIMEOUT": shape.slurmd_timeout_s, "KILL_WAIT": shape.kill_wait_s,
-                    "GRACE": shape.grace_s}
+                    "GRACE": shape.grace_s, "FORGET": shape.forget_s}
         text = (HERE / "slurm.conf.in").read_text()
         for name, value in settings.items():
             text = text.replace(f"@{name}@", str(value))
