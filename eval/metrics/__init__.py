@@ -15,7 +15,7 @@ from typing import Any, Mapping, Sequence
 
 from eval.bootstrap import Resampled, Statistic, interval, resample
 from eval.metrics import table
-from eval.metrics.inputs import Inputs, build_inputs
+from eval.metrics.inputs import build_inputs
 from eval.metrics.table import METRICS, Metric, row_of
 from eval.metrics.user_side import breakdown_statistics
 from gdrt_ds.errors import UserError
@@ -108,7 +108,7 @@ def _figures(nested: Mapping, samples: Mapping, path: tuple[str, ...] = ()) -> d
     for key, value in nested.items():
         here = (*path, key)
         if isinstance(value, Statistic):
-            result[key] = figure(samples["breakdown", *here], _direction(here))
+            result[key] = figure(samples[("breakdown", *here)], _direction(here))
         else:
             result[key] = _figures(value, samples, here)
     return result

@@ -135,7 +135,7 @@ def provider_figures(inputs: Inputs) -> list[dict[str, Any]]:
             "series": [{"name": name, "values": [_finite(r[key]) for r in rows]} for key, name in names.items()],
             "y_label": "share",
             "percent": True,
-            "caption": f"Providers from the largest to the smallest (number in brackets): "
+            "caption": "Providers from the largest to the smallest (number in brackets): "
             "compare the discounted exposure in the top {k} with "
             "what providers offer and with what users took.",
         }

@@ -23,7 +23,7 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.loss.allowed import AllowedChunk, AllowedPlan, AllowedTokens, plan_allowed
 from gdrt_ds.loss.head import Head, product_dtype
 from gdrt_ds.loss.reference import reference_group_cross_entropy
-from gdrt_ds.loss.rowwise import TorchRowwise, group_sums
+from gdrt_ds.loss.rowwise import TorchRowwise
 
 log = logging.getLogger("gdrt_ds.loss")
 
