@@ -1,0 +1,93 @@
+"""GroupDroLoss in a real transformers.Trainer and SFTTrainer: the exact objective, in sync over ranks, and SFT in its limit."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+from gdrt_ds.errors import UserError
+from gdrt_ds.integrations import GroupCollator, GroupDroLoss, bin_tokens, score_tokens
+from tests.distributed import scenario_integrations as scenario
+from tests.distributed.ranks import run_scenario
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return run_scenario("scenario_integrations.py", tmp_path_factory.mktemp("integrations"), timeout_s=550)
+
+
+def distance(found, wanted) -> float:
+    found, wanted = np.array(found["parameters"]), np.array(wanted["parameters"])
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["batch", "batch_uniform", "ema", "sft"])
+def test_trainer_takes_the_steps_of_the_objective_on_one_and_two_ranks(report, case):
+    runs = report[case]
+    for ranks in (runs["one"], runs["two"]):
+        for run in ranks:
+            assert distance(run, runs["plain"]) < 2e-6
+            assert np.allclose(run["group_loss"], runs["plain"]["group_loss"], atol=2e-6)
+            if case in ("ema", "sft"):
+                assert np.allclose(run["weights"], runs["plain"]["weights"], atol=1e-5)
+    assert runs["two"][0]["weights"] == runs["two"][1]["weights"]
+
+
+@pytest.mark.distributed
+def test_infinite_tau_is_the_trainers_own_training(report):
+    assert distance(report["sft"]["one"][0], report["trainer_alone"][0]) < 2e-6
+    assert report["sft"]["one"][0]["weights"] == pytest.approx([1.0] * 3) and distance(report["batch"]["one"][0], report["trainer_alone"][0]) > 1e-3
+
+
+@pytest.mark.distributed
+def test_group_losses_are_logged_and_the_model_is_left_as_it_was(report):
+    run = report["ema"]["one"][0]
+    assert {"group_loss_0", "group_loss_2", "group_weight_1"} <= set(run["logged"]) and run["forward_hooks"] == 0
+    state = run["state"]
+    again = GroupDroLoss.from_state(state)
+    assert again.state() == state and again.weights.tolist() == run["weights"]
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+def test_trl_sft_trainer_takes_the_same_steps(report):
+    assert distance(report["trl"][0], report["ema"]["plain"]) < 2e-6
+
+
+def test_settings_that_would_be_wrong_are_refused():
+    with pytest.raises(UserError, match="estimate = 'late'"):
+        GroupDroLoss(4, estimate="late")
+    with pytest.raises(UserError, match="tau = 0"):
+        GroupDroLoss(4, tau=0)
+    from types import SimpleNamespace
+    args = SimpleNamespace(n_gpu=1, world_size=2, average_tokens_across_devices=True, gradient_accumulation_steps=2, device="cpu")
+    with pytest.raises(UserError, match="gradient_accumulation_steps = 2"):
+        GroupDroLoss(4, estimate="batch").on_train_begin(args, None, None, model=torch.nn.Linear(1, 1))
+    args.average_tokens_across_devices = False
+    with pytest.raises(UserError, match="average_tokens_across_devices"):
+        GroupDroLoss(4).on_train_begin(args, None, None, model=torch.nn.Linear(1, 1))
+    with pytest.raises(UserError, match="callbacks"):
+        GroupDroLoss(4)({"logits": torch.zeros(1, 3, 5, requires_grad=True)}, torch.tensor([[1, 2, 3]]))
+    with pytest.raises(UserError, match="2 groups for 3 supervised labels"):
+        GroupCollator(scenario.collate)([{"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4], "groups": [0, 1]}])
+
+
+def test_relevance_helper_scores_targets_and_bins_them_evenly():
+    model, rows = scenario.make_model(), scenario.Rows().rows
+    scores = score_tokens(model, rows, batch_size=5)
+    row = rows[7]
+    logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+    start = len(row["labels"]) - len(row["groups"])
+    wanted = [logits[place - 1, row["labels"][place]].item() for place in range(start, len(row["labels"]))]
+    assert np.allclose(scores[7], wanted, atol=1e-5) and [len(s) for s in scores] == [len(r["groups"]) for r in rows]
+    groups, edges = bin_tokens(scores, 4)
+    counts = np.bincount(np.concatenate(groups), minlength=4)
+    assert counts.max() - counts.min() <= 1 and len(edges) == 3
+    flat, member = np.concatenate(scores), np.concatenate(groups)
+    assert flat[member == 0].max() < flat[member == 3].min()
+    with pytest.raises(UserError, match="distinct values"):
+        bin_tokens([np.zeros(5)], 2)
