@@ -25,3 +25,9 @@ class StorageError(UserError):
     """A file system that does not take a checkpoint (full, read-only): nothing is wrong with the settings, and a restart can go on."""
 
     status = 74  # EX_IOERR of sysexits.h
+
+
+class LostPeer(UserError):
+    """Another rank died or hangs; nothing is wrong with the settings."""
+
+    status = 70  # EX_SOFTWARE of sysexits.h

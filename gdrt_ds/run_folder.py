@@ -24,6 +24,7 @@ from gdrt_ds.errors import UserError
 FREE_ON_RESUME = ("run.", "log.", "resume", "deepspeed", "train.log_every", "train.save_every", "train.keep_checkpoints", "train.timeout_s",
                   "train.debug_sync", "train.on_nonfinite", "train.micro_batch", "train.packing", "model.attention", "model.loading",
                   "model.gradient_checkpointing", "model.compile")
+KEPT, ASIDE = ("life", ".life.lock", "logs", "cache"), ".overwritten"
 VERSIONED = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy", "scipy", "triton", "flash-attn", "gdrt-ds")
 
 
@@ -54,14 +55,11 @@ def claim(config: RunConfig) -> Path:
     except OSError as error:
         raise UserError(f"run.dir = {folder}: not writable ({error.strerror})", "choose another run.dir, or free space and permissions") from None
     saved = folder / "config.yaml"
-    foreign = any(folder.iterdir()) and not saved.is_file() and {p.name for p in folder.iterdir()} - {"life", ".life.lock", "logs", "base", "cache"}
+    foreign = not saved.is_file() and {p.name for p in folder.iterdir()} - {*KEPT, ASIDE, "base", "base.lock"}
     if config.run.overwrite and config.resume is None:
         if foreign:
             raise UserError(f"run.dir = {folder} holds files that are not a run; run.overwrite=true will not empty it", "choose another run.dir")
-        for child in folder.iterdir():
-            if child.name in ("life", ".life.lock", "cache"):
-                continue
-            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+        _set_aside(folder)
     elif foreign:
         raise UserError(f"run.dir = {folder} is in use: it holds files that are not a run", "choose another run.dir")
     elif saved.is_file() and config.resume is None:
@@ -75,6 +73,45 @@ def claim(config: RunConfig) -> Path:
             raise UserError(f"resume = {config.resume}: the settings of {folder} differ ({listed})", "resume with the saved settings, or start a new run.dir")
     write_text(saved, dump_config(config))
     return folder
+
+
+def _own(folder: Path) -> list[Path]:
+    return [child for child in folder.iterdir() if child.name not in (*KEPT, ASIDE)]
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _set_aside(folder: Path) -> None:
+    """run.overwrite: the old run moves out of the way and is removed when the new one trains (`settle`); until then it can come back."""
+    aside = folder / ASIDE
+    if aside.is_dir():  # an earlier overwrite was killed before it trained: what it left is worth nothing
+        for child in _own(folder):
+            _remove(child)
+        return
+    aside.mkdir()
+    for child in _own(folder):
+        child.rename(aside / child.name)
+
+
+def settle(folder: Path) -> None:
+    """The new run trains: what it overwrites goes."""
+    if (folder / ASIDE).is_dir():
+        shutil.rmtree(folder / ASIDE)
+
+
+def release(folder: Path) -> bool:
+    """A start that failed before anything was computed leaves the folder as it found it; True if that was so. Rank 0 calls it."""
+    if (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
+        return False
+    for child in _own(folder):
+        _remove(child)
+    if (folder / ASIDE).is_dir():
+        for child in (folder / ASIDE).iterdir():
+            child.rename(folder / child.name)
+        (folder / ASIDE).rmdir()
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

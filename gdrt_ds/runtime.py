@@ -2,13 +2,14 @@
 
 `start_runtime` understands `deepspeed`, `torchrun`, `srun` and plain `python`; `report_user_errors` turns a UserError into
 one clear message and exit status 2; `Watchdog` ends a job whose ranks stopped moving, with the stacks of every rank.
-Exit statuses: 0 finished, 2 the user's mistake, 70 hung or dead peer, 74 no space for a checkpoint, 75 interrupted after a checkpoint
-(please requeue).
+Exit statuses: 0 finished, 1 a bug, 2 the user's mistake (NaN and out of memory too: a setting has to change), 70 hung or dead peer, 74 no space
+for what has to be written, 75 interrupted after a checkpoint (please requeue).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import logging
 import os
@@ -16,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,9 +26,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import LostPeer, StorageError, UserError
 
-EXIT_HUNG, EXIT_INTERRUPTED = 70, 75
+EXIT_HUNG, EXIT_INTERRUPTED = LostPeer.status, 75
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED")
+LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "timeout", "socket closed", "recvvalue failed",
+             "remote process exited", "connection refused", "application timeout")
 
 
 @dataclass
@@ -162,9 +167,12 @@ class Watchdog:
     def beat(self) -> None:
         self._last = time.monotonic()
 
-    def dump(self, reason: str) -> None:
+    def dump(self, reason: str, error: BaseException | None = None) -> None:
+        """Where the error was raised, and what every thread does now."""
         with open(self.path, "w", encoding="utf-8") as stream:
             stream.write(f"rank {self.runtime.rank} of {self.runtime.world}: {reason}\n")
+            if error is not None:
+                stream.write("".join(traceback.format_exception(error)))
             stream.flush()
             faulthandler.dump_traceback(stream, all_threads=True)
 
@@ -179,18 +187,48 @@ class Watchdog:
                 os._exit(EXIT_HUNG)
 
 
+def explain(error: BaseException, memory_fix: str = "a smaller batch, shorter prompts or more ranks need less") -> UserError | None:
+    """The failures of a machine in words: out of memory, a dead or hung peer, a full disk. None for anything else.
+
+    Args:
+        memory_fix: what a user of this command can change when memory runs out.
+    """
+    if isinstance(error, UserError):
+        return error
+    text = str(error).strip()
+    first = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and any(w in text for w in OUT_OF_MEMORY):
+        return UserError(f"out of memory on {'the GPU' if isinstance(error, torch.OutOfMemoryError) else 'the host'} ({first})", memory_fix)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+        return StorageError(f"{error.filename or 'a file'} cannot be written ({error.strerror})",
+                            "free disk space and go on with resume=auto; published checkpoints are intact")
+    if isinstance(error, (dist.DistError, RuntimeError)) and dist.is_initialized() and any(w in text.lower() for w in LOST_PEER):
+        return LostPeer(f"a peer is dead or hung: {first}", "the first rank that failed says why in its own output; resume=auto goes on from the newest "
+                        "valid checkpoint; train.timeout_s sets how long ranks wait for each other")
+    return None
+
+
 @contextlib.contextmanager
-def report_user_errors():
-    """Around a command's main: a UserError becomes `error: ...` and exit status 2, on every rank, without a traceback."""
+def report_user_errors(**fixes: str):
+    """Around a command's main: a UserError, or a failure that `explain(error, **fixes)` has words for, becomes `error: ...` and its exit
+    status, on every rank, without a traceback. Anything else is a bug: a traceback and status 1, at once, so that no peer waits for this rank."""
     try:
         yield
-    except UserError as error:
-        rank = detect_rank()["rank"]
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error.problem}", file=sys.stderr, flush=True)
-        code = error.status
     except KeyboardInterrupt:
         print("interrupted: nothing was published after the last checkpoint", file=sys.stderr, flush=True)
         code = 128 + signal.SIGINT
+    except Exception as error:
+        told = explain(error, **fixes)
+        if told is None and not dist.is_initialized():
+            raise
+        if told is None:
+            traceback.print_exc()
+        else:
+            rank = detect_rank()["rank"]
+            same_everywhere = isinstance(error, UserError) and rank != 0
+            print(f"error on rank {rank}: {told.problem}" if same_everywhere else f"error: rank {rank}: {told}" if told is not error else f"error: {told}",
+                  file=sys.stderr, flush=True)
+        code = 1 if told is None else told.status
     else:
         return
     sys.stdout.flush()

@@ -20,13 +20,14 @@ from torch import Tensor
 from gdrt_ds import dro
 from gdrt_ds.batches import BatchPlan, MicroBatch, build_micro_batch
 from gdrt_ds.config import RunConfig
+from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens
 from gdrt_ds.objectives import GroupView, Objective, TokenView
 from gdrt_ds.prompts import TokenStore
 from gdrt_ds.runtime import Runtime
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError):
     """NaN or inf on some rank; raised on every rank in the same step, before the optimizer."""
 
 
@@ -195,7 +196,7 @@ class StepRunner:
         buffer.reduce().wait()
         nonfinite, stop = buffer.flags()
         if nonfinite and self.config.train.on_nonfinite == "stop":
-            raise NonFiniteLoss(self._nonfinite_message(step))
+            raise NonFiniteLoss(*self._nonfinite_message(step))
         losses = buffer.losses - (reference / safe_counts if reference is not None else 0.0)
         objective = None
         if self.late and not nonfinite:
@@ -250,9 +251,9 @@ class StepRunner:
             self.objective.remember(self._view(losses, counts))
         self.state.steps += 1
 
-    def _nonfinite_message(self, step: int) -> str:
-        return (f"step {step + 1}: NaN or inf in the loss of some rank; no rank has taken this step. "
-                "Lower train.lr, check model.dtype (float16 overflows), or set train.on_nonfinite=skip")
+    def _nonfinite_message(self, step: int) -> tuple[str, str]:
+        return (f"step {step + 1}: NaN or inf in the loss of some rank; no rank has taken this step",
+                "lower train.lr, check model.dtype (float16 overflows), or set train.on_nonfinite=skip; resume=auto goes on from the last checkpoint")
 
 
 def discard_gradients(engine) -> None:

@@ -6,6 +6,7 @@ Metrics stay on the device until they are written, every `train.log_every` steps
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -26,12 +27,12 @@ def say(runtime: Runtime, text: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors to lists and numbers; NaN to null, which is how absent groups are written."""
+    """Tensors to lists and numbers; NaN and inf to null, which is how absent groups and skipped steps are written."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().tolist()
     if isinstance(value, list):
         return [_plain(v) for v in value]
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
@@ -123,7 +124,8 @@ class Telemetry:
     def _show(self, record: dict, seconds: float) -> None:
         losses = [loss for loss in record["group_loss"] if loss is not None]
         worst = max(losses, default=float("nan"))
-        figures = (f"loss {record['loss']:.4f}  worst group {worst:.4f}  lr {record['lr']:.2e}  grad-norm {record['grad_norm'] or 0:.3f}  "
+        loss = "not finite, step skipped" if record["loss"] is None else f"{record['loss']:.4f}"
+        figures = (f"loss {loss}  worst group {worst:.4f}  lr {record['lr']:.2e}  grad-norm {record['grad_norm'] or 0:.3f}  "
                    f"{record['tokens_per_s']:,.0f} tok/s ({record['tokens_per_s'] / self.runtime.world:,.0f}/rank)")
         if torch.cuda.is_available():
             figures += f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"

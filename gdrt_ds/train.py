@@ -19,6 +19,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
 
 
+MEMORY_FIX = ("set train.micro_batch lower (accumulation keeps train.global_batch, and losses do not change), model.gradient_checkpointing=true, "
+              "prompt.max_length lower, more ranks (ZeRO-3 shards the base), or --deepspeed_config ds_configs/zero3_offload.json; --plan predicts the peak")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="run config (YAML); every key has a default")
@@ -33,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     from gdrt_ds.runtime import detect_rank, report_user_errors
-    with report_user_errors():
+    with report_user_errors(memory_fix=MEMORY_FIX):
         from gdrt_ds.config import load_config
         config = load_config(arguments.config, arguments.overrides)
         if arguments.deepspeed_config:

@@ -6,6 +6,7 @@ objectives/, what is written in telemetry.py, checkpoint.py and run_folder.py.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from gdrt_ds.model import compute_dtype, load_model
 from gdrt_ds.objectives import TokenTable, get_objective
 from gdrt_ds.preparation import Prepared, plan_batches, prepare, total_steps
 from gdrt_ds.prompts import tokenise_split
-from gdrt_ds.runtime import EXIT_INTERRUPTED, Runtime, Watchdog
+from gdrt_ds.runtime import EXIT_INTERRUPTED, Runtime, Watchdog, ignore_stop_signals
 from gdrt_ds.step import StepRunner, TrainTokens, group_sums
 from gdrt_ds.telemetry import Telemetry, duration, say
 from gdrt_ds.tree_attention import ATTENTION_NAME
@@ -58,6 +59,9 @@ class Trainer:
         self.config, self.runtime = config, runtime
         self.started = time.time()
         self.objective = get_objective(config.objective)
+        self.folder: Path | None = None       # once it is claimed
+        self.watchdog: Watchdog | None = None
+        self.telemetry: Telemetry | None = None
 
     # -- stages ----------------------------------------------------------------------------------------------------------
     def run(self) -> int:
@@ -65,13 +69,14 @@ class Trainer:
         if self.config.resume is not None and run_folder.status(Path(self.config.run.dir)) == "completed":
             say(self.runtime, f"{self.config.run.dir} is a finished run: nothing to do")
             return 0
-        self.setup()
-        with Watchdog(self.runtime, self.folder / "logs", self.config.train.timeout_s) as self.watchdog:
-            try:
+        try:
+            self.setup()
+            with Watchdog(self.runtime, self.folder / "logs", self.config.train.timeout_s) as self.watchdog:
                 return self._train()
-            except Exception as error:
+        except Exception as error:
+            if self.folder is not None:
                 self._failed(error)
-                raise
+            raise
 
     def prepare_only(self) -> None:
         """Tokenises and fills the relevance cache, so that a short job can do it before a long one starts."""
@@ -81,8 +86,10 @@ class Trainer:
     def setup(self) -> None:
         self._claim()
         self.prepared = prepare(self.config)
+        self._stop_if_asked()
         self._write_contract()
         self._load_model()
+        self._stop_if_asked()
         with Watchdog(self.runtime, self.folder / "logs", max(self.config.train.timeout_s, 600)) as self.watchdog:
             self._resume_engine()
             self._make_groups()
@@ -230,8 +237,21 @@ class Trainer:
         return table
 
     def _stop_if_asked(self) -> None:
-        """Between stages nothing needs saving: a stop request ends the rank at once, the launcher ends its peers."""
-        if self.runtime.stop_signal is not None and self.runtime.world == 1:
+        """Before training there is nothing to save: a stop request on any rank ends all of them here, with status 75. Every rank calls it.
+
+        Not while training refreshes its groups: there the next step boundary saves.
+        """
+        if self.telemetry is not None:
+            return
+        asked = torch.tensor([float(self.runtime.stop_signal is not None)], device=self.runtime.device)
+        if self.runtime.world > 1:
+            dist.all_reduce(asked)
+        if asked.item() > 0:
+            if self.runtime.is_main:
+                run_folder.write_summary(self.folder, "interrupted", step=getattr(self, "first_step", 0), life=self.life)
+            say(self.runtime, "interrupted by a signal before training; go on with resume=auto")
+            self.runtime.barrier()
+            ignore_stop_signals()
             raise SystemExit(EXIT_INTERRUPTED)
 
     @property
@@ -365,6 +385,8 @@ class Trainer:
     def _train(self) -> int:
         config, store = self.config, self.prepared.stores["train"]
         eval_every = config.train.eval_every or max(1, -(-len(store) // config.train.global_batch))
+        if self.runtime.is_main:
+            run_folder.settle(self.folder)
         self.telemetry = Telemetry(self.folder, config, self.runtime, self.total, self.first_step)
         self.tokens_seen, stopped_early, step = 0, False, self.first_step
         for step in range(self.first_step, self.total):
@@ -472,8 +494,14 @@ class Trainer:
         return 0
 
     def _failed(self, error: Exception) -> None:
-        """Leaves the last word and the stacks; the newest valid checkpoint stays what it was."""
-        self.telemetry_closed = getattr(self, "telemetry", None) and self.telemetry.close()
-        self.watchdog.dump(f"{type(error).__name__}: {error}")
-        if self.runtime.is_main and checkpoint.current_life(self.folder) == self.life:  # a newer life has the last word
+        """Leaves the last word and the stacks; the newest valid checkpoint stays what it was. A start that got nowhere gives the folder back."""
+        with contextlib.suppress(OSError):  # a full disk must not hide the error
+            watchdog = self.watchdog or Watchdog(self.runtime, self.folder / "logs", self.config.train.timeout_s)
+            watchdog.dump(f"{type(error).__name__}: {error}", error)
+            if self.telemetry is not None:
+                self.telemetry.close()
+            if not self.runtime.is_main or checkpoint.current_life(self.folder) != self.life:  # a newer life has the last word
+                return
+            if isinstance(error, UserError) and run_folder.release(self.folder):
+                return
             run_folder.write_summary(self.folder, "failed", error=f"{type(error).__name__}: {error}"[:2000], life=self.life)

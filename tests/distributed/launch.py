@@ -1,0 +1,132 @@
+"""Runs the training command on forked ranks: one interpreter imports torch and DeepSpeed once, every rank is `gdrt_ds.train.main`.
+
+Nothing plays the launcher here: a rank that dies is not reported to its peers, so they must end by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.distributed.ranks import ROOT, free_port
+
+SMOKE = str(ROOT / "configs" / "smoke.yaml")
+
+
+def preload() -> None:
+    """Everything that a rank would import, so that forking it costs nothing. Starts no thread."""
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    import bitsandbytes, deepspeed, peft, transformers  # noqa: E401, F401
+    from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+
+    import gdrt_ds.train  # noqa: F401
+    import gdrt_ds.trainer  # noqa: F401
+
+
+@dataclass
+class Outcome:
+    """How a job ended. statuses: per rank the exit status, -9 for a kill, None where it had to be ended by the harness."""
+
+    statuses: list[int | None]
+    outputs: list[str]
+    seconds: float
+    ended: list[float] = field(default_factory=list)  # seconds from the start, per rank
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.outputs)
+
+
+class Job:
+    """A started job. `fault(rank)` runs in every rank before the training command."""
+
+    def __init__(self, world: int, arguments: list[str], logs: Path, fault: Callable[[int], None] | None = None, stdin_world: bool = True):
+        self.world, self.started = world, time.monotonic()
+        logs.mkdir(parents=True, exist_ok=True)
+        self.logs = [logs / f"rank_{rank}.log" for rank in range(world)]
+        port = free_port()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pids = [self._fork(rank, port, arguments, fault) for rank in range(world)]
+        self.statuses: list[int | None] = [None] * world
+        self.ended = [0.0] * world
+
+    def _fork(self, rank: int, port: int, arguments: list[str], fault) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            log = os.open(self.logs[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            if self.world > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            from gdrt_ds import train
+            if fault is not None:
+                fault(rank)
+            code = train.main(arguments)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        except BaseException:  # what the interpreter would do with it
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> bool:
+        """True when every rank has ended."""
+        for rank, pid in enumerate(self.pids):
+            if pid and self.statuses[rank] is None:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.statuses[rank] = os.waitstatus_to_exitcode(status)
+                    self.ended[rank] = time.monotonic() - self.started
+        return all(status is not None for status in self.statuses)
+
+    def signal(self, number: int, *ranks: int) -> None:
+        for rank in ranks or range(self.world):
+            if self.statuses[rank] is None:
+                os.kill(self.pids[rank], number)
+
+    def output(self, rank: int = 0) -> str:
+        return self.logs[rank].read_text(encoding="utf-8", errors="replace") if self.logs[rank].is_file() else ""
+
+    def until(self, text: str, timeout_s: float = 120.0, rank: int = 0) -> bool:
+        """Waits until a rank has printed the text; False when it ended or the time is over."""
+        limit = time.monotonic() + timeout_s
+        while time.monotonic() < limit:
+            if text in self.output(rank):
+                return True
+            if self.poll():
+                return text in self.output(rank)
+            time.sleep(0.01)
+        return False
+
+    def wait(self, timeout_s: float = 240.0) -> Outcome:
+        """Waits for the end of every rank; those left after `timeout_s` are killed and have status None."""
+        limit = time.monotonic() + timeout_s
+        while not self.poll() and time.monotonic() < limit:
+            time.sleep(0.01)
+        statuses = list(self.statuses)
+        for rank, status in enumerate(statuses):
+            if status is None:
+                os.kill(self.pids[rank], signal.SIGKILL)
+                os.waitpid(self.pids[rank], 0)
+                self.statuses[rank] = -9
+        return Outcome(statuses, [self.output(rank) for rank in range(self.world)], time.monotonic() - self.started, self.ended)
+
+
+def play(world: int, arguments: list[str], logs: Path, fault=None, timeout_s: float = 240.0) -> Outcome:
+    return Job(world, arguments, logs, fault).wait(timeout_s)
