@@ -13,15 +13,42 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from eval.audit import (amplification, cross_tuning, debiasing, dimensionality, language, position, pretraining, provider, selection, sensitivity,
-                        shift, titles)
+from eval.audit import (
+    amplification,
+    cross_tuning,
+    debiasing,
+    dimensionality,
+    language,
+    position,
+    pretraining,
+    provider,
+    selection,
+    sensitivity,
+    shift,
+    titles,
+)
 from eval.audit.context import Audit, AuditContext, AuditOptions, Cost
 from gdrt_ds.errors import UserError
 
 __all__ = ["AUDITS", "Audit", "AuditContext", "AuditOptions", "Cost", "run_audits", "choose", "finite"]
 
-AUDITS: dict[str, Audit] = {module.AUDIT.name: module.AUDIT for module in (
-    sensitivity, language, pretraining, titles, provider, position, selection, dimensionality, shift, amplification, cross_tuning, debiasing)}
+AUDITS: dict[str, Audit] = {
+    module.AUDIT.name: module.AUDIT
+    for module in (
+        sensitivity,
+        language,
+        pretraining,
+        titles,
+        provider,
+        position,
+        selection,
+        dimensionality,
+        shift,
+        amplification,
+        cross_tuning,
+        debiasing,
+    )
+}
 
 
 def choose(names: Sequence[str]) -> tuple[list[str], bool]:
@@ -31,6 +58,7 @@ def choose(names: Sequence[str]) -> tuple[list[str], bool]:
         UserError: an unknown name (with the nearest one).
     """
     from gdrt_ds.readers.base import nearest
+
     names = [n.strip() for n in names if n.strip()]
     everything = "all" in names
     for name in names:
@@ -68,7 +96,9 @@ def run_audits(names: Sequence[str], subject, runtime=None, options: AuditOption
         say(f"audit {name}: {cost}", flush=True)
         started = time.time()
         found[name] = finite(audit.run(context))
-        found[name]["cost"] = f"{cost}; took {time.time() - started:.0f} s on {context.runtime.world} rank(s) of {context.runtime.device.type}"
+        found[name][
+            "cost"
+        ] = f"{cost}; took {time.time() - started:.0f} s on {context.runtime.world} rank(s) of {context.runtime.device.type}"
         say(f"  {found[name]['finding']}", flush=True)
     if not found:
         raise UserError("none of the audits can run here", "see the reasons above")

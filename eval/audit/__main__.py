@@ -20,11 +20,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the intervals")
     options = parser.parse_args(arguments)
     from gdrt_ds.runtime import report_user_errors
+
     with report_user_errors():
         from eval.audit import AuditOptions, cross_tuning, debiasing, finite
         from eval.report.content import Page, audit_section
         from eval.report.html import render_html
         from eval.report.markdown import render_markdown
+
         module = {"cross_tuning": cross_tuning, "debiasing": debiasing}[options.audit]
         found = finite(module.compare_runs(options.folders, AuditOptions(runs=tuple(options.folders), num_bootstrap=options.bootstrap)))
         page = Page("Audit over runs", f"{len(options.folders)} folders", "", [], [audit_section(options.audit, found)])

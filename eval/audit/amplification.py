@@ -33,7 +33,7 @@ def favourites(base_scores: np.ndarray) -> np.ndarray:
     """Bool[I]: the tenth of the catalogue with the largest mean probability under the base."""
     mean = probabilities(base_scores).mean(axis=0)
     chosen = np.zeros(len(mean), dtype=bool)
-    chosen[np.argsort(-mean, kind="stable")[:max(1, len(mean) // 10)]] = True
+    chosen[np.argsort(-mean, kind="stable")[: max(1, len(mean) // 10)]] = True
     return chosen
 
 
@@ -41,8 +41,13 @@ def measure_step(scores: np.ndarray, base_mean: np.ndarray, data: np.ndarray, me
     """Scores [U, I] of one step -> group shares [G], entropy, KL to base and data, and per-user share on the base's favourites [U]."""
     lists = top_lists(scores, min(K, scores.shape[1] - 1))
     counts, mean = exposure(lists, scores.shape[1]), probabilities(scores).mean(axis=0)
-    return {"groups": (counts @ membership) / counts.sum(), "entropy": entropy(counts), "kl_base": kl(mean, base_mean), "kl_data": kl(mean, data),
-            "favoured": favoured[lists].mean(axis=1)}
+    return {
+        "groups": (counts @ membership) / counts.sum(),
+        "entropy": entropy(counts),
+        "kl_base": kl(mean, base_mean),
+        "kl_data": kl(mean, data),
+        "favoured": favoured[lists].mean(axis=1),
+    }
 
 
 def measure_change(first: np.ndarray, last: np.ndarray, num_bootstrap: int, seed: int) -> tuple[Estimate, float, np.ndarray]:
@@ -83,26 +88,69 @@ def run(context: AuditContext) -> dict:
     base_mean, favoured = probabilities(steps[0][1]).mean(axis=0), favourites(steps[0][1])
     found = [(step, measure_step(scores, base_mean, data, membership, favoured)) for step, scores in steps]
     effect, p, null = measure_change(found[0][1]["favoured"], found[-1][1]["favoured"], options.num_bootstrap, options.seed)
-    popular = bootstrap(np.array([membership[row, 0].mean() for row in top_lists(steps[-1][1], min(K, len(data) - 1))])
-                        - np.array([membership[row, 0].mean() for row in top_lists(steps[0][1], min(K, len(data) - 1))]), num=options.num_bootstrap, seed=options.seed)
+    popular = bootstrap(
+        np.array([membership[row, 0].mean() for row in top_lists(steps[-1][1], min(K, len(data) - 1))])
+        - np.array([membership[row, 0].mean() for row in top_lists(steps[0][1], min(K, len(data) - 1))]),
+        num=options.num_bootstrap,
+        seed=options.seed,
+    )
     last = found[-1][1]
-    finding = (f"From the base model to step {found[-1][0]} the share of list places on the base's top-decile items changes by {effect.text()} (p = {p:.2g}, "
-               f"{effect.n} users), that on the most popular fifth of items by {popular.text()}; entropy goes from {found[0][1]['entropy']:.2f} to {last['entropy']:.2f} nats, "
-               f"KL to the data from {found[0][1]['kl_data']:.2f} to {last['kl_data']:.2f}.")
+    finding = (
+        f"From the base model to step {found[-1][0]} the share of list places on the base's top-decile items changes by "
+        f"{effect.text()} (p = {p:.2g}, "
+        f"{effect.n} users), that on the most popular fifth of items by {popular.text()}; entropy goes from "
+        f"{found[0][1]['entropy']:.2f} to {last['entropy']:.2f} nats, "
+        f"KL to the data from {found[0][1]['kl_data']:.2f} to {last['kl_data']:.2f}."
+    )
     x = [step for step, _ in found]
-    figures = [{"kind": "stacked_area", "title": "Exposure by popularity group along training", "x": x, "x_label": "optimizer step", "percent": True, "ordered": True,
-                "caption": "A band that grows is amplified; step 0 is the base model.",
-                "series": [{"name": name, "y": [f["groups"][g] for _, f in found]} for g, name in enumerate(grouping.names)]},
-               {"kind": "line", "title": "Distance to base and data", "x_label": "optimizer step", "y_label": "nats",
-                "caption": "A falling curve to the data is learning; entropy that falls below the data's is concentration.",
-                "reference": {"value": entropy(data), "label": "entropy of the data"},
-                "series": [{"name": name, "x": x, "y": [f[key] for _, f in found]} for name, key in (("entropy of lists", "entropy"), ("KL to base", "kl_base"), ("KL to data", "kl_data"))]}]
+    figures = [
+        {
+            "kind": "stacked_area",
+            "title": "Exposure by popularity group along training",
+            "x": x,
+            "x_label": "optimizer step",
+            "percent": True,
+            "ordered": True,
+            "caption": "A band that grows is amplified; step 0 is the base model.",
+            "series": [{"name": name, "y": [f["groups"][g] for _, f in found]} for g, name in enumerate(grouping.names)],
+        },
+        {
+            "kind": "line",
+            "title": "Distance to base and data",
+            "x_label": "optimizer step",
+            "y_label": "nats",
+            "caption": "A falling curve to the data is learning; entropy that falls below the data's is concentration.",
+            "reference": {"value": entropy(data), "label": "entropy of the data"},
+            "series": [
+                {"name": name, "x": x, "y": [f[key] for _, f in found]}
+                for name, key in (("entropy of lists", "entropy"), ("KL to base", "kl_base"), ("KL to data", "kl_data"))
+            ],
+        },
+    ]
     rows = [[step, float(f["favoured"].mean()), f["entropy"], f["kl_base"], f["kl_data"], *f["groups"]] for step, f in found]
-    return result(TITLE, QUESTION, finding=finding, effect=effect, effect_name="change of the share on the base's top decile", better=None, speaks=p <= 0.05 and not effect.spans_null,
-                  control=f"step labels permuted within users: change {null.mean():.3g} (95 % within {np.quantile(np.abs(null), .95):.3g})",
-                  measures={"change on the base's top decile": effect, "change on the most popular fifth": popular},
-                  table={"columns": ["step", "share on the base's top decile", "entropy", "KL to base", "KL to data", *(f"popularity group {n}" for n in grouping.names)], "rows": rows},
-                  figures=figures)
+    return result(
+        TITLE,
+        QUESTION,
+        finding=finding,
+        effect=effect,
+        effect_name="change of the share on the base's top decile",
+        better=None,
+        speaks=p <= 0.05 and not effect.spans_null,
+        control=f"step labels permuted within users: change {null.mean():.3g} (95 % within {np.quantile(np.abs(null), .95):.3g})",
+        measures={"change on the base's top decile": effect, "change on the most popular fifth": popular},
+        table={
+            "columns": [
+                "step",
+                "share on the base's top decile",
+                "entropy",
+                "KL to base",
+                "KL to data",
+                *(f"popularity group {n}" for n in grouping.names),
+            ],
+            "rows": rows,
+        },
+        figures=figures,
+    )
 
 
 def lacks(context: AuditContext) -> tuple[str, str] | None:
@@ -113,4 +161,11 @@ def lacks(context: AuditContext) -> tuple[str, str] | None:
     return None
 
 
-AUDIT = Audit("amplification", TITLE, QUESTION, run, lambda context: Cost(scorings=context.num_users(DEFAULT_USERS) * (1 + len(chosen_steps(context)))), lacks)
+AUDIT = Audit(
+    "amplification",
+    TITLE,
+    QUESTION,
+    run,
+    lambda context: Cost(scorings=context.num_users(DEFAULT_USERS) * (1 + len(chosen_steps(context)))),
+    lacks,
+)

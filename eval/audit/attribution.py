@@ -44,7 +44,9 @@ def part_masks(encoded: EncodedPrompt, keep: set[int]) -> list[np.ndarray]:
     return [(encoded.segments[prompt] == SEGMENTS.index(name)) & ~special for name in PARTS[:3]]
 
 
-def attribution_rows(prompt: list[int], target: list[int], masks: list[np.ndarray], baseline: int, prefix: bool = True) -> tuple[list, list]:
+def attribution_rows(
+    prompt: list[int], target: list[int], masks: list[np.ndarray], baseline: int, prefix: bool = True
+) -> tuple[list, list]:
     """(rows for token_losses, true labels): whole context first, then each mask ablated, then the generated prefix."""
     rows = [(prompt, target)] + [(ablated(prompt, mask, baseline), target) for mask in masks]
     if prefix:

@@ -49,7 +49,10 @@ def adapter_weights(folder: Path) -> dict[str, Tensor]:
         pieces.sort(key=lambda piece: piece[0])
         for offset, values in pieces:
             if offset != position:
-                raise UserError(f"checkpoint {folder}: the slices of {name} do not join at value {position}", "the checkpoint is damaged; use another one")
+                raise UserError(
+                    f"checkpoint {folder}: the slices of {name} do not join at value {position}",
+                    "the checkpoint is damaged; use another one",
+                )
             position += values.numel()
         whole[name] = torch.cat([values for _, values in pieces])
     return whole
@@ -65,9 +68,14 @@ def set_adapter(model: nn.Module, weights: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     wanted = {name for name in parameters if "lora_" in name}
     if (missing := sorted(set(weights) - set(parameters))) or (missing := sorted(wanted - set(weights))):
-        raise UserError(f"checkpoint and adapter differ in {len(missing)} weights, e.g. {missing[0]}", "use the checkpoints of the same run as the adapter")
+        raise UserError(
+            f"checkpoint and adapter differ in {len(missing)} weights, e.g. {missing[0]}",
+            "use the checkpoints of the same run as the adapter",
+        )
     for name, values in weights.items():
         target = parameters[name]
         if target.numel() != values.numel():
-            raise UserError(f"checkpoint weight {name} has {values.numel()} values, the adapter {target.numel()}", "use the checkpoints of the same run")
+            raise UserError(
+                f"checkpoint weight {name} has {values.numel()} values, the adapter {target.numel()}", "use the checkpoints of the same run"
+            )
         target.copy_(values.view(target.shape).to(target.dtype).to(target.device))

@@ -69,16 +69,39 @@ class Audit:
     lacks: Callable[["AuditContext"], tuple[str, str] | None] = lambda context: None
 
 
-def result(audit_title: str, question: str, *, finding: str, control: str, effect, effect_name: str, speaks: bool, measures: dict[str, Any],
-           table: dict[str, Any] | None = None, figures: Sequence[dict[str, Any]] = (), better: str | None = "null", **extra: Any) -> dict[str, Any]:
+def result(
+    audit_title: str,
+    question: str,
+    *,
+    finding: str,
+    control: str,
+    effect,
+    effect_name: str,
+    speaks: bool,
+    measures: dict[str, Any],
+    table: dict[str, Any] | None = None,
+    figures: Sequence[dict[str, Any]] = (),
+    better: str | None = "null",
+    **extra: Any,
+) -> dict[str, Any]:
     """The dictionary of one finished audit.
 
     Args:
-        measures: name -> Estimate. better: which way the effect improves: `null` (towards its null value), `higher`, `lower`, None = neither.
+        measures: name -> Estimate.
+        better: which way the effect improves: `null` (towards its null value), `higher`, `lower`, None = neither.
     """
-    return {"title": audit_title, "question": question, "finding": finding, "table": table, "figures": list(figures), "control": control,
-            "effect": {"name": effect_name, "better": better, **effect.as_dict()}, "speaks": bool(speaks),
-            "measures": {name: estimate.as_dict() for name, estimate in measures.items()}, **extra}
+    return {
+        "title": audit_title,
+        "question": question,
+        "finding": finding,
+        "table": table,
+        "figures": list(figures),
+        "control": control,
+        "effect": {"name": effect_name, "better": better, **effect.as_dict()},
+        "speaks": bool(speaks),
+        "measures": {name: estimate.as_dict() for name, estimate in measures.items()},
+        **extra,
+    }
 
 
 class AuditContext:
@@ -110,7 +133,7 @@ class AuditContext:
         return np.array([entry.train_count for entry in self.catalogue.entries], dtype=np.float64)
 
     def users(self, default: int, where: Callable[[Sample], bool] = lambda sample: True) -> list[Sample]:
-        """One sample per user (so that samples are independent) among those that fit, at most `options.users` or `default`, in the split's order.
+        """One sample per user (so that samples are independent) among those that fit, in the split's order; at most `users` or `default`.
 
         The choice depends on the split and the seed alone: all audits with the same number see the same users.
         """
@@ -140,13 +163,17 @@ class AuditContext:
     def score_prompts(self, prompts: list[list[int]]) -> np.ndarray:
         """The same for token lists that start with the constant head."""
         from gdrt_ds.scoring import CatalogueScorer
+
         if self._scorer is None:
             self._scorer = CatalogueScorer(self.recommender.reader, self.recommender.trie)
         return self._scorer.score(prompts).numpy()
 
-    def loss_batch(self, rows: list[tuple[list[int], list[int]]], labels: list[list[int]], full_only: bool = False) -> list[dict[str, np.ndarray]]:
+    def loss_batch(
+        self, rows: list[tuple[list[int], list[int]]], labels: list[list[int]], full_only: bool = False
+    ) -> list[dict[str, np.ndarray]]:
         """(prompt tokens, fed target tokens) and true targets -> losses per target token; see eval.audit.target_loss."""
         from eval.audit.target_loss import token_losses
+
         return token_losses(self.recommender.reader, None if full_only else self.recommender.trie, rows, labels)
 
     def scores(self, histories: Sequence[tuple[str, ...]], what: str) -> np.ndarray:
@@ -171,8 +198,9 @@ class AuditContext:
         """Drops what was computed (call after the model's weights changed)."""
         self._rows, self._scorer = {}, None
 
-    def losses(self, rows: Sequence[tuple[list[int], list[int]]], what: str, labels: Sequence[list[int]] | None = None,
-               full_only: bool = False) -> list[dict[str, np.ndarray]]:
+    def losses(
+        self, rows: Sequence[tuple[list[int], list[int]]], what: str, labels: Sequence[list[int]] | None = None, full_only: bool = False
+    ) -> list[dict[str, np.ndarray]]:
         """`loss_batch` over many rows, similar lengths together; equal rows are computed once.
 
         Args:
@@ -196,11 +224,14 @@ class AuditContext:
         rank, world = self.runtime.rank, self.runtime.world
         mine, results, started, told = items[rank::world], [], time.time(), time.time()
         for start in range(0, len(mine), batch):
-            results += compute(mine[start:start + batch])
+            results += compute(mine[start : start + batch])
             if self.runtime.is_main and time.time() - told > 15:
                 told, spent = time.time(), time.time() - started
-                print(f"  {what}: {len(results)}/{len(mine)}{' on this rank' if world > 1 else ''}, "
-                      f"{spent / len(results) * (len(mine) - len(results)):.0f} s left", flush=True)
+                print(
+                    f"  {what}: {len(results)}/{len(mine)}{' on this rank' if world > 1 else ''}, "
+                    f"{spent / len(results) * (len(mine) - len(results)):.0f} s left",
+                    flush=True,
+                )
         if world == 1:
             return results
         parts: list[Any] = [None] * world
@@ -217,24 +248,31 @@ class AuditContext:
         if not self.has_adapter:
             return self
         if self._base is None:
-            self._base = AuditContext(replace(self.subject, recommender=self.variant(adapter=None), name=f"{self.subject.name} (base)"),
-                                      self.runtime, self.options)
+            self._base = AuditContext(
+                replace(self.subject, recommender=self.variant(adapter=None), name=f"{self.subject.name} (base)"),
+                self.runtime,
+                self.options,
+            )
         return self._base
 
     def variant(self, adapter, merge: bool = True):
         """Another Recommender with this one's base model, prompt and catalogue."""
         from gdrt_ds.recommender import assemble
+
         mine = self.recommender
-        return assemble(mine.config, self.runtime, mine.loaded.path, adapter, mine.encoder.template, mine.encoder.template.domain, mine.catalogue, merge)
+        return assemble(
+            mine.config, self.runtime, mine.loaded.path, adapter, mine.encoder.template, mine.encoder.template.domain, mine.catalogue, merge
+        )
 
     def title_log_probs(self, which: str) -> np.ndarray:
         """Log-probability of every title under a content-free prompt, float64 [I]; `which`: base, or random (initialised anew)."""
         from eval.audit.title_prior import title_log_probs
+
         return title_log_probs(self, which)
 
     # -- cost --------------------------------------------------------------------------------------------------------------
     def seconds_of(self, cost: Cost) -> float:
-        """Estimated seconds on all ranks together, from one timed pass of each kind."""
+        """Estimated seconds on all ranks together, from one timed pass of each kind, a single row: batches are faster."""
         sample = self.users(2)[:1]
         if cost.scorings and "score" not in self._seconds:
             self._seconds["score"] = self._timed(lambda: self.score_batch([s.history for s in sample]))
@@ -242,11 +280,15 @@ class AuditContext:
             prompt, target = self.encoded(sample[0])
             self._seconds["loss"] = self._timed(lambda: self.loss_batch([(prompt, target)], [target]))
             self._seconds["token"] = self._seconds["loss"] / (len(prompt) + len(target))
-        spent = (cost.scorings * self._seconds.get("score", 0) + cost.losses * self._seconds.get("loss", 0)
-                 + cost.tokens * self._seconds.get("token", 0))
+        spent = (
+            cost.scorings * self._seconds.get("score", 0)
+            + cost.losses * self._seconds.get("loss", 0)
+            + cost.tokens * self._seconds.get("token", 0)
+        )
         return spent / self.runtime.world
 
     def _timed(self, work: Callable[[], Any]) -> float:
+        work()  # the first pass plans the catalogue and reads the prompt's constant head
         started = time.time()
         work()
         return time.time() - started
@@ -257,8 +299,12 @@ class AuditContext:
         return self.recommender.prompt_of(sample.history), list(encoder.target_ids(self.catalogue.text_of(sample.target)))
 
     def describe_cost(self, cost: Cost) -> str:
-        parts = [f"{cost.scorings} exact catalogue scorings" if cost.scorings else "", f"{cost.losses} passes over prompt and target" if cost.losses else "",
-                 f"{cost.tokens:,} tokens without history" if cost.tokens else "", cost.note]
+        parts = [
+            f"{cost.scorings} exact catalogue scorings" if cost.scorings else "",
+            f"{cost.losses} passes over prompt and target" if cost.losses else "",
+            f"{cost.tokens:,} tokens without history" if cost.tokens else "",
+            cost.note,
+        ]
         what = ", ".join(p for p in parts if p) or "no model passes"
         if not (cost.scorings or cost.losses or cost.tokens):
             return what

@@ -1,4 +1,4 @@
-"""Audit `debiasing`: does reweighting the data do what the objective does? Evaluated runs (sft, reweight, gdrt, ...) over all bias measures.
+"""Audit `debiasing`: does reweighting the data do what the objective does? Evaluated runs (sft, reweight, gdrt, ...) over all biases.
 
 Rows are the bias metrics of results.json and the effects of the audits that every folder has. Each value becomes a badness (smaller is
 better): by the metric's direction, or its distance to the value of the test targets themselves where neither direction is better, or
@@ -52,13 +52,16 @@ def z_scores(run: dict, baseline: dict) -> dict[str, float]:
 
 def compare_runs(paths, options: AuditOptions = AuditOptions()) -> dict:
     from gdrt_ds.errors import UserError
+
     runs = load_evaluations(paths, AT_LEAST)
     base = next((i for i, run in enumerate(runs) if run.setting("objective") == "sft"), 0)
-    runs = [runs[base], *runs[:base], *runs[base + 1:]]
+    runs = [runs[base], *runs[:base], *runs[base + 1 :]]
     values = [badness(run) for run in runs]
     names = [n for n in values[0] if all(n in v for v in values)]
     if len(names) < 2:
-        raise UserError("the folders share fewer than two measures with a direction", "evaluate all of them with the same metrics and audits")
+        raise UserError(
+            "the folders share fewer than two measures with a direction", "evaluate all of them with the same metrics and audits"
+        )
     rng, effects, sentences = np.random.default_rng(options.seed), {}, []
     z = {run.label: z_scores(value, values[0]) for run, value in zip(runs[1:], values[1:])}
     nulls = []
@@ -66,19 +69,45 @@ def compare_runs(paths, options: AuditOptions = AuditOptions()) -> dict:
         own = np.clip(np.array([z[run.label][n] for n in names]), -10, 10)
         effects[run.label] = bootstrap(own, num=options.num_bootstrap, seed=options.seed)
         nulls.append(np.array([(own * rng.choice([-1, 1], size=len(own))).mean() for _ in range(FLIPS)]))
-        sentences.append(f"{run.label} ({run.setting('objective')}): mean z {effects[run.label].text()}, {int((own < -1.96).sum())} of {len(names)} measures better, "
-                         f"{int((own > 1.96).sum())} worse")
+        sentences.append(
+            f"{run.label} ({run.setting('objective')}): mean z {effects[run.label].text()}, {int((own < -1.96).sum())} of "
+            f"{len(names)} measures better, "
+            f"{int((own > 1.96).sum())} worse"
+        )
     last = runs[-1].label
     rows = [[n, values[0][n][0], *(cell for run, v in zip(runs[1:], values[1:]) for cell in (v[n][0], z[run.label][n]))] for n in names]
     columns = ["measure", f"{runs[0].label} (baseline)", *(c for run in runs[1:] for c in (run.label, f"z of {run.label}"))]
-    figure = {"kind": "bar", "title": "Change against the baseline, in standard errors", "horizontal": True, "x_label": "z (left of zero: less bias)", "categories": names,
-              "caption": "Bars to the left are biases that went down; bars within two of zero may be noise.",
-              "series": [{"name": run.label, "values": [float(np.clip(z[run.label][n], -10, 10)) for n in names]} for run in runs[1:]]}
-    return result(TITLE, QUESTION, finding=f"Against {runs[0].label}: " + "; ".join(sentences) + ".", effect=effects[last], effect_name=f"mean z of {last}",
-                  speaks=not effects[last].spans_null, better="lower", measures={f"mean z: {n}": e for n, e in effects.items()}, figures=[figure],
-                  control="signs of z flipped: mean z within " + ", ".join(f"{np.quantile(np.abs(n), .95):.2g}" for n in nulls) + " in 95 % of the draws",
-                  table={"columns": columns, "rows": rows})
+    figure = {
+        "kind": "bar",
+        "title": "Change against the baseline, in standard errors",
+        "horizontal": True,
+        "y_label": "z (left of zero: less bias)",
+        "categories": names,
+        "caption": "Bars to the left are biases that went down; bars within two of zero may be noise.",
+        "series": [{"name": run.label, "values": [float(np.clip(z[run.label][n], -10, 10)) for n in names]} for run in runs[1:]],
+    }
+    return result(
+        TITLE,
+        QUESTION,
+        finding=f"Against {runs[0].label}: " + "; ".join(sentences) + ".",
+        effect=effects[last],
+        effect_name=f"mean z of {last}",
+        speaks=not effects[last].spans_null,
+        better="lower",
+        measures={f"mean z: {n}": e for n, e in effects.items()},
+        figures=[figure],
+        control="signs of z flipped: mean z within "
+        + ", ".join(f"{np.quantile(np.abs(n), .95):.2g}" for n in nulls)
+        + " in 95 % of the draws",
+        table={"columns": columns, "rows": rows},
+    )
 
 
-AUDIT = Audit("debiasing", TITLE, QUESTION, lambda context: compare_runs(context.options.runs, context.options),
-              lambda context: Cost(note=f"reads {len(context.options.runs)} evaluation folders"), lambda context: needs_runs(context, AT_LEAST))
+AUDIT = Audit(
+    "debiasing",
+    TITLE,
+    QUESTION,
+    lambda context: compare_runs(context.options.runs, context.options),
+    lambda context: Cost(note=f"reads {len(context.options.runs)} evaluation folders"),
+    lambda context: needs_runs(context, AT_LEAST),
+)

@@ -47,11 +47,13 @@ def rank_ratio(scores: np.ndarray, rng: np.random.Generator) -> float:
 def head_items(popularity: np.ndarray) -> np.ndarray:
     """Bool[I]: the most popular fifth."""
     head = np.zeros(len(popularity), dtype=bool)
-    head[np.argsort(-popularity, kind="stable")[:max(1, int(HEAD_SHARE * len(popularity)))]] = True
+    head[np.argsort(-popularity, kind="stable")[: max(1, int(HEAD_SHARE * len(popularity)))]] = True
     return head
 
 
-def measure(scores: np.ndarray, targets: np.ndarray, popularity: np.ndarray, num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Estimate]:
+def measure(
+    scores: np.ndarray, targets: np.ndarray, popularity: np.ndarray, num_bootstrap: int = 1000, seed: int = 0
+) -> dict[str, Estimate]:
     """Scores [U, I], targets [U], train counts [I]."""
     rng, users = np.random.default_rng(seed), len(scores)
     value, half = rank_ratio(scores, rng), max(2, users // 2)
@@ -65,10 +67,12 @@ def measure(scores: np.ndarray, targets: np.ndarray, popularity: np.ndarray, num
         tail, head = rows[rows[:, 1] == 0, 0], rows[rows[:, 1] == 1, 0]
         return tail.mean() - head.mean() if len(tail) and len(head) else np.nan
 
-    return {"effective rank / control": Estimate(value, value - error, value + error, users, 1.0),
-            "effective rank": Estimate(effective_rank(scores), float("nan"), float("nan"), users, None),
-            "distinct top-10 lists per user": Estimate(distinct, float("nan"), float("nan"), users, None),
-            "head-tail gap of relative rank": bootstrap(np.stack([relative, in_head.astype(float)], axis=1), gap, num=num_bootstrap, seed=seed)}
+    return {
+        "effective rank / control": Estimate(value, value - error, value + error, users, 1.0),
+        "effective rank": Estimate(effective_rank(scores), float("nan"), float("nan"), users, None),
+        "distinct top-10 lists per user": Estimate(distinct, float("nan"), float("nan"), users, None),
+        "head-tail gap of relative rank": bootstrap(np.stack([relative, in_head.astype(float)], axis=1), gap, num=num_bootstrap, seed=seed),
+    }
 
 
 def over_runs(paths) -> tuple[list[list], list[dict]]:
@@ -91,23 +95,53 @@ def run(context: AuditContext) -> dict:
     found = measure(scores, context.targets(samples), context.popularity, options.num_bootstrap, options.seed)
     effect, gap = found["effective rank / control"], found["head-tail gap of relative rank"]
     distinct, users = found["distinct top-10 lists per user"].value, len(samples)
-    finding = (f"The score matrix of {users} users has effective rank {found['effective rank'].value:.1f}, {effect.text()} of a matrix without structure; "
-               f"{distinct:.0%} of the users' top-10 sets are distinct; tail targets rank {gap.text()} of the catalogue below head targets.")
+    finding = (
+        f"The score matrix of {users} users has effective rank {found['effective rank'].value:.1f}, {effect.text()} of a matrix "
+        f"without structure; "
+        f"{distinct:.0%} of the users' top-10 sets are distinct; tail targets rank {gap.text()} of the catalogue below head targets."
+    )
     sigma = np.linalg.svd(centred(scores), compute_uv=False)
     broken = np.linalg.svd(shuffled_columns(centred(scores), np.random.default_rng(options.seed)), compute_uv=False)
     count = min(len(sigma), 40)
-    figures = [{"kind": "line", "title": "Singular values of the centred score matrix", "x_label": "direction", "y_label": "share of the sum",
-                "caption": "A steep start is few directions shared by all users; the control has the same columns, permuted.",
-                "series": [{"name": name, "x": list(range(1, count + 1)), "y": values[:count] / values.sum() if values.sum() else values[:count]}
-                           for name, values in (("this model", sigma), ("control", broken))]}]
+    figures = [
+        {
+            "kind": "line",
+            "title": "Singular values of the centred score matrix",
+            "x_label": "direction",
+            "y_label": "share of the sum",
+            "caption": "A steep start is few directions shared by all users; the control has the same columns, permuted.",
+            "series": [
+                {"name": name, "x": list(range(1, count + 1)), "y": values[:count] / values.sum() if values.sum() else values[:count]}
+                for name, values in (("this model", sigma), ("control", broken))
+            ],
+        }
+    ]
     rows, points = over_runs(options.runs) if options.runs else ([], [])
     if points:
-        figures.append({"kind": "scatter", "title": "Accuracy against effective rank", "x_label": "effective rank", "y_label": "NDCG@10", "points": points,
-                        "caption": "Runs up and to the right are accurate and personal; colours are LoRA ranks."})
+        figures.append(
+            {
+                "kind": "scatter",
+                "title": "Accuracy against effective rank",
+                "x_label": "effective rank",
+                "y_label": "NDCG@10",
+                "points": points,
+                "caption": "Runs up and to the right are accurate and personal; colours are LoRA ranks.",
+            }
+        )
     table = {"columns": ["measure", "value", "low", "high"], "rows": [[n, e.value, e.low, e.high] for n, e in found.items()]}
-    return result(TITLE, QUESTION, finding=finding, effect=effect, effect_name="effective rank over that of permuted columns", speaks=effect.high < 1,
-                  control=f"columns permuted over users: effective rank {found['effective rank'].value / max(effect.value, 1e-12):.1f}", measures=found,
-                  table=table, figures=figures, runs={"columns": ["run", "LoRA rank", "NDCG@10", "effective rank", "distinct lists"], "rows": rows})
+    return result(
+        TITLE,
+        QUESTION,
+        finding=finding,
+        effect=effect,
+        effect_name="effective rank over that of permuted columns",
+        speaks=effect.high < 1,
+        control=f"columns permuted over users: effective rank {found['effective rank'].value / max(effect.value, 1e-12):.1f}",
+        measures=found,
+        table=table,
+        figures=figures,
+        runs={"columns": ["run", "LoRA rank", "NDCG@10", "effective rank", "distinct lists"], "rows": rows},
+    )
 
 
 AUDIT = Audit("dimensionality", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS)))

@@ -52,7 +52,11 @@ def find_evaluation(folder: Path) -> Path:
     """
     if (folder / "results.json").is_file():
         return folder
-    found = [p.parent for p in sorted((folder / "eval").glob("*/results.json"), key=lambda p: p.stat().st_mtime) if not p.parent.name.endswith("-base")]
+    found = [
+        p.parent
+        for p in sorted((folder / "eval").glob("*/results.json"), key=lambda p: p.stat().st_mtime)
+        if not p.parent.name.endswith("-base")
+    ]
     if not found:
         raise UserError(f"{folder} holds no evaluation (no results.json)", f"evaluate it first: python -m eval.run --run {folder}")
     return found[-1]
@@ -66,7 +70,9 @@ def load_evaluations(paths: Sequence[str | Path], at_least: int) -> list[Evaluat
     """
     folders = list(dict.fromkeys(find_evaluation(Path(p)).resolve() for p in paths))
     if len(folders) < at_least:
-        raise UserError(f"{len(folders)} folder(s) given, this audit compares at least {at_least}", "give --runs DIR DIR ... of evaluated runs")
+        raise UserError(
+            f"{len(folders)} folder(s) given, this audit compares at least {at_least}", "give --runs DIR DIR ... of evaluated runs"
+        )
     found = []
     for folder, label in zip(folders, _labels(folders)):
         try:

@@ -38,8 +38,14 @@ class Estimate:
         return {"value": keep(self.value), "ci_low": keep(self.low), "ci_high": keep(self.high), "n": self.n, "null": keep(self.null)}
 
 
-def bootstrap(rows: np.ndarray, statistic: Callable[[np.ndarray], float | np.ndarray] = None, *, null: float | None = 0.0, num: int = 1000,
-              seed: int = 0) -> Estimate | list[Estimate]:
+def bootstrap(
+    rows: np.ndarray,
+    statistic: Callable[[np.ndarray], float | np.ndarray] = None,
+    *,
+    null: float | None = 0.0,
+    num: int = 1000,
+    seed: int = 0,
+) -> Estimate | list[Estimate]:
     """Percentile interval of a statistic over resampled rows.
 
     Args:
@@ -72,6 +78,7 @@ def _estimate(value: float, replicates: np.ndarray, tails: list[float], n: int, 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Average ranks 1..N; ties share theirs."""
     from scipy.stats import rankdata
+
     return rankdata(values)
 
 

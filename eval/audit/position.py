@@ -34,7 +34,9 @@ def agreement(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.array([tau if np.isfinite(tau) else 1.0, rank_biased_overlap(*lists), jaccard(lists[0][:10], lists[1][:10])])
 
 
-def measure_orders(true: np.ndarray, permuted: np.ndarray, other: np.ndarray, targets: np.ndarray, num_bootstrap: int, seed: int) -> dict[str, Estimate]:
+def measure_orders(
+    true: np.ndarray, permuted: np.ndarray, other: np.ndarray, targets: np.ndarray, num_bootstrap: int, seed: int
+) -> dict[str, Estimate]:
     """Scores of the true order [U, I], of P orders [U, P, I] and of another user's history [U, I]."""
     users, count, _ = permuted.shape
     orders = np.array([[agreement(true[u], permuted[u, p]) for p in range(count)] for u in range(users)]).mean(axis=1)
@@ -44,7 +46,9 @@ def measure_orders(true: np.ndarray, permuted: np.ndarray, other: np.ndarray, ta
     found = {f"{name}, other orders": bootstrap(orders[:, j], **settings) for j, name in enumerate(("Kendall tau", "RBO", "Jaccard@10"))}
     found |= {f"{name}, another user": bootstrap(others[:, j], **settings) for j, name in enumerate(("Kendall tau", "RBO", "Jaccard@10"))}
     found["NDCG@10 spread over orders"] = bootstrap(gains.std(axis=1), **settings)
-    change = bootstrap(np.stack([1 - orders[:, 1], 1 - others[:, 1]], axis=1), lambda r: r[:, 0].mean() / max(r[:, 1].mean(), 1e-12), **settings)
+    change = bootstrap(
+        np.stack([1 - orders[:, 1], 1 - others[:, 1]], axis=1), lambda r: r[:, 0].mean() / max(r[:, 1].mean(), 1e-12), **settings
+    )
     found["change by order / change by another user (1 - RBO)"] = change
     return found
 
@@ -64,10 +68,10 @@ def measure_probe(influence: np.ndarray, num_bootstrap: int, seed: int) -> tuple
 
 
 def probe_histories(context: AuditContext, samples: list[Sample]) -> tuple[list[list[tuple[str, ...]]], list[tuple[str, ...]]]:
-    """Per user the history with the probe at SLOTS places, oldest first, and without it. The oldest item makes room, so that the length stays."""
+    """Per user the history with the probe at SLOTS places, oldest first, and without it. The oldest item makes room: the length stays."""
     rng = np.random.default_rng([context.options.seed, 3])
     order = np.argsort(-context.popularity, kind="stable")
-    head = [context.catalogue.entries[i].item_id for i in order[:max(10, len(order) // 4)]]
+    head = [context.catalogue.entries[i].item_id for i in order[: max(10, len(order) // 4)]]
     moved, without = [], []
     for sample in samples:
         used = {context.catalogue.index_of[i] for i in (*sample.history, sample.target)}
@@ -85,31 +89,67 @@ def run(context: AuditContext) -> dict:
     orders = [[tuple(s.history[i] for i in rng.permutation(len(s.history))) for _ in range(options.permutations)] for s in samples]
     moved, without = probe_histories(context, samples)
     other = [samples[p].history for p in partners(samples, 1)]
-    histories = [s.history for s in samples] + [h for group in orders for h in group] + other + [h for group in moved for h in group] + without
+    histories = (
+        [s.history for s in samples] + [h for group in orders for h in group] + other + [h for group in moved for h in group] + without
+    )
     scores, users = context.scores(histories, "orders of the history"), len(samples)
     true, rest = scores[:users], scores[users:]
-    permuted, rest = rest[:users * options.permutations].reshape(users, options.permutations, -1), rest[users * options.permutations:]
+    permuted, rest = rest[: users * options.permutations].reshape(users, options.permutations, -1), rest[users * options.permutations :]
     found = measure_orders(true, permuted, rest[:users], context.targets(samples), options.num_bootstrap, options.seed)
     rest = probabilities(rest[users:])
-    influence = np.abs(rest[:users * SLOTS].reshape(users, SLOTS, -1) - rest[users * SLOTS:][:, None]).sum(axis=2) / 2
+    influence = np.abs(rest[: users * SLOTS].reshape(users, SLOTS, -1) - rest[users * SLOTS :][:, None]).sum(axis=2) / 2
     effect, p, null, curve = measure_probe(influence, options.num_bootstrap, options.seed)
     found["probe: spread over slots"] = effect
     speaks = p <= 0.05
     strongest = int(np.argmax([c.value for c in curve]))
-    words = f"position counts, most at {strongest / (SLOTS - 1):.0%} of the way to the newest item" if speaks else "no more than permuted slots show"
+    words = (
+        f"position counts, most at {strongest / (SLOTS - 1):.0%} of the way to the newest item"
+        if speaks
+        else "no more than permuted slots show"
+    )
     change = found["change by order / change by another user (1 - RBO)"]
-    finding = (f"Moving a probe item through the history changes its influence by {effect.value:.3g} [{effect.low:.3g}, {effect.high:.3g}] of its mean "
-               f"(permuted slots {null.mean():.3g}, p = {p:.2g}: {words}); reordering keeps {found['Jaccard@10, other orders'].text()} of the top 10 (Jaccard) "
-               f"and changes lists by {change.text(2)} of what another user's history changes, over {users} users.")
+    finding = (
+        f"Moving a probe item through the history changes its influence by {effect.value:.3g} [{effect.low:.3g}, "
+        f"{effect.high:.3g}] of its mean "
+        f"(permuted slots {null.mean():.3g}, p = {p:.2g}: {words}); reordering keeps {found['Jaccard@10, other orders'].text()} "
+        f"of the top 10 (Jaccard) "
+        f"and changes lists by {change.text(2)} of what another user's history changes, over {users} users."
+    )
     places = [round(s / (SLOTS - 1), 2) for s in range(SLOTS)]
-    figure = {"kind": "line", "title": "Influence of a probe item by its place in the history", "x_label": "place (0 = oldest, 1 = newest)", "legend": False,
-              "y_label": "total variation", "caption": "A flat curve is a model blind to order; a rise to the right is recency.",
-              "reference": {"value": float(np.mean([c.value for c in curve])), "label": "mean"},
-              "series": [{"name": "influence", "x": places, "y": [c.value for c in curve], "low": [c.low for c in curve], "high": [c.high for c in curve]}]}
+    figure = {
+        "kind": "line",
+        "title": "Influence of a probe item by its place in the history",
+        "x_label": "place (0 = oldest, 1 = newest)",
+        "legend": False,
+        "y_label": "total variation",
+        "caption": "A flat curve is a model blind to order; a rise to the right is recency.",
+        "reference": {"value": float(np.mean([c.value for c in curve])), "label": "mean"},
+        "series": [
+            {
+                "name": "influence",
+                "x": places,
+                "y": [c.value for c in curve],
+                "low": [c.low for c in curve],
+                "high": [c.high for c in curve],
+            }
+        ],
+    }
     table = {"columns": ["measure", "value", "low", "high"], "rows": [[name, e.value, e.low, e.high] for name, e in found.items()]}
-    return result(TITLE, QUESTION, finding=finding, effect=effect, effect_name="(max - min) / mean of probe influence over slots", better=None, speaks=speaks, measures=found,
-                  control=f"slots permuted within users: spread {null.mean():.3g} (95 % below {np.quantile(null, .95):.3g}); another user's history keeps "
-                          f"{found['Jaccard@10, another user'].text()} of the top 10", table=table, figures=[figure])
+    return result(
+        TITLE,
+        QUESTION,
+        finding=finding,
+        effect=effect,
+        effect_name="(max - min) / mean of probe influence over slots",
+        better=None,
+        speaks=speaks,
+        measures=found,
+        control=f"slots permuted within users: spread {null.mean():.3g} (95 % below {np.quantile(null, .95):.3g}); another "
+        f"user's history keeps "
+        f"{found['Jaccard@10, another user'].text()} of the top 10",
+        table=table,
+        figures=[figure],
+    )
 
 
 def eligible(context: AuditContext) -> list[Sample]:

@@ -18,11 +18,17 @@ from eval.audit.title_prior import content_free_prompt, title_tokens
 TITLE = "Pretraining popularity"
 QUESTION = "Does exposure follow what the base model thinks of a title, beyond its popularity in the data?"
 DEFAULT_USERS = 64
-NAMES = ("prior", "popularity")
+NAMES, MAIN = ("prior", "popularity"), "base prior"
 
 
-def measure(log_exposure: np.ndarray, prior: np.ndarray, popularity: np.ndarray, num_bootstrap: int = 1000, seed: int = 0,
-            extra: np.ndarray | None = None) -> dict[str, Estimate]:
+def measure(
+    log_exposure: np.ndarray,
+    prior: np.ndarray,
+    popularity: np.ndarray,
+    num_bootstrap: int = 1000,
+    seed: int = 0,
+    extra: np.ndarray | None = None,
+) -> dict[str, Estimate]:
     """Regression of log exposure [I] on prior [I] and log(popularity + 1) [I] (and another column): betas, partial R^2, Spearman."""
     columns = [prior, np.log1p(popularity)] + ([extra] if extra is not None else [])
 
@@ -31,8 +37,19 @@ def measure(log_exposure: np.ndarray, prior: np.ndarray, popularity: np.ndarray,
         return np.array([*betas[:2], *partial[:2], spearman(rows[:, 1], rows[:, 2]), spearman(rows[:, 1], rows[:, 0])])
 
     found = bootstrap(np.stack([log_exposure, *columns], axis=1), statistic, num=num_bootstrap, seed=seed)
-    return dict(zip(("beta: prior", "beta: popularity", "partial R2: prior", "partial R2: popularity", "Spearman: prior and popularity",
-                     "Spearman: prior and exposure"), found))
+    return dict(
+        zip(
+            (
+                "beta: prior",
+                "beta: popularity",
+                "partial R2: prior",
+                "partial R2: popularity",
+                "Spearman: prior and popularity",
+                "Spearman: prior and exposure",
+            ),
+            found,
+        )
+    )
 
 
 def run(context: AuditContext) -> dict:
@@ -44,30 +61,84 @@ def run(context: AuditContext) -> dict:
     length = np.array([len(t) for t in title_tokens(context)], dtype=float)
     permuted = np.random.default_rng(options.seed).permutation(prior)
     settings = {"num_bootstrap": min(500, options.num_bootstrap), "seed": options.seed}
-    rows = {"base model's prior": measure(soft, prior, popularity, **settings),
-            "base model's prior, title length held": measure(soft, prior, popularity, extra=length, **settings),
-            "base model's prior, top-10 counts": measure(listed, prior, popularity, **settings),
-            "control: random initialisation": measure(soft, random_prior, popularity, **settings),
-            "control: prior permuted over items": measure(soft, permuted, popularity, **settings)}
-    mine, control = rows["base model's prior"], rows["control: random initialisation"]
+    rows = {
+        MAIN: measure(soft, prior, popularity, **settings),
+        "base prior, length held": measure(soft, prior, popularity, extra=length, **settings),
+        "base prior, top-10 counts": measure(listed, prior, popularity, **settings),
+        "control: random model": measure(soft, random_prior, popularity, **settings),
+        "control: permuted prior": measure(soft, permuted, popularity, **settings),
+    }
+    mine, control = rows[MAIN], rows["control: random model"]
     effect = mine["beta: prior"]
-    held = rows["base model's prior, title length held"]["beta: prior"]
-    finding = (f"One standard deviation of the base model's title log-probability moves log exposure by {effect.text()} standard deviations beyond popularity "
-               f"(partial R^2 {mine['partial R2: prior'].value:.2g}; popularity {mine['beta: popularity'].text()}, {effect.n} items); "
-               f"with title length held {held.text()}.")
+    held = rows["base prior, length held"]["beta: prior"]
+    finding = (
+        f"One standard deviation of the base model's title log-probability moves log exposure by {effect.text()} standard "
+        f"deviations beyond popularity "
+        f"(partial R^2 {mine['partial R2: prior'].value:.2g}; popularity {mine['beta: popularity'].text()}, {effect.n} items); "
+        f"with title length held {held.text()}."
+    )
     kinds = list(rows)
-    figure = {"kind": "bar", "title": "What exposure follows", "y_label": "standardised beta", "categories": kinds,
-              "caption": "Bars of the prior away from zero are popularity that came with pretraining; the controls know no titles.",
-              "series": [{"name": name, "values": [rows[k][f"beta: {name}"].value for k in kinds], "low": [rows[k][f"beta: {name}"].low for k in kinds],
-                          "high": [rows[k][f"beta: {name}"].high for k in kinds]} for name in NAMES]}
-    columns = ["regression", "beta of prior", "low", "high", "beta of popularity", "low", "high", "partial R2 of prior", "partial R2 of popularity",
-               "Spearman prior-popularity"]
-    table = [[k, r["beta: prior"].value, r["beta: prior"].low, r["beta: prior"].high, r["beta: popularity"].value, r["beta: popularity"].low, r["beta: popularity"].high,
-              r["partial R2: prior"].value, r["partial R2: popularity"].value, r["Spearman: prior and popularity"].value] for k, r in rows.items()]
-    text = (f"a randomly initialised model's prior: beta {control['beta: prior'].text()}, Spearman with popularity {control['Spearman: prior and popularity'].value:.2f} "
-            f"(base model {mine['Spearman: prior and popularity'].text()}); permuted over items: {rows[kinds[-1]]['beta: prior'].text()}")
-    return result(TITLE, QUESTION, finding=finding, control=text, effect=effect, effect_name="standardised beta of the base model's prior",
-                  speaks=not effect.spans_null and not held.spans_null, measures=mine, table={"columns": columns, "rows": table}, figures=[figure])
+    figure = {
+        "kind": "bar",
+        "title": "What exposure follows",
+        "horizontal": True,
+        "y_label": "standardised beta",
+        "categories": kinds,
+        "caption": "Bars of the prior away from zero are popularity that came with pretraining; the controls know no titles.",
+        "series": [
+            {
+                "name": name,
+                "values": [rows[k][f"beta: {name}"].value for k in kinds],
+                "low": [rows[k][f"beta: {name}"].low for k in kinds],
+                "high": [rows[k][f"beta: {name}"].high for k in kinds],
+            }
+            for name in NAMES
+        ],
+    }
+    columns = [
+        "regression",
+        "beta of prior",
+        "low",
+        "high",
+        "beta of popularity",
+        "low",
+        "high",
+        "partial R2 of prior",
+        "partial R2 of popularity",
+        "Spearman prior-popularity",
+    ]
+    table = [
+        [
+            k,
+            r["beta: prior"].value,
+            r["beta: prior"].low,
+            r["beta: prior"].high,
+            r["beta: popularity"].value,
+            r["beta: popularity"].low,
+            r["beta: popularity"].high,
+            r["partial R2: prior"].value,
+            r["partial R2: popularity"].value,
+            r["Spearman: prior and popularity"].value,
+        ]
+        for k, r in rows.items()
+    ]
+    text = (
+        f"a randomly initialised model's prior: beta {control['beta: prior'].text()}, Spearman with popularity "
+        f"{control['Spearman: prior and popularity'].value:.2f} "
+        f"(base model {mine['Spearman: prior and popularity'].text()}); permuted over items: {rows[kinds[-1]]['beta: prior'].text()}"
+    )
+    return result(
+        TITLE,
+        QUESTION,
+        finding=finding,
+        control=text,
+        effect=effect,
+        effect_name="standardised beta of the base model's prior",
+        speaks=not effect.spans_null and not held.spans_null,
+        measures=mine,
+        table={"columns": columns, "rows": table},
+        figures=[figure],
+    )
 
 
 def cost(context: AuditContext) -> Cost:

@@ -32,7 +32,9 @@ def shares(values: np.ndarray, provider_of: np.ndarray, num: int) -> np.ndarray:
     return sums / sums.sum() if sums.sum() > 0 else sums
 
 
-def measure(rows: np.ndarray, popularity: np.ndarray, provider_of: np.ndarray, num_bootstrap: int = 1000, seed: int = 0) -> tuple[dict[str, Estimate], float, np.ndarray]:
+def measure(
+    rows: np.ndarray, popularity: np.ndarray, provider_of: np.ndarray, num_bootstrap: int = 1000, seed: int = 0
+) -> tuple[dict[str, Estimate], float, np.ndarray]:
     """Exposure rows [U, I] -> estimates, permutation p, null values of D [PERMUTATIONS]."""
     num = int(provider_of.max()) + 1
     by_provider = np.stack([np.bincount(provider_of[provider_of >= 0], weights=row[provider_of >= 0], minlength=num) for row in rows])
@@ -50,9 +52,14 @@ def measure(rows: np.ndarray, popularity: np.ndarray, provider_of: np.ndarray, n
         shuffled = rng.permutation(provider_of)
         null.append(np.abs(shares(mean, shuffled, num) - shares(popularity, shuffled, num)).sum())
     null = np.array(null)
-    excess = Estimate(interactions.value - null.mean(), interactions.low - null.mean(), interactions.high - null.mean(), interactions.n, 0.0)
-    return ({"L1 to interaction share": interactions, "L1 to catalogue share": items, "excess over permuted labels": excess},
-            permutation_p(interactions.value, null), null)
+    excess = Estimate(
+        interactions.value - null.mean(), interactions.low - null.mean(), interactions.high - null.mean(), interactions.n, 0.0
+    )
+    return (
+        {"L1 to interaction share": interactions, "L1 to catalogue share": items, "excess over permuted labels": excess},
+        permutation_p(interactions.value, null),
+        null,
+    )
 
 
 def run(context: AuditContext) -> dict:
@@ -66,15 +73,33 @@ def run(context: AuditContext) -> dict:
     order = np.argsort(-np.abs(shown - chosen))[:SHOWN]
     excess = found["excess over permuted labels"]
     speaks = p <= 0.05 and not excess.spans_null
-    finding = (f"Provider exposure differs from interaction shares by {found['L1 to interaction share'].text()} (L1) over {len(names)} providers, "
-               f"{excess.text()} more than with permuted provider labels (p = {p:.2g}: {'providers matter' if speaks else 'no more than items explain'}); "
-               f"farthest: {names[order[0]]}, {shown[order[0]]:.1%} of exposure against {chosen[order[0]]:.1%} of choices.")
-    figure = {"kind": "bar", "title": "Providers farthest from their share", "horizontal": True, "percent": True, "categories": [names[i] for i in order],
-              "caption": "A provider is favoured where exposure is above its share of the choices.",
-              "series": [{"name": "exposure", "values": shown[order]}, {"name": "share of train interactions", "values": chosen[order]}]}
-    return result(TITLE, QUESTION, finding=finding, control=f"provider labels permuted over items: L1 {null.mean():.3g} (95 % below {np.quantile(null, .95):.3g})",
-                  effect=excess, effect_name="L1 to interaction share beyond permuted labels", speaks=speaks, measures=found,
-                  table={"columns": ["provider", "exposure", "share of choices"], "rows": [[names[i], shown[i], chosen[i]] for i in order]}, figures=[figure])
+    finding = (
+        f"Provider exposure differs from interaction shares by {found['L1 to interaction share'].text()} (L1) over {len(names)} providers, "
+        f"{excess.text()} more than with permuted provider labels (p = {p:.2g}: "
+        f"{'providers matter' if speaks else 'no more than items explain'}); "
+        f"farthest: {names[order[0]]}, {shown[order[0]]:.1%} of exposure against {chosen[order[0]]:.1%} of choices."
+    )
+    figure = {
+        "kind": "bar",
+        "title": "Providers farthest from their share",
+        "horizontal": True,
+        "percent": True,
+        "categories": [names[i] for i in order],
+        "caption": "A provider is favoured where exposure is above its share of the choices.",
+        "series": [{"name": "exposure", "values": shown[order]}, {"name": "share of train interactions", "values": chosen[order]}],
+    }
+    return result(
+        TITLE,
+        QUESTION,
+        finding=finding,
+        control=f"provider labels permuted over items: L1 {null.mean():.3g} (95 % below {np.quantile(null, .95):.3g})",
+        effect=excess,
+        effect_name="L1 to interaction share beyond permuted labels",
+        speaks=speaks,
+        measures=found,
+        table={"columns": ["provider", "exposure", "share of choices"], "rows": [[names[i], shown[i], chosen[i]] for i in order]},
+        figures=[figure],
+    )
 
 
 def lacks(context: AuditContext) -> tuple[str, str] | None:

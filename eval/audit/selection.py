@@ -128,16 +128,34 @@ def run(context: AuditContext) -> dict:
     effect = Estimate(top.value, top.low, top.high, top.n, 0.0)
     speaks = p <= 0.05
     change = found["NDCG@10, change"]
-    finding = (f"Beside the main score, the top slot has a log-odds term of {effect.text()} over {effect.n} users on {source} "
-               f"(spread over slots against permuted slots: p = {p:.2g}, {'slots draw choices' if speaks else 'nothing shown'}); "
-               f"inverse propensity changes NDCG@10 by {change.text()} from {found['NDCG@10'].value:.3g}.")
-    figure = {"kind": "bar", "title": "Bias per slot", "y_label": "log odds beside the main score", "legend": False, "categories": names[:len(tower)],
-              "caption": "Above zero: chosen more often than the main score says, as if the slot itself drew choices.",
-              "series": [{"name": "b", "values": b, "low": [t.low for t in tower], "high": [t.high for t in tower]}]}
+    finding = (
+        f"Beside the main score, the top slot has a log-odds term of {effect.text()} over {effect.n} users on {source} "
+        f"(spread over slots against permuted slots: p = {p:.2g}, {'slots draw choices' if speaks else 'nothing shown'}); "
+        f"inverse propensity changes NDCG@10 by {change.text()} from {found['NDCG@10'].value:.3g}."
+    )
+    figure = {
+        "kind": "bar",
+        "title": "Bias per slot",
+        "y_label": "log odds beside the main score",
+        "legend": False,
+        "categories": names[: len(tower)],
+        "caption": "Above zero: chosen more often than the main score says, as if the slot itself drew choices.",
+        "series": [{"name": "b", "values": b, "low": [t.low for t in tower], "high": [t.high for t in tower]}],
+    }
     rows = [[n, e.value, e.low, e.high] for n, e in [*zip(names, tower), *found.items()]]
-    return result(TITLE, QUESTION, finding=finding, effect=effect, effect_name="log-odds term of the top slot", speaks=speaks,
-                  control=f"slots permuted: spread {null.mean():.3g} (95 % below {np.quantile(null, .95):.3g}), here {b.std():.3g}", measures={**found, "b: top slot": effect},
-                  table={"columns": ["slot or metric", "value", "low", "high"], "rows": rows}, figures=[figure], slots=source)
+    return result(
+        TITLE,
+        QUESTION,
+        finding=finding,
+        effect=effect,
+        effect_name="log-odds term of the top slot",
+        speaks=speaks,
+        control=f"slots permuted: spread {null.mean():.3g} (95 % below {np.quantile(null, .95):.3g}), here {b.std():.3g}",
+        measures={**found, "b: top slot": effect},
+        table={"columns": ["slot or metric", "value", "low", "high"], "rows": rows},
+        figures=[figure],
+        slots=source,
+    )
 
 
 def labelled(samples) -> str | None:

@@ -39,9 +39,13 @@ def variant_prompts(context: AuditContext, samples: list[Sample]) -> dict[str, l
     titles = [[context.catalogue.text_of(item) for item in s.history] for s in samples]
     tokens = lambda names, **how: encoder.encode(names, **how).input_ids.tolist()  # noqa: E731
     first, second = partners(samples, 1), partners(samples, 1 + max(1, len(samples) // 2))
-    return {"true history": [tokens(t) for t in titles], "swapped history": [tokens(titles[p]) for p in first],
-            "no history": [tokens([], mask_history=True)] * len(titles), "no instruction": [tokens(t, blank_instruction=True) for t in titles],
-            "second swap": [tokens(titles[p]) for p in second]}
+    return {
+        "true history": [tokens(t) for t in titles],
+        "swapped history": [tokens(titles[p]) for p in first],
+        "no history": [tokens([], mask_history=True)] * len(titles),
+        "no instruction": [tokens(t, blank_instruction=True) for t in titles],
+        "second swap": [tokens(titles[p]) for p in second],
+    }
 
 
 def measure(nll: dict[str, np.ndarray], num_bootstrap: int, seed: int) -> dict[str, Estimate]:
@@ -66,24 +70,62 @@ def run(context: AuditContext) -> dict:
     samples = context.users(DEFAULT_USERS)
     losses = losses_of(context, samples)
     options = context.options
-    both = {objective: measure({n: getattr(v, objective) for n, v in losses.items()}, options.num_bootstrap, options.seed)
-            for objective in ("renormalised", "full")}
+    both = {
+        objective: measure({n: getattr(v, objective) for n, v in losses.items()}, options.num_bootstrap, options.seed)
+        for objective in ("renormalised", "full")
+    }
     found = both["renormalised"]
     effect = found["swapped history - true"]
-    verdict = ("the history is read" if effect.low > 0 else "no use of the history is shown" if effect.spans_null else "the true history misleads")
-    finding = (f"Another user's history changes the target's NLL by {effect.text()} nats over {effect.n} users ({verdict}); "
-               f"no history: {found['no history - true'].text()}, no instruction: {found['no instruction - true'].text()}.")
-    rows = [[name, *(cell for objective in ("renormalised", "full") for cell in (both[objective][name].value, both[objective][name].low, both[objective][name].high))]
-            for name in found]
+    verdict = (
+        "the history is read" if effect.low > 0 else "no use of the history is shown" if effect.spans_null else "the true history misleads"
+    )
+    finding = (
+        f"Another user's history changes the target's NLL by {effect.text()} nats over {effect.n} users ({verdict}); "
+        f"no history: {found['no history - true'].text()}, no instruction: {found['no instruction - true'].text()}."
+    )
+    rows = [
+        [
+            name,
+            *(
+                cell
+                for objective in ("renormalised", "full")
+                for cell in (both[objective][name].value, both[objective][name].low, both[objective][name].high)
+            ),
+        ]
+        for name in found
+    ]
     bars = ["swapped history - true", "no history - true", "no instruction - true", "control: second swap - swapped"]
-    figure = {"kind": "bar", "title": "What the target's NLL pays without its context", "horizontal": True, "x_label": "nats above the true prompt", "legend": False,
-              "caption": "A bar away from zero is context that the model uses; the control compares two wrong histories.", "categories": bars,
-              "series": [{"name": "NLL difference", "values": [found[b].value for b in bars], "low": [found[b].low for b in bars],
-                          "high": [found[b].high for b in bars]}]}
+    figure = {
+        "kind": "bar",
+        "title": "What the target's NLL pays without its context",
+        "horizontal": True,
+        "y_label": "nats above the true prompt",
+        "legend": False,
+        "caption": "A bar away from zero is context that the model uses; the control compares two wrong histories.",
+        "categories": bars,
+        "series": [
+            {
+                "name": "NLL difference",
+                "values": [found[b].value for b in bars],
+                "low": [found[b].low for b in bars],
+                "high": [found[b].high for b in bars],
+            }
+        ],
+    }
     control = f"two wrong histories against each other: {found['control: second swap - swapped'].text()} nats, expected 0"
-    return result(TITLE, QUESTION, finding=finding, control=control, effect=effect, effect_name="NLL(swapped history) - NLL(true), nats", better="higher",
-                  speaks=not effect.low > 0, measures={**found, **{f"full: {k}": v for k, v in both["full"].items()}},
-                  table={"columns": ["prompt", "NLL over the catalogue", "low", "high", "NLL over the vocabulary", "low", "high"], "rows": rows}, figures=[figure])
+    return result(
+        TITLE,
+        QUESTION,
+        finding=finding,
+        control=control,
+        effect=effect,
+        effect_name="NLL(swapped history) - NLL(true), nats",
+        better="higher",
+        speaks=not effect.low > 0,
+        measures={**found, **{f"full: {k}": v for k, v in both["full"].items()}},
+        table={"columns": ["prompt", "NLL over the catalogue", "low", "high", "NLL over the vocabulary", "low", "high"], "rows": rows},
+        figures=[figure],
+    )
 
 
 AUDIT = Audit("sensitivity", TITLE, QUESTION, run, lambda context: Cost(losses=len(VARIANTS) * context.num_users(DEFAULT_USERS)))

@@ -29,7 +29,7 @@ def quantile_labels(values: np.ndarray, num: int, names: list[str]) -> np.ndarra
     bins = np.searchsorted(edges, values, side="right")
     used = sorted(set(bins.tolist()))
     if len(names) > len(used) > 1:  # keep the outer names: they say which end a bin is
-        names = names[:len(used) - 1] + names[-1:]
+        names = names[: len(used) - 1] + names[-1:]
     return np.array([names[used.index(b)] for b in bins])
 
 
@@ -40,9 +40,15 @@ def environments(samples, targets: np.ndarray, popularity: np.ndarray) -> dict[s
         names = ["time 1 (first)"] + [f"time {i + 1}" for i in range(1, TIME_BINS - 1)] + [f"time {TIME_BINS} (last)"]
         axes["time"] = quantile_labels(np.array([s.timestamp for s in samples], float), TIME_BINS, names)
     rank = np.argsort(np.argsort(-popularity, kind="stable"), kind="stable") / len(popularity)
-    axes["target popularity"] = np.array(["cold (not in train)" if popularity[t] == 0 else "head fifth" if rank[t] < 0.2 else "middle" if rank[t] < 0.5
-                                          else "tail half" for t in targets])
-    axes["history length"] = quantile_labels(np.array([len(s.history) for s in samples], float), 3, ["short history", "medium history", "long history"])
+    axes["target popularity"] = np.array(
+        [
+            "cold (not in train)" if popularity[t] == 0 else "head fifth" if rank[t] < 0.2 else "middle" if rank[t] < 0.5 else "tail half"
+            for t in targets
+        ]
+    )
+    axes["history length"] = quantile_labels(
+        np.array([len(s.history) for s in samples], float), 3, ["short history", "medium history", "long history"]
+    )
     return {name: labels for name, labels in axes.items() if len(set(labels.tolist())) > 1}
 
 
@@ -52,8 +58,10 @@ def spread(values: np.ndarray, labels: np.ndarray) -> float:
     return float(max(means) - min(means)) if len(means) > 1 else 0.0
 
 
-def measure(nll: np.ndarray, gain: np.ndarray, axes: dict[str, np.ndarray], num_bootstrap: int, seed: int) -> tuple[list[dict], dict[str, tuple[float, float, float]]]:
-    """NLL [U], NDCG [U] -> environments (axis, name, users, NLL, relative drop, NDCG estimates) and per axis (spread, null mean, Holm's p)."""
+def measure(
+    nll: np.ndarray, gain: np.ndarray, axes: dict[str, np.ndarray], num_bootstrap: int, seed: int
+) -> tuple[list[dict], dict[str, tuple[float, float, float]]]:
+    """NLL [U], NDCG [U] -> environments (axis, name, users, NLL, relative drop, NDCG) and per axis (spread, null mean, Holm's p)."""
     rng, settings, rows, tests = np.random.default_rng(seed), {"num": num_bootstrap, "seed": seed}, [], {}
     for axis, labels in axes.items():
         null = np.array([spread(nll, rng.permutation(labels)) for _ in range(PERMUTATIONS)])
@@ -65,8 +73,16 @@ def measure(nll: np.ndarray, gain: np.ndarray, axes: dict[str, np.ndarray], num_
                 own = columns[columns[:, 1] == 1, 0]
                 return -relative_drop(columns[:, 0].mean(), own.mean()) if len(own) else np.nan
 
-            rows.append({"axis": axis, "name": name, "users": int(inside.sum()), "nll": bootstrap(nll[inside], null=None, **settings),
-                         "drop": bootstrap(np.stack([nll, inside.astype(float)], axis=1), drop, **settings), "ndcg": bootstrap(gain[inside], null=None, **settings)})
+            rows.append(
+                {
+                    "axis": axis,
+                    "name": name,
+                    "users": int(inside.sum()),
+                    "nll": bootstrap(nll[inside], null=None, **settings),
+                    "drop": bootstrap(np.stack([nll, inside.astype(float)], axis=1), drop, **settings),
+                    "ndcg": bootstrap(gain[inside], null=None, **settings),
+                }
+            )
     corrected, _ = holm([p for *_, p in tests.values()])
     return rows, {axis: (value, null, float(p)) for (axis, (value, null, _)), p in zip(tests.items(), corrected)}
 
@@ -111,18 +127,65 @@ def run(context: AuditContext) -> dict:
     effect = next((r["drop"] for r in rows if r["name"] == worst), Estimate(0.0, 0.0, 0.0, len(samples)))
     found_axes = [axis for axis, (_, _, p) in tests.items() if p <= 0.05]
     speaks = bool(found_axes)
-    finding = (f"Worst environment: {worst}, whose NLL is {effect.text()} of the mean above it; environments differ along {', '.join(found_axes) or 'no axis'} "
-               f"(p <= .05 after Holm's correction, {len(samples)} users); noisy titles cost {noise.text()} nats; test targets are {moved:.2f} from train popularity "
-               f"(total variation; {drawn:.2f} by chance, p = {moved_p:.2g}).")
-    figure = {"kind": "bar", "title": "Relative NLL by environment", "horizontal": True, "percent": True, "legend": False, "categories": [r["name"] for r in rows],
-              "caption": "Bars to the right are environments where the target costs more than on average.",
-              "series": [{"name": "NLL above the mean", "values": [r["drop"].value for r in rows], "low": [r["drop"].low for r in rows], "high": [r["drop"].high for r in rows]}]}
-    table = [[r["axis"], r["name"], r["users"], r["nll"].value, r["drop"].value, r["drop"].low, r["drop"].high, r["ndcg"].value] for r in rows]
-    table.append(["titles", "noisy history titles", noise.n, float(nll.mean() + noise.value), *(x / nll.mean() for x in (noise.value, noise.low, noise.high)), None])
-    control = "labels permuted over users: " + "; ".join(f"{axis}: spread {value:.3g} against {null:.3g}, p = {p:.2g}" for axis, (value, null, p) in tests.items())
-    return result(TITLE, QUESTION, finding=finding, effect=effect, effect_name="relative NLL of the worst environment", speaks=speaks, control=control,
-                  measures={"worst environment": effect, "noisy titles, nats": noise}, figures=[figure],
-                  table={"columns": ["axis", "environment", "users", "NLL", "relative drop", "low", "high", "NDCG@10"], "rows": table}, axes=found_axes)
+    finding = (
+        f"Worst environment: {worst}, whose NLL is {effect.text()} of the mean above it; environments differ along "
+        f"{', '.join(found_axes) or 'no axis'} "
+        f"(p <= .05 after Holm's correction, {len(samples)} users); noisy titles cost {noise.text()} nats; test targets are "
+        f"{moved:.2f} from train popularity "
+        f"(total variation; {drawn:.2f} by chance, p = {moved_p:.2g})."
+    )
+    figure = {
+        "kind": "bar",
+        "title": "Relative NLL by environment",
+        "horizontal": True,
+        "percent": True,
+        "legend": False,
+        "categories": [r["name"] for r in rows],
+        "caption": "Bars to the right are environments where the target costs more than on average.",
+        "series": [
+            {
+                "name": "NLL above the mean",
+                "values": [r["drop"].value for r in rows],
+                "low": [r["drop"].low for r in rows],
+                "high": [r["drop"].high for r in rows],
+            }
+        ],
+    }
+    table = [
+        [r["axis"], r["name"], r["users"], r["nll"].value, r["drop"].value, r["drop"].low, r["drop"].high, r["ndcg"].value] for r in rows
+    ]
+    table.append(
+        [
+            "titles",
+            "noisy history titles",
+            noise.n,
+            float(nll.mean() + noise.value),
+            *(x / nll.mean() for x in (noise.value, noise.low, noise.high)),
+            None,
+        ]
+    )
+    control = "labels permuted over users: " + "; ".join(
+        f"{axis}: spread {value:.3g} against {null:.3g}, p = {p:.2g}" for axis, (value, null, p) in tests.items()
+    )
+    return result(
+        TITLE,
+        QUESTION,
+        finding=finding,
+        effect=effect,
+        effect_name="relative NLL of the worst environment",
+        speaks=speaks,
+        control=control,
+        measures={"worst environment": effect, "noisy titles, nats": noise},
+        figures=[figure],
+        table={"columns": ["axis", "environment", "users", "NLL", "relative drop", "low", "high", "NDCG@10"], "rows": table},
+        axes=found_axes,
+    )
 
 
-AUDIT = Audit("shift", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS), losses=2 * context.num_users(DEFAULT_USERS)))
+AUDIT = Audit(
+    "shift",
+    TITLE,
+    QUESTION,
+    run,
+    lambda context: Cost(scorings=context.unscored(DEFAULT_USERS), losses=2 * context.num_users(DEFAULT_USERS)),
+)

@@ -40,8 +40,9 @@ def target_nll(context, prompts: Sequence[Sequence[int]], targets: Sequence[int]
 
 
 @torch.inference_mode()
-def token_losses(reader: PromptReader, trie: TokenTrie | None, rows: list[tuple[list[int], list[int]]],
-                 labels: list[list[int]] | None = None) -> list[dict[str, np.ndarray]]:
+def token_losses(
+    reader: PromptReader, trie: TokenTrie | None, rows: list[tuple[list[int], list[int]]], labels: list[list[int]] | None = None
+) -> list[dict[str, np.ndarray]]:
     """Losses per target token.
 
     Args:
@@ -72,8 +73,8 @@ def _pass(reader: PromptReader, trie: TokenTrie | None, rows, labels, skip: int)
     batch, width = len(rows), max(map(len, sequences)) - skip
     tokens, real = torch.zeros(batch, width, dtype=torch.long), torch.zeros(batch, width, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
-        tokens[row, :len(sequence) - skip] = torch.tensor(sequence[skip:])
-        real[row, :len(sequence) - skip] = True
+        tokens[row, : len(sequence) - skip] = torch.tensor(sequence[skip:])
+        real[row, : len(sequence) - skip] = True
     tokens, real = tokens.to(device), real.to(device)
     positions = torch.arange(skip, skip + width, device=device)[None].expand(batch, -1)
     eye = torch.eye(width, dtype=torch.bool, device=device)
@@ -90,13 +91,18 @@ def _pass(reader: PromptReader, trie: TokenTrie | None, rows, labels, skip: int)
     full, renormalised = [], []
     step = max(1, (128 << 20) // (4 * reader.rows.weight.shape[0]))
     for start in range(0, len(truth), step):
-        logits = reader.rows.vocabulary_logits(states[start:start + step]).double()
-        own_logit = logits.gather(1, truth[start:start + step, None])[:, 0]
+        logits = reader.rows.vocabulary_logits(states[start : start + step]).double()
+        own_logit = logits.gather(1, truth[start : start + step, None])[:, 0]
         full.append((logits.logsumexp(1) - own_logit).cpu().numpy())
-        allowed = [torch.from_numpy(trie.token[trie.children(n)].astype(np.int64)).to(device) for n in nodes[start:start + step]]
+        allowed = [torch.from_numpy(trie.token[trie.children(n)].astype(np.int64)).to(device) for n in nodes[start : start + step]]
         if trie is not None:
-            renormalised.append(np.array([float(row[a].logsumexp(0) - own) if len(a) > 1 else 0.0 for row, a, own in zip(logits, allowed, own_logit)]))
+            renormalised.append(
+                np.array([float(row[a].logsumexp(0) - own) if len(a) > 1 else 0.0 for row, a, own in zip(logits, allowed, own_logit)])
+            )
     bounds = np.cumsum([len(target) for target in labels])[:-1]
     if trie is None:
         return [{"full": f} for f in np.split(np.concatenate(full), bounds)]
-    return [{"full": f, "renormalised": r} for f, r in zip(np.split(np.concatenate(full), bounds), np.split(np.concatenate(renormalised), bounds))]
+    return [
+        {"full": f, "renormalised": r}
+        for f, r in zip(np.split(np.concatenate(full), bounds), np.split(np.concatenate(renormalised), bounds))
+    ]

@@ -1,7 +1,7 @@
 """What a language model thinks of a title before any task: its log-probability under a content-free prompt, full vocabulary.
 
-The prompt names the domain and nothing else ("A movie:", a line end), then the title as the template writes targets, without the terminator,
-whose probability says how a text ends and not how known the title is. Losses come from the same pass as all target losses.
+The prompt names the domain and nothing else ("A movie:", a line end), then the title as the template writes targets, without the
+terminator, whose probability says how a text ends and not how known the title is. Losses come from the same pass as all target losses.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def title_log_probs(context, which: str) -> np.ndarray:
         return -np.array([f["full"].sum() for f in found])
     from eval.audit.target_loss import token_losses
     from gdrt_ds.prompt_cache import PromptReader
+
     reader = PromptReader(random_model(context))
     compute = lambda part: token_losses(reader, None, part)  # noqa: E731
     return -np.array([f["full"].sum() for f in context.each([(prompt, t) for t in titles], compute, "control: random initialisation", 16)])
@@ -45,6 +46,7 @@ def random_model(context):
     from transformers import AutoModelForCausalLM
 
     from gdrt_ds.model import read_model_config, unwrap
+
     loaded = context.recommender.loaded
     config = read_model_config(loaded.path, trust_remote_code=context.recommender.config.model.trust_remote_code)
     if sum(p.numel() for p in unwrap(loaded.model).parameters()) > FULL_DEPTH_PARAMETERS:

@@ -32,7 +32,9 @@ def drawn_lists(popularity: np.ndarray, users: int, k: int, rng: np.random.Gener
     return np.argsort(-(np.log(popularity + 1) + rng.gumbel(size=(users, len(popularity)))), axis=1)[:, :k]
 
 
-def measure(lists: np.ndarray, popularity: np.ndarray, num_bootstrap: int = 300, seed: int = 0) -> tuple[dict[str, Estimate], float, np.ndarray]:
+def measure(
+    lists: np.ndarray, popularity: np.ndarray, num_bootstrap: int = 300, seed: int = 0
+) -> tuple[dict[str, Estimate], float, np.ndarray]:
     """Lists [U, k] -> estimates, p, shares of the drawn lists [DRAWS]."""
     num_items, top = len(popularity), min(TOP, max(1, len(popularity) // 5))
     data = top_share(popularity, top)
@@ -45,8 +47,16 @@ def measure(lists: np.ndarray, popularity: np.ndarray, num_bootstrap: int = 300,
 
     share, inequality = bootstrap(lists, statistic, null=None, num=min(300, num_bootstrap), seed=seed)
     shift = lambda e, by: Estimate(e.value - by, e.low - by, e.high - by, e.n, 0.0)  # noqa: E731
-    return ({"exposure share of the most shown": share, "Gini of exposure": inequality, "exposure share - data share": shift(share, data),
-             "exposure share - popularity-drawn lists": shift(share, float(null.mean()))}, permutation_p(share.value, null), null)
+    return (
+        {
+            "exposure share of the most shown": share,
+            "Gini of exposure": inequality,
+            "exposure share - data share": shift(share, data),
+            "exposure share - popularity-drawn lists": shift(share, float(null.mean())),
+        },
+        permutation_p(share.value, null),
+        null,
+    )
 
 
 def top_titles(texts: list[str], values: np.ndarray) -> list[str]:
@@ -79,24 +89,57 @@ def run(context: AuditContext) -> dict:
     effect, share = found["exposure share - popularity-drawn lists"], found["exposure share of the most shown"]
     top = min(TOP, max(1, len(popularity) // 5))
     speaks = p <= 0.05 and not effect.spans_null
-    finding = (f"The {top} most shown titles take {share.text()} of the exposure, {effect.text()} more than lists drawn from train popularity "
-               f"(p = {p:.2g}: {'a few titles are everywhere' if speaks else 'no more concentrated than the data'}); the {top} most chosen have {top_share(popularity, top):.3g} of the choices.")
-    figures = [{"kind": "bar", "title": "The most shown titles", "horizontal": True, "percent": True, "categories": [texts[i] for i in order],
-                "caption": "Exposure far above a title's share of the choices is concentration that the data do not ask for.",
-                "series": [{"name": "share of list places", "values": counts[order] / counts.sum()},
-                           {"name": "share of train interactions", "values": popularity[order] / max(popularity.sum(), 1)}]}]
+    finding = (
+        f"The {top} most shown titles take {share.text()} of the exposure, {effect.text()} more than lists drawn from train popularity "
+        f"(p = {p:.2g}: {'a few titles are everywhere' if speaks else 'no more concentrated than the data'}); the {top} most "
+        f"chosen have {top_share(popularity, top):.3g} of the choices."
+    )
+    figures = [
+        {
+            "kind": "bar",
+            "title": "The most shown titles",
+            "horizontal": True,
+            "percent": True,
+            "categories": [texts[i] for i in order],
+            "caption": "Exposure far above a title's share of the choices is concentration that the data do not ask for.",
+            "series": [
+                {"name": "share of list places", "values": counts[order] / counts.sum()},
+                {"name": "share of train interactions", "values": popularity[order] / max(popularity.sum(), 1)},
+            ],
+        }
+    ]
     extra = {}
     if len(options.runs) >= 2:
         labels, shown, chosen = across_runs(options.runs)
         above = np.triu_indices(len(labels), 1)
-        finding += f" Between {len(labels)} runs the top-{TOP} sets overlap by {shown[above].mean():.2f} (Jaccard), the data's own by {chosen[above].mean():.2f}."
-        figures.append({"kind": "heatmap", "title": f"Overlap of the top-{TOP} titles between runs", "rows": labels, "columns": labels, "values": shown.round(2).tolist(),
-                        "caption": f"Jaccard of the most shown titles; the data sets' own most chosen titles overlap by {chosen[above].mean():.2f} on average."})
+        finding += f" Between {len(labels)} runs the top-{TOP} sets overlap by {shown[above].mean():.2f} (Jaccard), the data's "
+        f"own by {chosen[above].mean():.2f}."
+        figures.append(
+            {
+                "kind": "heatmap",
+                "title": f"Overlap of the top-{TOP} titles between runs",
+                "rows": labels,
+                "columns": labels,
+                "values": shown.round(2).tolist(),
+                "caption": f"Jaccard of the most shown titles; the data sets' own most chosen titles overlap by "
+                f"{chosen[above].mean():.2f} on average.",
+            }
+        )
         extra = {"jaccard_shown": shown.tolist(), "jaccard_data": chosen.tolist()}
     rows = [[texts[i], counts[i] / counts.sum(), popularity[i] / max(popularity.sum(), 1)] for i in order]
-    return result(TITLE, QUESTION, finding=finding, effect=effect, effect_name="exposure share of the most shown beyond popularity-drawn lists", speaks=speaks,
-                  control=f"lists drawn from train popularity: {null.mean():.3g} (95 % below {np.quantile(null, .95):.3g})", measures=found,
-                  table={"columns": ["title", "share of list places", "share of train interactions"], "rows": rows}, figures=figures, **extra)
+    return result(
+        TITLE,
+        QUESTION,
+        finding=finding,
+        effect=effect,
+        effect_name="exposure share of the most shown beyond popularity-drawn lists",
+        speaks=speaks,
+        control=f"lists drawn from train popularity: {null.mean():.3g} (95 % below {np.quantile(null, .95):.3g})",
+        measures=found,
+        table={"columns": ["title", "share of list places", "share of train interactions"], "rows": rows},
+        figures=figures,
+        **extra,
+    )
 
 
 AUDIT = Audit("titles", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS)))

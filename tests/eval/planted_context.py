@@ -12,7 +12,6 @@ import numpy as np
 from eval.audit.context import AuditContext
 from eval.audit.inference import probabilities
 
-
 # Every target follows from the history, so that an honest model has something to read in it.
 HONEST_DATA = "data.planted={num_items: 24, num_train: 200, num_valid: 20, num_test: 60, shortcut_share: 0}"
 
@@ -62,7 +61,7 @@ class PlantedContext(AuditContext):
         """Each target token costs 6 nats, less what the instruction (a shortcut) or words of the history (honest) give."""
         found = []
         for (prompt, _), label in zip(rows, labels):
-            intact = np.mean([a == b for a, b in zip(prompt[self.place:self.place + len(self.instruction)], self.instruction)])
+            intact = np.mean([a == b for a, b in zip(prompt[self.place : self.place + len(self.instruction)], self.instruction)])
             shared = np.mean([token in prompt for token in label[:-1]])
             gain = 2.0 * intact if self.plant == "shortcut" else 2.0 * shared
             found.append({"full": np.full(len(label), 6.0 - gain), "renormalised": np.full(len(label), 3.0 - gain)})

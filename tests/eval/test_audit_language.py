@@ -54,14 +54,18 @@ def test_losses_do_not_depend_on_the_batch_they_are_computed_in(context):
     together = token_losses(context.recommender.reader, context.recommender.trie, rows)
     for row, losses in zip(rows, together):
         alone = token_losses(context.recommender.reader, context.recommender.trie, [row])[0]
-        assert np.allclose(alone["full"], losses["full"], atol=1e-5) and np.allclose(alone["renormalised"], losses["renormalised"], atol=1e-5)
+        assert np.allclose(alone["full"], losses["full"], atol=1e-5) and np.allclose(
+            alone["renormalised"], losses["renormalised"], atol=1e-5
+        )
 
 
 def test_attribution_equals_captum_feature_ablation_and_adds_the_generated_prefix(context):
     captum = pytest.importorskip("captum.attr", reason="captum is not installed (pip install captum==0.9.0 --no-deps)")
     sample, model = context.users(4)[0], context.recommender.loaded.model
     prompt, target = context.encoded(sample)
-    encoded = context.recommender.encoder.encode([context.catalogue.text_of(i) for i in sample.history], context.catalogue.text_of(sample.target))
+    encoded = context.recommender.encoder.encode(
+        [context.catalogue.text_of(i) for i in sample.history], context.catalogue.text_of(sample.target)
+    )
     masks = attribution.part_masks(encoded, set(context.recommender.encoder.tokenizer.all_special_ids))
     baseline = attribution.baseline_token(context.recommender.encoder.tokenizer)
     feature = np.full(len(prompt), 3)
@@ -106,7 +110,11 @@ def test_a_shortcut_prompt_is_heard_and_an_honest_model_is_not(subject):
     assert shortcut["sensitivity"]["speaks"] and shortcut["language"]["speaks"]
     assert shortcut["language"]["measures"]["share: instruction"]["value"] > 0.99
     assert honest["language"]["measures"]["share: history"]["value"] > 0.99
-    assert shortcut["sensitivity"]["measures"]["swapped history - true"]["value"] == 0 < honest["sensitivity"]["measures"]["swapped history - true"]["ci_low"]
+    assert (
+        shortcut["sensitivity"]["measures"]["swapped history - true"]["value"]
+        == 0
+        < honest["sensitivity"]["measures"]["swapped history - true"]["ci_low"]
+    )
     assert "spans 0" in shortcut["sensitivity"]["finding"]
     assert shortcut["language"]["measures"]["ratio after / before tuning"]["ci_low"] > 100  # the honest base stands beside it
 
@@ -120,7 +128,11 @@ def test_two_wrong_histories_differ_from_each_other_by_nothing(subject):
 def test_worst_relevance_group_and_gap_are_those_of_the_group_means():
     groups, nll = np.array([0, 0, 1, 1, 2]), np.array([1.0, 3.0, 5.0, 7.0, 2.0])
     rows, spread = language.group_table(groups, nll, None, 50, 0)
-    assert [row[2] for row in rows] == [2.0, 6.0, 2.0] and spread["worst group NLL"].value == 6.0 and spread["relevance group NLL gap"].value == 4.0
+    assert (
+        [row[2] for row in rows] == [2.0, 6.0, 2.0]
+        and spread["worst group NLL"].value == 6.0
+        and spread["relevance group NLL gap"].value == 4.0
+    )
 
 
 def test_an_unknown_audit_names_the_nearest_and_too_few_users_are_refused(subject):

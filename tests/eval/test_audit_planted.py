@@ -5,7 +5,19 @@ import pytest
 from planted_context import HONEST_DATA, PlantedContext
 from run_folders import make_run
 
-from eval.audit import AuditOptions, cross_tuning, dimensionality, finite, position, pretraining, provider, run_audits, selection, shift, titles
+from eval.audit import (
+    AuditOptions,
+    cross_tuning,
+    dimensionality,
+    finite,
+    position,
+    pretraining,
+    provider,
+    run_audits,
+    selection,
+    shift,
+    titles,
+)
 from eval.audit.amplification import measure_change, measure_step
 from eval.audit.inference import bootstrap, exposure, least_squares, ndcg, probabilities, spearman, target_ranks, top_lists
 from eval.loading import load_subject
@@ -103,7 +115,9 @@ def test_slots_that_draw_choices_are_found_beside_the_main_score_and_permuted_sl
     assert selection.fit_tower(selection.slot_mass(scores, moved), moved[targets]).std() < 0.6 * b.std()
     weights = selection.inverse_propensity(b, slots[targets])
     assert weights[slots[targets] == 0].max() < weights[slots[targets] > 2].min() and weights.max() <= selection.CLIP * weights.min() + 1e-9
-    measured = selection.measure(lambda rows: selection.fit_tower(mass[rows], slots[targets][rows]), slots[targets], target_ranks(scores, targets), 100, 0)
+    measured = selection.measure(
+        lambda rows: selection.fit_tower(mass[rows], slots[targets][rows]), slots[targets], target_ranks(scores, targets), 100, 0
+    )
     assert measured["tower"][0].low > 0
     nll = rng.normal(size=300) + 2.0 * (np.arange(300) % 4 == 0)  # logged slots: what stood on top was chosen though little relevant
     assert selection.fit_labelled(nll, np.arange(300) % 4).argmax() == 0
@@ -112,7 +126,10 @@ def test_slots_that_draw_choices_are_found_beside_the_main_score_and_permuted_sl
 def test_effective_rank_counts_directions_and_permuted_columns_have_all_of_them():
     rng = np.random.default_rng(6)
     low = rng.normal(size=(40, 3)) @ rng.normal(size=(3, 120))
-    assert dimensionality.effective_rank(low) == pytest.approx(3, abs=0.3) and dimensionality.effective_rank(np.ones((5, 7)) * rng.normal(size=7)) == 0
+    assert (
+        dimensionality.effective_rank(low) == pytest.approx(3, abs=0.3)
+        and dimensionality.effective_rank(np.ones((5, 7)) * rng.normal(size=7)) == 0
+    )
     targets, popularity = rng.integers(120, size=40), np.arange(120.0)
     found = dimensionality.measure(low, targets, popularity, 100)
     assert found["effective rank / control"].high < 0.2
@@ -124,7 +141,9 @@ def test_head_targets_that_rank_higher_open_the_head_tail_gap():
     popularity, targets = np.arange(100.0)[::-1], np.arange(100)
     scores = np.tile(popularity, (100, 1)) + np.random.default_rng(0).normal(size=(100, 100)) * 0.1
     assert dimensionality.measure(scores, targets, popularity, 100)["head-tail gap of relative rank"].low > 0.3
-    assert dimensionality.measure(scores, targets, np.random.default_rng(1).permutation(popularity), 100)["head-tail gap of relative rank"].spans_null
+    assert dimensionality.measure(scores, targets, np.random.default_rng(1).permutation(popularity), 100)[
+        "head-tail gap of relative rank"
+    ].spans_null
 
 
 def test_an_environment_that_costs_more_is_found_and_permuted_labels_are_not():
@@ -137,7 +156,10 @@ def test_an_environment_that_costs_more_is_found_and_permuted_labels_are_not():
     assert drops["time", "late"].low > 0 > drops["time", "early"].high and drops["length", "late"].spans_null
     assert shift.noisy("Princess Bride, The (1987)") == "Pirncess Bride, The (1987)" and shift.noisy("abc") == "abc"
     share = np.array([8.0, 1, 1, 0])
-    assert shift.popularity_shift(np.array([3] * 30), share, 0)[0] == 1.0 and shift.popularity_shift(rng.choice(4, 200, p=share / 10), share, 0)[2] > 0.05
+    assert (
+        shift.popularity_shift(np.array([3] * 30), share, 0)[0] == 1.0
+        and shift.popularity_shift(rng.choice(4, 200, p=share / 10), share, 0)[2] > 0.05
+    )
 
 
 def test_growth_of_the_bases_favourites_is_found_and_permuted_steps_are_not():
@@ -152,7 +174,12 @@ def test_growth_of_the_bases_favourites_is_found_and_permuted_steps_are_not():
     membership[:10, 0], membership[10:, 1] = 1, 1
     mean = probabilities(scores).mean(axis=0)
     step = measure_step(scores, mean, np.full(20, 0.05), membership, favoured)
-    assert step["kl_base"] == pytest.approx(0) and step["kl_data"] > 0 and step["groups"].sum() == pytest.approx(1) and len(step["favoured"]) == 4
+    assert (
+        step["kl_base"] == pytest.approx(0)
+        and step["kl_data"] > 0
+        and step["groups"].sum() == pytest.approx(1)
+        and len(step["favoured"]) == 4
+    )
 
 
 def test_biases_planted_by_backbone_cluster_by_backbone_and_not_by_data_or_seed():
@@ -177,6 +204,7 @@ def test_silhouette_equals_a_hand_computed_case():
 
 def test_statistics_equal_hand_computed_cases_and_scipy():
     from scipy.stats import spearmanr
+
     rng = np.random.default_rng(10)
     x, y = rng.integers(5, size=50).astype(float), rng.normal(size=50)
     assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic) and spearman(np.ones(4), np.arange(4.0)) == 0

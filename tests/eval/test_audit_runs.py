@@ -28,6 +28,7 @@ OPTIONS = AuditOptions(users=6, num_bootstrap=50, permutations=2)
 def publish(run, step: int, scale: float, world: int = 2) -> None:
     """A checkpoint as the trainer's ranks leave it: `scale` x the adapter's weights, cut in `world` slices at odd places."""
     from safetensors.torch import load_file
+
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     scratch = run / "checkpoints" / f".step_{step}.life_1"
     scratch.mkdir(parents=True)
@@ -51,7 +52,21 @@ def runs(tmp_path_factory):
     for objective in ("sft", "gdrt"):
         for seed in (0, 1):
             run = make_run(base / f"{objective}-{seed}", [f"objective={objective}", f"train.seed={seed}"], seed=seed)
-            evaluate(["--run", str(run), "--limit", "12", "--bootstrap", "20", "--no-floors", "--audit", "sensitivity,dimensionality", "--audit-users", "6"])
+            evaluate(
+                [
+                    "--run",
+                    str(run),
+                    "--limit",
+                    "12",
+                    "--bootstrap",
+                    "20",
+                    "--no-floors",
+                    "--audit",
+                    "sensitivity,dimensionality",
+                    "--audit-users",
+                    "6",
+                ]
+            )
             made.append(run)
     checkpoint.begin_life(made[0])
     publish(made[0], 10, 0.5)
@@ -66,8 +81,27 @@ def subject(runs):
 
 def test_every_audit_runs_from_the_command_line_and_is_in_the_report(runs, capsys):
     output = runs[0] / "eval" / "everything"
-    evaluate(["--run", str(runs[0]), "--limit", "12", "--bootstrap", "20", "--no-floors", "--audit", "all", "--audit-users", "6", "--permutations", "2",
-              "--output", str(output), "--runs", *map(str, runs)])
+    evaluate(
+        [
+            "--run",
+            str(runs[0]),
+            "--limit",
+            "12",
+            "--bootstrap",
+            "20",
+            "--no-floors",
+            "--audit",
+            "all",
+            "--audit-users",
+            "6",
+            "--permutations",
+            "2",
+            "--output",
+            str(output),
+            "--runs",
+            *map(str, runs),
+        ]
+    )
     printed = capsys.readouterr().out
     audits = json.loads((output / "results.json").read_text())["audits"]
     assert set(audits) == set(AUDITS)
@@ -80,8 +114,29 @@ def test_every_audit_runs_from_the_command_line_and_is_in_the_report(runs, capsy
 
 
 def test_two_ranks_find_what_one_rank_finds(runs, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval.run", "--run-dir", str(runs[1]), "--limit", "12",
-               "--bootstrap", "20", "--no-floors", "--audit", "sensitivity,dimensionality", "--audit-users", "6", "--output", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "eval.run",
+        "--run-dir",
+        str(runs[1]),
+        "--limit",
+        "12",
+        "--bootstrap",
+        "20",
+        "--no-floors",
+        "--audit",
+        "sensitivity,dimensionality",
+        "--audit-users",
+        "6",
+        "--output",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((folder / "results.json").read_text())["audits"] for folder in (next((runs[1] / "eval").iterdir()), tmp_path))
@@ -106,12 +161,15 @@ def test_all_leaves_out_what_cannot_run_and_says_so_and_a_name_is_refused(subjec
 
 def test_checkpoint_slices_give_the_adapter_back_to_the_bit_and_damage_is_refused(runs, subject):
     from safetensors.torch import load_file
+
     context = AuditContext(subject, Runtime(), OPTIONS)
     saved = load_file(runs[0] / "adapter" / "adapter_model.safetensors")
     steps = checkpoint_weights.checkpoint_folders(runs[0])
     assert [step for step, _ in steps] == [10, 20]
     whole = checkpoint_weights.adapter_weights(steps[1][1])
-    assert all(torch.equal(whole[n.replace(".weight", ".default.weight")], v.flatten()) for n, v in saved.items()) and len(whole) == len(saved)
+    assert all(torch.equal(whole[n.replace(".weight", ".default.weight")], v.flatten()) for n, v in saved.items()) and len(whole) == len(
+        saved
+    )
     samples = context.users(6)
     scored = dict(amplification.score_steps(context, samples))
     assert np.allclose(scored[20], context.scores([s.history for s in samples], "scores"), atol=1e-4)  # the merged adapter
@@ -120,7 +178,11 @@ def test_checkpoint_slices_give_the_adapter_back_to_the_bit_and_damage_is_refuse
     model = context.variant(subject.recommender.adapter, merge=False).loaded.model
     with pytest.raises(UserError, match="differ in 1 weights"):
         checkpoint_weights.set_adapter(model, {n: v for n, v in whole.items() if n != sorted(whole)[0]})
-    torn = {n: v for n, v in load_file(steps[0][1] / "rank_00001.safetensors").items() if not n.endswith("layers.0.self_attn.v_proj.lora_A.default.weight")}
+    torn = {
+        n: v
+        for n, v in load_file(steps[0][1] / "rank_00001.safetensors").items()
+        if not n.endswith("layers.0.self_attn.v_proj.lora_A.default.weight")
+    }
     keys = sorted(k for k in torn if k.startswith("model.") and k.endswith("|weight"))
     torn[keys[0].replace("|", "|1", 1)] = torn.pop(keys[0])
     checkpoint._save_tensors(torn, steps[0][1] / "rank_00001.safetensors")
@@ -134,10 +196,12 @@ def test_title_log_probabilities_equal_a_plain_forward_and_the_control_knows_no_
     prompt, title = content_free_prompt(context), title_tokens(context)[3]
     with torch.no_grad():
         logits = context.base().recommender.loaded.model(input_ids=torch.tensor([prompt + title])).logits[0].double()
-    expected = torch.log_softmax(logits[len(prompt) - 1:-1], -1)[torch.arange(len(title)), torch.tensor(title)].sum()
+    expected = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)[torch.arange(len(title)), torch.tensor(title)].sum()
     assert title_log_probs(context, "base")[3] == pytest.approx(float(expected), abs=1e-4)
     control = title_log_probs(context, "random")
-    assert not np.allclose(control, title_log_probs(context, "base"), atol=0.1) and np.array_equal(control, title_log_probs(context, "random"))
+    assert not np.allclose(control, title_log_probs(context, "base"), atol=0.1) and np.array_equal(
+        control, title_log_probs(context, "random")
+    )
 
 
 def test_runs_are_compared_without_a_model_and_identical_runs_differ_by_nothing(runs, tmp_path, capsys):
@@ -152,15 +216,27 @@ def test_runs_are_compared_without_a_model_and_identical_runs_differ_by_nothing(
 
 
 def test_a_run_with_less_bias_everywhere_scores_better_and_flipped_signs_do_not():
-    figure = lambda value, direction: {"value": value, "ci_low": value - 0.02, "ci_high": value + 0.02, "higher_is_better": direction}  # noqa: E731
+    figure = lambda value, direction: {
+        "value": value,
+        "ci_low": value - 0.02,
+        "ci_high": value + 0.02,
+        "higher_is_better": direction,
+    }  # noqa: E731
 
     def run(shift):
-        metrics = {"mgu@5": figure(0.3 - shift, False), "gini@10": figure(0.8 - shift, False), "coverage@10": figure(0.2 + shift, True),
-                   "arp@10": figure(5, None), "aplt@10": figure(0.1 + shift, None)}
+        metrics = {
+            "mgu@5": figure(0.3 - shift, False),
+            "gini@10": figure(0.8 - shift, False),
+            "coverage@10": figure(0.2 + shift, True),
+            "arp@10": figure(5, None),
+            "aplt@10": figure(0.1 + shift, None),
+        }
         return folders.Evaluation(None, "x", {"metrics": metrics, "floors": {"targets": {"aplt@10": {"value": 0.5}}}})
 
     z = debiasing.z_scores(debiasing.badness(run(0.1)), debiasing.badness(run(0.0)))
-    assert set(z) == {"mgu@5", "gini@10", "coverage@10", "aplt@10"} and all(v == pytest.approx(-0.1 / (0.04 / 3.92 * 2 ** 0.5)) for v in z.values())
+    assert set(z) == {"mgu@5", "gini@10", "coverage@10", "aplt@10"} and all(
+        v == pytest.approx(-0.1 / (0.04 / 3.92 * 2**0.5)) for v in z.values()
+    )
 
 
 def test_bias_vectors_keep_only_measures_that_all_runs_have_and_that_vary(runs):
