@@ -166,10 +166,13 @@ class GroupDroLoss(TrainerCallback, ExportableState):
             self.weights = torch.where(seen & (self.share > 0), q / self.share.clamp_min(1e-300), 1.0)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Adds the group losses and weights to the Trainer's log; absent groups are left out."""
+        """Adds the group losses and weights to the log that is printed and to trainer_state.json; absent groups are left out."""
         if logs is not None and "loss" in logs:
-            logs |= {f"group_loss_{g}": round(v, 6) for g, v in enumerate(self.group_loss.tolist()) if v == v}
-            logs |= {f"group_weight_{g}": round(v, 6) for g, v in enumerate(self.weights.tolist())}
+            mine = {f"group_loss_{g}": round(v, 6) for g, v in enumerate(self.group_loss.tolist()) if v == v}
+            mine |= {f"group_weight_{g}": round(v, 6) for g, v in enumerate(self.weights.tolist())}
+            logs |= mine
+            if state.log_history:
+                state.log_history[-1] |= mine
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()

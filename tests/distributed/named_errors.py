@@ -5,6 +5,7 @@ Run as a script it measures all of them; tests/mutations.py runs one at a time o
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import sys
@@ -20,7 +21,8 @@ from gdrt_ds.runtime import Runtime
 from gdrt_ds.telemetry import Telemetry
 from gdrt_ds.trainer import Trainer
 from tests.distributed.exact_cells import LR, NUM_GROUPS, Cell, make_config, make_stores, run_cell, start_runner, tiny_model
-from tests.distributed.exactness import _references, relative_norm
+from tests.distributed.exactness import relative_norm
+from tests.distributed.plain_reference import run_reference
 from tests.distributed.ranks import run_ranks
 
 PLAIN = dict(stage=2, base="none")
@@ -31,10 +33,15 @@ def _train(rank, world, cell, steps, folder):
     return run_cell(cell, rank, world, folder, steps)
 
 
+def _reference(rank, world, cell, steps, folder):
+    return run_reference(cell, folder, steps)
+
+
+@functools.cache
 def training(folder: Path, cell: Cell, steps: int = 2, world: int = 2) -> dict:
     """Per rank and step what the product reports, the same of plain torch, and the relative error of gradients."""
     ranks = run_ranks(world, _train, cell, steps, folder)
-    wanted = run_ranks(1, _references, [cell.reference_key()], folder)[0][0]
+    wanted = run_ranks(1, _reference, cell.reference_key(), steps, folder)[0]
     plain = lambda result: {name: np.array(getattr(result, name)[:steps]).tolist() for name in FIELDS}
     gradient = max(relative_norm(f, w) for f, w in zip(ranks[0].gradients, wanted.gradients))
     return {"ranks": [plain(r) for r in ranks], "wanted": plain(wanted), "gradient": gradient,
