@@ -16,7 +16,7 @@ from gdrt_ds.corpus import Sample
 
 TITLE = "History sensitivity"
 QUESTION = "Does the model read the user's history, or does the prompt alone decide?"
-DEFAULT_USERS = 100
+DEFAULT_USERS = 64
 VARIANTS = ("true history", "swapped history", "no history", "no instruction", "second swap")
 
 

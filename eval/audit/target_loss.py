@@ -1,7 +1,8 @@
 """Losses of given targets under teacher forcing: what history sensitivity and attribution read. No catalogue is scored.
 
 `target_nll(context, prompts, targets)` is the batched public function; `token_losses` the pass behind it: prompt and target in one
-right-padded batch, the constant head from the prompt cache where a prompt starts with it, the output head on target positions only.
+right-padded batch, the constant head from the prompt cache (or whatever beginning the rows share, read once), the output head on
+target positions only.
 
 Shapes: B rows, T positions, N target tokens of the batch, H hidden, V vocabulary.
 """
@@ -66,10 +67,31 @@ def token_losses(
     return found
 
 
+def common_length(sequences: list[list[int]]) -> int:
+    """Tokens that all sequences begin with."""
+    count = 0
+    for column in zip(*sequences):
+        if any(token != column[0] for token in column):
+            break
+        count += 1
+    return count
+
+
+def _read_once(reader: PromptReader, tokens: list[int]):
+    """Keys and values [1, K, P, D] per layer of a shared beginning."""
+    count, device = len(tokens), reader.device
+    causal = torch.ones(count, count, dtype=torch.bool, device=device).tril()[None]
+    return reader.run(torch.tensor([tokens], device=device), torch.arange(count, device=device)[None], causal, None, None, record=True)[1]
+
+
 def _pass(reader: PromptReader, trie: TokenTrie | None, rows, labels, skip: int) -> list[dict[str, np.ndarray]]:
     device = reader.device
     sequences = [list(prompt) + list(target[:-1]) for prompt, target in rows]
     reader.check_length(max(map(len, sequences)))
+    past = reader.shared() if skip else None
+    if not skip and len(rows) > 1:  # ablated or content-free prompts share a beginning too
+        skip = common_length([prompt[:-1] for prompt, _ in rows])
+        past = _read_once(reader, sequences[0][:skip]) if skip else None
     batch, width = len(rows), max(map(len, sequences)) - skip
     tokens, real = torch.zeros(batch, width, dtype=torch.long), torch.zeros(batch, width, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
@@ -79,9 +101,8 @@ def _pass(reader: PromptReader, trie: TokenTrie | None, rows, labels, skip: int)
     positions = torch.arange(skip, skip + width, device=device)[None].expand(batch, -1)
     eye = torch.eye(width, dtype=torch.bool, device=device)
     own = (torch.ones(width, width, dtype=torch.bool, device=device).tril()[None] & real[:, None]) | eye[None]
-    past = reader.shared() if skip else None
     past_positions = torch.arange(skip, device=device)[None] if skip else None
-    visible = torch.cat([own.new_ones(batch, width, skip), own], dim=2) if skip else own
+    visible = torch.cat([own.new_ones(batch, width, skip), own], dim=2)
     hidden, _ = reader.run(tokens, positions, visible, past, past_positions)
     places = [(row, len(prompt) - 1 - skip + t) for row, (prompt, _) in enumerate(rows) for t in range(len(labels[row]))]
     index = torch.tensor(places, device=device)

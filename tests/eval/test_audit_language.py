@@ -35,7 +35,7 @@ def test_target_losses_equal_a_plain_forward_and_exact_scores(context):
     samples = context.users(6)
     rows = [context.encoded(s) for s in samples]
     blank = context.recommender.encoder.encode([], mask_history=True, blank_instruction=True).input_ids.tolist()  # has another head
-    rows.append((blank, rows[0][1]))
+    rows += [(blank, rows[0][1]), (blank, rows[1][1]), (blank[:-2] + blank[-1:], rows[2][1])]  # their own shared beginning, read once
     found = token_losses(context.recommender.reader, context.recommender.trie, rows)
     for (prompt, target), losses in zip(rows, found):
         logits = logits_of(context, prompt + target)
@@ -43,7 +43,7 @@ def test_target_losses_equal_a_plain_forward_and_exact_scores(context):
         expected = -torch.log_softmax(logits[places], -1)[torch.arange(len(target)), torch.tensor(target)]
         assert np.allclose(losses["full"], expected.numpy(), atol=2e-5)
     exact = -context.scores([s.history for s in samples], "scores")[np.arange(len(samples)), context.targets(samples)]
-    assert np.allclose([f["renormalised"].sum() for f in found[:-1]], exact, atol=1e-4)
+    assert np.allclose([f["renormalised"].sum() for f in found[:len(samples)]], exact, atol=1e-4)
     state = context.recommender.reader.read([rows[0][0]])
     path = -path_scores(context.recommender.reader, context.recommender.trie, state, [int(context.targets(samples)[0])], "full")[0]
     assert target_nll(context, [rows[0][0]], context.targets(samples)[:1]).full[0] == pytest.approx(path, abs=1e-4)
