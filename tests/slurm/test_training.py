@@ -10,7 +10,7 @@ import pytest
 from harness import largest_difference, lives, metrics, single_process, status
 from test_submit import ids, submit
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]      # minutes where other work shares the cores
 STEP = 10       # train.save_every of the tiny config
 
 
