@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         audits, settings = [name for name in options.audit.split(",") if name.strip()], None
         if audits:
             from eval.audit import AuditOptions
-            settings = AuditOptions(options.audit_users, options.permutations, tuple(options.runs), options.bootstrap, overrides=tuple(options.overrides))
+            settings = AuditOptions(options.audit_users, options.permutations, tuple(options.runs), options.bootstrap)
         run_evaluation(subject, scoring, runtime, output=Path(options.output) if options.output else None, overwrite=options.overwrite,
                        floors=not options.no_floors, num_bootstrap=options.bootstrap,
                        audits=audits, audit_options=settings)

@@ -28,6 +28,7 @@ from eval.audit import (
     titles,
 )
 from eval.audit.context import Audit, AuditContext, AuditOptions, Cost
+from eval.audit.folders import load_evaluations
 from gdrt_ds.errors import UserError
 
 __all__ = ["AUDITS", "Audit", "AuditContext", "AuditOptions", "Cost", "run_audits", "choose", "finite"]
@@ -83,6 +84,8 @@ def run_audits(names: Sequence[str], subject, runtime=None, options: AuditOption
     chosen, everything = choose(names)
     context = subject if isinstance(subject, AuditContext) else AuditContext(subject, runtime, options)
     say = print if context.runtime.is_main else (lambda *args, **kwargs: None)
+    if context.options.runs:
+        load_evaluations(context.options.runs, 1)  # a folder that was never evaluated is said now, not after the first audits
     found: dict[str, dict[str, Any]] = {}
     for name in chosen:
         audit = AUDITS[name]

@@ -37,7 +37,6 @@ class AuditOptions:
     runs: tuple[str, ...] = ()
     num_bootstrap: int = 1000
     seed: int = 0
-    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
