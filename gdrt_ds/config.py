@@ -113,7 +113,8 @@ class GroupsSection(Section):
     num: int = Field(8, ge=1, description="G; with labels (user_attribute, provider, column): the most frequent G-1, and the rest")
     by: Literal["relevance", "item_popularity", "user_attribute", "provider", "position", "column", "random"] = "relevance"
     binning: Literal["quantile", "uniform"] = Field("quantile", description="bins of r (relevance) or of the popularity")
-    reference: Literal["base", "auxiliary_sft", "live"] = Field("base", description="model that scores the prompt without history")
+    reference: Literal["base", "auxiliary_sft", "live", "corpus"] = Field(
+        "base", description="what scores the prompt without history: a model, or corpus = train frequencies of the next title token (no model)")
     reference_adapter: str | None = Field(None, description="PEFT folder for reference=auxiliary_sft")
     refresh_every: int = Field(200, ge=1, description="steps between re-scorings for reference=live")
     column: str | None = Field(None, description="label for by=column or by=user_attribute, e.g. gender")

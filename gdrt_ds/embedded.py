@@ -122,13 +122,13 @@ def _word_tokenizer(texts: list[str], vocab_size: int):
 
 def make_tiny_model(folder: str | Path, texts: list[str], seed: int = 0, *, num_layers: int = 2, hidden: int = 64, num_heads: int = 4,
                     num_key_value_heads: int = 2, intermediate: int = 128, max_vocab: int = 8192, max_positions: int = 4096,
-                    tie_embeddings: bool = False, vocab_multiple: int = 1) -> Path:
+                    tie_embeddings: bool = False, vocab_multiple: int = 1, std: float = 0.05) -> Path:
     """Writes a tiny random Llama and its tokenizer as an ordinary model folder; nothing is done if it is there already.
 
     Args:
         folder: where; concurrent ranks may call with the same folder, one of them writes.
         texts: what the word tokenizer is built from; other words are spelled in bytes.
-        seed: of the random weights (standard deviation 0.05).
+        seed: of the random weights; std: their standard deviation.
         vocab_multiple: pads the embedding rows to a multiple.
     Raises:
         UserError: the folder holds another model, or cannot be written.
@@ -136,7 +136,7 @@ def make_tiny_model(folder: str | Path, texts: list[str], seed: int = 0, *, num_
     from transformers import LlamaConfig, LlamaForCausalLM
     folder = Path(folder)
     recipe = {"texts": _text_digest(texts), "seed": seed, "sizes": [num_layers, hidden, num_heads, num_key_value_heads, intermediate,
-              max_vocab, max_positions, tie_embeddings, vocab_multiple]}
+              max_vocab, max_positions, tie_embeddings, vocab_multiple], "std": std}
     marker = folder / COMPLETE_MARKER
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def make_tiny_model(folder: str | Path, texts: list[str], seed: int = 0, *, num_
             tokenizer = _word_tokenizer(texts, max_vocab)
             vocab = -(-len(tokenizer) // vocab_multiple) * vocab_multiple
             config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=num_layers,
-                                 num_attention_heads=num_heads, num_key_value_heads=num_key_value_heads, initializer_range=0.05,
+                                 num_attention_heads=num_heads, num_key_value_heads=num_key_value_heads, initializer_range=std,
                                  max_position_embeddings=max_positions, tie_word_embeddings=tie_embeddings, dtype="float32",
                                  bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
             with torch.random.fork_rng(devices=[]):

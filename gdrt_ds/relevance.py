@@ -4,6 +4,9 @@ Without the history every prompt is the same, so r depends on the catalogue entr
 over the catalogue scores every target token of every sample, and the whole auxiliary prompt is one shared head. Ranks take
 turns over the micro-batches; one all-reduce at the end puts the parts together.
 
+`corpus_scores` needs no model: train frequencies of the next title token after the title's prefix. No predictor without the history has
+a lower train loss, so this is where every auxiliary_sft reference is heading (our choice, `groups.reference=corpus`).
+
 The table is cached beside the run's data with a fingerprint of model, prompt and catalogue.
 """
 
@@ -74,6 +77,28 @@ def score_entries(store: TokenStore, token_losses: Callable[[MicroBatch], torch.
         raise UserError(f"the reference model gives NaN or inf for {int((~np.isfinite(values)).sum())} of {len(values)} target tokens",
                         "check model.path and model.dtype: float16 overflows on some models, bfloat16 does not")
     return values
+
+
+def corpus_scores(store: TokenStore, train_counts: np.ndarray) -> np.ndarray:
+    """r from counting: log of (train targets that continue the prefix with this token + 1) / (train targets with the prefix + continuations).
+
+    One is added to every continuation that the catalogue has, so that titles unseen in train have a finite r.
+
+    Args:
+        store: `entry_store`; train_counts: int[entries], how often an entry is the target of a train sample.
+    Returns:
+        float32[target tokens]; 0 where the catalogue leaves no choice.
+    """
+    passed: dict[tuple[int, ...], int] = {}
+    children: dict[tuple[int, ...], set[int]] = {}
+    titles = [tuple(store.input_ids[stop - length:stop].tolist()) for stop, length in zip(store.offsets[1:], store.num_target)]
+    for title, count in zip(titles, train_counts.tolist()):
+        for length in range(len(title) + 1):
+            passed[title[:length]] = passed.get(title[:length], 0) + count
+            if length < len(title):
+                children.setdefault(title[:length], set()).add(title[length])
+    r = [np.log((passed[title[:i + 1]] + 1) / (passed[title[:i]] + len(children[title[:i]]))) for title in titles for i in range(len(title))]
+    return np.array(r, dtype=np.float32)
 
 
 def fingerprint(*parts: str) -> str:

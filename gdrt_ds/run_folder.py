@@ -40,6 +40,16 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): node}
 
 
+def changed_settings(folder: Path, config: RunConfig) -> list[str]:
+    """`key: before -> now` of every setting that differs from the run in this folder and that changes what is computed."""
+    saved = Path(folder) / "config.yaml"
+    if not saved.is_file():
+        return []
+    before, now = _flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), _flatten(config.model_dump(mode="json"))
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)]
+    return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
+
+
 def claim(config: RunConfig) -> Path:
     """Makes the run folder ready for this run; rank 0 calls it.
 
@@ -55,7 +65,7 @@ def claim(config: RunConfig) -> Path:
     except OSError as error:
         raise UserError(f"run.dir = {folder}: not writable ({error.strerror})", "choose another run.dir, or free space and permissions") from None
     saved = folder / "config.yaml"
-    foreign = not saved.is_file() and {p.name for p in folder.iterdir()} - {*KEPT, ASIDE, "base", "base.lock"}
+    foreign = not saved.is_file() and {p.name for p in folder.iterdir() if not _empty_checkpoints(p)} - {*KEPT, ASIDE, "base", "base.lock"}
     if config.run.overwrite and config.resume is None:
         if foreign:
             raise UserError(f"run.dir = {folder} holds files that are not a run; run.overwrite=true will not empty it", "choose another run.dir")
@@ -66,17 +76,21 @@ def claim(config: RunConfig) -> Path:
         raise UserError(f"run.dir = {folder} is in use: it holds a run (status: {status(folder) or 'not finished'})",
                         "resume=auto goes on with it, run.overwrite=true empties it, or choose another run.dir")
     elif saved.is_file():
-        before, now = _flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), _flatten(config.model_dump(mode="json"))
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)]
+        changed = changed_settings(folder, config)
         if changed:
-            listed = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:6])
-            raise UserError(f"resume = {config.resume}: the settings of {folder} differ ({listed})", "resume with the saved settings, or start a new run.dir")
+            raise UserError(f"resume = {config.resume}: the settings of {folder} differ ({'; '.join(changed[:6])})",
+                            "resume with the saved settings, or start a new run.dir")
     write_text(saved, dump_config(config))
     return folder
 
 
 def _own(folder: Path) -> list[Path]:
-    return [child for child in folder.iterdir() if child.name not in (*KEPT, ASIDE)]
+    return [child for child in folder.iterdir() if child.name not in (*KEPT, ASIDE) and not _empty_checkpoints(child)]
+
+
+def _empty_checkpoints(path: Path) -> bool:
+    """RUN/checkpoints may be made before the run: a link to, or a mount of, a larger file system."""
+    return path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
 
 
 def _remove(path: Path) -> None:
@@ -103,7 +117,8 @@ def settle(folder: Path) -> None:
 
 def release(folder: Path) -> bool:
     """A start that failed before anything was computed leaves the folder as it found it; True if that was so. Rank 0 calls it."""
-    if (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
+    checkpoints = folder / "checkpoints"
+    if (folder / "metrics.jsonl").is_file() or checkpoints.is_dir() and not _empty_checkpoints(checkpoints):
         return False
     for child in _own(folder):
         _remove(child)

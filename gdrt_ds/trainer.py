@@ -211,6 +211,10 @@ class Trainer:
             adapter = checkpoint._sha256(Path(section.reference_adapter) / "adapter_model.safetensors")
         key = relevance.fingerprint(self.loaded.fingerprint, self.prepared.template.fingerprint, relevance.store_digest(self.entry_store), section.reference, adapter)
         num_tokens = int(self.entry_store.target_offsets[-1])
+        if section.reference == "corpus":
+            self.relevance_key = relevance.fingerprint(key, self.prepared.stores["train"].fingerprint)
+            say(self.runtime, f"relevance: {num_tokens:,} target tokens of {len(entries):,} titles from train frequencies")
+            return relevance.corpus_scores(self.entry_store, self._target_counts())
         cached = relevance.load_cached(self.cache_folder, key, num_tokens) if section.reference != "live" else None
         found = torch.tensor([float(cached is not None)])
         if self.runtime.world > 1:
@@ -235,6 +239,11 @@ class Trainer:
             relevance.save_cached(self.cache_folder, key, table)
         say(self.runtime, f"relevance: {num_tokens:,} target tokens of {len(entries):,} titles under `{section.reference}` in {duration(time.time() - started)}")
         return table
+
+    def _target_counts(self) -> np.ndarray:
+        """int64[entries]: train samples whose target the entry is."""
+        catalogue = self.prepared.catalogue
+        return np.bincount([catalogue.index_of[s.target] for s in self.prepared.corpus.split("train")], minlength=len(catalogue.entries))
 
     def _stop_if_asked(self) -> None:
         """Before training there is nothing to save: a stop request on any rank ends all of them here, with status 75. Every rank calls it.
