@@ -220,7 +220,8 @@ class StepRunner:
         if objective is None:
             objective = (q * torch.where(counts > 0, losses, 0.0)).sum()
         absent = torch.where(counts > 0, 0.0, float("nan"))
-        return StepResult(buffer.loss_sums.sum() / buffer.counts.sum().clamp_min(1e-300), objective, buffer.losses + absent, q + absent,
+        unknown = float("nan") if nonfinite else 0.0  # the buffer holds the finite part of the sums only
+        return StepResult(buffer.loss_sums.sum() / buffer.counts.sum().clamp_min(1e-300) + unknown, objective, buffer.losses + absent + unknown, q + absent,
                           counts, tokens, stop, discard)
 
     def _weights_of(self, micro: MicroBatch) -> Tensor:

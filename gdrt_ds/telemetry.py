@@ -43,6 +43,22 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def _keep_steps_before(path: Path, step: int) -> None:
+    """Lines of steps that a resumed run computes again are dropped, so that every step has one line. Atomic."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # the last line of a killed run may be torn
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 class Telemetry:
     """Rank 0 writes; the other ranks hold an object that does nothing."""
 
@@ -55,7 +71,8 @@ class Telemetry:
         self.bar = self.board = self.wandb = None
         if not runtime.is_main:
             return
-        self._keep_steps_before(first_step)
+        for path in (self.path, folder / "validation.jsonl"):
+            _keep_steps_before(path, first_step)
         # Held open: the next life replaces the file, so an orphan of this life would write into one that nobody reads.
         self.stream = open(self.path, "a", encoding="utf-8", buffering=1)
         if config.log.tensorboard:
@@ -64,21 +81,6 @@ class Telemetry:
             self.wandb = _wandb(config, folder)
         if sys.stdout.isatty():
             self._start_bar()
-
-    def _keep_steps_before(self, step: int) -> None:
-        """Lines of steps that a resumed run computes again are dropped, so that every step has one line. Atomic."""
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                continue  # the last line of a killed run may be torn
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
 
     def _start_bar(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

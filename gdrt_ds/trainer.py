@@ -7,6 +7,7 @@ objectives/, what is written in telemetry.py, checkpoint.py and run_folder.py.
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 from pathlib import Path
 
@@ -85,6 +86,7 @@ class Trainer:
 
     def setup(self) -> None:
         self._claim()
+        self._seed()
         self.prepared = prepare(self.config)
         self._stop_if_asked()
         self._write_contract()
@@ -93,6 +95,13 @@ class Trainer:
         with Watchdog(self.runtime, self.folder / "logs", max(self.config.train.timeout_s, 600)) as self.watchdog:
             self._resume_engine()
             self._make_groups()
+
+    def _seed(self) -> None:
+        """All global generators, for code that draws from them (an objective of one's own); ours draws from generators of its own."""
+        seed = self.config.train.seed
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
 
     def _claim(self) -> None:
         problem = [None, None, 0]
