@@ -150,6 +150,7 @@ describe_state() { # what Slurm thinks of this job: STATE, REASON
   job=$(scontrol -o show job "$SLURM_JOB_ID") || return 0
   if [[ $job =~ JobState=([A-Z_]+) ]]; then STATE=${BASH_REMATCH[1]}; fi
   if [[ $job =~ Reason=([A-Za-z_]+) ]]; then REASON=${BASH_REMATCH[1]}; fi
+  if [[ $job =~ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" -gt "$RESTART" ]; then STATE=REPLACED; fi # this life was cut off; another one has the job
 }
 
 conclude() { # conclude STEP_CODE [--early]: asks lives.py what follows and does it, once; CODE is the job's exit status

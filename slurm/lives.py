@@ -161,6 +161,10 @@ def end(args: argparse.Namespace) -> dict:
     step, status = lives.newest_step(), lives.summary().get("status")
     code, what = first_failure(logs) or (args.code, f"the step ended with status {args.code}")
     outside = args.state != "RUNNING" and args.reason != "TimeLimit"
+    newer = max((event["restart"] for event in lives.events("begin")), default=0)
+    if newer > args.restart:     # this script was cut off and woke up: it must neither requeue the job that goes on nor speak for the run
+        say(f"life {args.restart} is over: life {newer} of this job goes on with {run_dir}")
+        return {"VERDICT": "stop", "CODE": 1}
     if status == "completed":
         late = f" (after that {what})" if args.code else ""     # e.g. a signal that came while the interpreter was closing
         verdict, code, text = "done", 0, f"the run is complete: {run_dir}{late}"

@@ -196,3 +196,14 @@ def test_at_the_time_limit_the_job_is_requeued_before_the_ranks_have_ended(tmp_p
     checkpoint(run, 10)
     code, answer, said = call(lives.main, "end", "--job", "7", "--restart", 0, "--run-dir", run, "--code", 75, "--state", "COMPLETING", "--reason", "TimeLimit", "--early")
     assert answer == {"VERDICT": "requeue", "CODE": "75"} and "the time limit is reached; newest checkpoint: step 10" in said
+
+
+def test_the_script_of_a_life_that_was_cut_off_does_nothing_once_a_newer_life_began(tmp_path):
+    run = tmp_path / "run"
+    begin(run)
+    checkpoint(run, 10)
+    begin(run, restart=1)
+    before = (run / "logs" / "slurm" / "lives.jsonl").read_text()
+    code, answer, said = end(run, 75)
+    assert answer == {"VERDICT": "stop", "CODE": "1"} and "life 1 of this job goes on" in said
+    assert (run / "logs" / "slurm" / "lives.jsonl").read_text() == before
