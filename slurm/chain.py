@@ -90,6 +90,8 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: settings, run folder, partition, number of ranks, environment; or a chain of this run that still lives.
     """
+    if getattr(args, "study", None):
+        raise UserError("--study: submit.py makes no chain of a study", "sbatch --array=... slurm/sweep.sh --study FILE, then python -m gdrt_ds.study FILE")
     config = load_config(args.config, args.overrides)
     world = args.nodes * ranks_per_node(args)
     if config.train.global_batch < world:
@@ -125,7 +127,7 @@ def build(args: argparse.Namespace) -> Chain:
     config = load_config(args.config, args.overrides)
     cells = grid(args.objectives or [config.objective], args.seeds, args.taus) if is_grid(args) else []
     if cells:
-        folder = Path(args.into).absolute()
+        folder = Path(args.into or "runs/sweep").absolute()
         logs, record, runs = folder / "logs", folder / "chain.json", [str(folder / cell.name) for cell in cells]
     else:
         folder = Path(config.run.dir).absolute()
