@@ -75,6 +75,7 @@ class Telemetry:
             _keep_steps_before(path, first_step)
         # Held open: the next life replaces the file, so an orphan of this life would write into one that nobody reads.
         self.stream = open(self.path, "a", encoding="utf-8", buffering=1)
+        self.validations = open(folder / "validation.jsonl", "a", encoding="utf-8", buffering=1)
         if config.log.tensorboard:
             self.board = _tensorboard(folder)
         if config.log.wandb:
@@ -144,6 +145,12 @@ class Telemetry:
         peak = 989e12 if "H100" in name or "H200" in name else 312e12 if "A100" in name else float("inf")
         return tokens_per_s * self.flops_per_token / (peak * self.runtime.world)
 
+    def validation(self, record: dict) -> None:
+        """One line of validation.jsonl, at once."""
+        if self.runtime.is_main:
+            self.validations.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+            self.validations.flush()
+
     def note(self, text: str) -> None:
         """A line between progress lines, e.g. a validation."""
         if self.runtime.is_main:
@@ -154,6 +161,7 @@ class Telemetry:
         self.flush()
         if self.runtime.is_main:
             self.stream.close()
+            self.validations.close()
         if self.bar is not None:
             self.bar.stop()
         if self.board is not None:

@@ -461,10 +461,7 @@ class Trainer:
             self.best, self.bad_validations = {"step": step, "value": value, **figures}, 0
         else:
             self.bad_validations += 1
-        if self.runtime.is_main:
-            import json
-            with open(self.folder / "validation.jsonl", "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": step, **figures, "group_loss": [None if v != v else v for v in mean.tolist()]}) + "\n")
+        self.telemetry.validation({"step": step, **figures, "group_loss": mean})
         self.telemetry.note(f"validation at step {step}: nll {figures['nll']:.4f}  worst group {figures['worst_group']:.4f}"
                             + ("  (best so far)" if better else ""))
         return better

@@ -24,16 +24,13 @@ def operations(site: Site) -> list[list[str]]:
             for rank in range(WORLD):
                 Path(f"{log}_{rank}").unlink(missing_ok=True)
             job = site.start(run, WORLD, file_operations(log, victim=-1), **KEEP_ONE, **({"resume": "auto"} if steps == 2 else {}))
-            wait_for(lambda: newest(run) >= steps or job.poll(), 300, "no checkpoint")
+            saved = [Path(f"{log}_{rank}") for rank in range(WORLD)]
+            wait_for(lambda: job.poll() or all(path.is_file() and "end of a save" in path.read_text() for path in saved), 300, "no checkpoint")
             job.signal(signal.SIGKILL)
             job.wait()
             need(newest(run) >= steps, f"no checkpoint came\n{job.output(0)[-3000:]}")
-    listed = []
-    for rank in range(WORLD):
-        lines = [line.split(" ", 1)[1] for line in Path(f"{log}_{rank}").read_text().splitlines()]
-        again = [i for i, line in enumerate(lines) if line == lines[0] and i]
-        listed.append(lines[:again[0]] if again else lines)
-    return listed
+    texts = [Path(f"{log}_{rank}").read_text().split("end of a save")[0] for rank in range(WORLD)]
+    return [[line.split(" ", 1)[1] for line in text.splitlines()] for text in texts]
 
 
 def moments(site: Site, rank: int) -> list[tuple[int, str]]:

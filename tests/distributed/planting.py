@@ -46,6 +46,8 @@ def file_operations(log: Path, victim: int, die_at: int | None = None, when: str
                     return save(*args, **kwargs)
                 finally:
                     armed[0] = False
+                    with open(f"{log}_{rank}", "a") as stream:
+                        stream.write("end of a save\n")
             return armed_save
 
         def watch(name):
