@@ -63,7 +63,7 @@ class PromptTemplate:
         if prompt.template == "chat":
             return _chat_template(domain, tokenizer)
         if prompt.template.endswith(".json"):
-            return cls.load(prompt.template, {"style": "file", "domain": domain, "bos": bos})
+            return cls.load(_template_file(prompt.template), {"style": "file", "domain": domain, "bos": bos})
         raise UserError(
             f"prompt.template={prompt.template}: unknown template", f"{nearest(prompt.template, STYLES)} Or give a JSON file of a template"
         )
@@ -114,6 +114,12 @@ class PromptTemplate:
     def fingerprint(self) -> str:
         """sha256 of all pieces."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def _template_file(path: str) -> Path:
+    """A relative path counts from where the command runs, else from the checkout, like `deepspeed`."""
+    shipped = Path(__file__).resolve().parent.parent / path
+    return shipped if not Path(path).is_file() and shipped.is_file() else Path(path)
 
 
 def _wording(style: str, domain: str) -> dict[str, str]:
@@ -410,5 +416,8 @@ def tokenise_split(
 
 def template_texts(prompt: PromptSection, domain: str) -> list[str]:
     """The literal texts of a template before any tokenizer exists: what a word-level tokenizer must know."""
+    if prompt.template.endswith(".json"):
+        template = PromptTemplate.load(_template_file(prompt.template), {"style": "file", "domain": prompt.domain or domain})
+        return [template.before_instruction, template.instruction, template.before_history, template.after_history, template.separator]
     style = prompt.template if prompt.template in STYLES else "alpaca"
     return list(_wording(style, prompt.domain or domain).values())

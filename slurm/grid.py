@@ -2,8 +2,11 @@
 
     python slurm/grid.py --objectives sft,gdrt --seeds 0,1 --taus 0.5,1 [--into runs/sweep]     lists it, numbered
     python slurm/grid.py --index 3 ... -- --config configs/x.yaml key=value                    the arguments of run 3, quoted for a shell
+    python slurm/grid.py --study configs/studies/x.yaml [--into DIR] [--index 3]                the cells of a study file (gdrt_ds/grid.py)
 
-Objectives without a temperature appear once per seed.
+Objectives without a temperature appear once per seed. A study's run folders lie where `python -m gdrt_ds.study FILE --dir INTO` looks for
+them: that command evaluates what the array has trained and writes the page. Cells that read another cell's run folder ({run:ROW})
+belong into a second array.
 """
 
 from __future__ import annotations
@@ -13,22 +16,14 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gdrt_ds.errors import UserError  # noqa: E402
+from gdrt_ds.grid import Cell, cells_of, load_study  # noqa: E402
 
 WITH_TAU = ("gdrt", "gdrt+msl")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the grid: its name and the settings that make it."""
-
-    name: str
-    overrides: tuple[str, ...]
 
 
 def grid(objectives: list[str], seeds: list[str], taus: list[str]) -> list[Cell]:
@@ -58,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--objectives", type=split, default=[], metavar="A,B", help="default: the config's")
     parser.add_argument("--seeds", type=split, default=["0"], metavar="0,1")
     parser.add_argument("--taus", type=split, default=[""], metavar="0.5,1", help="temperatures of gdrt and gdrt+msl; default: the config's")
-    parser.add_argument("--into", default="runs/sweep", help="folder of the run folders")
+    parser.add_argument("--study", metavar="FILE", help="the grid of a study file, in place of the three lists")
+    parser.add_argument("--into", help="folder of the run folders (default runs/sweep; with --study: of the study, runs/studies/NAME)")
 
 
 def write_list(into: Path, cells: list[Cell]) -> Path:
@@ -77,7 +73,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--index", type=int, help="the number of one run")
     args = parser.parse_args(words[:cut])
     try:
-        cells, into = grid(args.objectives, args.seeds, args.taus), Path(args.into).absolute()
+        settings: list[str] = []
+        if args.study:
+            study = load_study(args.study)
+            into = Path(args.into or Path("runs") / "studies" / study.name).absolute()
+            cells, into, settings = cells_of(study, into), into / "runs", ["--config", study.config]
+        else:
+            cells, into = grid(args.objectives, args.seeds, args.taus), Path(args.into or "runs/sweep").absolute()
         if args.index is None:
             print("\n".join(f"{number}  {into / cell.name}  {' '.join(cell.overrides)}" for number, cell in enumerate(cells)))
             return 0
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"array task {args.index}, but the grid has {len(cells)} runs", f"sbatch --array=0-{len(cells) - 1}")
         write_list(into, cells)
         cell = cells[args.index]
-        print(shlex.join([*words[cut + 1:], *cell.overrides, f"run.dir={into / cell.name}"]))
+        print(shlex.join([*settings, *words[cut + 1:], *cell.overrides, f"run.dir={into / cell.name}"]))
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

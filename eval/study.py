@@ -1,0 +1,224 @@
+"""One page about a whole study: rows x metrics with intervals over users and seeds, differences to the baseline and the controls.
+
+    python -m eval.study STUDY_DIR                         writes study.html, study.md, study.json into it
+    python -m eval.study --evaluate RUN RUN ... [--arguments JSON]      evaluates several runs in one process (imports are paid once)
+STUDY_DIR is what `python -m gdrt_ds.study` made: grid.json and runs/. Cells that are not evaluated yet are named on the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.bootstrap import Comparison, Resampled, compare_family, interval, resample
+from eval.compare import Run, check_same, load_run
+from eval.metrics import table
+from eval.metrics.inputs import build_inputs
+from eval.seeds import combine_all, t_interval
+from gdrt_ds.errors import UserError
+
+METRICS = ("nll", "nll_worst_relevance_group", "ndcg@10", "hr@10", "mrr", "mgu@5", "dgu@5", "coverage@10")
+BY_LABEL = ("ndcg@10", "nll")
+FAMILY = ("nll", "nll_worst_relevance_group", "ndcg@10", "mgu@5")
+# name on the page -> (audit, measure, lower is better)
+AUDITED = {
+    "history sensitivity, nats": ("sensitivity", "swapped history - true"),
+    "auxiliary:interaction, log2": ("language", "log2 ratio"),
+}
+
+
+@dataclass
+class Block:
+    """One setting: its rows over the same users and the same seeds."""
+
+    setting: str
+    seeds: list[int]
+    rows: dict[str, dict[str, Resampled]]
+    comparisons: dict[str, dict[str, dict[str, Comparison]]]     # reference row -> row -> metric
+    audits: dict[str, dict[str, list[float]]]                    # figure -> row -> one value per seed
+    floors: dict[str, dict[str, float | None]]
+    num_users: int
+    num_items: int
+    notes: list[str]
+
+
+# -- evaluating --------------------------------------------------------------------------------------------------------
+def evaluate_runs(runs: Sequence[str], arguments: Sequence[str]) -> int:
+    """`eval.run` on one run after the other in this process; one that fails does not end the others. Returns the failures."""
+    from eval.run import main as evaluate
+    failures = 0
+    for run in map(Path, runs):
+        log = run / "logs" / "evaluation.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        status: object = 0
+        with open(log, "w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
+            try:
+                evaluate(["--run", str(run), "--output", str(run / "eval" / "test-renormalised"), *arguments])
+            except SystemExit as end:
+                status = end.code
+        failures += bool(status)
+        print(f"{run.name}: {'evaluated' if not status else f'evaluation failed with status {status} (log: {log})'}", flush=True)
+    return failures
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+def read_grid(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    """(study, evaluated cells, names of the others)."""
+    try:
+        grid = json.loads((folder / "grid.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/grid.json cannot be read ({error})", "give the folder of `python -m gdrt_ds.study`") from None
+    done = [c for c in grid["cells"] if (folder / c["evaluation"] / "results.json").is_file()]
+    if not done:
+        raise UserError(f"{folder}: no cell of the study is evaluated yet", "python -m gdrt_ds.study FILE trains and evaluates them")
+    names = {c["name"] for c in done}
+    return grid["study"], done, [c["name"] for c in grid["cells"] if c["name"] not in names]
+
+
+def statistics_of(run: Run, label: str | None, num_bootstrap: int) -> dict[str, Resampled]:
+    """Metrics of a run over its users, and those of BY_LABEL for every value of a sample label: `ndcg@10 kind=history`."""
+    found, _, _ = table.statistics(run.inputs, (5, 10))
+    samples = resample({n: found[n] for n in METRICS if n in found}, run.inputs.user_of_sample, num_bootstrap)
+    values = sorted({str(p["labels"][label]) for p in run.predictions if label in (p.get("labels") or {})}) if label else []
+    for value in values:
+        part = [p for p in run.predictions if str((p.get("labels") or {}).get(label)) == value]
+        inputs = build_inputs(part, run.entries, run.history_counts)
+        own, _, _ = table.statistics(inputs, (10,))
+        samples |= {f"{n} {label}={value}": s
+                    for n, s in resample({n: own[n] for n in BY_LABEL if n in own}, inputs.user_of_sample, num_bootstrap).items()}
+    return samples
+
+
+def with_groups_of(run: Run, other: Run) -> Run:
+    """The run with the relevance groups of another: a worst group must mean the same targets in every row."""
+    groups = {str(p["sample_id"]): p.get("relevance_group") for p in other.predictions}
+    predictions = [{**p, "relevance_group": groups.get(str(p["sample_id"]))} for p in run.predictions]
+    return Run(run.label, run.folder, run.results, predictions, run.entries, run.history_counts,
+               build_inputs(predictions, run.entries, run.history_counts))
+
+
+def direction(name: str) -> bool | None:
+    row = table.row_of(name.split(" ")[0])
+    return row.higher_is_better if row else None
+
+
+def build_block(study: Mapping[str, Any], folder: Path, setting: str, cells: list[dict[str, Any]], num_bootstrap: int) -> Block:
+    """Rows of one setting, over the seeds that all of its rows have."""
+    by_row: dict[str, dict[int, dict[str, Any]]] = {}
+    for cell in cells:
+        by_row.setdefault(cell["row"], {})[cell["seed"]] = cell
+    seeds = sorted(set.intersection(*(set(found) for found in by_row.values())))
+    notes = []
+    if not seeds:
+        raise UserError(f"setting {setting}: its rows share no evaluated seed", "evaluate more cells")
+    extra = {row: sorted(set(found) - set(seeds)) for row, found in by_row.items() if set(found) - set(seeds)}
+    if extra:
+        notes.append(f"{setting}: seeds left out, because not every row has them: " + ", ".join(f"{r} {s}" for r, s in extra.items()))
+    runs = {row: [load_run(folder / found[s]["evaluation"], f"{row} seed {s}") for s in seeds] for row, found in by_row.items()}
+    base = study["baseline"] if study["baseline"] in runs else next(iter(runs))
+    for number in range(len(seeds)):
+        notes += check_same([runs[base][number], *(found[number] for row, found in runs.items() if row != base)])
+    same_users = _same_samples(runs[base])
+    if not same_users:
+        notes.append(f"{setting}: seeds differ in their test users, so users are drawn by their place in the test split")
+    rows = {}
+    for row, found in runs.items():
+        shown = [run if row == base else with_groups_of(run, runs[base][n]) for n, run in enumerate(found)]
+        rows[row] = combine_all([statistics_of(run, study.get("label"), num_bootstrap) for run in shown])
+    users = len(runs[base][0].inputs.user_ids)
+    references = [base, *(c for c in study["controls"] if c in rows)]
+    comparisons = {}
+    for reference in references:
+        names = list(rows[reference])
+        family = [n for n in names if n in FAMILY or n.startswith("ndcg@10 ")]
+        others = [row for row in rows if row != reference and (reference == base or row not in study["controls"])]
+        comparisons[reference] = {row: compare_family(rows[reference], rows[row], users, family, {n: direction(n) for n in names}) for row in others}
+    audits = {title: {row: [_audit(run, *where) for run in found] for row, found in runs.items()} for title, where in AUDITED.items()}
+    audits = {title: found for title, found in audits.items() if all(v is not None for values in found.values() for v in values)}
+    floors = {name: {m: (metrics.get(m) or {}).get("value") for m in METRICS} for name, metrics in runs[base][0].results.get("floors", {}).items()
+              if name != "targets"}
+    order = [row for row in study["rows"] if row in rows]
+    return Block(setting, seeds, {row: rows[row] for row in order}, comparisons, audits, floors, users, runs[base][0].inputs.num_items, list(dict.fromkeys(notes)))
+
+
+def _same_samples(runs: Sequence[Run]) -> bool:
+    keys = [[(p["sample_id"], p["user_id"], p["target_id"]) for p in run.predictions] for run in runs]
+    if any(len(k) != len(keys[0]) for k in keys):
+        raise UserError("the seeds of a study have test splits of different sizes", "give all cells the same data.limit_test or data.planted.num_test")
+    return all(k == keys[0] for k in keys)
+
+
+def _audit(run: Run, audit: str, measure: str) -> float | None:
+    return (((run.results.get("audits") or {}).get(audit) or {}).get("measures") or {}).get(measure, {}).get("value")
+
+
+def load_blocks(folder: Path, num_bootstrap: int) -> tuple[dict[str, Any], list[Block], list[str], dict[str, Any]]:
+    """(study, blocks in the order of its settings, cells without an evaluation, totals over the runs)."""
+    study, cells, absent = read_grid(folder)
+    blocks = []
+    for setting in study["settings"]:
+        mine = [c for c in cells if c["setting"] == setting]
+        if mine:
+            blocks.append(build_block(study, folder, setting, mine, num_bootstrap))
+    summaries = [json.loads((folder / c["run"] / "summary.json").read_text(encoding="utf-8")) for c in cells]
+    totals = {"cells": len(cells), "train_seconds": round(sum(s.get("seconds", 0) for s in summaries)), "devices": sorted({s.get("device", "?") for s in summaries}),
+              "worlds": sorted({s.get("world", 1) for s in summaries}), "git": sorted({str(s.get("git_hash"))[:12] for s in summaries}),
+              "steps": sorted({s.get("adapter_step", s.get("step", 0)) for s in summaries}), "versions": summaries[0].get("versions", {})}
+    return study, blocks, absent, totals
+
+
+def to_json(study: Mapping[str, Any], blocks: list[Block], absent: list[str], totals: Mapping[str, Any]) -> dict[str, Any]:
+    clean = lambda v: None if isinstance(v, float) and v != v else v  # noqa: E731
+    figure = lambda s: dict(zip(("value", "ci_low", "ci_high"), map(clean, (s.value, *interval(s)))))  # noqa: E731
+    found = {}
+    for block in blocks:
+        found[block.setting] = {
+            "seeds": block.seeds, "num_users": block.num_users, "num_items": block.num_items,
+            "rows": {row: {n: figure(s) for n, s in samples.items()} for row, samples in block.rows.items()},
+            "differences": {ref: {row: {n: {k: clean(v) for k, v in asdict(c).items()} for n, c in rows.items()} for row, rows in others.items()}
+                            for ref, others in block.comparisons.items()},
+            "audits": {title: {row: dict(zip(("value", "ci_low", "ci_high"), map(clean, t_interval(v)))) | {"seeds": v} for row, v in rows.items()}
+                       for title, rows in block.audits.items()},
+            "floors": block.floors, "notes": block.notes,
+        }
+    return {"study": dict(study), "settings": found, "not_evaluated": absent, "totals": dict(totals)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", help="folder of a study")
+    parser.add_argument("--evaluate", nargs="+", metavar="RUN", help="evaluate these runs and exit")
+    parser.add_argument("--arguments", default="[]", metavar="JSON", help="arguments of eval.run, as a JSON list")
+    parser.add_argument("--num-bootstrap", type=int, default=1000, metavar="B")
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.evaluate:
+            return min(64, evaluate_runs(chosen.evaluate, json.loads(chosen.arguments)))
+        if not chosen.folder:
+            raise UserError("no study is given", "python -m eval.study STUDY_DIR")
+        from eval.report.html import render_html
+        from eval.report.markdown import render_markdown
+        from eval.study_page import build_page
+        folder = Path(chosen.folder)
+        study, blocks, absent, totals = load_blocks(folder, chosen.num_bootstrap)
+        page = build_page(study, blocks, absent, totals)
+        for name, text in (("study.json", json.dumps(to_json(study, blocks, absent, totals), indent=1)), ("study.md", render_markdown(page)),
+                           ("study.html", render_html(page))):
+            (folder / name).write_text(text, encoding="utf-8")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for line in page.sections[0].paragraphs:
+        print(line.replace("**", ""))
+    print(f"written: {folder}/study.html, study.md, study.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""A study's grid and runner: one definition of cells, nothing is trained twice, a broken cell does not end the others, the page adds up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval.bootstrap import Resampled, interval
+from eval.seeds import combine, seed_draws, t_interval
+from gdrt_ds.errors import UserError
+from gdrt_ds.grid import cells_of, choose_cells, load_study
+from gdrt_ds.study import config_of, shares, state_of
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDY = """
+name: tiny
+config: configs/planted.yaml
+overrides: [train.max_steps=3, train.micro_batch=32, "data.planted={num_train: 96, num_valid: 8, num_test: 40}", train.eval_every=3]
+seeds: [0, 1]
+baseline: sft
+controls: [frozen]
+label: kind
+rows:
+  sft: [objective=sft]
+  gdrt: [objective=gdrt]
+  frozen: [objective=gdrt, "dro.frozen_weights={run:gdrt}"]
+evaluate: [--bootstrap, "100", --batch-size, "64"]
+"""
+
+
+def study_file(folder: Path, text: str = STUDY) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def start(path: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run([sys.executable, "-m", "gdrt_ds.study", str(path), "--dir", str(folder), *words], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    path = study_file(folder)
+    first = start(path, folder / "out", "--workers", "2")
+    assert first.returncode == 0, first.stdout + first.stderr
+    return path, folder / "out", first
+
+
+def test_cells_are_rows_times_settings_times_seeds_in_a_fixed_order(tmp_path):
+    text = STUDY + "settings:\n  a: []\n  b: {set: [dro.tau=2], rows: [gdrt], seeds: [5]}\n"
+    study = load_study(study_file(tmp_path, text), ["train.lr=0.1"])
+    cells = cells_of(study, tmp_path)
+    assert [c.name for c in cells] == ["a-sft-seed0", "a-gdrt-seed0", "a-frozen-seed0", "a-sft-seed1", "a-gdrt-seed1", "a-frozen-seed1", "b-gdrt-seed5"]
+    frozen = cells[2]
+    assert frozen.needs == ("a-gdrt-seed0",) and f"dro.frozen_weights={tmp_path}/runs/a-gdrt-seed0" in frozen.overrides
+    assert cells[6].overrides[-3:] == ("dro.tau=2", "objective=gdrt", "train.seed=5") and "train.lr=0.1" in cells[6].overrides
+    parts = shares(cells, 2)
+    assert sorted(c.name for part in parts for c in part) == sorted(c.name for c in cells)
+    assert all(len({i for i, part in enumerate(parts) for c in part if (c.setting, c.seed) == key}) == 1 for key in {(c.setting, c.seed) for c in cells})
+
+
+@pytest.mark.parametrize("change, message", [
+    (("baseline: sft", "baseline: sff"), "no row 'sff'; did you mean 'sft'"),
+    (("seeds:", "seed:"), "unknown key `seed`; did you mean `seeds`"),
+    (("{run:gdrt}", "{run:gdr}"), "no row 'gdr'"),
+    (("{run:gdrt}", "{run:frozen}"), "frozen reads the run folder of frozen, which comes later"),
+    (("name: tiny", "name: a b"), "name = 'a b'"),
+])
+def test_mistakes_in_a_study_file_are_named(tmp_path, change, message):
+    with pytest.raises(UserError) as caught:
+        load_study(study_file(tmp_path, STUDY.replace(*change)))
+    assert message in str(caught.value)
+
+
+def test_a_setting_must_hold_the_rows_that_its_rows_read(tmp_path):
+    study = load_study(study_file(tmp_path, STUDY + "settings: {a: {rows: [sft, frozen]}}\n"))
+    with pytest.raises(UserError, match="reads the run folder of gdrt, which the setting leaves out"):
+        cells_of(study, tmp_path)
+
+
+def test_pieces_choose_cells_and_unknown_ones_are_refused(tmp_path):
+    study = load_study(study_file(tmp_path, STUDY + "pieces: {first: {rows: [sft], seeds: [1]}}\n"))
+    cells = cells_of(study, tmp_path)
+    assert [c.name for c in choose_cells(study, cells, "first")] == ["sft-seed1"]
+    with pytest.raises(UserError, match="did you mean 'first'"):
+        choose_cells(study, cells, "frist")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_studies_hold_valid_run_configs(path, tmp_path):
+    study = load_study(path)
+    cells = cells_of(study, tmp_path)
+    assert len({c.name for c in cells}) == len(cells) and all(config_of(study, tmp_path, cell).objective for cell in cells)
+    for piece in study.pieces:
+        assert choose_cells(study, cells, piece)
+
+
+def test_slurm_numbers_the_same_cells(tmp_path):
+    path = study_file(tmp_path)
+    study = load_study(path)
+    cells = cells_of(study, tmp_path)
+    command = [sys.executable, str(ROOT / "slurm" / "grid.py"), "--study", str(path), "--into", str(tmp_path)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[1] for line in listed] == [str(tmp_path / "runs" / c.name) for c in cells]
+    words = subprocess.run([*command, "--index", "2"], capture_output=True, text=True, check=True).stdout
+    assert words.startswith("--config configs/planted.yaml") and f"run.dir={tmp_path}/runs/{cells[2].name}" in words
+
+
+def test_a_finished_study_has_a_run_an_evaluation_and_a_row_for_every_cell(finished):
+    path, folder, _ = finished
+    study = load_study(path)
+    cells = cells_of(study, folder)
+    assert [state_of(folder, c) for c in cells] == ["done"] * 6
+    found = json.loads((folder / "study.json").read_text())
+    block = found["settings"]["default"]
+    assert list(block["rows"]) == ["sft", "gdrt", "frozen"] and block["seeds"] == [0, 1] and found["not_evaluated"] == []
+    for row in block["rows"]:  # the page's values are those of the evaluations
+        own = [json.loads((folder / "runs" / f"{row}-seed{s}" / "eval" / "test-renormalised" / "results.json").read_text()) for s in (0, 1)]
+        for metric in ("ndcg@10", "nll", "mgu@5"):
+            assert block["rows"][row][metric]["value"] == pytest.approx(np.mean([o["metrics"][metric]["value"] for o in own]), rel=1e-9)
+    both = block["rows"]["gdrt"]
+    assert (32 * both["nll kind=shortcut"]["value"] + 8 * both["nll kind=history"]["value"]) / 40 == pytest.approx(both["nll"]["value"], rel=1e-9)
+    difference = block["differences"]["sft"]["gdrt"]["nll"]
+    assert difference["difference"] == pytest.approx(both["nll"]["value"] - block["rows"]["sft"]["nll"]["value"], abs=1e-12)
+    assert "gdrt" in block["differences"]["frozen"] and "sft" not in block["differences"]["frozen"]
+    for name in ("study.html", "study.md"):
+        text = (folder / name).read_text()
+        assert "frozen" in text and "NDCG@10, kind=history" in text
+
+
+def test_started_again_it_trains_and_evaluates_nothing(finished):
+    path, folder, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/**/*.json")}
+    again = start(path, folder)
+    assert again.returncode == 0 and "6 cells, 6 done" in again.stdout and "CPU s" not in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/**/*.json")} == before
+
+
+def test_other_settings_do_not_pass_for_a_finished_run(finished):
+    path, folder, _ = finished
+    again = start(path, folder, "train.lr=0.1")
+    assert again.returncode == 2 and "was trained with other settings (train.lr: 0.005 -> 0.1)" in again.stderr
+
+
+def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, tmp_path):
+    path, folder, _ = finished
+    mine = tmp_path / "out"
+    shutil.copytree(folder, mine)
+    path = study_file(tmp_path)
+    shutil.rmtree(mine / "runs" / "gdrt-seed1")
+    refused = start(path, mine, "--cell", "5")
+    assert refused.returncode == 2 and "reads the run folder of gdrt-seed1, which is not trained" in refused.stderr
+    broken = STUDY.replace("[objective=gdrt]", "[objective=gdrt, groups.num=2000]")   # more groups than target tokens: found when it starts
+    shutil.rmtree(mine / "runs" / "gdrt-seed0")
+    shutil.rmtree(mine / "runs" / "sft-seed1")
+    end = start(study_file(tmp_path, broken), mine, "--workers", "1")
+    assert end.returncode == 1 and "gdrt-seed0: failed: groups.num = 2000" in end.stdout and "sft-seed1: trained" in end.stdout
+    assert "2 of 6 cells are not evaluated yet" in (mine / "study.html").read_text()
+
+
+def test_replicates_over_seeds_have_the_spread_of_a_mean_over_trainings():
+    """Two-way model: value = seed effect + user noise; the interval's standard error must be that of a mean over fresh seeds and users."""
+    rng = np.random.default_rng(0)
+    errors, seeds, size = [], 5, 4000
+    for _ in range(60):
+        effects, users = rng.normal(0, 1.0, seeds), rng.normal(0, 0.5, size)
+        found = combine([Resampled(e, e + users, 100, True, (-np.inf, np.inf)) for e in effects], seed=1)
+        errors.append(found.standard_error ** 2)
+    assert np.mean(errors) == pytest.approx(1.0 / seeds + 0.25, rel=0.12)   # without the factor: 0.8 / seeds + 0.25
+
+
+def test_seed_draws_are_the_same_for_every_row_and_one_seed_leaves_users_alone():
+    assert np.array_equal(seed_draws(3, 50, 0), seed_draws(3, 50, 0)) and np.allclose(seed_draws(3, 50, 0).sum(1), 1)
+    single = Resampled(0.4, np.linspace(0.3, 0.5, 101), 10, True, (0, 1))
+    assert interval(combine([single])) == interval(single)
+    mean, low, high = t_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and high - 2 == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6) and low == pytest.approx(4 - high)
