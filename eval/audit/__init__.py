@@ -33,6 +33,8 @@ from gdrt_ds.errors import UserError
 
 __all__ = ["AUDITS", "Audit", "AuditContext", "AuditOptions", "Cost", "run_audits", "choose", "finite"]
 
+FEW = 10  # a bootstrap over fewer units covers less than it says
+
 AUDITS: dict[str, Audit] = {
     module.AUDIT.name: module.AUDIT
     for module in (
@@ -99,6 +101,8 @@ def run_audits(names: Sequence[str], subject, runtime=None, options: AuditOption
         say(f"audit {name}: {cost}", flush=True)
         started = time.time()
         found[name] = finite(audit.run(context))
+        if found[name]["effect"]["n"] < FEW:
+            found[name]["finding"] += f" Only {found[name]['effect']['n']} units: intervals of so few are too narrow."
         found[name][
             "cost"
         ] = f"{cost}; took {time.time() - started:.0f} s on {context.runtime.world} rank(s) of {context.runtime.device.type}"
