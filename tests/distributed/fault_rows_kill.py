@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tests.distributed.fault_site import STEPS, Row, Site, need, need_same, newest, wait_for
-from tests.distributed.planting import file_operations
+from tests.distributed.planting import file_operations, pause
 
 KEEP_ONE = {"train__keep_checkpoints": 1, "train__eval_every": 1}  # every save also moves `best` and removes the checkpoint before
 WORLD = 2
@@ -116,10 +116,11 @@ def random_moments(site: Site, quick: bool) -> str:
 
 def dead_rank(site: Site, quick: bool) -> str:
     waited = []
-    for rank in (1,) if quick else (0, 1):
+    for rank, phase in [(1, "")] if quick else [(0, ""), (1, ""), (0, "data loading"), (1, "relevance scoring")]:
         run = site.fresh("dead_rank")
-        job = site.start(run, WORLD, train__timeout_s=30)
-        need(job.until("step 2/"), f"no step: {job.output(0)[-2000:]}")
+        job = site.start(run, WORLD, pause(phase) if phase else None, train__timeout_s=30)
+        marker = f"PHASE {phase}" if phase else "step 2/"
+        need(job.until(marker, rank=rank if phase else 0), f"`{marker}` did not come: {job.output(0)[-2000:]}")
         job.signal(signal.SIGKILL, rank)
         struck = time.monotonic()
         done = job.wait(60)
