@@ -137,7 +137,7 @@ def build_block(study: Mapping[str, Any], folder: Path, setting: str, cells: lis
     for reference in references:
         names = list(rows[reference])
         family = [n for n in names if n in FAMILY or n.startswith("ndcg@10 ")]
-        others = [row for row in rows if row != reference and (reference == base or row not in study["controls"])]
+        others = [row for row in rows if row != reference and (reference == base or row not in (base, *study["controls"]))]
         comparisons[reference] = {row: compare_family(rows[reference], rows[row], users, family, {n: direction(n) for n in names}) for row in others}
     audits = {title: {row: [_audit(run, *where) for run in found] for row, found in runs.items()} for title, where in AUDITED.items()}
     audits = {title: found for title, found in audits.items() if all(v is not None for values in found.values() for v in values)}
