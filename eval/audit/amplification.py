@@ -97,7 +97,7 @@ def run(context: AuditContext) -> dict:
     last = found[-1][1]
     finding = (
         f"From the base model to step {found[-1][0]} the share of list places on the base's top-decile items changes by "
-        f"{effect.text()} (p = {p:.2g}, "
+        f"{effect.text()} (p = {p:.2g}{'' if p <= 0.05 else ', not shown'}; "
         f"{effect.n} users), that on the most popular fifth of items by {popular.text()}; entropy goes from "
         f"{found[0][1]['entropy']:.2f} to {last['entropy']:.2f} nats, "
         f"KL to the data from {found[0][1]['kl_data']:.2f} to {last['kl_data']:.2f}."
