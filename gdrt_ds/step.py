@@ -215,8 +215,13 @@ class StepRunner:
             if self.config.train.debug_sync:
                 dro.assert_equal_on_all_ranks(q, f"the DRO weights of step {step}")
             self.engine.set_gradient_accumulation_boundary(True)
+            skipped_before = self.engine.skipped_steps
             self.engine.step()
-            self._remember(losses, counts)
+            discard = self.engine.skipped_steps > skipped_before  # finite losses, but DeepSpeed found gradients that are not, on all ranks
+            if discard and self.config.train.on_nonfinite == "stop" and not self.engine.fp16_enabled():  # float16: the loss scale adapts that way
+                raise NonFiniteLoss(*self._nonfinite_message(step, "gradients"))
+            if not discard:
+                self._remember(losses, counts)
         if objective is None:
             objective = (q * torch.where(counts > 0, losses, 0.0)).sum()
         absent = torch.where(counts > 0, 0.0, float("nan"))
@@ -252,8 +257,8 @@ class StepRunner:
             self.objective.remember(self._view(losses, counts))
         self.state.steps += 1
 
-    def _nonfinite_message(self, step: int) -> tuple[str, str]:
-        return (f"step {step + 1}: NaN or inf in the loss of some rank; no rank has taken this step",
+    def _nonfinite_message(self, step: int, where: str = "loss") -> tuple[str, str]:
+        return (f"step {step + 1}: NaN or inf in the {where} of some rank; no rank has taken this step",
                 "lower train.lr, check model.dtype (float16 overflows), or set train.on_nonfinite=skip; resume=auto goes on from the last checkpoint")
 
 

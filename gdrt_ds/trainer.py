@@ -7,6 +7,7 @@ objectives/, what is written in telemetry.py, checkpoint.py and run_folder.py.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from gdrt_ds.objectives import TokenTable, get_objective
 from gdrt_ds.preparation import Prepared, plan_batches, prepare, total_steps
 from gdrt_ds.prompts import tokenise_split
 from gdrt_ds.runtime import EXIT_INTERRUPTED, Runtime, Watchdog, ignore_stop_signals
-from gdrt_ds.step import StepRunner, TrainTokens, group_sums
+from gdrt_ds.step import NonFiniteLoss, StepRunner, TrainTokens, group_sums
 from gdrt_ds.telemetry import Telemetry, duration, say
 from gdrt_ds.tree_attention import ATTENTION_NAME
 
@@ -426,6 +427,7 @@ class Trainer:
             finished = done == self.total or stopped_early
             due = config.train.save_every is not None and done % config.train.save_every == 0
             if is_best and config.train.eval_every is not None or due or finished or result.stop:
+                self._refuse_broken_weights(done, norm)
                 self._save(done, is_best)
             if result.stop and not finished:
                 return self._interrupted(done)
@@ -433,6 +435,12 @@ class Trainer:
                 self.telemetry.note(f"early stop at step {done}: no better validation {config.train.select_by} in {config.train.patience} validations")
                 break
         return self._finish(step + 1, stopped_early)
+
+    def _refuse_broken_weights(self, step: int, norm) -> None:
+        """A finite loss can have a gradient that is not: the next step would see it in its loss, but nothing may be published before that."""
+        if norm is not None and not math.isfinite(float(norm)):
+            raise NonFiniteLoss(f"step {step}: the gradient norm is {float(norm)} though the loss is finite; this step is not published",
+                                "resume=auto goes on from the last checkpoint; lower train.lr, or check model.dtype (float16 overflows)")
 
     def _refresh_groups(self) -> None:
         self.telemetry.flush()

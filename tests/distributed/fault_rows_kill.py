@@ -59,7 +59,7 @@ class Chain:
         pointer = self.run / "checkpoints" / "latest"
         if pointer.is_file():
             named = self.run / "checkpoints" / pointer.read_text().strip()
-            need(checkpoint.verify(named) is None or after > 0, f"{words}: latest names {named.name}, which is not valid")
+            need(checkpoint.verify(named) is None, f"{words}: latest names {named.name}, which is not valid")
         if after >= STEPS - 2:
             self.end()
 

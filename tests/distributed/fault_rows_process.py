@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from tests.distributed.fault_site import Row, Site, metrics, need, need_same, newest, summary, wait_for
-from tests.distributed.planting import left_out_step, nan_loss, no_memory, pause, small_files
+from tests.distributed.planting import left_out_step, nan_gradient, nan_loss, no_memory, pause, small_files
 from tests.distributed.ranks import ROOT, free_port
 
 WORLD = 2
@@ -28,6 +28,17 @@ def nan_stop(site: Site, quick: bool) -> str:
         need(newest(run) == 2 and [m["step"] for m in metrics(run)] == [1, 2], f"newest checkpoint {newest(run)}")
         need(summary(run) == "failed", f"summary says {summary(run)}")
     return "both ranks stop in step 3, before the optimizer; step 2 is the newest checkpoint; status 2"
+
+
+def nan_in_gradient(site: Site, quick: bool) -> str:
+    run = site.fresh("nan_gradient")
+    done = site.play(run, WORLD, nan_gradient(1, step=2))
+    need(done.statuses == [2, 2], f"ended with {done.statuses}\n{done.text[-2500:]}")
+    need(all("step 3: NaN or inf in the gradients of some rank" in text for text in done.outputs), done.text[-2500:])
+    need(newest(run) == 2 and [m["step"] for m in metrics(run)] == [1, 2], f"newest checkpoint {newest(run)}")
+    site.finish(run, WORLD)
+    need_same(run, site.straight(WORLD), "resumed after a NaN gradient")
+    return "both ranks stop in that step, before the optimizer; step 2 is the newest checkpoint and the resumed run equals the undisturbed one"
 
 
 def nan_skip(site: Site, quick: bool) -> str:
@@ -185,6 +196,7 @@ def launcher(site: Site, quick: bool) -> str:
 
 
 ROWS = [Row("nan-stop", "NaN on one rank: all ranks stop in that step, before the optimizer", nan_stop),
+        Row("nan-gradient", "a finite loss with NaN gradients on one rank: all ranks stop in that step, before the optimizer", nan_in_gradient),
         Row("nan-skip", "train.on_nonfinite=skip: all ranks skip that step", nan_skip),
         Row("hung-rank", "a rank stopped with SIGSTOP: the job ends non-zero within train.timeout_s with stacks", hung_rank),
         Row("signals", "SIGTERM, SIGUSR1, Ctrl-C in data loading, relevance scoring, training, saving", signals),

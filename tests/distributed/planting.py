@@ -104,6 +104,28 @@ def nan_loss(victim: int, step: int):
     return fault
 
 
+def nan_gradient(victim: int, step: int):
+    """The losses of a step are finite, the gradients of one rank are not."""
+    def fault(rank: int) -> None:
+        from gdrt_ds.step import StepRunner
+
+        def remember(run):
+            def running(self, at, lr):
+                self.planted_step = at
+                return run(self, at, lr)
+            return running
+
+        def poison(backward):
+            def poisoned(self, sums, values, coefficients, token_coefficients):
+                bad = rank == victim and self.planted_step == step
+                return backward(self, sums, values, coefficients * float("nan") if bad else coefficients, token_coefficients)
+            return poisoned
+
+        _wrap(StepRunner, "run", remember)
+        _wrap(StepRunner, "_backward", poison)
+    return fault
+
+
 def left_out_step(step: int):
     """The step is never run: what a skipped step must be equal to."""
     def fault(rank: int) -> None:

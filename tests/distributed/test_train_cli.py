@@ -48,7 +48,7 @@ def by_deepspeed(folder):
 
 @pytest.fixture(scope="module")
 def mistakes(folder):
-    return run_scenario("scenario_mistakes.py", folder)
+    return run_scenario("scenario_mistakes.py", folder, timeout_s=560)
 
 
 def test_the_deepspeed_launcher_leaves_a_complete_run_folder(by_deepspeed):
