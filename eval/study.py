@@ -57,7 +57,7 @@ def evaluate_runs(runs: Sequence[str], arguments: Sequence[str]) -> int:
         log = run / "logs" / "evaluation.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         status: object = 0
-        with open(log, "w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
+        with open(log, "w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
             try:
                 evaluate(["--run", str(run), "--output", str(run / "eval" / "test-renormalised"), *arguments])
             except SystemExit as end:

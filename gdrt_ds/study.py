@@ -83,7 +83,7 @@ def train_in_process(study: Study, folder: Path, cells: list[Cell]) -> int:
         started, log = time.process_time(), folder / "logs" / f"{cell.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         trainer, problem, status = Trainer(config, runtime), "", 1
-        with open(log, "w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
+        with open(log, "w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
             try:
                 status = trainer.run()
             except UserError as error:
