@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import faulthandler
+import hashlib
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ import traceback
 import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -110,6 +112,7 @@ def start_runtime(timeout_s: int = 600) -> Runtime:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port()) if runtime.world == 1 else "29500"
     os.environ.update(RANK=str(runtime.rank), WORLD_SIZE=str(runtime.world), LOCAL_RANK=str(runtime.local_rank))
+    own_build_folder()
     import deepspeed
     try:
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False,
@@ -120,6 +123,25 @@ def start_runtime(timeout_s: int = 600) -> Runtime:
                         "check MASTER_ADDR and MASTER_PORT; on several interfaces set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME") from None
     catch_stop_signals(runtime)
     return runtime
+
+
+STALE_LOCK_S = 900
+
+
+def own_build_folder() -> None:
+    """DeepSpeed's small CPU extension is built once per environment, not once for all.
+
+    torch keeps one folder per user: two environments then rebuild it in turns, and all ranks of both wait for each other's compiler. A build
+    that was killed leaves its lock behind, for which every later start would wait forever: an old lock is removed.
+    """
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        key = hashlib.sha256(f"{sys.prefix} {torch.__version__} {metadata.version('deepspeed')}".encode()).hexdigest()[:12]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(cache / "torch_extensions" / f"gdrt_ds_{key}")
+    for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
+        with contextlib.suppress(OSError):
+            if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
+                lock.unlink()
 
 
 def _free_port() -> int:
