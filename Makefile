@@ -38,6 +38,7 @@ quickstart: install
 	$(BIN)/python -m gdrt_ds.quickstart
 
 test: install
+	@$(BIN)/python tests/slurm/cluster/cluster.py install --if-possible
 	$(BIN)/python -m pytest -m "not faults and not exactness"
 
 test-exactness: install
@@ -50,6 +51,8 @@ test-faults: install
 	$(BIN)/python tests/distributed/fault_table.py
 
 test-slurm: install
+	$(BIN)/python tests/slurm/cluster/cluster.py install --accounting
+	$(BIN)/python -m pytest tests/slurm
 	$(BIN)/python tests/slurm/fault_table.py
 
 benchmarks: install

@@ -25,11 +25,12 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.fused_model import FusedLossModel
 from gdrt_ds.groups import GroupPlan, apply_groups, fit_groups, token_relevance
 from gdrt_ds.model import compute_dtype, load_model
-from gdrt_ds.objectives import TokenTable, get_objective
-from gdrt_ds.preparation import Prepared, plan_batches, prepare, total_steps
+from gdrt_ds.objectives import get_objective
+from gdrt_ds.preparation import plan_batches, prepare, total_steps
 from gdrt_ds.prompts import tokenise_split
 from gdrt_ds.runtime import EXIT_INTERRUPTED, Runtime, Watchdog, ignore_stop_signals
 from gdrt_ds.step import NonFiniteLoss, StepRunner, TrainTokens, group_sums
+from gdrt_ds.step_inputs import add_trie_facts, frozen_weights
 from gdrt_ds.telemetry import Telemetry, duration, say
 from gdrt_ds.tree_attention import ATTENTION_NAME
 
@@ -322,7 +323,7 @@ class Trainer:
         config, prepared, store = self.config, self.prepared, self.prepared.stores["train"]
         tokens = TrainTokens(store, self.group_arrays["train"], self.group_plan.num)
         if self.objective.masked_softmax or self.objective.token_weights is not None:
-            self._add_trie_facts(tokens)
+            add_trie_facts(tokens, prepared, self.objective, config.options)
         if self.objective.history_free_pass:
             tokens.history_free, _ = tokenise_split(prepared.encoder, prepared.catalogue, prepared.corpus.split("train"), mask_history=True)
         if config.dro.excess:
@@ -333,46 +334,8 @@ class Trainer:
         self.state = state
         head = len(prepared.encoder.head_ids)
         return StepRunner(self.engine, self.plan, tokens, self.objective, config, state, self.runtime, packing=self.packing, head_length=head,
-                          pad_id=prepared.tokenizer.pad_token_id, frozen_q=self._frozen_weights())
-
-    def _frozen_weights(self) -> torch.Tensor | None:
-        given = self.config.dro.frozen_weights
-        if given is None:
-            return None
-        if isinstance(given, str):
-            import json
-            lines = (Path(given) / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if (Path(given) / "metrics.jsonl").is_file() else []
-            if not lines:
-                raise UserError(f"dro.frozen_weights = {given}: no metrics.jsonl there", "give the folder of a finished gdrt run, or a list of numbers")
-            tail = [json.loads(line)["group_weight"] for line in lines[-20:]]
-            given = np.nanmean(np.array([[np.nan if w is None else w for w in row] for row in tail], dtype=float), axis=0).tolist()
-        if len(given) != self.group_plan.num:
-            raise UserError(f"dro.frozen_weights has {len(given)} weights, there are {self.group_plan.num} groups", "use the same groups.* in both runs")
-        q = torch.tensor(given, dtype=torch.float64, device=self.runtime.device)
-        return q / q.sum()
-
-    def _add_trie_facts(self, tokens: TrainTokens) -> None:
-        """Where each target token stands in the catalogue trie: its node for masked softmax, its facts for token weights."""
-        prepared, store = self.prepared, self.prepared.stores["train"]
-        trie = prepared.trie()
-        walks = {entry: trie.walk(prepared.encoder.target_ids(e.text)) for entry, e in enumerate(prepared.catalogue.entries)}
-        entries = [prepared.catalogue.index_of[s.target] for s in prepared.corpus.split("train")]
-        node = np.concatenate([np.asarray(walks[e][:n], dtype=np.int32) for e, n in zip(entries, store.num_target)])
-        leaves = np.concatenate([[0], np.cumsum(np.asarray(trie.entry) >= 0)])
-        items_below = leaves[np.asarray(trie.end)] - leaves[np.arange(len(trie.end))]
-        if self.objective.masked_softmax:
-            tokens.trie_node = node
-            tokens.trie_offsets = torch.from_numpy(np.asarray(trie.child_offsets, dtype=np.int64))
-            tokens.trie_tokens = torch.from_numpy(np.asarray(trie.token)[np.asarray(trie.child_nodes)].astype(np.int64))
-        if self.objective.token_weights is not None:
-            counts = np.array([prepared.catalogue.entries[e].train_count for e in entries])
-            follow = np.concatenate([node[1:], [0]])
-            last = store.target_offsets[1:] - 1
-            after = items_below[follow].copy()
-            after[last] = 1
-            table = TokenTable(train_count=np.repeat(counts, store.num_target), branching=np.asarray(trie.branching)[node],
-                               valid_before=items_below[node], valid_after=after, options=self.config.options)
-            tokens.weights = np.asarray(self.objective.token_weights(table), dtype=np.float64)
+                          pad_id=prepared.tokenizer.pad_token_id,
+                          frozen_q=frozen_weights(config.dro.frozen_weights, self.group_plan.num, self.runtime.device))
 
     def _score_train_losses(self) -> np.ndarray:
         """float64[train target tokens]: the base model's losses with the history, for dro.excess."""

@@ -9,7 +9,7 @@ Shapes: B prompts, U users, I catalogue entries.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Sequence
 
 import numpy as np

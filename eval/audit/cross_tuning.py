@@ -15,7 +15,7 @@ from itertools import permutations
 
 import numpy as np
 
-from eval.audit.context import Audit, AuditContext, AuditOptions, Cost, result
+from eval.audit.context import Audit, AuditOptions, Cost, result
 from eval.audit.folders import Evaluation, load_evaluations, needs_runs
 from eval.audit.inference import Estimate, permutation_p
 from eval.bootstrap import holm
