@@ -157,7 +157,8 @@ def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, t
     mine = tmp_path / "out"
     shutil.copytree(folder, mine)
     path = study_file(tmp_path)
-    shutil.rmtree(mine / "runs" / "gdrt-seed1")
+    for name in ("gdrt-seed1", "frozen-seed0", "frozen-seed1"):
+        shutil.rmtree(mine / "runs" / name)
     refused = start(path, mine, "--cell", "5")
     assert refused.returncode == 2 and "reads the run folder of gdrt-seed1, which is not trained" in refused.stderr
     broken = STUDY.replace("[objective=gdrt]", "[objective=gdrt, groups.num=2000]")   # more groups than target tokens: found when it starts
@@ -165,7 +166,8 @@ def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, t
     shutil.rmtree(mine / "runs" / "sft-seed1")
     end = start(study_file(tmp_path, broken), mine, "--workers", "1")
     assert end.returncode == 1 and "gdrt-seed0: failed: groups.num = 2000" in end.stdout and "sft-seed1: trained" in end.stdout
-    assert "2 of 6 cells are not evaluated yet" in (mine / "study.html").read_text()
+    assert "frozen-seed0: failed" in end.stdout     # it reads the run folder of a broken cell
+    assert "4 of 6 cells are not evaluated yet" in (mine / "study.html").read_text()
 
 
 def test_replicates_over_seeds_have_the_spread_of_a_mean_over_trainings():
