@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Mapping, Sequence
@@ -25,6 +25,8 @@ from eval.bootstrap import Comparison, Resampled, compare_family, resample
 from eval.metrics import DEFAULT_KS, figure, table
 from eval.metrics.inputs import Inputs, build_inputs
 from eval.report import content
+from eval.compare_labels import columns as label_columns
+from eval.compare_labels import compare_by_label, label_rows
 from eval.report.html import render_html
 from eval.report.markdown import render_markdown
 from gdrt_ds.errors import UserError
@@ -57,6 +59,7 @@ class Comparisons:
     family: list[str]
     num_bootstrap: int
     notes: list[str]
+    by_label: list[tuple[str, "Comparisons"]] = field(default_factory=list)
 
 
 def load_run(folder: str | Path, label: str) -> Run:
@@ -188,6 +191,9 @@ def to_json(found: Comparisons) -> dict[str, Any]:
 def build_page(found: Comparisons) -> content.Page:
     base = found.runs[0].label
     sections = [content.Section("In short", [_sentence(label, base, found) for label in found.rows], figures=_figures(found))]
+    if found.by_label:
+        sections.append(content.Section("Who gains, who pays", ["The same comparison inside each value of the samples' labels; not corrected for the number of rows."],
+                                        tables=[content.Table(label_columns(base), label_rows(found.by_label, _row))]))
     explanation = (
         f"Difference to {base} over the same users: 95 % interval, and for the primary family the interval at Holm's level. Effect size: "
         "difference / (standard error x square root of users), 0.2 small, 0.5 medium. Detectable: the smallest true difference that "
@@ -388,6 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--num-bootstrap is {chosen.num_bootstrap}", "give at least 100; 2000 is the default")
         runs = [load_run(f, label) for f, label in zip(folders, labels_of(folders))]
         found = compare_runs(runs, chosen.num_bootstrap, chosen.seed)
+        found.by_label = compare_by_label(runs, lambda part: compare_runs(part, chosen.num_bootstrap, chosen.seed))
         output = Path(chosen.output)
         output.mkdir(parents=True, exist_ok=True)
         page = build_page(found)
@@ -402,6 +409,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     console = Console()
     console.print(terminal_table(found))
+    if found.by_label:
+        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=Text("who gains, who pays"))
+        for column in label_columns(found.runs[0].label):
+            shown.add_column(column)
+        for cells in label_rows(found.by_label, _row):
+            shown.add_row(*[Text(str(cell)) for cell in cells])
+        console.print(shown)
     for note in found.notes:
         console.print(f"note: {note}", markup=False)
     console.print(f"written: {output / 'compare.html'}", markup=False, highlight=False)

@@ -64,7 +64,7 @@ def planted(base: Path, ranks: int) -> dict[str, float]:
     seconds = {}
     for objective in ("sft", "gdrt"):
         seconds[f"planted {objective}"] = train("configs/planted.yaml", base / f"planted-{objective}", ranks, f"objective={objective}")
-        seconds[f"planted eval {objective}"] = evaluate(base / f"planted-{objective}", base / f"planted-{objective}-eval", "--audit", "sensitivity", "--audit-users", "48")
+        seconds[f"planted eval {objective}"] = evaluate(base / f"planted-{objective}", base / f"planted-{objective}-eval", "--audit", "sensitivity", "--audit-users", "32")
     seconds["planted compare"] = compare([base / "planted-sft-eval", base / "planted-gdrt-eval"], base / "planted-comparison")
     return seconds
 
@@ -73,9 +73,9 @@ def real(base: Path, ranks: int, steps: int | None) -> dict[str, float]:
     seconds, extra = {}, [f"train.max_steps={steps}"] if steps else []
     for objective in ("sft", "gdrt"):
         seconds[f"train {objective}"] = train("configs/quickstart.yaml", base / f"quickstart-{objective}", ranks, f"objective={objective}", *extra)
-    seconds["eval base"] = evaluate(base / "quickstart-sft", base / "quickstart-base-eval", "--base", "--audit", "sensitivity", "--audit-users", "48")
+    seconds["eval base"] = evaluate(base / "quickstart-sft", base / "quickstart-base-eval", "--base", "--audit", "sensitivity", "--audit-users", "32")
     for objective in ("sft", "gdrt"):
-        seconds[f"eval {objective}"] = evaluate(base / f"quickstart-{objective}", base / f"quickstart-{objective}-eval", "--audit", "sensitivity", "--audit-users", "48")
+        seconds[f"eval {objective}"] = evaluate(base / f"quickstart-{objective}", base / f"quickstart-{objective}-eval", "--audit", "sensitivity", "--audit-users", "32")
     folders = [base / f"quickstart-{name}-eval" for name in ("base", "sft", "gdrt")]
     seconds["compare"] = compare(folders, base / "quickstart-comparison")
     return seconds

@@ -7,7 +7,7 @@ turns over the micro-batches; one all-reduce at the end puts the parts together.
 `corpus_scores` needs no model: train frequencies of the next title token after the title's prefix. No predictor without the history has
 a lower train loss, so this is where every auxiliary_sft reference is heading (our choice, `groups.reference=corpus`).
 
-The table is cached beside the run's data with a fingerprint of model, prompt and catalogue.
+The table is cached under a fingerprint of model, prompt, catalogue and reference, so that runs share it.
 """
 
 from __future__ import annotations

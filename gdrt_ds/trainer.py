@@ -21,6 +21,7 @@ from gdrt_ds import checkpoint, dro, relevance, run_folder
 from gdrt_ds.batches import BatchPlan, MicroBatch, build_micro_batch
 from gdrt_ds.config import RunConfig
 from gdrt_ds.deepspeed_config import fill_deepspeed_config, learning_rate, read_deepspeed_config, zero_stage
+from gdrt_ds.embedded import cache_folder
 from gdrt_ds.errors import UserError
 from gdrt_ds.fused_model import FusedLossModel
 from gdrt_ds.groups import GroupPlan, apply_groups, fit_groups, token_relevance
@@ -276,7 +277,8 @@ class Trainer:
 
     @property
     def cache_folder(self) -> Path:
-        return self.folder / "cache"
+        """Shared by all runs of this user ($GDRT_CACHE, default ~/.cache/gdrt_ds): the fingerprint tells tables apart."""
+        return cache_folder() / "relevance"
 
     def _make_groups(self) -> None:
         config, prepared = self.config, self.prepared
