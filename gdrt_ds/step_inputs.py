@@ -53,7 +53,9 @@ def frozen_weights(given: list[float] | str | None, num_groups: int, device: tor
         if not lines:
             raise UserError(f"dro.frozen_weights = {given}: no metrics.jsonl there", "give the folder of a finished gdrt run, or a list of numbers")
         tail = [json.loads(line)["group_weight"] for line in lines[-LAST_STEPS:]]
-        given = np.nanmean(np.array([[np.nan if w is None else w for w in row] for row in tail], dtype=float), axis=0).tolist()
+        rows = np.array([[np.nan if w is None else w for w in row] for row in tail], dtype=float)
+        seen = np.isfinite(rows).sum(0)  # a group that was absent in all of these steps has weight 0
+        given = (np.nansum(rows, axis=0) / np.maximum(seen, 1)).tolist()
     if len(given) != num_groups:
         raise UserError(f"dro.frozen_weights has {len(given)} weights, there are {num_groups} groups", "use the same groups.* in both runs")
     q = torch.tensor(given, dtype=torch.float64, device=device)
