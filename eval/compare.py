@@ -16,17 +16,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Mapping, Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
+from eval import compare_audits
 from eval.bootstrap import Comparison, Resampled, compare_family, resample
 from eval.metrics import DEFAULT_KS, figure, table
 from eval.metrics.inputs import Inputs, build_inputs
 from eval.report import content
 from eval.compare_labels import columns as label_columns
 from eval.compare_labels import compare_by_label, label_rows
+from eval.compare_terminal import terminal_tables
 from eval.report.html import render_html
 from eval.report.markdown import render_markdown
 from gdrt_ds.errors import UserError
@@ -110,7 +109,16 @@ def labels_of(folders: Sequence[str | Path]) -> list[str]:
     endings = [p[-depth:] for p in parts]
     while depth > 1 and len({e[-1] for e in endings}) == 1 and len({e[:-1] for e in endings}) == len(endings):
         endings, depth = [e[:-1] for e in endings], depth - 1  # a shared last name says nothing
-    return ["/".join(e) for e in endings]
+    return _without_shared_words(["/".join(e) for e in endings])
+
+
+def _without_shared_words(names: list[str]) -> list[str]:
+    """run-sft-eval, run-gdrt-eval -> sft, gdrt: words that all names begin or end with are left out while names stay distinct and not empty."""
+    words = [name.split("-") for name in names]
+    for cut, edge in ((slice(None, -1), -1), (slice(1, None), 0)):
+        while min(map(len, words)) > 1 and len({w[edge] for w in words}) == 1:
+            words = [w[cut] for w in words]
+    return ["-".join(w) for w in words]
 
 
 def check_same(runs: Sequence[Run]) -> list[str]:
@@ -194,6 +202,10 @@ def build_page(found: Comparisons) -> content.Page:
     if found.by_label:
         sections.append(content.Section("Who gains, who pays", ["The same comparison inside each value of the samples' labels; not corrected for the number of rows."],
                                         tables=[content.Table(label_columns(base), label_rows(found.by_label, _row))]))
+    audits = compare_audits.audit_rows(found.runs)
+    if audits:
+        sections.append(content.Section("What the predictions hang on", [compare_audits.EXPLANATION],
+                                        tables=[content.Table(compare_audits.columns(found.runs), audits)]))
     explanation = (
         f"Difference to {base} over the same users: 95 % interval, and for the primary family the interval at Holm's level. Effect size: "
         "difference / (standard error x square root of users), 0.2 small, 0.5 medium. Detectable: the smallest true difference that "
@@ -353,30 +365,6 @@ def _scaled(row: Comparison, bound: float) -> float:
     return bound * row.effect_size / row.difference if row.difference else 0.0
 
 
-def terminal_table(found: Comparisons) -> RichTable:
-    """The primary family for a terminal: one line per metric and run."""
-    base = found.runs[0].label
-    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=Text(f"against {base}, paired 95 % intervals"))
-    for column in ("metric", "run", "value", "difference", "95 % interval", "verdict"):
-        shown.add_column(
-            column, justify="left" if column in ("metric", "run", "verdict") else "right", no_wrap=column not in ("run", "verdict")
-        )
-    colour = {"better": "green", "worse": "red"}
-    for name in found.family:
-        shown.add_row(
-            f"{content.label(name)} {content.arrow(found.metrics[name].higher_is_better)}",
-            Text(base),
-            content.number(found.samples[base][name].value),
-            "",
-            "",
-            "",
-        )
-        for label, rows in found.rows.items():
-            cells = _row(name, rows[name], None)
-            shown.add_row("", Text(label), cells[2], cells[3], cells[4], Text(rows[name].verdict, style=colour.get(rows[name].verdict, "")))
-    return shown
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", metavar="DIR", help="evaluation folders; the first is the baseline")
@@ -408,14 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console = Console()
-    console.print(terminal_table(found))
-    if found.by_label:
-        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=Text("who gains, who pays"))
-        for column in label_columns(found.runs[0].label):
-            shown.add_column(column)
-        for cells in label_rows(found.by_label, _row):
-            shown.add_row(*[Text(str(cell)) for cell in cells])
-        console.print(shown)
+    console.print(terminal_tables(found, _row))
     for note in found.notes:
         console.print(f"note: {note}", markup=False)
     console.print(f"written: {output / 'compare.html'}", markup=False, highlight=False)

@@ -13,7 +13,7 @@ from eval.metrics import evaluate, evaluate_targets
 from eval.predictions import OBJECTIVES, Progress, ScoringOptions, check_exactness, claim_output, item_order, predict, scoring_key
 from gdrt_ds.errors import UserError
 from gdrt_ds.run_folder import git_hash, versions
-from gdrt_ds.runtime import Runtime, detect_rank, start_runtime
+from gdrt_ds.runtime import Runtime, detect_rank, single_process_runtime, start_runtime
 
 # Ranks finish at different times and meet at a barrier: the longest share must fit.
 TIMEOUT_S = 7 * 24 * 3600
@@ -23,8 +23,7 @@ def evaluation_runtime() -> Runtime:
     """One process needs no process group; under a launcher every rank joins one."""
     if detect_rank()["world"] > 1:
         return start_runtime(timeout_s=TIMEOUT_S)
-    import torch
-    return Runtime(device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    return single_process_runtime()
 
 
 def default_output(subject: Subject, options: ScoringOptions) -> Path:

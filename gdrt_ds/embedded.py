@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -81,10 +82,12 @@ def smollm2_folder() -> Path:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
         scratch = target.with_name(target.name + ".tmp")
         shutil.rmtree(scratch, ignore_errors=True)
+        print(f"model: converting {source.name} of {SMOLLM2_PACKAGE} {version} to safetensors, once, into {target}", flush=True)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-            model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16,
-                                                         quantization_config=GgufConfig(dequantize=True))
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars of each stage; an error is raised, not printed
+                tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+                model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16,
+                                                             quantization_config=GgufConfig(dequantize=True))
             for attribute in ("quantization_config", "_pre_quantization_dtype"):
                 if hasattr(model.config, attribute):
                     delattr(model.config, attribute)

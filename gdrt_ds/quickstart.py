@@ -19,6 +19,8 @@ from pathlib import Path
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import report_user_errors
 
+PLANTED_AUDIT = ("--audit", "sensitivity,language", "--audit-users", "200")    # the tiny model scores thousands of prompts a second
+AUDIT = ("--audit", "sensitivity", "--audit-users", "24")                      # users whose history is swapped
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,7 +32,7 @@ def ranks_here() -> int:
 
 def run(command: list[str], log: Path) -> float:
     """Runs one command, its output shown and kept; returns seconds. Raises: UserError naming the log when it fails."""
-    shown = " ".join(str(part) for part in command)
+    shown = " ".join("python" if part == sys.executable else str(part) for part in command)
     print(f"\n$ {shown}", flush=True)
     started = time.time()
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -64,7 +66,7 @@ def planted(base: Path, ranks: int) -> dict[str, float]:
     seconds = {}
     for objective in ("sft", "gdrt"):
         seconds[f"planted {objective}"] = train("configs/planted.yaml", base / f"planted-{objective}", ranks, f"objective={objective}")
-        seconds[f"planted eval {objective}"] = evaluate(base / f"planted-{objective}", base / f"planted-{objective}-eval", "--audit", "sensitivity", "--audit-users", "32")
+        seconds[f"planted eval {objective}"] = evaluate(base / f"planted-{objective}", base / f"planted-{objective}-eval", *PLANTED_AUDIT)
     seconds["planted compare"] = compare([base / "planted-sft-eval", base / "planted-gdrt-eval"], base / "planted-comparison")
     return seconds
 
@@ -73,10 +75,10 @@ def real(base: Path, ranks: int, steps: int | None) -> dict[str, float]:
     seconds, extra = {}, [f"train.max_steps={steps}"] if steps else []
     for objective in ("sft", "gdrt"):
         seconds[f"train {objective}"] = train("configs/quickstart.yaml", base / f"quickstart-{objective}", ranks, f"objective={objective}", *extra)
-    seconds["eval base"] = evaluate(base / "quickstart-sft", base / "quickstart-base-eval", "--base", "--audit", "sensitivity", "--audit-users", "32")
+    seconds["eval base"] = evaluate(base / "quickstart-sft", base / "quickstart-base-eval", "--base", *AUDIT)
     for objective in ("sft", "gdrt"):
-        seconds[f"eval {objective}"] = evaluate(base / f"quickstart-{objective}", base / f"quickstart-{objective}-eval", "--audit", "sensitivity", "--audit-users", "32")
-    folders = [base / f"quickstart-{name}-eval" for name in ("base", "sft", "gdrt")]
+        seconds[f"eval {objective}"] = evaluate(base / f"quickstart-{objective}", base / f"quickstart-{objective}-eval", *AUDIT)
+    folders = [base / f"quickstart-{name}-eval" for name in ("sft", "gdrt", "base")]
     seconds["compare"] = compare(folders, base / "quickstart-comparison")
     return seconds
 

@@ -88,15 +88,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     from gdrt_ds.runtime import report_user_errors
     with report_user_errors():
-        import torch
-
         from gdrt_ds.errors import UserError
         from gdrt_ds.recommender import open_run
-        from gdrt_ds.runtime import Runtime
+        from gdrt_ds.runtime import single_process_runtime
         if options.k < 1:
             raise UserError(f"--k {options.k} is too small", "give at least 1")
-        runtime = Runtime(device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-        recommender = open_run(options.run, runtime, options.overrides, base=options.base)
+        recommender = open_run(options.run, single_process_runtime(), options.overrides, base=options.base)
         known = {entry.text for entry in recommender.catalogue.entries}
         histories = read_histories(options.history, options.file, known)
         unknown = list(dict.fromkeys(title for titles in histories for title in titles if title not in known))

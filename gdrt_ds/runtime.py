@@ -93,6 +93,12 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def single_process_runtime() -> Runtime:
+    """The runtime of a command that no launcher started: this process, the first GPU or the CPU, no process group."""
+    quiet_libraries()
+    return Runtime(device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
 def start_runtime(timeout_s: int = 600) -> Runtime:
     """Joins the process group (NCCL on GPUs, gloo on CPUs) and catches the signals that ask for a checkpoint.
 

@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from examples import world  # noqa: E402
 
+from eval.compare_audits import audit_rows  # noqa: E402
 from eval.compare import compare_runs, labels_of, load_run, main  # noqa: E402
 from eval.metrics import evaluate  # noqa: E402
 from eval.report import write_catalogue  # noqa: E402
@@ -139,3 +140,22 @@ def test_labels_are_the_parts_of_the_paths_that_differ():
     assert labels_of(["runs/a/eval", "runs/b/eval"]) == ["a", "b"]
     assert labels_of(["runs/a/eval", "runs/a/eval-base"]) == ["eval", "eval-base"]
     assert labels_of(["x/a/eval/test", "x/b/eval/test"]) == ["a", "b"]
+    assert labels_of(["r/planted-sft-eval", "r/planted-gdrt-eval"]) == ["sft", "gdrt"], "words that all names share say nothing"
+    assert labels_of(["r/a-eval", "r/a-b-eval"]) == ["a", "a-b"]
+    assert labels_of(["r/a-a", "r/a"]) == ["a-a", "a"], "no name becomes empty"
+
+
+def test_audits_stand_side_by_side_where_two_runs_have_them(folders, tmp_path, capsys):
+    def effect(value):
+        return {"sensitivity": {"effect": {"name": "NLL(swapped) - NLL(true)", "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1}}}
+    given = []
+    for name, audits in (("sft", effect(0.25)), ("gdrt", effect(0.75)), ("base", {})):
+        folder = write_folder(tmp_path / name, 1.5)
+        results = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps({**results, "audits": audits}))
+        given.append(load_run(folder, name))
+    assert audit_rows(given) == [["sensitivity", "NLL(swapped) - NLL(true)", "0.2500 [0.1500, 0.3500]", "0.7500 [0.6500, 0.8500]", "–"]]
+    assert audit_rows(given[1:]) == [], "one run alone is nothing to compare"
+    assert main([*(str(r.folder) for r in given), "--output", str(tmp_path / "out"), "--num-bootstrap", "100"]) == 0
+    assert "0.7500 [0.6500, 0.8500]" in capsys.readouterr().out
+    assert "What the predictions hang on" in (tmp_path / "out" / "compare.html").read_text()
