@@ -147,6 +147,14 @@ def build_block(study: Mapping[str, Any], folder: Path, setting: str, cells: lis
     return Block(setting, seeds, {row: rows[row] for row in order}, comparisons, audits, floors, users, runs[base][0].inputs.num_items, list(dict.fromkeys(notes)))
 
 
+def _cells_beside(study: Mapping[str, Any], cells: list[dict[str, Any]], setting: str) -> list[dict[str, Any]]:
+    """The cells of a setting and those that it borrows (gdrt_ds/grid.py), for its own seeds."""
+    mine = [c for c in cells if c["setting"] == setting]
+    part = study["settings"][setting] if isinstance(study["settings"], Mapping) else {}
+    seeds = {c["seed"] for c in mine}
+    return mine + [c for lender, rows in (part.get("borrows") or {}).items() for c in cells if c["setting"] == lender and c["row"] in rows and c["seed"] in seeds]
+
+
 def _same_samples(runs: Sequence[Run]) -> bool:
     keys = [[(p["sample_id"], p["user_id"], p["target_id"]) for p in run.predictions] for run in runs]
     if any(len(k) != len(keys[0]) for k in keys):
@@ -163,7 +171,7 @@ def load_blocks(folder: Path, num_bootstrap: int) -> tuple[dict[str, Any], list[
     study, cells, absent = read_grid(folder)
     blocks = []
     for setting in study["settings"]:
-        mine = [c for c in cells if c["setting"] == setting]
+        mine = _cells_beside(study, cells, setting)
         if mine:
             blocks.append(build_block(study, folder, setting, mine, num_bootstrap))
     summaries = [json.loads((folder / c["run"] / "summary.json").read_text(encoding="utf-8")) for c in cells]

@@ -15,7 +15,7 @@ The one definition of cells for `gdrt_ds.study`, `slurm/grid.py --study` and the
       frozen-q: [objective=gdrt, "dro.frozen_weights={run:gdrt}"]     # {run:ROW}: that row's run folder, same setting and seed
     settings:                           # optional; each crosses all rows, or those it names
       default: []
-      tau 2: {set: [dro.tau=2], rows: [gdrt], seeds: [0, 1]}
+      controls: {rows: [frozen-q], seeds: [0, 1], borrows: {default: [sft, gdrt]}}     # beside runs of a setting with the same `set`
     pieces:                             # optional: named parts of the grid, for machines with a time limit
       first: {rows: [sft, gdrt], settings: [default]}
     evaluate: [--audit, sensitivity]    # arguments of every evaluation
@@ -48,6 +48,7 @@ class Setting(Strict):
     set: list[str] = Field(default_factory=list)
     rows: list[str] | None = None
     seeds: list[int] | None = None
+    borrows: dict[str, list[str]] = Field(default_factory=dict)     # setting -> rows of it that stand beside this one's, not trained again
 
 
 class Piece(Strict):
@@ -127,7 +128,28 @@ def load_study(path: str | Path, overrides: list[str] = ()) -> Study:
                 _known(f"{path}: {owner}.{name}", row, rows, "row")
             for setting in getattr(part, "settings", None) or []:
                 _known(f"{path}: {owner}.{name}", setting, list(study.settings), "setting")
+            for setting, borrowed in getattr(part, "borrows", {}).items():
+                _borrowable(path, study, name, setting, borrowed)
     return study
+
+
+def _borrowable(path: object, study: Study, name: str, lender: str, rows: list[str]) -> None:
+    """Raises: UserError unless `lender` is an earlier setting with the same overrides that has these rows with these seeds."""
+    where, mine = f"{path}: settings.{name}.borrows", study.settings[name]
+    _known(where, lender, list(study.settings), "setting")
+    other = study.settings[lender]
+    for row in rows:
+        _known(f"{where}.{lender}", row, other.rows or list(study.rows), "row")
+        if mine.rows is None or row in mine.rows:
+            raise UserError(f"{where}.{lender}: row {row} is also trained by {name}", f"leave it out of settings.{name}.rows or out of its borrows")
+    if other.set != mine.set:
+        raise UserError(f"{where}: {lender} has other overrides ({other.set} against {mine.set})", "borrow from a setting with the same `set`")
+    absent = sorted(set(mine.seeds or study.seeds) - set(other.seeds or study.seeds))
+    if absent:
+        raise UserError(f"{where}: {lender} has no seed {absent}", f"give {name} seeds of {lender}")
+    names = list(study.settings)
+    if names.index(lender) > names.index(name):
+        raise UserError(f"{where}: {lender} comes later", f"move {lender} above {name}")
 
 
 def _known(where: object, name: str, names: list[str], what: str) -> None:
@@ -153,15 +175,16 @@ def cells_of(study: Study, folder: Path) -> list[Cell]:
     cells = []
     for setting_name, setting in study.settings.items():
         rows = [row for row in study.rows if setting.rows is None or row in setting.rows]
+        owner = {row: setting_name for row in rows} | {row: lender for lender, lent in setting.borrows.items() for row in lent}
         for seed in setting.seeds or study.seeds:
             for row in rows:
                 text, needs = list(study.rows[row]), []
                 for needed in dict.fromkeys(RUN_OF.findall(" ".join(text))):
-                    if needed not in rows:
+                    if needed not in owner:
                         raise UserError(f"setting {setting_name}: row {row} reads the run folder of {needed}, which the setting leaves out",
                                         f"add {needed} to the rows of {setting_name}")
-                    needs.append(_name(study, setting_name, needed, seed))
-                text = [RUN_OF.sub(lambda m: str(folder / "runs" / _name(study, setting_name, m[1], seed)), part) for part in text]
+                    needs.append(_name(study, owner[needed], needed, seed))
+                text = [RUN_OF.sub(lambda m: str(folder / "runs" / _name(study, owner[m[1]], m[1], seed)), part) for part in text]
                 overrides = (*study.overrides, *setting.set, *text, *(f"{key}={seed}" for key in study.seed_keys))
                 cells.append(Cell(_name(study, setting_name, row, seed), overrides, row, setting_name, seed, tuple(needs)))
     if len({cell.name for cell in cells}) < len(cells):

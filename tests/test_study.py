@@ -56,6 +56,49 @@ def finished(tmp_path_factory):
     return path, folder / "out", first
 
 
+BORROWING = """
+name: tiny
+config: configs/planted.yaml
+seeds: [0, 1, 2]
+baseline: sft
+rows:
+  sft: [objective=sft]
+  gdrt: [objective=gdrt]
+  frozen: [objective=gdrt, "dro.frozen_weights={run:gdrt}"]
+settings:
+  default: {rows: [sft, gdrt]}
+  control: {rows: [frozen], seeds: [0, 1], borrows: {default: [sft, gdrt]}}
+"""
+
+
+def test_a_setting_borrows_the_runs_of_another_and_trains_none_of_them_again(tmp_path):
+    from eval.study import _cells_beside
+    study = load_study(study_file(tmp_path, BORROWING))
+    cells = cells_of(study, tmp_path)
+    assert [c.name for c in cells if c.setting == "control"] == ["control-frozen-seed0", "control-frozen-seed1"]
+    frozen = next(c for c in cells if c.name == "control-frozen-seed1")
+    assert frozen.needs == ("default-gdrt-seed1",)
+    assert f"dro.frozen_weights={tmp_path}/runs/default-gdrt-seed1" in frozen.overrides
+    rows = [{"name": c.name, "row": c.row, "setting": c.setting, "seed": c.seed} for c in cells]
+    beside = _cells_beside(study.model_dump(), rows, "control")
+    assert sorted(c["name"] for c in beside) == sorted(["control-frozen-seed0", "control-frozen-seed1", "default-sft-seed0", "default-sft-seed1",
+                                                        "default-gdrt-seed0", "default-gdrt-seed1"]), "seed 2 has nothing to stand beside"
+
+
+@pytest.mark.parametrize("change, words", [
+    (("borrows: {default:", "borrows: {defualt:"), "did you mean 'default'"),
+    (("[sft, gdrt]}}", "[sft, gdrt]}, set: [dro.tau=2]}"), "other overrides"),
+    (("seeds: [0, 1], b", "seeds: [0, 7], b"), "has no seed [7]"),
+    (("rows: [frozen], ", "rows: [frozen, gdrt], "), "also trained by control"),
+])
+def test_what_cannot_be_borrowed_is_refused(tmp_path, change, words):
+    text = BORROWING.replace(*change)
+    assert text != BORROWING
+    with pytest.raises(UserError) as caught:
+        load_study(study_file(tmp_path, text))
+    assert words in str(caught.value)
+
+
 def test_cells_are_rows_times_settings_times_seeds_in_a_fixed_order(tmp_path):
     text = STUDY + "settings:\n  a: []\n  b: {set: [dro.tau=2], rows: [gdrt], seeds: [5]}\n"
     study = load_study(study_file(tmp_path, text), ["train.lr=0.1"])
