@@ -24,6 +24,7 @@ from torch import nn
 from gdrt_ds.config import RunConfig
 from gdrt_ds.deepspeed_config import read_deepspeed_config, zero_stage
 from gdrt_ds.errors import UserError
+from gdrt_ds.memory_use import format_bytes
 from gdrt_ds.model import choose_attention, compute_dtype, linear_names, model_class
 
 MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
@@ -55,14 +56,14 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     def lines(self) -> list[str]:
-        text = ", ".join(f"{name} {_mib(value)}" for name, value in self.parts.items() if value >= 1 << 20)
-        out = [f"memory per rank, predicted peak: {_mib(self.peak_bytes)} ({text}); {self.basis}"]
+        text = ", ".join(f"{name} {format_bytes(value)}" for name, value in self.parts.items() if value >= 1 << 20)
+        out = [f"memory per rank, predicted peak: {format_bytes(self.peak_bytes)} ({text}); {self.basis}"]
         if self.host_parts:
-            out.append("host memory per rank: " + ", ".join(f"{name} {_mib(value)}" for name, value in self.host_parts.items()))
+            out.append("host memory per rank: " + ", ".join(f"{name} {format_bytes(value)}" for name, value in self.host_parts.items()))
         if self.device_bytes is not None:
             usable = int(self.device_bytes * DEVICE_RESERVE)
             fits = self.peak_bytes <= usable
-            out.append(f"the device has {_mib(self.device_bytes)}, {_mib(usable)} of it for tensors: " + ("it fits" if fits else "it will NOT fit"))
+            out.append(f"the device has {format_bytes(self.device_bytes)}, {format_bytes(usable)} of it for tensors: " + ("it fits" if fits else "it will NOT fit"))
         return out + [f"to make it fit: {line}" for line in self.advice]
 
 
@@ -200,21 +201,17 @@ def advise(config: RunConfig, plan: MemoryPlan, model: Inventory, stage: int, wo
     """Settings that lower the peak, cheapest first, with what each is expected to save."""
     advice = []
     if config.model.quantization == "none":
-        advice.append(f"model.quantization=nf4 (base weights {_mib(plan.parts['base weights'])} -> about a quarter)")
+        advice.append(f"model.quantization=nf4 (base weights {format_bytes(plan.parts['base weights'])} -> about a quarter)")
     if stage != 3 and world > 1:
         advice.append(f"ds_configs/zero3_qlora.json (base weights / {world})")
     if live > usable // 4:
-        advice.append(f"stage3_max_live_parameters in the DeepSpeed config, e.g. 1e8 (gathered parameters {_mib(live)})")
+        advice.append(f"stage3_max_live_parameters in the DeepSpeed config, e.g. 1e8 (gathered parameters {format_bytes(live)})")
     if not config.model.gradient_checkpointing:
         saved = int(activations * (1 - 1 / max(2, model.layers)))
-        advice.append(f"model.gradient_checkpointing=true (saves about {_mib(saved)} of activations, costs a third of the step)")
+        advice.append(f"model.gradient_checkpointing=true (saves about {format_bytes(saved)} of activations, costs a third of the step)")
     if rows > 1:
         advice.append(f"train.micro_batch={max(1, rows // 2)} (activations halve; accumulation keeps the global batch)")
     if config.prompt.max_length > 512:
         advice.append("prompt.max_length=512 (the oldest history goes first)")
     advice.append(f"more ranks than {world}, or ds_configs/zero3_offload.json (base weights in host memory)")
     return advice
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

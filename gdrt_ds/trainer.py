@@ -26,6 +26,7 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.fused_model import FusedLossModel
 from gdrt_ds.groups import GroupPlan, apply_groups, fit_groups, token_relevance
 from gdrt_ds.model import compute_dtype, load_model
+from gdrt_ds.memory_use import PeakMemory, format_bytes
 from gdrt_ds.objectives import get_objective
 from gdrt_ds.preparation import plan_batches, prepare, total_steps
 from gdrt_ds.prompts import tokenise_split
@@ -130,7 +131,7 @@ class Trainer:
             self.prepared.template.save(self.folder / "prompt.json")
 
     def _load_model(self) -> None:
-        config, prepared = self.config, self.prepared
+        config, prepared, self.memory = self.config, self.prepared, PeakMemory(self.runtime.device)
         import deepspeed
         self.packing, line = choose_packing(config, prepared.model_config)
         self.dtype = compute_dtype(config.model.dtype, self.runtime.device)
@@ -471,12 +472,15 @@ class Trainer:
             used = self.best["step"]
             say(self.runtime, f"adapter: from step {used}, the best by validation {self.config.train.select_by}")
         checkpoint.save_adapter(self.engine, self.folder / "adapter", tokenizer=self.prepared.tokenizer)
+        peak = self.memory.largest()
+        say(self.runtime, f"memory per rank: peak {format_bytes(peak)}; --plan predicts it")
         if self.runtime.is_main:
             run_folder.write_summary(self.folder, "completed", step=step, total_steps=self.total, adapter_step=used, stopped_early=stopped_early,
                                      best=self.best, seconds=round(time.time() - self.started, 1), tokens_per_rank=self.tokens_seen,
                                      samples=step * self.config.train.global_batch, objective=self.config.objective, world=self.runtime.world,
                                      launcher=self.runtime.launcher, device=self.runtime.device.type, dtype=str(self.dtype).removeprefix("torch."),
-                                     packing=self.packing, loading=self.loaded.loading, life=self.life, base_fingerprint=self.loaded.fingerprint)
+                                     packing=self.packing, loading=self.loaded.loading, life=self.life, base_fingerprint=self.loaded.fingerprint,
+                                     peak_memory_bytes=peak)
         say(self.runtime, f"done: {self.folder} ({duration(time.time() - self.started)}); next: python -m eval.run --run {self.folder}")
         self.runtime.barrier()
         return 0

@@ -85,3 +85,19 @@ def test_activation_bytes_match_what_autograd_saves(tmp_path, dropout):
     section = config(lora={"dropout": dropout})
     predicted = activation_bytes_per_token(take_inventory(section, transformers.AutoConfig.from_pretrained(path)), 4, dropout)
     assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_the_measured_peak_sees_what_was_held_and_starts_anew():
+    import numpy as np
+    from gdrt_ds.memory_use import PeakMemory, format_bytes
+    first = PeakMemory(torch.device("cpu"))
+    if first.bytes_here() is None:
+        pytest.skip("no /proc/self/status: the peak is measured on Linux only")
+    block = np.ones(128 << 17)  # 128 MiB, touched
+    del block
+    second = PeakMemory(torch.device("cpu"))
+    assert first.largest() >= 0 and second.largest() < 64 << 20, "an old peak must not count"
+    block = np.ones(128 << 17)
+    held = second.largest()
+    assert 120 << 20 <= held <= 200 << 20 and block.size
+    assert format_bytes(held).endswith("MiB") and format_bytes(None) == "unknown on this system"
