@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,10 @@ def predicted_bytes(overrides: list[str], world: int) -> dict[str, int]:
 
 
 def measured_bytes(overrides: list[str], world: int, folder: Path) -> int:
-    command = ["deepspeed", "--num_gpus", str(world), "gdrt_ds/train.py", "--config", "configs/planted.yaml", f"run.dir={folder}", *overrides]
+    with socket.socket() as probe:  # other launches on this machine keep the default port
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["deepspeed", "--master_port", str(port), "--num_gpus", str(world), "gdrt_ds/train.py", "--config", "configs/planted.yaml", f"run.dir={folder}", *overrides]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     if done.returncode:
