@@ -55,7 +55,7 @@ MUTATIONS = [
         ("step.py", "            held = (sums, values, groups)\n", "            held = (sums, values, groups)\n            if not last:\n"
          "                self._remember(buffer.losses, buffer.counts)\n"),)),
     Mutation("5 only rank 0 remembers: stale q elsewhere", "test_error_05_every_rank_remembers_so_no_rank_has_stale_weights", (
-        ("step.py", "            self._remember(losses, counts)\n", "            if self.runtime.is_main:\n                self._remember(losses, counts)\n"),)),
+        ("step.py", "                self._remember(losses, counts)\n", "                if self.runtime.is_main:\n                    self._remember(losses, counts)\n"),)),
     Mutation("6 mean of micro-batch means", "test_error_06_accumulation_divides_by_the_count_of_the_step_not_of_micro_batches", (
         ("step.py", "self._backward(sums, values, q / safe_counts, None)", "self._backward(sums, values, q / (group_sums(self._weights_of(micro), groups, "
          "self.tokens.num_groups).clamp_min(1) * len(micro_steps) * self.runtime.world), None)"),)),
@@ -133,9 +133,20 @@ class Planter(importlib.abc.MetaPathFinder):
 
 
 def lost_places(mutations=MUTATIONS) -> list[str]:
-    """Mutations whose old text does not occur exactly once: the code moved on and they would plant nothing."""
-    return [f"{m.what}: {file}: {old!r}" for m in mutations for file, old, _ in m.changes
-            if (ROOT / "gdrt_ds" / file).read_text(encoding="utf-8").count(old) != 1]
+    """Mutations whose old text does not occur exactly once, or that leave no valid Python: the code moved on and they would plant nothing."""
+    lost = []
+    for mutation in mutations:
+        sources = {file: (ROOT / "gdrt_ds" / file).read_text(encoding="utf-8") for file, _, _ in mutation.changes}
+        for file, old, new in mutation.changes:
+            if sources[file].count(old) != 1:
+                lost.append(f"{mutation.what}: {file}: {old!r}")
+            sources[file] = sources[file].replace(old, new)
+        for file, source in sources.items():
+            try:
+                compile(source, file, "exec")
+            except SyntaxError as error:
+                lost.append(f"{mutation.what}: {file}: does not compile when planted ({error})")
+    return lost
 
 
 def run_test(test: str, folder: Path) -> str | None:
