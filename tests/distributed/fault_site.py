@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Site:
 
     def __init__(self, folder: Path):
         self.folder, self._plays, self._straight = folder, 0, {}
+        os.environ["GDRT_CACHE"] = str(folder / "cache")  # relevance tables are shared between runs: here each fresh run scores again
 
     def arguments(self, run: Path, **changes) -> list[str]:
         settings = {**BASE, "run.dir": run, **{key.replace("__", "."): value for key, value in changes.items()}}
@@ -76,6 +78,7 @@ class Site:
     def fresh(self, name: str) -> Path:
         run = self.folder / name
         shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(self.folder / "cache" / "relevance", ignore_errors=True)
         return run
 
     def copy_until(self, source: Path, name: str, step: int) -> Path:
