@@ -29,7 +29,7 @@ from gdrt_ds.model import choose_attention, compute_dtype, linear_names, model_c
 
 MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
 LOSS_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers, allocator slack: an allowance, not yet calibrated
+CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers: an allowance; glibc may keep far more, see docs/benchmarks.md
 DEVICE_RESERVE = 0.94  # share of a GPU that tensors can use: context, workspaces and fragmentation take the rest
 
 
