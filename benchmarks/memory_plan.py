@@ -47,14 +47,16 @@ def predicted_bytes(overrides: list[str], world: int) -> dict[str, int]:
     from gdrt_ds.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
     from gdrt_ds.model import compute_dtype
     from gdrt_ds.plan import memory_of
-    from gdrt_ds.preparation import plan_batches, prepare
+    from gdrt_ds.preparation import padding_figures, plan_batches, prepare
     from gdrt_ds.trainer import choose_packing
     config = load_config("configs/planted.yaml", overrides)
     prepared = prepare(config)
     plan = plan_batches(config, prepared.stores["train"], world)
     dtype = compute_dtype(config.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     filled = fill_deepspeed_config(read_deepspeed_config(config.deepspeed), config, plan, dtype, prepared.model_config.get_text_config().hidden_size)
-    return memory_of(config, prepared, plan, choose_packing(config, prepared.model_config)[0], filled, world).parts
+    packing = choose_packing(config, prepared.model_config)[0]
+    figures = padding_figures(prepared.stores["train"], plan, len(prepared.encoder.head_ids))
+    return memory_of(config, prepared, plan, figures["padded" if packing == "none" else packing], filled, world).parts
 
 
 def measured_bytes(overrides: list[str], world: int, folder: Path) -> int:

@@ -10,6 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from eval import compare_audits
+from eval.compare_labels import SHOWN
 from eval.report import content
 
 BESIDE_FAMILY = ("nll_worst_relevance_group",)   # shown under the primary family, not part of its correction
@@ -40,11 +41,11 @@ def family_table(found: Any, row: Callable) -> RichTable:
 
 
 def label_table(found: Any, row: Callable) -> RichTable:
-    lines, last = [], None
+    lines = []
     for where, part in found.by_label:
         base = part.runs[0].label
         lines.append([f"{where}: {len(part.runs[0].inputs.user_ids):,} users", "", "", "", "", ""])
-        for name in (n for n in ("ndcg@10", "nll") if n in part.metrics):
+        for name in (n for n in SHOWN if n in part.metrics):
             title = f"  {content.label(name)} {content.arrow(part.metrics[name].higher_is_better)}"
             lines.append([title, base, content.number(part.samples[base][name].value), "", "", ""])
             lines += [["", label, *row(name, rows[name], None)[2:5], rows[name].verdict] for label, rows in part.rows.items()]

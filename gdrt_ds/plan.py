@@ -42,18 +42,16 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
     say(f"tokens per step: {figures['padded']:,.0f} padded, {figures['packed']:,.0f} packed, {figures['shared_prefix']:,.0f} with a shared head")
     say(line)
     say(f"engine: DeepSpeed ZeRO stage {zero_stage(filled)} on {world} rank(s), {str(dtype).removeprefix('torch.')}")
-    for text in memory_of(config, prepared, plan, packing, filled, world).lines():
+    for text in memory_of(config, prepared, plan, figures["padded" if packing == "none" else packing], filled, world).lines():
         say(text)
 
 
-def memory_of(config: RunConfig, prepared, plan, packing: str, filled: dict, world: int):
-    """The MemoryPlan of the average micro-batch of this data. Args: what `prepare`, `plan_batches`, `choose_packing` and `fill_deepspeed_config` return."""
+def memory_of(config: RunConfig, prepared, plan, tokens_per_step: float, filled: dict, world: int):
+    """The MemoryPlan of the average micro-batch of this data. Args: what `prepare`, `plan_batches`, `padding_figures` and `fill_deepspeed_config` return."""
     from gdrt_ds.memory_plan import estimate
-    from gdrt_ds.preparation import padding_figures
     store = prepared.stores["train"]
-    figures = padding_figures(store, plan, len(prepared.encoder.head_ids))
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     micro_batches = world * plan.accumulation
-    tokens = max(1, round(figures["padded" if packing == "none" else packing] / micro_batches))
+    tokens = max(1, round(tokens_per_step / micro_batches))
     targets = max(1, round(config.train.global_batch * float(store.num_target.mean()) / micro_batches))
     return estimate(config, prepared.model_config, world, memory, tokens=tokens, targets=targets, deepspeed_config=filled)
