@@ -90,25 +90,22 @@ def _sample_mask(length: int, head: int, window: int | None) -> Tensor:
 
 def _segments(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float | None, dropout: float,
               window: int | None) -> Tensor:
-    """[1, A, T, D] -> [1, A, T, D], one call per sample; work is linear in the number of samples."""
+    """[1, A, T, D] -> [1, A, T, D], one call per sample; work is linear in the number of samples.
+
+    Rows are cut by `split`, whose backward is one concatenation: a slice per sample would fill and add a whole row's gradient each.
+    """
     options = dict(dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
-    head, outputs = layout.head, []
+    head, sizes = layout.head, ([layout.head] if layout.head else []) + list(layout.lengths)
+    queries, keys, values = (list(part.split(sizes, dim=2)) for part in (query, key, value))
+    outputs = []
     if head:
         mask = None if window is None else _sample_mask(head, 0, window).to(query.device)
-        outputs.append(F.scaled_dot_product_attention(query[:, :, :head], key[:, :, :head], value[:, :, :head],
-                                                      attn_mask=mask, is_causal=mask is None, **options))
-    start = head
-    for length in layout.lengths:
-        span = slice(start, start + length)
-        keys, values, mask = key[:, :, span], value[:, :, span], None
-        if head:
-            keys = torch.cat([key[:, :, :head], keys], dim=2)
-            values = torch.cat([value[:, :, :head], values], dim=2)
-        if head or window is not None:
-            mask = _sample_mask(length, head, window).to(query.device)
-        outputs.append(F.scaled_dot_product_attention(query[:, :, span], keys, values, attn_mask=mask,
-                                                      is_causal=mask is None, **options))
-        start += length
+        outputs.append(F.scaled_dot_product_attention(queries.pop(0), keys[0], values[0], attn_mask=mask, is_causal=mask is None, **options))
+        keys = [torch.cat([keys[0], own], dim=2) for own in keys[1:]]
+        values = [torch.cat([values[0], own], dim=2) for own in values[1:]]
+    for length, own_query, own_keys, own_values in zip(layout.lengths, queries, keys, values, strict=True):
+        mask = _sample_mask(length, head, window).to(query.device) if head or window is not None else None
+        outputs.append(F.scaled_dot_product_attention(own_query, own_keys, own_values, attn_mask=mask, is_causal=mask is None, **options))
     return torch.cat(outputs, dim=2)
 
 
