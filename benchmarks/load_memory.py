@@ -13,6 +13,8 @@ Device memory is printed beside it where a GPU is used. Without --model a random
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import hashlib
 import json
@@ -38,7 +40,9 @@ def high_water_bytes() -> int:
 
 
 def reset_high_water() -> None:
-    """Linux: writing 5 to clear_refs sets VmHWM to the present resident size."""
+    """Freed heap goes back first, or a load could hide in it. Linux: writing 5 to clear_refs sets VmHWM to the present resident size."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -104,7 +108,9 @@ def run(way: str, path: Path, warm_path: Path, world: int) -> list[tuple]:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     import torch
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")  # fork: imports are paid once
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")  # imports are paid once, by a process that made no model
+    if not torch.cuda.is_available():
+        context.set_forkserver_preload(["torch", "transformers", "bitsandbytes", "deepspeed", "gdrt_ds.sharded_nf4"])
     queue = context.Queue()
     processes = [context.Process(target=measure, args=(way, path, warm_path, rank, world, port, queue)) for rank in range(world)]
     for process in processes:

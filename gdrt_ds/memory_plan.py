@@ -5,11 +5,13 @@ Per rank, W ranks, s bytes of the compute dtype, t tokens of a micro-batch:
     base        packed 4-bit weights (1/2 byte each), unquantised parameters (s each); both / W under ZeRO-3
     quant_state 1 byte per 64 values + 4 per 64*256 (double quantisation), 4 per 64 without; whole on every rank
     adapter     weights s, gradients s, float32 masters 4 and two moments 8 per trainable parameter; sharded by stage
-    gathered    ZeRO-3's whole parameters in use: all of them up to stage3_max_live_parameters elements, at least the embedding
+    gathered    ZeRO-3's whole parameters in use: all of them up to stage3_max_live_parameters elements, at least the embedding;
+                nothing on one rank, whose slices are the whole
     dequantised the largest matrix, dense, twice (forward copy and its transpose product in backward)
     activations per token and layer, see `activation_bytes_per_token`; with checkpointing the inputs of all layers and one layer
     loss        logits chunk (its byte budget) and the hidden states and row gradients of the supervised tokens
-On a CPU the estimate is compared with resident memory beyond the import baseline: allocator slack and engine buffers are added.
+On a CPU the estimate is compared with resident memory beyond the import baseline: engine buffers are added. It holds for allocators that
+reuse freed blocks (tcmalloc, jemalloc); glibc's keeps far more (docs/benchmarks.md), and the plan says so.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ from torch import nn
 from gdrt_ds.config import RunConfig
 from gdrt_ds.deepspeed_config import read_deepspeed_config, zero_stage
 from gdrt_ds.errors import UserError
-from gdrt_ds.memory_use import format_bytes
+from gdrt_ds.memory_use import cpu_allocator, format_bytes
 from gdrt_ds.model import choose_attention, compute_dtype, linear_names, model_class
 
 MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
 LOSS_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers: an allowance; glibc may keep far more, see docs/benchmarks.md
+CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers: an allowance
+GLIBC_NOTE = ("glibc's allocator keeps freed tensors: 2 to 5 times this was seen resident. Where memory is short, start the run with "
+              "LD_PRELOAD=libtcmalloc_minimal.so.4 or libjemalloc.so.2 (Debian: libtcmalloc-minimal4, libjemalloc2)")
 DEVICE_RESERVE = 0.94  # share of a GPU that tensors can use: context, workspaces and fragmentation take the rest
 
 
@@ -43,6 +47,7 @@ class MemoryPlan:
         device_bytes: memory of the device, None if unknown (CPU).
         advice: what to change, in order of how little it costs; empty if it fits.
         basis: what the activations were computed for.
+        notes: what the figures leave out.
     """
 
     parts: dict[str, int]
@@ -50,6 +55,7 @@ class MemoryPlan:
     device_bytes: int | None = None
     advice: list[str] = field(default_factory=list)
     basis: str = ""
+    notes: list[str] = field(default_factory=list)
 
     @property
     def peak_bytes(self) -> int:
@@ -64,7 +70,7 @@ class MemoryPlan:
             usable = int(self.device_bytes * DEVICE_RESERVE)
             fits = self.peak_bytes <= usable
             out.append(f"the device has {format_bytes(self.device_bytes)}, {format_bytes(usable)} of it for tensors: " + ("it fits" if fits else "it will NOT fit"))
-        return out + [f"to make it fit: {line}" for line in self.advice]
+        return out + self.notes + [f"to make it fit: {line}" for line in self.advice]
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ def estimate(config: RunConfig, model_config, world: int, device_memory_bytes: i
     resident = packed // shard + model.plain * size // shard
     optimizer = model.lora * 12 // (world if stage else 1)
     live = 0
-    if stage == 3:
+    if stage == 3 and world > 1:
         limit = zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS)
         limit = MAX_LIVE_PARAMETERS if limit == "auto" else int(limit)
         storage_elements = packed + model.plain
@@ -184,14 +190,17 @@ def estimate(config: RunConfig, model_config, world: int, device_memory_bytes: i
     parts = {"base weights": 0 if offload_param else resident, "quant_state": state, "adapter and gradients": model.lora * size // shard + gradients,
              "optimizer": 0 if offload_optimizer else optimizer, "gathered parameters": live, "dequantised and transient": transient,
              "activations": activations, "loss": 2 * chunk + 2 * targets * model.hidden * size}
+    notes = []
     if not on_gpu:
-        parts["engine and allocator"] = CPU_ENGINE_BYTES
+        parts["engine"] = CPU_ENGINE_BYTES
+        if cpu_allocator() == "glibc":
+            notes.append(GLIBC_NOTE)
     host = {}
     if offload_param:
         host["base weights"] = resident
     if offload_optimizer:
         host["optimizer"] = optimizer
-    plan = MemoryPlan(parts, host, device_memory_bytes, basis=basis)
+    plan = MemoryPlan(parts, host, device_memory_bytes, basis=basis, notes=notes)
     if on_gpu and plan.peak_bytes > device_memory_bytes * DEVICE_RESERVE:
         plan.advice = advise(config, plan, model, stage, world, rows, live, activations, int(device_memory_bytes * DEVICE_RESERVE))
     return plan

@@ -12,13 +12,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, CLEAR, MAPS = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/maps")
+LEAN_ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
 
 
 def format_bytes(count: int | None) -> str:
     if count is None:
         return "unknown on this system"
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def cpu_allocator() -> str:
+    """The allocator behind this process's host memory: one that reuses aligned blocks well, when preloaded, else "glibc" (or the system's own)."""
+    loaded = ""
+    with contextlib.suppress(OSError):
+        loaded = MAPS.read_text()
+    return next((name for name in LEAN_ALLOCATORS if f"lib{name}" in loaded), "glibc")
 
 
 class PeakMemory:

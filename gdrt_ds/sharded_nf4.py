@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from gdrt_ds.config import ModelSection
 from gdrt_ds.weight_files import WeightFiles
 
 BLOCK, NESTED_BLOCK, QUANT_TYPE = 64, 256, "nf4"
+PIECE = 4096 * BLOCK  # values read and quantised at once on a CPU, where bitsandbytes works with about 20 bytes per value
 
 
 class CannotShard(Exception):
@@ -197,13 +199,18 @@ def quantized_parameter(files: WeightFiles, source: str, module: nn.Module, dtyp
     size, first, end = partition_range(parameter.ds_numel, rank, world)
     own_first, own_end = first * item * 2, min(end * item * 2, numel)  # in values
     low, high = block_range(own_first, own_end, numel)
+    partition = torch.zeros(size * item, dtype=torch.uint8)  # before what is temporary: a heap cannot shrink below what stays
     if issubclass(module.source_cls, Conv1D):  # stored transposed: the one tensor is read whole
         location = files.tensors[source]
         values = files.read(source).view(location.shape).t().reshape(-1)[low:high].clone()
+        read = lambda start, stop: values[start - low:stop - low]  # noqa: E731
     else:
-        values = files.read(source, low, high)
-    packed, absmax = quantize_blocks(values.to(dtype).to(device))
-    partition = torch.zeros(size * item, dtype=torch.uint8)
+        read = functools.partial(files.read, source)
+    step = high - low if device.type == "cuda" else PIECE
+    done = [quantize_blocks(read(start, min(start + step, high)).to(dtype).to(device)) for start in range(low, high, max(step, 1))]
+    packed = torch.cat([done_packed for done_packed, _ in done] or [torch.empty(0, dtype=torch.uint8)])
+    absmax = torch.cat([done_absmax for _, done_absmax in done] or [torch.empty(0, device=device)])
+    del done
     skip = (own_first - low) // 2
     partition[:(end - first) * item].copy_(packed[skip:skip + (end - first) * item])
     absmax = gather_absmax(absmax, low // BLOCK, numel, packed_bytes, item, size, rank, world, parameter)
@@ -219,9 +226,7 @@ def quantized_parameter(files: WeightFiles, source: str, module: nn.Module, dtyp
 
 
 def quantize_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(packed uint8[n / 2], absmax float32[blocks]) of whole blocks of a flat tensor; empty in, empty out."""
-    if not values.numel():
-        return values.new_empty(0, dtype=torch.uint8), values.new_empty(0, dtype=torch.float32)
+    """(packed uint8[n / 2], absmax float32[blocks]) of whole blocks of a flat tensor."""
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, BLOCK, QUANT_TYPE, torch.uint8)
     return packed.view(-1), absmax.view(-1)
 

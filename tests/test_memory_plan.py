@@ -101,3 +101,22 @@ def test_the_measured_peak_sees_what_was_held_and_starts_anew():
     held = second.largest()
     assert 120 << 20 <= held <= 200 << 20 and block.size
     assert format_bytes(held).endswith("MiB") and format_bytes(None) == "unknown on this system"
+
+
+def test_on_a_cpu_the_plan_names_an_allocator_that_it_does_not_hold_for(tmp_path, monkeypatch):
+    from gdrt_ds import memory_use
+    maps = tmp_path / "maps"
+    monkeypatch.setattr(memory_use, "MAPS", maps)
+    model = transformers.LlamaConfig(**SMALL)
+    for text, name in [("7f00 r-xp /usr/lib/libc.so.6\n", "glibc"), ("7f00 r-xp /usr/lib/libtcmalloc_minimal.so.4.5.10\n", "tcmalloc")]:
+        maps.write_text(text)
+        assert memory_use.cpu_allocator() == name
+        assert any("LD_PRELOAD" in line for line in estimate(config(), model, 2, None).lines()) == (name == "glibc")
+    assert not any("LD_PRELOAD" in line for line in estimate(config(), model, 2, 80 << 30).lines())
+
+
+def test_one_rank_gathers_nothing_since_its_slices_are_the_whole():
+    model = transformers.LlamaConfig(**SMALL)
+    gathered = {world: estimate(config(), model, world, None, deepspeed_config={"zero_optimization": {"stage": 3}}).parts["gathered parameters"]
+                for world in (1, 2)}
+    assert gathered[1] == 0 and gathered[2] >= 300 * 64 * 4
