@@ -1,7 +1,7 @@
 """Samples per second of a training step: ours, and per cause, against transformers.Trainer and TRL's SFTTrainer.
 
     python benchmarks/train_step.py [--data ml-100k|FOLDER] [--model smollm2-135m] [--steps 3] [--quantization nf4|none] [--json] [--quick]
-All on one process with the same base, LoRA initialisation, DeepSpeed ZeRO-3, samples per step and token lengths, dropout 0, objective sft (what the
+One process each, with the same base, LoRA initialisation, DeepSpeed ZeRO-3, samples per step and token lengths, dropout 0, objective sft (what the
 peers train); the loss of the first step is checked equal (1e-4 relative) before anything is timed. Rows:
     trainer, trl        the peers: padded rows, logits for every position
     padded              ours, padded rows, the head on supervised positions only       -> cause: head on targets only
@@ -15,11 +15,14 @@ On a GPU the same command reports tokens/s, MFU and peak memory too; --shape 7b 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import tempfile
 import time
 from pathlib import Path
+from queue import Empty
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
@@ -170,6 +173,16 @@ class Bench:
         return path
 
 
+def measure(options, folder: str, row: str, queue) -> None:
+    """One row in a process of its own: engines and heaps that earlier rows leave would slow the later ones."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    bench = Bench(options, Path(folder))
+    result = bench.peer(row) if row in ("trainer", "trl") else bench.ours({"padded": "none", "gdrt": "shared_prefix"}.get(row, row), "gdrt" if row == "gdrt" else "sft")
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    queue.put((*result, memory, float(bench.store.lengths.mean())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="ml-100k")
@@ -193,34 +206,42 @@ def main() -> None:
             from gdrt_ds.embedded import make_tiny_model
             titles = [item.title for item in load_corpus(load_config(None, [f"data.path={options.data}"]).data).items.values()]
             options.model = str(make_tiny_model(Path(folder) / "shape", titles, max_vocab=128256, vocab_multiple=128256, **SHAPE_7B))
-        bench = Bench(options, Path(folder))
-        lengths = bench.store.lengths
-        print(f"# {options.data}, history {options.history}: {lengths.mean():.0f} tokens on average; batch {options.batch}; {options.model}, "
-              f"{options.quantization}; {machine()}{', CPU seconds' if options.cpu_time else ''}")
         found = {}
+        context = multiprocessing.get_context("spawn")
         for row in options.rows.split(","):
             if row == "trl":
                 import importlib.util
                 if importlib.util.find_spec("trl") is None:
                     print("trl                 not installed: pip install trl==1.16.0")
                     continue
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-            result = bench.peer(row) if row in ("trainer", "trl") else bench.ours("none" if row == "padded" else "shared_prefix" if row == "gdrt" else row,
-                                                                              "gdrt" if row == "gdrt" else "sft")
-            found[row] = result
+            queue = context.Queue()
+            process = context.Process(target=measure, args=(options, folder, row, queue))
+            process.start()
+            try:
+                while True:
+                    with contextlib.suppress(Empty):
+                        seconds, first, tokens, memory, mean_tokens = queue.get(timeout=5)
+                        break
+                    if process.exitcode is not None:
+                        raise SystemExit(f"row {row} ended with exit status {process.exitcode}; its messages are above")
+            finally:
+                process.kill()
+                process.join()
+            if not found:
+                print(f"# {options.data}, history {options.history}: {mean_tokens:.0f} tokens on average; batch {options.batch}; {options.model}, "
+                      f"{options.quantization}; {machine()}{', CPU seconds' if options.cpu_time else ''}")
+            found[row] = (seconds, first, tokens)
             reference = next(iter(found.values()))[1]
-            if abs(result[1] - reference) > 1e-4 * abs(reference) + 5e-5:  # the peers round their logged loss to 4 decimals
-                raise SystemExit(f"{row}: loss of the first step {result[1]:.6f} differs from {reference:.6f}: not the same computation")
-            seconds = min(result[0])
-            memory = f"  peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""
-            print(f"{row:<16} {options.batch / seconds:8.2f} samples/s   first loss {result[1]:.5f}{memory}", flush=True)
+            if abs(first - reference) > 1e-4 * abs(reference) + 5e-5:  # the peers round their logged loss to 4 decimals
+                raise SystemExit(f"{row}: loss of the first step {first:.6f} differs from {reference:.6f}: not the same computation")
+            peak = f"  peak {memory / 2**30:.2f} GiB" if memory else ""
+            print(f"{row:<16} {options.batch / min(seconds):8.2f} samples/s   first loss {first:.5f}{peak}", flush=True)
         for ours in [row for row in found if row not in ("trainer", "trl")]:
             for peer in [row for row in found if row in ("trainer", "trl")]:
                 ratio = min(found[peer][0]) / min(found[ours][0])
                 record = {"name": f"train_step/{ours}", "ours": options.batch / min(found[ours][0]), "peer": options.batch / min(found[peer][0]),
                           "peer_name": peer, "ratio": ratio, "shape": {"model": options.model, "data": options.data, "history": options.history,
-                          "batch": options.batch, "quantization": options.quantization, "mean_tokens": float(lengths.mean())}, "machine": machine()}
+                          "batch": options.batch, "quantization": options.quantization, "mean_tokens": mean_tokens}, "machine": machine()}
                 print(json.dumps(record) if options.json else f"{ours} is {ratio:.2f} x {peer}")
 
 
