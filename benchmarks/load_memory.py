@@ -13,8 +13,6 @@ Device memory is printed beside it where a GPU is used. Without --model a random
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import gc
 import hashlib
 import json
@@ -30,20 +28,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: forked ranks must
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 CONSTANT_BYTES = 48 << 20  # allocator slack, gloo buffers, Python objects of the module tree
-
-
-def high_water_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def reset_high_water() -> None:
-    """Freed heap goes back first, or a load could hide in it. Linux: writing 5 to clear_refs sets VmHWM to the present resident size."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def load(way: str, path: Path, rank: int, world: int):
@@ -70,16 +54,16 @@ def measure(way: str, path: Path, warm_path: Path, rank: int, world: int, port: 
     sys.stdout = sys.stderr
     import deepspeed
     import torch
+    from gdrt_ds.memory_use import PeakMemory
     torch.set_num_threads(1)
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     load(way, warm_path, rank, world)  # lazy imports and kernels are not part of a model's memory
     gc.collect()
-    reset_high_water()
-    before = high_water_bytes()
+    memory = PeakMemory(torch.device("cpu"))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     model = load(way, path, rank, world)
-    peak = high_water_bytes() - before
+    peak = memory.bytes_here()
     device_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     digest, quantised, state_bytes, plain, largest = hashlib.sha256(), 0, 0, 0, 0
     for name, parameter in model.named_parameters():

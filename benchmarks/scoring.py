@@ -145,27 +145,13 @@ def generated_titles(count: int) -> list[str]:
     return list(found)
 
 
-def peak_bytes() -> int | None:
-    """Peak resident memory since `reset_peak`, on Linux."""
-    try:
-        return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return None
-
-
-def reset_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
 def on_generated_catalogues(options) -> list[dict]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from gdrt_ds.catalogue import TokenTrie
     from gdrt_ds.config import PromptSection
     from gdrt_ds.embedded import smollm2_folder
+    from gdrt_ds.memory_use import PeakMemory
     from gdrt_ds.model import load_tokenizer
     from gdrt_ds.prompt_cache import PromptReader
     from gdrt_ds.prompts import PromptEncoder, PromptTemplate
@@ -187,17 +173,16 @@ def on_generated_catalogues(options) -> list[dict]:
         trie = TokenTrie.build([encoder.target_ids(t) for t in part])
         scorer = CatalogueScorer(PromptReader(model, encoder.head_ids), trie, max_bytes=bound)
         prompts = [encoder.encode(part[i * 10:i * 10 + 8]).input_ids.tolist() for i in range(2)]
-        reset_peak()
-        before = peak_bytes()
+        memory = PeakMemory(torch.device("cpu"))
         scorer.score(prompts[:1])
         spent, scores = timed(scorer.score, prompts)
-        peak = peak_bytes()
+        peak = memory.bytes_here()
         assert torch.allclose(scores.exp().sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6)
         per_user = spent / len(prompts)
         first = first or (size, per_user)
         rows.append({"name": f"catalogue_size_{size}", "unit": "s/user", "ours": per_user, "floor": first[1], "ratio": per_user / first[1],
                      "items_ratio": size / first[0], "nodes_forwarded": scorer.nodes_forwarded, "trie_nodes": trie.num_nodes,
-                     "peak_extra_bytes": None if peak is None or before is None else peak - before, "bound_bytes": bound,
+                     "peak_extra_bytes": peak, "bound_bytes": bound,
                      "shape": {"items": size, "users": 2, "model": "smollm2-135m" if options.size_model else "llama 2 x 64", "vocabulary": len(tokenizer)},
                      "machine": machine()})
     return rows
