@@ -1,6 +1,6 @@
 """Speed and memory of the fused group loss beside its peers and its floor, in one run:
 
-    python benchmarks/group_loss.py [--json] [--quick] [--cpu-time] [--model NAME]
+    python benchmarks/group_loss.py [--json] [--quick] [--cpu-time] [--model NAME] [--no-slow]
 
 Forward and backward with the head frozen for everyone and per-group weights that are known only after the forward (a DRO weight is
 known after an all-reduce), so each contender hands out unreduced losses and gets its weights in the backward. The floor is the two
@@ -18,6 +18,7 @@ import argparse
 import gc
 import json
 import os
+import sys
 import time
 import warnings
 
@@ -32,7 +33,7 @@ from gdrt_ds.loss import describe, group_cross_entropy  # noqa: E402
 from gdrt_ds.loss.group_loss import CHUNK_BYTES  # noqa: E402
 
 NUM_GROUPS = 8
-SLOW_S = 4.0  # with --quick a contender slower than this runs once
+SLOW_S, SLOW_QUICK_S = 15.0, 4.0  # a contender slower than this runs once, and its memory is not asked for
 # (name, hidden size H, vocabulary V, tokens on a GPU, tokens on CPUs, tokens with --quick on CPUs or None)
 SHAPES = [
     ("SmolLM2-135M", 576, 49_152, 16_384, 512, 512),
@@ -115,7 +116,7 @@ class Floor:
             torch.mm(logits_CV, problem.head, out=self.gradient[start : start + self.rows])
 
 
-def contenders(problem: Problem, quick: bool) -> dict:
+def contenders(problem: Problem, fast_only: bool) -> dict:
     """name -> (what one forward and backward does, its group: ours, peer or floor)."""
     torch_chunks = lambda rows=None: torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)  # noqa: E731
     table = {
@@ -129,7 +130,7 @@ def contenders(problem: Problem, quick: bool) -> dict:
         "products, same chunks": (Floor(problem, chunked=True), "floor"),
         "products, unchunked": (Floor(problem, chunked=False), "floor"),
     }
-    if not quick:
+    if not fast_only:
         table["same, chunks chosen by torch"] = (lambda p: torch_fused(p, torch_chunks()), "peer")
         table["same, chunks by torch, plain sum"] = (lambda p: torch_fused_sum(p, torch_chunks()), "easier task")
         table["CCE torch_compile"] = (lambda p: cut_cross_entropy(p, "torch_compile"), "peer")
@@ -174,23 +175,25 @@ def peak_bytes(problem: Problem, run) -> int:
     return peak
 
 
-def measure(name: str, problem: Problem, repeats: int, quick: bool, clock) -> list[dict]:
+def measure(name: str, problem: Problem, repeats: int, quick: bool, fast_only: bool, clock) -> list[dict]:
     """One JSON object per contender that is not the one-pass op: its time and memory beside ours."""
     dtype = str(problem.head.dtype).removeprefix("torch.")
     num_tokens, (vocabulary, hidden_size) = len(problem.hidden), problem.head.shape
     shape = {"model": name, "N": num_tokens, "H": hidden_size, "V": vocabulary, "dtype": dtype}
-    table, times, peaks, skipped = contenders(problem, quick), {}, {}, {}
+    table, times, peaks, skipped = contenders(problem, fast_only), {}, {}, {}
+    limit = SLOW_QUICK_S if quick else SLOW_S
     for label, (run, kind) in table.items():
+        print(f"  {name} {dtype}: {label}", file=sys.stderr, flush=True)
         try:
             first = once(problem, run, clock)
-            slow = quick and first > SLOW_S  # one warm run is then its time, and its memory is not asked for
+            slow = first > limit  # one warm run is then its time
             peaks[label] = None if kind == "floor" or slow else peak_bytes(problem, run)
             times[label] = [first] if slow else []
         except Exception as error:  # a peer without a CPU version fails in many ways; the reason is reported, not hidden
             skipped[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     for _ in range(repeats):
         for label in times:
-            if not (quick and times[label] and max(times[label]) > SLOW_S):
+            if not (times[label] and max(times[label]) > limit):
                 times[label].append(once(problem, table[label][0], clock))
     best = {label: min(values) for label, values in times.items()}
     mine, budget = best["ours, one pass"], CHUNK_BYTES[problem.device] + problem.hidden.numel() * problem.hidden.element_size()
@@ -232,6 +235,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=None, help="interleaved repeats, the least counts (default 7, quick 3, GPU 20)")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds on one thread: for a machine that others use, too (CPUs only)")
     parser.add_argument("--model", default=None, help="only the shape with this name")
+    parser.add_argument("--no-slow", action="store_true", help="leave out torch's own choice of chunks and CCE's torch_compile: minutes with a large head on CPUs")
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     if arguments.cpu_time:
@@ -247,11 +251,12 @@ def main() -> None:
         if num_tokens is None or arguments.model not in (None, name):
             continue
         for dtype in dtypes:
-            rows = measure(name, Problem(hidden_size, vocabulary, num_tokens, device, dtype), repeats, arguments.quick, clock)
+            rows = measure(name, Problem(hidden_size, vocabulary, num_tokens, device, dtype), repeats, arguments.quick, arguments.quick or arguments.no_slow, clock)
             for row in rows if arguments.json else ():
                 print(json.dumps(row), flush=True)
             if not arguments.json:
                 print_table(rows)
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":
