@@ -2,6 +2,7 @@
 
     python benchmarks/scoring.py [--data ml-100k|FOLDER] [--model smollm2-135m] [--users 16] [--json] [--quick]
 Claims measured, on the same model, users and catalogue, all under the `renormalised` objective, in turns within one process:
+    exact_equals_items_...  20 items scored one by one, before anything is timed: largest difference; sum of all probabilities
     exact_vs_hf_beam10      every item scored, against HF generate + prefix_allowed_tokens_fn, 10 beams (best of 1 and 4 users at once)
     beam10_vs_hf_beam10     the same search, the same lists
     best_first50_vs_exact   certified top-50: time, and nodes opened against nodes of the exact pass
@@ -63,7 +64,7 @@ def timed(call, *arguments):
 
 
 def on_real_data(options) -> list[dict]:
-    from eval.scoring import BestFirst, beam_search, top_entries
+    from eval.scoring import BestFirst, beam_search, per_item_scores, top_entries
     from gdrt_ds.catalogue import Catalogue
     from gdrt_ds.config import load_config
     from gdrt_ds.corpus import load_corpus
@@ -87,7 +88,12 @@ def on_real_data(options) -> list[dict]:
     for entry, entry_of in enumerate(recommender.catalogue.entries):
         leaf_tokens[tuple(recommender.encoder.target_ids(entry_of.text))] = entry
     scorer, best_first = CatalogueScorer(reader, trie), BestFirst(reader, trie)
-    scorer.score(prompts[:1])  # warm-up: the shared head, thread pools
+    warm = scorer.score(prompts[:1])[0]  # warm-up: the shared head, thread pools
+    checked = np.random.default_rng(1).choice(len(recommender.catalogue), size=min(20, len(recommender.catalogue)), replace=False)
+    difference = float((warm[checked] - per_item_scores(model, trie, prompts[0], checked)).abs().max())
+    total = float(warm.exp().sum())
+    if difference > 1e-4 or abs(total - 1) > 1e-6:
+        raise SystemExit(f"exact scores differ by {difference:.1e} nats from items scored one by one, probabilities sum to {total}: nothing is timed")
     seconds = {name: 0.0 for name in ("exact", "best_first", "beam", "hf")}
     hf_batch, overlap, default_overlap, expanded, certified, hf_users = 1, [], [], [], 0, 0
     order = np.arange(len(recommender.catalogue))
@@ -123,7 +129,9 @@ def on_real_data(options) -> list[dict]:
     row = lambda name, ours, peer, **more: {"name": name, "unit": "users/s", "ours": ours, "peer": peer, "ratio": ours / peer, **more, "shape": shape,  # noqa: E731
                                             "machine": machine()}
     mean_nodes = float(np.mean(expanded))
-    return [row("exact_vs_hf_beam10", rate["exact"], rate["hf"]),
+    return [{"name": "exact_equals_items_scored_one_by_one", "unit": "nats", "ours": difference, "floor": 1e-4, "ratio": difference / 1e-4, "items": len(checked), "probabilities_sum": total,
+             "shape": shape, "machine": machine()},
+            row("exact_vs_hf_beam10", rate["exact"], rate["hf"]),
             row("beam10_vs_hf_beam10", rate["beam"], rate["hf"], same_lists=float(np.mean(overlap))),
             row("best_first50_vs_exact", rate["best_first"], rate["exact"], certified=certified / len(prompts), nodes_opened=mean_nodes,
                 node_ratio=scorer.nodes_forwarded / mean_nodes),
@@ -219,7 +227,7 @@ def main() -> None:
             other = "peer" if "peer" in row else "floor"
             extra = {k: (round(v, 3) if isinstance(v, float) else v) for k, v in row.items()
                      if k not in ("name", "ours", "peer", "floor", "ratio", "shape", "machine", "unit")}
-            print(f"{row['name']:42s} ours {row['ours']:10.4f}  {other} {row[other]:10.4f}  ratio {row['ratio']:8.2f}  {row.get('unit', '')}  {extra or ''}")
+            print(f"{row['name']:42s} ours {row['ours']:10.4g}  {other} {row[other]:10.4g}  ratio {row['ratio']:8.2f}  {row.get('unit', '')}  {extra or ''}")
     if not options.json and rows:
         print(f"shape: {rows[0]['shape']}\nmachine: {machine()}")
 
