@@ -5,6 +5,7 @@ Nothing plays the launcher here: a rank that dies is not reported to its peers, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -122,10 +123,22 @@ class Job:
         statuses = list(self.statuses)
         for rank, status in enumerate(statuses):
             if status is None:
+                with open(self.logs[rank], "a", encoding="utf-8") as stream:
+                    stream.write(f"[killed after {timeout_s} s; its threads: {threads_of(self.pids[rank])}]\n")
                 os.kill(self.pids[rank], signal.SIGKILL)
                 os.waitpid(self.pids[rank], 0)
                 self.statuses[rank] = -9
         return Outcome(statuses, [self.output(rank) for rank in range(self.world)], time.monotonic() - self.started, self.ended)
+
+
+def threads_of(pid: int) -> str:
+    """name, state and kernel function of every thread of a process that should have ended."""
+    found = []
+    for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        with contextlib.suppress(OSError):
+            state = next(line.split(None, 1)[1].strip() for line in (task / "status").read_text().splitlines() if line.startswith("State:"))
+            found.append(f"{(task / 'comm').read_text().strip()} {state} {(task / 'wchan').read_text()}")
+    return "; ".join(found) or "none"
 
 
 def play(world: int, arguments: list[str], logs: Path, fault=None, timeout_s: float = 240.0) -> Outcome:
