@@ -90,7 +90,7 @@ MUTATIONS = [
         ("batches.py", "supervised = [np.arange(stop - len(target), stop)", "supervised = [np.arange(stop - len(target) - 1, stop - 1)"),)),
     Mutation("samples of a packed row see each other", "test_tree_attention.py::test_packed_rows_give_the_padded_hidden_states_and_gradients[llama]", (
         ("tree_attention.py", "F.scaled_dot_product_attention(own_query, own_keys, own_values,",
-         "F.scaled_dot_product_attention(own_query, own_keys + keys[0][:, :, :1] * 0.01, own_values,"),)),
+         "F.scaled_dot_product_attention(own_query, own_keys, own_values + values[-1][:, :, -1:] * 0.01,"),)),
     Mutation("window forgotten in packed rows", "test_tree_attention.py::test_packed_rows_give_the_padded_hidden_states_and_gradients[mistral]", (
         ("tree_attention.py", "return mask if window is None else mask & (query - key < window)", "return mask"),)),
     Mutation("mask ignores the end of a subtree", "test_tree_attention.py::test_tree_mask_is_ancestor_or_self_and_nothing_else", (
