@@ -93,7 +93,7 @@ def main() -> int:
     preload = None if torch.cuda.is_available() else find_allocator(options.allocator)
     judged = torch.cuda.is_available() or preload is not None
     if not options.json:
-        promise = f"a prediction may be off by {limit:.0%}" if judged else "not judged: neither tcmalloc nor jemalloc (Debian: libtcmalloc-minimal4, libjemalloc2)"
+        promise = f"a prediction may be off by {limit:.0%}" if judged else "not judged: the promise is for tcmalloc and jemalloc (Debian: libtcmalloc-minimal4, libjemalloc2)"
         print(f"{machine()}; {'host memory by ' + (preload or 'glibc') + '; ' if not torch.cuda.is_available() else ''}{promise}\n{'':36} {'ranks':>5} {'plan MiB':>9} {'seen MiB':>9} {'plan/seen':>9}")
     failures = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -206,11 +206,7 @@ def quantized_parameter(files: WeightFiles, source: str, module: nn.Module, dtyp
         read = lambda start, stop: values[start - low:stop - low]  # noqa: E731
     else:
         read = functools.partial(files.read, source)
-    step = high - low if device.type == "cuda" else PIECE
-    done = [quantize_blocks(read(start, min(start + step, high)).to(dtype).to(device)) for start in range(low, high, max(step, 1))]
-    packed = torch.cat([done_packed for done_packed, _ in done] or [torch.empty(0, dtype=torch.uint8)])
-    absmax = torch.cat([done_absmax for _, done_absmax in done] or [torch.empty(0, device=device)])
-    del done
+    packed, absmax = quantize_range(read, low, high, dtype, device)
     skip = (own_first - low) // 2
     partition[:(end - first) * item].copy_(packed[skip:skip + (end - first) * item])
     absmax = gather_absmax(absmax, low // BLOCK, numel, packed_bytes, item, size, rank, world, parameter)
@@ -223,6 +219,14 @@ def quantized_parameter(files: WeightFiles, source: str, module: nn.Module, dtyp
     parameter.quant_state = module.quant_state = state
     _install(parameter, partition.view(storage), storage, device, zero)
     return parameter
+
+
+def quantize_range(read, low: int, high: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`quantize_blocks` of the values [low, high) that `read(start, stop)` gives, in pieces on a CPU; an empty range gives empty tensors."""
+    step = max(1, high - low) if device.type == "cuda" else PIECE
+    done = [quantize_blocks(read(start, min(start + step, high)).to(dtype).to(device)) for start in range(low, high, step)]
+    empty = torch.empty(0, dtype=torch.uint8, device=device), torch.empty(0, device=device)
+    return tuple(torch.cat(parts) for parts in zip(*(done or [empty])))
 
 
 def quantize_blocks(values: Tensor) -> tuple[Tensor, Tensor]:

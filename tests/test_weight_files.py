@@ -66,3 +66,16 @@ def test_every_quantisation_block_has_exactly_one_owner_and_lies_in_what_the_own
         owners += range(start, stop)
         assert start >= stop or (low // 64 <= start and stop <= -(-high // 64))
     assert owners == list(range(-(-numel // 64)))
+
+
+@pytest.mark.parametrize("low, high", [(0, 64 * 50), (64 * 3, 64 * 50 - 37), (128, 128)])
+def test_a_range_quantised_in_pieces_is_the_range_quantised_whole(monkeypatch, low, high):
+    import bitsandbytes  # noqa: F401
+    from gdrt_ds import sharded_nf4
+    values = torch.randn(64 * 50, generator=torch.Generator().manual_seed(0))
+    read = lambda start, stop: values[start:stop]  # noqa: E731
+    whole = sharded_nf4.quantize_range(read, low, high, torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(sharded_nf4, "PIECE", 64 * 4)
+    pieces = sharded_nf4.quantize_range(read, low, high, torch.bfloat16, torch.device("cpu"))
+    assert pieces[1].numel() == -(-(high - low) // 64)
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))

@@ -37,7 +37,7 @@ def recbole(class_name: str, method: str):
     try:
         path = importlib.metadata.distribution("recbole").locate_file("recbole/evaluator/metrics.py")
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("recbole is not installed, so its metrics cannot be compared with")
+        pytest.skip("recbole is not installed, so its metrics cannot be compared with; `make install` brings it (pip install --no-deps recbole==1.2.1)")
     tree = ast.parse(Path(str(path)).read_text())
     owner = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
     function = next(n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name == method)
