@@ -125,7 +125,7 @@ class DroSection(Section):
     estimate: Literal["batch", "ema"] = Field("batch", description="group losses of this global batch (exact), or moving averages")
     prior: Literal["token_share", "uniform"] = Field("token_share", description="p over the groups present in the batch")
     ema_rate: float = Field(0.1, gt=0, le=1, description="b of L <- (1-b) L + b * batch")
-    excess: bool = Field(False, description="use L_g minus the reference model's L_g (with history), as DoReMi does")
+    excess: bool | str = Field(False, description="use L_g minus a reference's L_g (with history), as DoReMi does: true = the base, or an adapter or run folder")
     eta: float = Field(0.1, gt=0, description="group_dro: step size of the exponentiated gradient")
     alpha: float = Field(0.5, gt=0, le=1, description="cvar: worst share")
     cvar_over: Literal["tokens", "groups"] = "tokens"

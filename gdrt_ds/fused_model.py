@@ -42,23 +42,22 @@ class FusedLossModel(nn.Module):
     def _install_head(self) -> None:
         """Gives the output projection a second way to be called: with a HeadRequest it returns losses instead of logits."""
         module = head(self.model)
-        self._lora = None
-        if hasattr(module, "base_layer"):  # PEFT's LoRA around the head
-            name = module.active_adapters[0]
-            self._lora = (module, name)
-            module = module.base_layer
+        layer = None  # PEFT's LoRA around the head; a local name: assigned to self it would be registered twice
+        if hasattr(module, "base_layer"):
+            layer, module = module, module.base_layer
             import deepspeed
-            for weight in (self._lora[0].lora_A[name].weight, self._lora[0].lora_B[name].weight):
-                deepspeed.zero.register_external_parameter(module, weight)
+            for name in layer.lora_A:  # the trained adapter and those of reference_model.py
+                for weight in (layer.lora_A[name].weight, layer.lora_B[name].weight):
+                    deepspeed.zero.register_external_parameter(module, weight)
         plain = module.forward
 
         def forward(hidden: Tensor, request: HeadRequest | None = None):
             if request is None:
                 return plain(hidden)
             lora = None
-            if self._lora is not None and not self._lora[0].disable_adapters:
-                layer, name = self._lora  # its dropout is left out: both terms of the fused product read the same hidden states
-                lora = (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+            active = [] if layer is None or layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+            if active:  # its dropout is left out: both terms of the fused product read the same hidden states
+                lora = (layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight, layer.scaling[active[0]])
             out = group_cross_entropy(hidden.to(module.weight.dtype), module.weight, request.labels, request.groups, request.num_groups,
                                       bias=None if request.difference else module.bias, logit_scale=self.logit_scale, softcap=self.softcap,
                                       temperature=request.temperature, allowed=request.allowed,

@@ -26,11 +26,11 @@ from torch import nn
 from gdrt_ds.config import RunConfig
 from gdrt_ds.deepspeed_config import read_deepspeed_config, zero_stage
 from gdrt_ds.errors import UserError
+from gdrt_ds.loss.group_loss import default_chunk_bytes
 from gdrt_ds.memory_use import cpu_allocator, format_bytes
 from gdrt_ds.model import choose_attention, compute_dtype, linear_names, model_class
 
 MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
-LOSS_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers: an allowance
 GLIBC_NOTE = ("glibc's allocator keeps freed tensors: 2 to 5 times this was seen resident. Where memory is short, start the run with "
               "LD_PRELOAD=libtcmalloc_minimal.so.4 or libjemalloc.so.2 (Debian: libtcmalloc-minimal4, libjemalloc2)")
@@ -185,7 +185,8 @@ def estimate(config: RunConfig, model_config, world: int, device_memory_bytes: i
         activations = tokens * (model.layers * model.hidden * size + per_token)
     else:
         activations = tokens * model.layers * per_token
-    chunk = min(LOSS_CHUNK_BYTES["cuda" if on_gpu else "cpu"], targets * model.vocabulary * 4)
+    budget = default_chunk_bytes("cuda" if on_gpu else "cpu", model.vocabulary, size)
+    chunk = min(budget, targets * model.vocabulary * 4)
     transient = max(2 * model.largest * size, tokens * model.intermediate * size * 2)
     parts = {"base weights": 0 if offload_param else resident, "quant_state": state, "adapter and gradients": model.lora * size // shard + gradients,
              "optimizer": 0 if offload_optimizer else optimizer, "gathered parameters": live, "dequantised and transient": transient,

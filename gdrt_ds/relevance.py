@@ -1,7 +1,7 @@
 """Relevance: log p_ref(target token | auxiliary tokens only), the score that GDRT groups by.
 
 Without the history every prompt is the same, so r depends on the catalogue entry and the place in its title alone: one pass
-over the catalogue scores every target token of every sample, and the whole auxiliary prompt is one shared head. Ranks take
+over the catalogue scores every target token of every sample, and the auxiliary prompt but its last token is one shared head. Ranks take
 turns over the micro-batches; one all-reduce at the end puts the parts together.
 
 `corpus_scores` needs no model: train frequencies of the next title token after the title's prefix. No predictor without the history has
@@ -29,6 +29,9 @@ from gdrt_ds.prompts import PromptEncoder, TokenStore
 from gdrt_ds.runtime import Runtime
 
 
+TABLE_VERSION = 2   # 1 read the first token of a title at the end of the title before it
+
+
 def entry_store(encoder: PromptEncoder, texts: list[str]) -> TokenStore:
     """One history-free sample per catalogue entry."""
     encoded = [encoder.encode([], text, mask_history=True) for text in texts]
@@ -49,9 +52,10 @@ def score_entries(store: TokenStore, token_losses: Callable[[MicroBatch], torch.
     Returns:
         float32[target tokens], r = -loss, the same on every rank.
     """
-    head = int(store.offsets[1] - store.offsets[0] - store.num_target[0])
+    # The last prompt token predicts the first target token, so each entry has its own copy of it; what comes before is shared.
+    head = int(store.offsets[1] - store.offsets[0] - store.num_target[0]) - 1
     packing = "shared_prefix" if packing != "none" else "none"
-    own = store.num_target + (0 if packing == "shared_prefix" else head)
+    own = store.num_target + 1 + (0 if packing == "shared_prefix" else head)
     order, parts, load = np.argsort(own, kind="stable"), [[]], 0
     for entry in order:
         if parts[-1] and load + own[entry] > tokens_per_batch:
@@ -103,7 +107,7 @@ def corpus_scores(store: TokenStore, train_counts: np.ndarray) -> np.ndarray:
 
 def fingerprint(*parts: str) -> str:
     """sha256 of what the table depends on: base model, prompt template, tokenised catalogue, reference."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([TABLE_VERSION, *parts]).encode()).hexdigest()
 
 
 def store_digest(store: TokenStore) -> str:

@@ -30,6 +30,7 @@ from gdrt_ds.memory_use import PeakMemory, format_bytes
 from gdrt_ds.objectives import get_objective
 from gdrt_ds.preparation import plan_batches, prepare, total_steps
 from gdrt_ds.prompts import tokenise_split
+from gdrt_ds.reference_model import AUXILIARY, EXCESS, load_reference_adapters, reference, reference_adapters
 from gdrt_ds.runtime import EXIT_INTERRUPTED, Runtime, Watchdog, ignore_stop_signals
 from gdrt_ds.step import NonFiniteLoss, StepRunner, TrainTokens, group_sums
 from gdrt_ds.step_inputs import add_trie_facts, frozen_weights
@@ -148,9 +149,8 @@ class Trainer:
                      f"{self.runtime.threads} CPU thread(s) each", *self.loaded.lines, line,
                      f"engine: DeepSpeed ZeRO stage {zero_stage(self.deepspeed_config)}; {self.plan.describe()}"]:
             say(self.runtime, text)
-        if config.groups.reference == "auxiliary_sft" and config.groups.by in ("relevance", "random"):
-            self.loaded.model.load_adapter(config.groups.reference_adapter, "auxiliary", is_trainable=False)
-            self.loaded.model.set_adapter("default")
+        for text in load_reference_adapters(self.loaded.model, config, self.loaded.fingerprint):
+            say(self.runtime, text)
         module = FusedLossModel(self.loaded.model)
         trainable = [p for p in module.parameters() if p.requires_grad]
         settings = {"model": module, "config": self.deepspeed_config}
@@ -200,18 +200,10 @@ class Trainer:
 
     def _reference_losses(self, micro: MicroBatch) -> torch.Tensor:
         """The same under `groups.reference`."""
-        model, reference = self.loaded.model, self.config.groups.reference
-        if reference == "live":
+        kind = self.config.groups.reference
+        if kind == "live":
             return self.token_losses(micro)
-        if reference == "auxiliary_sft":
-            model.set_adapter("auxiliary")
-            try:
-                return self.token_losses(micro)
-            finally:
-                model.set_adapter("default")
-                for name, parameter in model.named_parameters():
-                    parameter.requires_grad_("lora_" in name and ".default." in name)
-        with model.disable_adapter():
+        with reference(self.loaded.model, AUXILIARY if kind == "auxiliary_sft" else None):
             return self.token_losses(micro)
 
     def score_relevance(self) -> np.ndarray:
@@ -221,7 +213,7 @@ class Trainer:
         section = self.config.groups
         adapter = ""
         if section.reference == "auxiliary_sft":
-            adapter = checkpoint._sha256(Path(section.reference_adapter) / "adapter_model.safetensors")
+            adapter = checkpoint._sha256(reference_adapters(self.config)[AUXILIARY] / "adapter_model.safetensors")
         key = relevance.fingerprint(self.loaded.fingerprint, self.prepared.template.fingerprint, relevance.store_digest(self.entry_store), section.reference, adapter)
         num_tokens = int(self.entry_store.target_offsets[-1])
         if section.reference == "corpus":
@@ -330,7 +322,7 @@ class Trainer:
         if self.objective.history_free_pass:
             tokens.history_free, _ = tokenise_split(prepared.encoder, prepared.catalogue, prepared.corpus.split("train"), mask_history=True)
         if config.dro.excess:
-            tokens.reference = self._score_train_losses()
+            tokens.reference = self._losses_to_exceed()
         state = dro.DroState(self.group_plan.num).to(self.runtime.device)
         if self.state_to_load is not None:
             state.load_state_dict(self.state_to_load)
@@ -340,19 +332,24 @@ class Trainer:
                           pad_id=prepared.tokenizer.pad_token_id,
                           frozen_q=frozen_weights(config.dro.frozen_weights, self.group_plan.num, self.runtime.device))
 
-    def _score_train_losses(self) -> np.ndarray:
-        """float64[train target tokens]: the base model's losses with the history, for dro.excess."""
+    def _losses_to_exceed(self) -> np.ndarray:
+        """float64[train target tokens]: the reference's losses with the history (dro.excess); NaN in samples that no step will use."""
+        store = self.prepared.stores["train"]
+        epoch = -(-len(store) // self.config.train.global_batch)
+        used = np.unique(np.concatenate([self.plan.samples(k) for k in range(self.first_step, min(self.total, self.first_step + epoch + 1))] or [[]]))
         self.engine.eval()
-        with self.loaded.model.disable_adapter():
-            losses = self._score_split("train", "excess losses of the reference")
+        with reference(self.loaded.model, EXCESS if isinstance(self.config.dro.excess, str) else None):
+            losses = self._score_split("train", f"excess losses: {len(used):,} samples under the reference", used.astype(np.int64))
         self.engine.train()
+        unused = np.setdiff1d(np.arange(len(store)), used)
+        losses[np.isin(np.repeat(np.arange(len(store)), store.num_target), unused)] = np.nan
         return losses
 
-    def _score_split(self, split: str, what: str | None = None) -> np.ndarray:
-        """float64[target tokens] plain losses of a split, computed by all ranks, the same on every rank. No grad."""
+    def _score_split(self, split: str, what: str | None = None, samples: np.ndarray | None = None) -> np.ndarray:
+        """float64[target tokens] plain losses of a split (of some samples: zero elsewhere), from all ranks, the same on every rank. No grad."""
         store = self.prepared.stores[split]
         plan = BatchPlan(store.lengths, self.config.train.global_batch, self.plan.micro_batch * 2, self.runtime.world, 0, self.packing != "none")
-        rounds = plan.split(np.arange(len(store)))
+        rounds = plan.split(np.arange(len(store)) if samples is None else samples)
         losses = torch.zeros(int(store.target_offsets[-1]), dtype=torch.float64)
         for index, slots in enumerate(rounds):
             micro = build_micro_batch(store, slots[self.runtime.rank], self.packing, len(self.prepared.encoder.head_ids),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gdrt_ds import relevance
+from gdrt_ds.batches import build_micro_batch
 from gdrt_ds.config import load_config
 from gdrt_ds.prompts import TokenStore
 
@@ -48,10 +49,17 @@ def test_the_corpus_reference_is_a_setting_and_needs_no_adapter():
     assert config.groups.reference == "corpus" and config.groups.reference_adapter is None
 
 
-def test_entry_scores_do_not_depend_on_how_titles_are_dealt_out():
+def test_entry_scores_are_read_at_the_token_before_however_titles_are_dealt_out():
+    """A stand-in for the model whose loss names the label, the token it is predicted from, and that token's place."""
     store = store_of(TITLES)
-    losses = lambda micro: micro.labels.float() * 0.25  # noqa: E731
+    losses = lambda m: (m.labels + 100 * m.inputs["input_ids"].flatten()[m.supervised] + 10_000 * m.inputs["position_ids"].flatten()[m.supervised]).float()  # noqa: E731
     runtime = SimpleNamespace(world=1, rank=0, device="cpu")
-    tables = [relevance.score_entries(store, losses, runtime, packing=p, pad_id=0, tokens_per_batch=n) for p in ("none", "shared_prefix") for n in (4, 100)]
-    assert all(np.array_equal(t, tables[0]) for t in tables)
-    assert np.allclose(tables[0], -0.25 * np.concatenate(TITLES))
+    expected = [-(label + 100 * before + 10_000 * (len(HEAD) - 1 + i)) for t in TITLES for i, (before, label) in enumerate(zip([HEAD[-1], *t], t))]
+    for packing in ("none", "shared_prefix"):
+        for tokens in (4, 100):
+            assert np.allclose(relevance.score_entries(store, losses, runtime, packing=packing, pad_id=0, tokens_per_batch=tokens), expected)
+
+
+def test_a_shared_head_must_leave_each_sample_the_position_before_its_target():
+    with pytest.raises(ValueError, match="predicts a target token"):
+        build_micro_batch(store_of(TITLES), np.arange(2), "shared_prefix", len(HEAD), 0)

@@ -27,9 +27,18 @@ from gdrt_ds.loss.rowwise import TorchRowwise
 
 log = logging.getLogger("gdrt_ds.loss")
 
-# Bytes of logits alive at once. CPU: 170 rows of a 49k vocabulary in float32; products gain nothing beyond that (benchmarks/group_loss.py).
-# CUDA: 1,000 rows of a 256k vocabulary in bfloat16, enough for the head to be read once per 1,000 tokens.
+# Bytes of logits alive at once. CUDA: 1,000 rows of a 256k vocabulary in bfloat16, enough for the head to be read once per 1,000 tokens.
+# CPU: 32 MiB, and for one pass 512 rows more. Both of its products read the whole head once per chunk, which takes as long as multiplying
+# some 35 rows with it: a row in a chunk of 32 costs twice, in one of 170 about 1.1 times what it costs in one of 512 (benchmarks/group_loss.py).
+# The other ways go over the vocabulary in blocks and read the head once whatever the budget is.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+CPU_CHUNK_ROWS = 512
+
+
+def default_chunk_bytes(device_type: str, vocabulary: int, bytes_per_logit: int, one_pass: bool = True) -> int:
+    """The budget for logits when the caller names none."""
+    least = CHUNK_BYTES.get(device_type, 256 * 2**20)
+    return least + CPU_CHUNK_ROWS * vocabulary * bytes_per_logit if device_type == "cpu" and one_pass else least
 
 
 class GroupLoss(NamedTuple):
@@ -86,7 +95,8 @@ def group_cross_entropy(
         allowed: softmax over these tokens only (MSL, SIGIR 2025). Keep its tensors on the CPU.
         lora: a low-rank term of the head, scale * (hidden A^T) B^T, trained if A or B requires grad. No dropout inside.
         frozen_weight: True skips the weight's gradient and allows one pass; None: `not weight.requires_grad`; False: recompute.
-        chunk_bytes: budget for logits; None: 32 MiB on CPUs, 512 MiB on CUDA. Memory beyond the inputs is this plus N*H elements
+        chunk_bytes: budget for logits; None: on CPUs 32 MiB, and 512 rows more for one pass; 512 MiB on CUDA. Memory beyond the inputs is
+            this plus N*H elements
             (plus the gradient of the head when it is trained, plus the gathered rows of the head with `allowed`).
         implementation: "auto" (Triton on CUDA, torch elsewhere; announced once by the logger gdrt_ds.loss), "torch", "triton" (also on
             CPUs under TRITON_INTERPRET=1), "reference" (plain torch with all logits, in the head's dtype).
@@ -117,10 +127,12 @@ def group_cross_entropy(
         weight = weight.detach() if weight.requires_grad else weight
     a_rH, b_Vr, lora_scale = lora if lora is not None else (None, None, 1.0)
     others_frozen = not any(t is not None and t.requires_grad for t in (bias, a_rH, b_Vr))
+    one_pass = frozen and others_frozen and hidden.requires_grad and torch.is_grad_enabled()
+    if chunk_bytes is None:
+        chunk_bytes = default_chunk_bytes(weight.device.type, weight.shape[0], weight.element_size(), one_pass and allowed is None)
     settings = Settings(
         num_groups=num_groups, logit_scale=float(logit_scale), softcap=None if softcap is None else float(softcap),
-        temperature=float(temperature), lora_scale=float(lora_scale), chunk_bytes=chunk_bytes or CHUNK_BYTES.get(weight.device.type, 2**28),
-        implementation=implementation, one_pass=frozen and others_frozen and hidden.requires_grad and torch.is_grad_enabled(),
+        temperature=float(temperature), lora_scale=float(lora_scale), chunk_bytes=chunk_bytes, implementation=implementation, one_pass=one_pass,
     )  # fmt: skip
     plan = None
     if allowed is not None:
@@ -188,7 +200,7 @@ def _forward_one_pass(head: Head, rowwise, hidden_NH, labels_N, losses_N, unit_N
     """Chunks of complete rows: logits, softmax - onehot in place, and back through the head."""
     num_rows, vocabulary = len(hidden_NH), head.weight.shape[0]
     columns = slice(0, vocabulary)
-    for rows, buffer_CV in rowwise.row_chunks(num_rows, vocabulary, hidden_NH.device):
+    for rows, buffer_CV in rowwise.row_chunks(num_rows, vocabulary, hidden_NH.device, head.scratch_per_row):
         head.rows(hidden_NH[rows]).logits(columns, buffer_CV)
         losses_N[rows], _ = rowwise.finish_rows_(buffer_CV, labels_N[rows], None)
         head.backproject(buffer_CV, columns, unit_NH[rows], add=False, slope=rowwise.gradient_slope)

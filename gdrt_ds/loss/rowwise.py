@@ -106,11 +106,11 @@ class TorchRowwise:
             self.keep = torch.empty(wide_rows * columns, dtype=self.accumulate, device=device)
         return torch.empty(rows, columns, dtype=self.buffer_dtype, device=device)
 
-    def row_chunks(self, num_rows: int, columns: int, device):
-        """(slice, buffer[C, columns]): equal chunks of complete rows, all in one buffer."""
+    def row_chunks(self, num_rows: int, columns: int, device, product_bytes: int = 0):
+        """(slice, buffer[C, columns]): equal chunks of complete rows, all in one buffer; `product_bytes` more are needed per row."""
         if num_rows == 0:
             return
-        most = max(1, self.chunk_bytes // (columns * self.bytes_per_logit))
+        most = max(1, self.chunk_bytes // (columns * self.bytes_per_logit + product_bytes))
         size = -(-num_rows // -(-num_rows // most))
         buffer = self.buffer(size, columns, device)
         for start in range(0, num_rows, size):

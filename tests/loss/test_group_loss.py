@@ -230,6 +230,28 @@ def test_memory_beyond_the_inputs_is_the_chunk_budget_and_one_row_gradient(setti
     assert allowed / 2 < peak <= allowed
 
 
+def test_a_wide_bfloat16_head_keeps_its_float32_sums_within_the_budget():
+    """On CPUs the product with a narrow head is summed in float32, block by block: with H a tenth of V these sums count."""
+    case = Case(n=400, v=10_000, h=1_000, dtype=torch.bfloat16)
+    budget = 4 * 2**20
+    peak = _peak_bytes(case, chunk_bytes=budget)
+    assert budget / 2 < peak - case.hidden.numel() * 2 <= budget + 400 * 64 + 2**18
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_budget_takes_512_rows_at_once_on_a_cpu(dtype):
+    from gdrt_ds.loss.group_loss import Settings, default_chunk_bytes
+    from gdrt_ds.loss.head import Head
+    from gdrt_ds.loss.rowwise import TorchRowwise
+
+    vocabulary = 20_000
+    head = Head(torch.zeros(vocabulary, 1_024, dtype=dtype), None, None, 1.0, torch.float32)
+    settings = Settings(1, 1.0, None, 1.0, 1.0, default_chunk_bytes("cpu", vocabulary, dtype.itemsize), "torch", True)
+    chunks = lambda rows: len(list(TorchRowwise(settings, head.dtype).row_chunks(rows, vocabulary, "cpu", head.scratch_per_row)))  # noqa: E731
+    assert chunks(512) == 1 and chunks(3 * 512) >= 2
+    assert default_chunk_bytes("cpu", vocabulary, dtype.itemsize, one_pass=False) == 32 * 2**20 == default_chunk_bytes("cuda", vocabulary, 2) // 16
+
+
 def test_a_kept_graph_can_be_walked_twice():
     case = Case()
     out = case.call(group_cross_entropy)
