@@ -88,6 +88,11 @@ MUTATIONS = [
         ("batches.py", "np.random.PCG64([self.seed, epoch])", "np.random.PCG64([self.seed, epoch, self.world])"),)),
     Mutation("label off by one", "test_batches.py::test_supervised_positions_see_the_token_before_their_label", (
         ("batches.py", "supervised = [np.arange(stop - len(target), stop)", "supervised = [np.arange(stop - len(target) - 1, stop - 1)"),)),
+    Mutation("first title token predicted from another title", "test_relevance.py::test_entry_scores_are_read_at_the_token_before_however_titles_are_dealt_out", (
+        ("relevance.py", "store.num_target[0]) - 1", "store.num_target[0])"),
+        ("batches.py", "if any(len(target) > body for", "if False and any(len(target) > body for"))),
+    Mutation("only the first block of a bfloat16 head is multiplied", "loss/test_group_loss.py::test_a_bfloat16_head_of_several_blocks_is_no_worse_than_plain", (
+        ("loss/head.py", "range(0, gradient_CV.shape[1], CPU_NARROW_BLOCK)", "range(0, min(gradient_CV.shape[1], CPU_NARROW_BLOCK), CPU_NARROW_BLOCK)"),)),
     Mutation("samples of a packed row see each other", "test_tree_attention.py::test_packed_rows_give_the_padded_hidden_states_and_gradients[llama]", (
         ("tree_attention.py", "F.scaled_dot_product_attention(own_query, own_keys, own_values,",
          "F.scaled_dot_product_attention(own_query, own_keys, own_values + values[-1][:, :, -1:] * 0.01,"),)),

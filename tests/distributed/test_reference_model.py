@@ -62,6 +62,20 @@ def test_relevance_of_an_auxiliary_reference_is_that_of_plain_peft(runs, plain):
         np.testing.assert_allclose(mine, -losses(encoded.input_ids, encoded.num_target), rtol=0, atol=2e-5)
 
 
+def test_relevance_under_the_base_is_that_of_the_plain_base(runs):
+    from transformers import AutoModelForCausalLM
+    run = runs[2]
+    model, saved = AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.float32).eval(), load_file(run / "groups.safetensors")
+    prepared = prepare(load_config(run / "config.yaml"))
+    for entry in range(1, len(prepared.catalogue.entries), 7):
+        encoded = prepared.encoder.encode([], prepared.catalogue.entries[entry].text, mask_history=True)
+        row = torch.from_numpy(np.asarray(encoded.input_ids, dtype=np.int64))
+        with torch.no_grad():
+            scores = model(input_ids=row[None, :-1]).logits[0].log_softmax(-1)
+        expected = scores[-encoded.num_target:].gather(1, row[-encoded.num_target:, None])[:, 0].numpy()
+        np.testing.assert_allclose(saved["entry_r"][saved["entry_offsets"][entry]:saved["entry_offsets"][entry + 1]], expected, rtol=0, atol=2e-5)
+
+
 def test_weights_follow_losses_above_the_reference(runs, plain):
     losses, prepared = plain
     config, store, step = load_config(runs[1] / "config.yaml"), prepared.stores["train"], lines(runs[1])[0]

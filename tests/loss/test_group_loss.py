@@ -63,6 +63,12 @@ def test_any_vocabulary_size(v):
         check_no_worse_than_plain(lambda *a, **k: group_cross_entropy(*a, chunk_bytes=50_000, **k), torch.float32, v=v, train=train)
 
 
+def test_a_bfloat16_head_of_several_blocks_is_no_worse_than_plain():
+    """On CPUs the back-projection sums blocks of 8,192 tokens."""
+    for v in (8_192, 8_193, 20_001):
+        check_no_worse_than_plain(group_cross_entropy, torch.bfloat16, v=v, softcap=2.0 if v == 8_193 else None)
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_extreme_logits_of_ten_thousand_stay_finite_and_exact(train):
     for dtype in (torch.float32, torch.bfloat16):
