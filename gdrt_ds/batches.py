@@ -131,7 +131,8 @@ def build_micro_batch(store: TokenStore, samples: np.ndarray, packing: str, head
     shared = head_length if packing == "shared_prefix" and len(samples) else 0
     bodies = [len(row) - shared for row in rows]
     if any(len(target) > body for target, body in zip(targets, bodies)):
-        raise ValueError(f"a shared head of {shared} tokens holds a position that predicts a target token: each sample needs its own")
+        raise UserError(f"the shared head of {shared} tokens holds a position that predicts a target token, and each sample needs its own",
+                        "give the prompt template some text after the history (after_history), or set train.packing=packed")
     if packing == "none":
         width = max(len(row) for row in rows)
         ids, mask = np.full((len(rows), width), pad_id, dtype=np.int64), np.zeros((len(rows), width), dtype=np.int64)

@@ -8,6 +8,7 @@ import pytest
 from gdrt_ds import relevance
 from gdrt_ds.batches import build_micro_batch
 from gdrt_ds.config import load_config
+from gdrt_ds.errors import UserError
 from gdrt_ds.prompts import TokenStore
 
 TITLES = [[5, 7, 2], [5, 8, 2], [6, 9, 9, 2], [4, 2]]   # token sequences, 2 ends a title
@@ -61,5 +62,5 @@ def test_entry_scores_are_read_at_the_token_before_however_titles_are_dealt_out(
 
 
 def test_a_shared_head_must_leave_each_sample_the_position_before_its_target():
-    with pytest.raises(ValueError, match="predicts a target token"):
+    with pytest.raises(UserError, match="predicts a target token"):
         build_micro_batch(store_of(TITLES), np.arange(2), "shared_prefix", len(HEAD), 0)
