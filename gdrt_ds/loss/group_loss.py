@@ -28,8 +28,8 @@ from gdrt_ds.loss.rowwise import TorchRowwise
 log = logging.getLogger("gdrt_ds.loss")
 
 # Bytes of logits alive at once. CUDA: 1,000 rows of a 256k vocabulary in bfloat16, enough for the head to be read once per 1,000 tokens.
-# CPU: 32 MiB, and for one pass 512 rows more. Both of its products read the whole head once per chunk, which takes as long as multiplying
-# some 35 rows with it: a row in a chunk of 32 costs twice, in one of 170 about 1.1 times what it costs in one of 512 (benchmarks/group_loss.py).
+# CPU: 32 MiB, and for one pass 512 rows more. Both of its products read the whole head once per chunk, which large heads and several threads
+# on one memory bus pay for: at H = 2,304 a row in a chunk of 32 costs twice what it costs in one of 256 (benchmarks/group_loss.py --chunk-rows).
 # The other ways go over the vocabulary in blocks and read the head once whatever the budget is.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 CPU_CHUNK_ROWS = 512
