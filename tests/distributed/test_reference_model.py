@@ -23,6 +23,8 @@ COMMON = ["model.quantization=none", "model.train_head=true", "train.save_every=
 def runs(tmp_path_factory):
     """(auxiliary run, run that refers to it, run with excess over the base)."""
     folder = tmp_path_factory.mktemp("references")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("GDRT_CACHE", str(folder / "cache"))    # a table of an earlier run would hide what this code computes
     auxiliary, both, base = (folder / name for name in ("auxiliary", "both", "base"))
     ranks = lambda: ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
     for launcher, run, extra in (
@@ -32,6 +34,7 @@ def runs(tmp_path_factory):
     ):
         done = train(launcher, run, *COMMON, *extra)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
+    patch.undo()
     return auxiliary, both, base
 
 
