@@ -54,7 +54,9 @@ def load_reference_adapters(model: nn.Module, config: RunConfig, fingerprint: st
         known = json.loads(summary.read_text(encoding="utf-8")).get("base_fingerprint") if summary.is_file() else None
         if known not in (None, fingerprint):
             raise UserError(f"{folder}: trained on another base model, or on one stored in another way", "use the same model.* in both runs")
-        model.load_adapter(str(folder), name, is_trainable=False)
+        unknown = model.load_adapter(str(folder), name, is_trainable=False).unexpected_keys
+        if unknown:  # PEFT would go on with the base under the adapter's name
+            raise UserError(f"{folder}: {len(unknown)} weights that this base model does not have, e.g. {unknown[0]}", "give an adapter of this base model")
         lines.append(f"reference: adapter {folder} for {'relevance' if name == AUXILIARY else 'excess losses'}")
     model.set_adapter(TRAINED)
     return lines

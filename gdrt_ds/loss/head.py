@@ -63,20 +63,14 @@ class Head:
 
     def backproject(self, gradient_CV: torch.Tensor, columns: slice, into_CH: torch.Tensor, add: bool, slope: float = 1.0) -> None:
         """into (+)= slope * gradient @ W[columns], accumulated in `into`'s dtype across calls."""
-        if self.converts:
-            sum_CH = into_CH if into_CH.dtype == self.dtype else torch.zeros(into_CH.shape, dtype=self.dtype)
-            if not add:
-                sum_CH.zero_()
-            for block in self.blocks(columns):
-                local = slice(block.start - columns.start, block.stop - columns.start)
-                sum_CH.addmm_(gradient_CV[:, local], self.block(block), alpha=slope)
-            if sum_CH is not into_CH:
-                into_CH.add_(sum_CH) if add else into_CH.copy_(sum_CH)
-        elif self.blockwise:
+        if self.converts or self.blockwise:  # block by block into a float32 sum
             sum_CH = into_CH if into_CH.dtype == self.accumulate else torch.zeros(into_CH.shape, dtype=self.accumulate)
             if not add:
                 sum_CH.zero_()
-            for start in range(0, gradient_CV.shape[1], CPU_NARROW_BLOCK):
+            for block in self.blocks(columns) if self.converts else ():
+                local = slice(block.start - columns.start, block.stop - columns.start)
+                sum_CH.addmm_(gradient_CV[:, local], self.block(block), alpha=slope)
+            for start in range(0, gradient_CV.shape[1], CPU_NARROW_BLOCK) if self.blockwise else ():
                 block_VH = self.weight[columns][start : start + CPU_NARROW_BLOCK]
                 sum_CH.add_(gradient_CV[:, start : start + CPU_NARROW_BLOCK] @ block_VH, alpha=slope)
             if sum_CH is not into_CH:

@@ -3,6 +3,8 @@ subtracts are those of plain PEFT on the plain base, with LoRA on the head too; 
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.numpy import load_file
 from gdrt_ds.config import load_config
 from gdrt_ds.errors import UserError
 from gdrt_ds.preparation import plan_batches, prepare
-from gdrt_ds.reference_model import adapter_folder
+from gdrt_ds.reference_model import adapter_folder, load_reference_adapters
 from tests.distributed.ranks import free_port
 from tests.distributed.test_train_cli import lines, train
 
@@ -114,6 +116,20 @@ def test_the_reference_is_neither_trained_nor_saved(runs):
     started = {name: value for name, value in mine.items() if "lora_B" in name}
     assert started and all(0 < np.abs(value).max() < 0.02 for value in started.values())    # two steps of its own from zero, lr .003
     assert not list((both / "adapter").rglob("*auxiliary*"))
+
+
+def test_an_adapter_with_other_names_is_refused(runs, tmp_path):
+    from peft import PeftModel
+    from safetensors.numpy import save_file
+    from transformers import AutoModelForCausalLM
+    auxiliary, both, _ = runs
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(both / "base"), both / "adapter")
+    shutil.copytree(auxiliary / "adapter", tmp_path / "renamed")
+    file = tmp_path / "renamed" / "adapter_model.safetensors"
+    save_file({name.replace("q_proj", "query"): value for name, value in load_file(file).items()}, file)
+    config = load_config(both / "config.yaml", ["groups.reference=base", f"dro.excess={tmp_path / 'renamed'}"])
+    with pytest.raises(UserError, match="weights that this base model does not have, e.g. .*query"):
+        load_reference_adapters(model, config, "")
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path):
