@@ -99,6 +99,19 @@ def test_what_cannot_be_borrowed_is_refused(tmp_path, change, words):
     assert words in str(caught.value)
 
 
+def test_a_worker_trains_what_its_cells_read_before_them(tmp_path):
+    """A cell that reads another setting's run must not meet a worker that is still training it."""
+    text = BORROWING.replace("  control:", "  big: {set: [dro.tau=2], seeds: [0, 1, 2]}\n  control:")
+    cells = cells_of(load_study(study_file(tmp_path, text)), tmp_path)
+    for workers in (1, 2, 3):
+        parts = shares(cells, workers)
+        assert sorted(c.name for part in parts for c in part) == sorted(c.name for c in cells)
+        for part in parts:
+            names = [c.name for c in part]
+            for cell in part:
+                assert all(needed in names[:names.index(cell.name)] for needed in cell.needs), (workers, cell.name)
+
+
 def test_cells_are_rows_times_settings_times_seeds_in_a_fixed_order(tmp_path):
     text = STUDY + "settings:\n  a: []\n  b: {set: [dro.tau=2], rows: [gdrt], seeds: [5]}\n"
     study = load_study(study_file(tmp_path, text), ["train.lr=0.1"])
