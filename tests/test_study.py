@@ -205,7 +205,7 @@ def test_started_again_it_trains_and_evaluates_nothing(finished):
 def test_other_settings_do_not_pass_for_a_finished_run(finished):
     path, folder, _ = finished
     again = start(path, folder, "train.lr=0.1")
-    assert again.returncode == 2 and "was trained with other settings (train.lr: 0.005 -> 0.1)" in again.stderr
+    assert again.returncode == 2 and "was trained with other settings (train.lr: 0.003 -> 0.1)" in again.stderr
 
 
 def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, tmp_path):
