@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,10 +27,11 @@ from gdrt_ds.errors import UserError
 METRICS = ("nll", "nll_worst_relevance_group", "ndcg@10", "hr@10", "mrr", "mgu@5", "dgu@5", "coverage@10")
 BY_LABEL = ("ndcg@10", "nll")
 FAMILY = ("nll", "nll_worst_relevance_group", "ndcg@10", "mgu@5")
-# name on the page -> (audit, measure, lower is better)
+# name on the page -> (audit, measure, as log2)
 AUDITED = {
-    "history sensitivity, nats": ("sensitivity", "swapped history - true"),
-    "auxiliary:interaction, log2": ("language", "log2 ratio"),
+    "history sensitivity, nats": ("sensitivity", "swapped history - true", False),
+    "auxiliary:interaction, log2": ("language", "log2 ratio", False),
+    "auxiliary:interaction, tuned / base, log2": ("language", "ratio after / before tuning", True),  # ratios have means only as logarithms
 }
 
 
@@ -162,8 +164,9 @@ def _same_samples(runs: Sequence[Run]) -> bool:
     return all(k == keys[0] for k in keys)
 
 
-def _audit(run: Run, audit: str, measure: str) -> float | None:
-    return (((run.results.get("audits") or {}).get(audit) or {}).get("measures") or {}).get(measure, {}).get("value")
+def _audit(run: Run, audit: str, measure: str, as_log2: bool) -> float | None:
+    value = (((run.results.get("audits") or {}).get(audit) or {}).get("measures") or {}).get(measure, {}).get("value")
+    return math.log2(value) if as_log2 and value is not None else value
 
 
 def load_blocks(folder: Path, num_bootstrap: int) -> tuple[dict[str, Any], list[Block], list[str], dict[str, Any]]:

@@ -83,7 +83,8 @@ def block_sections(block, base: str, several: bool) -> list[Section]:
                        for row in block.rows if row != base]
         sections.append(Section(f"{where}what the prediction hangs on",
                                 ["History sensitivity: target NLL with another user's history minus with the true one. Auxiliary:interaction: attribution of the "
-                                 "target's log-probability to prompt and prefix over that to the history, log2 (0 = equal, 1 = twice)."],
+                                 "target's log-probability to prompt and prefix over that to the history, log2 (0 = equal, 1 = twice), and against "
+                                 "the base model's (0: tuning left it where it was)."],
                                 tables=[Table(["row", *block.audits], audit_rows + differences)]))
     return sections
 
