@@ -123,12 +123,27 @@ def start_runtime(timeout_s: int = 600) -> Runtime:
     try:
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False,
                                    timeout=timedelta(seconds=timeout_s))
+        if device.type == "cpu":
+            unname_shared_memory(runtime.rank, runtime.world)
     except (RuntimeError, dist.DistError) as error:
         raise UserError(f"rank {runtime.rank} of {runtime.world} could not join the process group at "
                         f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}",
                         "check MASTER_ADDR and MASTER_PORT; on several interfaces set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME") from None
     catch_stop_signals(runtime)
     return runtime
+
+
+def unname_shared_memory(rank: int, world: int) -> None:
+    """DeepSpeed's CPU ranks share 66 MiB each by names in /dev/shm that nobody removes: a few hundred runs would fill the memory.
+
+    When every rank has joined, every rank has mapped them all: the names can go, and the memory ends with the processes, however they end.
+    Every rank calls it.
+    """
+    if world > 1:
+        dist.barrier()
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank}"
+    with contextlib.suppress(OSError):  # ranks on several nodes have none
+        (Path("/dev/shm") / name).unlink()
 
 
 STALE_LOCK_S = 900

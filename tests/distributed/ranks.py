@@ -31,6 +31,8 @@ def _child(function, rank, world, port, queue, args):
     try:
         import deepspeed
         deepspeed.init_distributed("gloo", verbose=False)
+        from gdrt_ds.runtime import unname_shared_memory
+        unname_shared_memory(rank, world)
         queue.put((rank, "ok", pickle.dumps(function(rank, world, *args))))
     except BaseException as error:  # the parent must hear of everything, UserError included
         queue.put((rank, "error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
