@@ -138,7 +138,8 @@ def read_model_config(path: Path, *, trust_remote_code: bool = False):
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`model.dtype` as a torch dtype; auto = bfloat16 on GPU, float32 on CPU, where bfloat16 arithmetic is half as fast."""
+    """`model.dtype` as a torch dtype; auto = bfloat16 on GPU, float32 on CPU: bfloat16 is faster only where the CPU has
+    avx512_bf16 or AMX, and slower elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)

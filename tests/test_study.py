@@ -112,6 +112,15 @@ def test_a_worker_trains_what_its_cells_read_before_them(tmp_path):
                 assert all(needed in names[:names.index(cell.name)] for needed in cell.needs), (workers, cell.name)
 
 
+def test_a_study_reads_ratios_of_an_audit_as_logarithms():
+    from types import SimpleNamespace
+
+    from eval.study import _audit
+    run = SimpleNamespace(results={"audits": {"language": {"measures": {"ratio": {"value": 4.0}}}}})
+    assert _audit(run, "language", "ratio", True) == 2.0 and _audit(run, "language", "ratio", False) == 4.0
+    assert _audit(run, "language", "absent", True) is None and _audit(SimpleNamespace(results={}), "language", "ratio", True) is None
+
+
 def test_cells_are_rows_times_settings_times_seeds_in_a_fixed_order(tmp_path):
     text = STUDY + "settings:\n  a: []\n  b: {set: [dro.tau=2], rows: [gdrt], seeds: [5]}\n"
     study = load_study(study_file(tmp_path, text), ["train.lr=0.1"])
