@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from eval.loading import Subject
+from eval.metrics.calibration import nll_curve
 from eval.predictions import describe
 from eval.scoring.ranking import expected_rank, num_tied, top_entries
 
@@ -53,5 +54,5 @@ def floor_predictions(subject: Subject, floor: str, order: np.ndarray, k: int) -
         target = subject.catalogue.index_of[sample.target]
         top = top_entries(scores, k, order)
         result.append(describe(subject, sample, rank=expected_rank(scores, target), tied=num_tied(scores, target), top=top,
-                               top_scores=scores[top], nll=-scores[target]))
+                               top_scores=scores[top], nll=-scores[target], curve=nll_curve(scores, target)))
     return result

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from eval.loading import Subject
+from eval.metrics.calibration import nll_curve
 from eval.scoring import BestFirst, beam_search, expected_rank, num_tied, path_scores, per_item_scores, top_entries
 from gdrt_ds.corpus import Sample
 from gdrt_ds.errors import UserError
@@ -77,8 +78,8 @@ def _number(value: float) -> float | None:
 
 
 def describe(subject: Subject, sample: Sample, *, rank: float | None, tied: int, top: np.ndarray, top_scores: np.ndarray, nll: float,
-             **extra: Any) -> dict[str, Any]:
-    """One object of predictions.jsonl. Ids are those of the catalogue's representatives; numbers that are not finite are null."""
+             curve: np.ndarray | None = None, **extra: Any) -> dict[str, Any]:
+    """One object of predictions.jsonl; `curve` is `eval.metrics.calibration.nll_curve`, where the whole catalogue was scored. Ids are those of the catalogue's representatives; numbers that are not finite are null."""
     catalogue = subject.catalogue
     name = lambda item: catalogue.entries[catalogue.index_of[item]].item_id  # noqa: E731
     target = catalogue.index_of[sample.target]
@@ -86,6 +87,7 @@ def describe(subject: Subject, sample: Sample, *, rank: float | None, tied: int,
     return {"sample_id": sample.sample_id, "user_id": sample.user_id, "target_id": name(sample.target), "rank": rank, "num_tied": tied,
             "top_ids": [catalogue.entries[i].item_id for i in top.tolist()], "top_scores": [_number(s) for s in np.asarray(top_scores).tolist()],
             "target_nll": _number(nll), "history_ids": [name(item) for item in sample.history],
+            "nll_at_temperatures": None if curve is None else [_number(round(v, 4)) for v in curve.tolist()],
             "user": subject.corpus.users.get(sample.user_id, {}), "labels": dict(sample.labels), "relevance_group": group, **extra}
 
 
@@ -109,7 +111,8 @@ class SampleScorer:
             for sample, target, scores in zip(samples, targets, rows):
                 top = top_entries(scores, k, self.order)
                 result.append(describe(subject, sample, rank=expected_rank(scores, target), tied=num_tied(scores, target), top=top,
-                                       top_scores=scores[top], nll=-scores[target], num_nan=int(np.isnan(scores).sum())))
+                                       top_scores=scores[top], nll=-scores[target], curve=nll_curve(scores, target),
+                                       num_nan=int(np.isnan(scores).sum())))
             return result
         self.reader.check_length(max(map(len, prompts)) + int(self.trie.depth.max()) - 1)
         state = self.reader.read(prompts)

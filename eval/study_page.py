@@ -10,7 +10,7 @@ from eval.report import content
 from eval.report.content import Section, Table, number
 from eval.seeds import t_interval
 
-SHOWN = ("nll", "nll_worst_relevance_group", "ndcg@10", "mgu@5")
+SHOWN = ("nll", "nll_worst_relevance_group", "nll_calibrated", "nll_calibrated_worst_relevance_group", "ndcg@10", "mgu@5")
 
 
 def signed(value: float | None) -> str:

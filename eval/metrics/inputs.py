@@ -31,7 +31,7 @@ class Inputs:
 
     rank: [N] 1-based expected rank; a null or NaN rank is the worst rank I (and counted in `missing_rank`).
     num_tied: [N] items that share the target's score, itself included; 1 where the prediction does not say.
-    target_nll: [N] nats, NaN where unknown. top: [N, L] entry indices, best first, -1 after the end of a short list.
+    target_nll: [N] nats, NaN where unknown. nll_curve: [N, T] the same at each of calibration.TEMPERATURES, NaN where unknown. top: [N, L] entry indices, best first, -1 after the end of a short list.
     history: [N, I] CSR counts of the sample's own history. target: [N] entry index.
     train_count: [I] interactions in train. history_count: [I] occurrences in train histories (GH of MGU and DGU).
     user_of_sample: [N] 0..U-1. attributes, labels: name -> [N] strings or None. relevance_group: [N], -1 where unknown.
@@ -43,6 +43,7 @@ class Inputs:
     missing_rank: np.ndarray
     num_tied: np.ndarray
     target_nll: np.ndarray
+    nll_curve: np.ndarray
     top: np.ndarray
     history: sparse.csr_matrix
     target: np.ndarray
@@ -164,6 +165,7 @@ def build_inputs(
         missing,
         tied,
         nll,
+        _curves(predictions),
         _lists(predictions, index_of, notes),
         _histories(predictions, index_of, len(item_ids)),
         np.array([_lookup(index_of, p["target_id"], "target_id") for p in predictions]),
@@ -183,6 +185,12 @@ def build_inputs(
 
 def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
+
+
+def _curves(predictions: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    found = [p.get("nll_at_temperatures") or () for p in predictions]
+    width = max(map(len, found))
+    return np.array([[_number(v) for v in values] if len(values) == width else [float("nan")] * width for values in found]).reshape(len(found), width)
 
 
 def _lookup(index_of: Mapping[str, int], item_id: str, where: str) -> int:

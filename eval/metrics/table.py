@@ -10,7 +10,7 @@ from functools import partial
 from typing import Callable
 
 from eval.bootstrap import Statistic
-from eval.metrics import accuracy, item_side, provider_side, user_side
+from eval.metrics import accuracy, calibration, item_side, provider_side, user_side
 from eval.metrics.inputs import Inputs
 
 ITEM_KS = (5, 10, 20)  # item- and provider-side metrics; MGU@5 is the paper's
@@ -61,6 +61,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("hr@{k}", accuracy.hr, "accuracy", "share of targets in the top K", True, "all", primary=10),
     Metric("mrr", accuracy.mrr, "accuracy", "mean of 1 / rank over the whole catalogue", True, primary=True),
     Metric("nll", accuracy.nll, "accuracy", "negative log-likelihood of the target item, nats", False, primary=True),
+    Metric("nll_calibrated", calibration.calibrated_nll, "accuracy", "NLL of the target at the run's best temperature, nats (ln I knows nothing)", False),
+    Metric("temperature", calibration.best_temperature, "accuracy", "that temperature: above 1, scores are too sure", None),
     Metric("mean_rank_share", accuracy.mean_rank_share, "accuracy", "mean rank: 0 first, 0.5 chance, 1 last", False),
     _item("mgu@{k}", item_side.mgu, "mean |list share - history share| over 8 popularity bins", False, primary=5),
     _item("dgu@{k}", item_side.dgu, "spread of (list share - history share) over 8 popularity bins", False, primary=5),
@@ -87,6 +89,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("cvar_nll", user_side.cvar_nll, "user", "mean NLL of the worst tenth of the samples", False, primary=True),
     Metric("cvar_rank_share", user_side.cvar_rank_share, "user", "mean rank share of the worst-ranked tenth", False),
     Metric("nll_worst_relevance_group", user_side.relevance_worst_nll, "user", "NLL of the worst relevance group", False),
+    Metric("nll_calibrated_worst_relevance_group", calibration.calibrated_worst_relevance, "user",
+           "calibrated NLL of the worst relevance group, one temperature for all", False),
     Metric("nll_gap_relevance_group", user_side.relevance_gap_nll, "user", "largest minus smallest relevance group NLL", False),
 )
 
