@@ -44,7 +44,8 @@ def run_evaluation(subject: Subject, options: ScoringOptions, runtime: Runtime, 
     """Scores, measures, audits and reports.
 
     Args:
-        audits: names of eval.audit, or all; they run after the scores are safe on disk, with `audit_options` (AuditOptions).
+        audits: names of eval.audit, or all; they run after the scores are safe on disk, with `audit_options` (AuditOptions). Others that an
+            earlier call left in the same output stay.
     Returns:
         the content of results.json on rank 0, None elsewhere.
     """
@@ -67,9 +68,21 @@ def run_evaluation(subject: Subject, options: ScoringOptions, runtime: Runtime, 
     if predictions is None:
         return None
     results = measure(subject, options, predictions, floors=floors, num_bootstrap=num_bootstrap)
-    results["audits"] = audited
+    kept = {name: audit for name, audit in earlier_audits(output, key).items() if name not in audited}
+    if kept:
+        print(f"audits of an earlier evaluation of the same predictions are kept: {', '.join(kept)}")
+    results["audits"] = {**kept, **audited}
     write(output, results, predictions, subject)
     return results
+
+
+def earlier_audits(output: Path, key: dict[str, Any]) -> dict[str, Any]:
+    """Audits in OUTPUT/results.json, if that was made from the same model, prompt, samples and mode; else none."""
+    try:
+        before = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return before.get("audits") or {} if before.get("scoring") == key else {}
 
 
 def measure(subject: Subject, options: ScoringOptions, predictions: list[dict[str, Any]], *, floors: bool = True,

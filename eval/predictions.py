@@ -79,7 +79,11 @@ def _number(value: float) -> float | None:
 
 def describe(subject: Subject, sample: Sample, *, rank: float | None, tied: int, top: np.ndarray, top_scores: np.ndarray, nll: float,
              curve: np.ndarray | None = None, **extra: Any) -> dict[str, Any]:
-    """One object of predictions.jsonl; `curve` is `eval.metrics.calibration.nll_curve`, where the whole catalogue was scored. Ids are those of the catalogue's representatives; numbers that are not finite are null."""
+    """One object of predictions.jsonl. Ids are those of the catalogue's representatives; numbers that are not finite are null.
+
+    Args:
+        curve: `eval.metrics.calibration.nll_curve`, where the whole catalogue was scored.
+    """
     catalogue = subject.catalogue
     name = lambda item: catalogue.entries[catalogue.index_of[item]].item_id  # noqa: E731
     target = catalogue.index_of[sample.target]
@@ -172,8 +176,9 @@ def scoring_key(subject: Subject, options: ScoringOptions) -> dict[str, Any]:
             "max_nodes": options.max_nodes, "dtype": str(recommender.reader.mask_dtype).removeprefix("torch.")}
 
 
-def read_parts(folder: Path) -> dict[int, dict[str, Any]]:
-    """Finished samples of all parts by sample id; a torn last line (the process was killed) is left out."""
+def read_parts(folder: Path, required: str | None = None) -> dict[int, dict[str, Any]]:
+    """Finished samples of all parts by sample id; a torn last line (the process was killed) is left out, and a row without the key
+    `required` (an earlier version wrote it)."""
     found = {}
     for path in sorted(folder.glob("rank_*.jsonl")):
         for line in path.read_text(encoding="utf-8").split("\n"):
@@ -182,7 +187,8 @@ def read_parts(folder: Path) -> dict[int, dict[str, Any]]:
                     row = json.loads(line)
                 except ValueError:
                     continue
-                found[row["sample_id"]] = row
+                if required is None or required in row:
+                    found[row["sample_id"]] = row
     return found
 
 
@@ -224,7 +230,11 @@ def predict(subject: Subject, options: ScoringOptions, output: Path, runtime, pr
     Returns:
         predictions in the split's order on rank 0, None on other ranks.
     """
-    done = read_parts(output / "parts")
+    required = "nll_at_temperatures" if options.mode in OBJECTIVES else None
+    done = read_parts(output / "parts", required)
+    outdated = len(read_parts(output / "parts")) - len(done)
+    if outdated and runtime.is_main:
+        print(f"{outdated} samples were scored by an earlier version, without {required}: scored again", flush=True)
     missing = [s for s in subject.samples if s.sample_id not in done]
     runtime.barrier()  # every rank has read the parts before any rank appends
     mine = missing[runtime.rank::runtime.world]
@@ -248,7 +258,7 @@ def predict(subject: Subject, options: ScoringOptions, output: Path, runtime, pr
     runtime.barrier()
     if not runtime.is_main:
         return None
-    done = read_parts(output / "parts")
+    done = read_parts(output / "parts", required)
     absent = [s.sample_id for s in subject.samples if s.sample_id not in done]
     if absent:
         raise UserError(f"{len(absent)} samples have no predictions (a rank ended early), e.g. sample {absent[0]}", "start the same command again: it goes on where it ended")

@@ -29,6 +29,8 @@ BY_LABEL = ("ndcg@10", "nll")
 FAMILY = ("nll", "nll_worst_relevance_group", "nll_calibrated", "nll_calibrated_worst_relevance_group", "ndcg@10", "mgu@5")
 # name on the page -> (audit, measure, as log2)
 AUDITED = {
+    "known through the history, nats": ("information", "known through the history", False),
+    "known without it, nats": ("information", "known without the history", False),
     "history sensitivity, nats": ("sensitivity", "swapped history - true", False),
     "auxiliary:interaction, log2": ("language", "log2 ratio", False),
     "auxiliary:interaction, tuned / base, log2": ("language", "ratio after / before tuning", True),  # ratios have means only as logarithms

@@ -82,8 +82,9 @@ def block_sections(block, base: str, several: bool) -> list[Section]:
         differences = [[f"{row} - {base}", *(_seeds([a - b for a, b in zip(values[row], values[base])]) for values in block.audits.values())]
                        for row in block.rows if row != base]
         sections.append(Section(f"{where}what the prediction hangs on",
-                                ["History sensitivity: target NLL with another user's history minus with the true one. Auxiliary:interaction: attribution of the "
-                                 "target's log-probability to prompt and prefix over that to the history, log2 (0 = equal, 1 = twice), and against "
+                                ["Known: nats of ln(catalogue) that the scores give about the target at their best temperature, through the user's own "
+                                 "history and without it. History sensitivity: target NLL with another user's history minus with the true one, as scored. "
+                                 "Auxiliary:interaction: attribution of the target's log-probability to prompt and prefix over that to the history, log2 (0 = equal, 1 = twice), and against "
                                  "the base model's (0: tuning left it where it was)."],
                                 tables=[Table(["row", *block.audits], audit_rows + differences)]))
     return sections

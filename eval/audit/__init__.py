@@ -18,6 +18,7 @@ from eval.audit import (
     cross_tuning,
     debiasing,
     dimensionality,
+    information,
     language,
     position,
     pretraining,
@@ -39,6 +40,7 @@ AUDITS: dict[str, Audit] = {
     module.AUDIT.name: module.AUDIT
     for module in (
         sensitivity,
+        information,
         language,
         pretraining,
         titles,

@@ -54,12 +54,10 @@ def _at(curve_BT: np.ndarray, place: np.ndarray, offset: np.ndarray) -> np.ndarr
     return np.where(offset == 0, middle, middle + offset * (high - low) / 2 + offset**2 * (low - 2 * middle + high) / 2)
 
 
-def fit_temperature(curves_NT: np.ndarray) -> tuple[float, np.ndarray]:
-    """(temperature with the lowest mean NLL, every sample's NLL at it [N])."""
-    curves = np.asarray(curves_NT, dtype=np.float64)
-    place, offset = _fit(curves.mean(axis=0, keepdims=True))
-    rows = len(curves)
-    return float(_temperature(place, offset)[0]), _at(curves, np.repeat(place, rows), np.repeat(offset, rows))
+def lowest(mean_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(lowest mean NLL [B], the temperature there [B]) of mean curves [B, T]."""
+    place, offset = _fit(mean_BT)
+    return _at(mean_BT, place, offset), _temperature(place, offset)
 
 
 def _temperature(place: np.ndarray, offset: np.ndarray) -> np.ndarray:
@@ -95,14 +93,13 @@ def _statistic(inputs: Inputs, finish, smooth: bool, bounds: tuple[float, float]
 
 def calibrated_nll(inputs: Inputs, k: int | None = None) -> Statistic | None:
     def finish(totals_BF: np.ndarray) -> np.ndarray:
-        means = _means(totals_BF)[:, 0]
-        return _at(means, *_fit(means))
+        return lowest(_means(totals_BF)[:, 0])[0]
     return _statistic(inputs, finish, True, (0, np.inf))
 
 
 def best_temperature(inputs: Inputs, k: int | None = None) -> Statistic | None:
     """Above 1: the scores are surer than they should be; an end of TEMPERATURES means that or beyond."""
-    return _statistic(inputs, lambda totals: _temperature(*_fit(_means(totals)[:, 0])), True, (float(TEMPERATURES[0]), float(TEMPERATURES[-1])))
+    return _statistic(inputs, lambda totals: lowest(_means(totals)[:, 0])[1], True, (float(TEMPERATURES[0]), float(TEMPERATURES[-1])))
 
 
 def calibrated_worst_relevance(inputs: Inputs, k: int | None = None) -> Statistic | None:

@@ -140,6 +140,34 @@ def test_a_restart_goes_on_where_a_killed_evaluation_ended(run, evaluated, tmp_p
     assert list(map(strip, rows(tmp_path / "out"))) == list(map(strip, rows(evaluated)))
 
 
+def test_rows_of_an_earlier_version_are_scored_again_and_said(run, evaluated, tmp_path, capsys):
+    shutil.copytree(evaluated, tmp_path / "out")
+    part = tmp_path / "out" / "parts" / "rank_0.jsonl"
+    found = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
+    for row in found[:7]:
+        del row["nll_at_temperatures"]
+    part.unlink()
+    (tmp_path / "out" / "parts" / "rank_1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")  # read after rank 0's
+    main(["--run", str(run), "--output", str(tmp_path / "out"), *FAST])
+    assert "7 samples were scored by an earlier version" in capsys.readouterr().out
+    assert list(map(strip, rows(tmp_path / "out"))) == list(map(strip, rows(evaluated)))
+    assert all(len(row["nll_at_temperatures"]) for row in rows(tmp_path / "out"))
+
+
+def test_audits_of_the_same_predictions_stay_and_those_of_others_go(run, evaluated, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(evaluated, out)
+    audits = lambda: json.loads((out / "results.json").read_text())["audits"]  # noqa: E731
+    main(["--run", str(run), "--output", str(out), *FAST, "--audit", "sensitivity", "--audit-users", "12"])
+    first = audits()["sensitivity"]
+    main(["--run", str(run), "--output", str(out), *FAST, "--audit", "information", "--audit-users", "12"])
+    assert "audits of an earlier evaluation of the same predictions are kept: sensitivity" in capsys.readouterr().out
+    assert set(audits()) == {"sensitivity", "information"} and audits()["sensitivity"] == first
+    assert "History sensitivity" in (out / "report.md").read_text()
+    main(["--run", str(run), "--output", str(out), *FAST, "--base", "--overwrite"])
+    assert audits() == {}
+
+
 def test_predictions_of_different_settings_are_never_mixed(run, evaluated, tmp_path, capsys):
     shutil.copytree(evaluated, tmp_path / "out")
     assert "another mode, objective" in fails(capsys, ["--run", run, "--output", tmp_path / "out", "--mode", "full", *FAST])

@@ -1,0 +1,117 @@
+"""Audit `information`: how much do the scores tell about the target, and how much of that comes from the user's own history?
+
+With p_T(i | h) = softmax over the catalogue of log-probability / T, targets y_u, histories h_u, and I entries,
+    L_own   = min over T of mean_u        -ln p_T(y_u | h_u)
+    L_other = min over T of mean_u mean_v -ln p_T(y_u | h_v),   v all other users in the audit whose history does not hold y_u
+    known about the target = ln I - L_own  =  (ln I - L_other: without the own history)  +  (L_other - L_own: through it)
+in nats. Each side has the temperature that suits it best, so that a training which only makes scores flatter or sharper changes nothing
+here (eval/metrics/calibration.py); `sensitivity` is the same difference as the scores stand, and moves with their sharpness.
+One exact scoring per user serves all pairs. Control: one other user's history in the place of the own one; expected 0.
+
+Shapes: U users, I catalogue entries, T temperatures.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import logsumexp
+
+from eval.audit.context import Audit, AuditContext, Cost, result
+from eval.audit.inference import Estimate, bootstrap
+from eval.metrics.calibration import TEMPERATURES, lowest
+from gdrt_ds.corpus import Sample
+
+TITLE = "Information about the target"
+QUESTION = "How much do the scores know about the next item, and does that come from the user's history?"
+DEFAULT_USERS = 64
+EFFECT = "known through the history"
+
+
+def pair_curves(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-ln p_T(target of u | history of v), float64 [U, U, T] as [u, v, T]. scores: [U, I]; NaN counts as impossible."""
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    log_sums = np.stack([logsumexp(row[None, :] / TEMPERATURES[:, None], axis=1) for row in scores])  # [v, T]
+    return log_sums[None] - scores[:, targets].T[:, :, None] / TEMPERATURES
+
+
+def clean_pairs(samples: list[Sample]) -> np.ndarray:
+    """Bool[U, U]: v is another user with another history, which does not hold u's target; every other user where none is."""
+    found = np.array([[u.user_id != v.user_id and u.target not in v.history and u.history != v.history for v in samples] for u in samples])
+    other = ~np.eye(len(samples), dtype=bool)
+    return np.where(found.any(axis=1, keepdims=True), found, other)
+
+
+def measure(curves: np.ndarray, clean: np.ndarray, num_items: int, num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Estimate]:
+    """curves: [U, U, T] of pair_curves. clean: bool[U, U], every row with a partner."""
+    users = len(curves)
+    own = curves[np.arange(users), np.arange(users)]
+    weights = clean / clean.sum(axis=1, keepdims=True)
+    other = np.stack([weights[u] @ curves[u] for u in range(users)])
+    rng = np.random.default_rng([seed, 5])
+    one = np.stack([curves[u, rng.choice(np.flatnonzero(clean[u]))] for u in range(users)])
+    at_one = int(np.argmin(np.abs(TEMPERATURES - 1)))
+
+    def statistic(rows: np.ndarray) -> np.ndarray:
+        means = rows.mean(axis=0).reshape(3, TEMPERATURES.size)
+        (low_own, low_other, low_one), (t_own, t_other, _) = lowest(means)
+        ceiling = np.log(num_items)
+        return np.array([low_other - low_own, ceiling - low_own, ceiling - low_other, low_other - low_one, low_own, means[0, at_one],
+                         means[1, at_one] - means[0, at_one], t_own, t_other])
+
+    names = [(EFFECT, 0.0), ("known about the target", 0.0), ("known without the history", 0.0), ("control: one other user's history", 0.0),
+             ("calibrated NLL", None), ("NLL as scored", None), ("NLL as scored: other histories - own", 0.0), ("temperature", 1.0),
+             ("temperature, other histories", 1.0)]
+    found = bootstrap(np.concatenate([own, other, one], axis=1), statistic, null=None, num=num_bootstrap, seed=seed)
+    return {name: Estimate(e.value, e.low, e.high, e.n, null) for (name, null), e in zip(names, found)}
+
+
+def run(context: AuditContext) -> dict:
+    options = context.options
+    samples, scores = context.matrix(DEFAULT_USERS)
+    curves, clean, num_items = pair_curves(scores, context.targets(samples)), clean_pairs(samples), scores.shape[1]
+    found = measure(curves, clean, num_items, options.num_bootstrap, options.seed)
+    effect, known, control = found[EFFECT], found["known about the target"], found["control: one other user's history"]
+    finding = (
+        f"Of the ln {num_items:,} = {np.log(num_items):.2f} nats that name a target, the scores give {known.text()} over {effect.n} users: "
+        f"{effect.text()} through the user's history, {found['known without the history'].text()} without it. "
+        f"Best temperature {found['temperature'].value:.2g} ({'too sure' if found['temperature'].low > 1 else 'not sure enough' if found['temperature'].high < 1 else 'as sure as they should be'})."
+    )
+    users = np.arange(len(samples))
+    other = np.stack([curves[u][clean[u]].mean(axis=0) for u in users])
+    figure = {
+        "kind": "line",
+        "title": "Target NLL over the temperature of the scores",
+        "x_label": "log2 of the temperature (0: as scored; right: flatter)",
+        "y_label": "nats",
+        "caption": "What lies between the lowest points is known through the history; between the upper one and the even line, without it.",
+        "series": [
+            {"name": name, "x": np.log2(TEMPERATURES).tolist(), "y": np.asarray(values).tolist()}
+            for name, values in (
+                ("the user's own history", curves[users, users].mean(axis=0)),
+                ("other users' histories", other.mean(axis=0)),
+                ("knows nothing: ln I", np.full(TEMPERATURES.size, np.log(num_items))),
+            )
+        ],
+    }
+    return result(
+        TITLE,
+        QUESTION,
+        finding=finding,
+        control=f"one other user's history for the own one: {control.text()} nats, expected 0",
+        effect=effect,
+        effect_name=f"{EFFECT}, nats",
+        better="higher",
+        speaks=not effect.low > 0,
+        measures=found,
+        table={"columns": ["measure", "value", "low", "high"], "rows": [[n, e.value, e.low, e.high] for n, e in found.items()]},
+        figures=[figure],
+    )
+
+
+def lacks(context: AuditContext) -> tuple[str, str] | None:
+    if len({s.user_id for s in context.users(DEFAULT_USERS)}) < 2:
+        return "it compares users, and there is only one", "give more --audit-users, or a split with several users"
+    return None
+
+
+AUDIT = Audit("information", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS)), lacks)
