@@ -13,7 +13,7 @@ from eval import compare_audits
 from eval.compare_labels import SHOWN
 from eval.report import content
 
-BESIDE_FAMILY = ("nll_worst_relevance_group",)   # shown under the primary family, not part of its correction
+BESIDE_FAMILY = ("nll_calibrated", "nll_worst_relevance_group")   # shown under the primary family, not part of its correction
 COLOUR = {"better": "green", "worse": "red"}
 
 

@@ -24,7 +24,8 @@ from eval.metrics.inputs import build_inputs
 from eval.seeds import combine_all, t_interval
 from gdrt_ds.errors import UserError
 
-METRICS = ("nll", "nll_worst_relevance_group", "nll_calibrated", "nll_calibrated_worst_relevance_group", "temperature", "ndcg@10", "hr@10", "mrr", "mgu@5", "dgu@5", "coverage@10")
+METRICS = ("nll", "nll_worst_relevance_group", "nll_calibrated", "nll_calibrated_worst_relevance_group", "temperature", "ndcg@10", "hr@10", "mrr",
+           "mgu@5", "dgu@5", "coverage@10")
 BY_LABEL = ("ndcg@10", "nll")
 FAMILY = ("nll", "nll_worst_relevance_group", "nll_calibrated", "nll_calibrated_worst_relevance_group", "ndcg@10", "mgu@5")
 # name on the page -> (audit, measure, as log2)

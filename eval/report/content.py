@@ -14,7 +14,7 @@ from eval.metrics import METRICS, row_of
 from eval.metrics.inputs import build_inputs
 from eval.report import figures
 
-HEADLINE = ("ndcg@10", "hr@10", "mrr", "nll", "mgu@5", "dgu@5", "coverage@10", "nll_worst_relevance_group")
+HEADLINE = ("ndcg@10", "hr@10", "mrr", "nll", "nll_calibrated", "mgu@5", "dgu@5", "coverage@10", "nll_worst_relevance_group")
 TERMINAL = (
     *HEADLINE,
     "gini@10",
@@ -24,12 +24,16 @@ TERMINAL = (
     "provider_minmax@10",
     "provider_coverage@10",
     "cvar_nll",
+    "temperature",
 )
 LABELS = {
     "ndcg": "NDCG",
     "hr": "HR",
     "mrr": "MRR",
     "nll": "Target NLL",
+    "nll_calibrated": "NLL, calibrated",
+    "nll_calibrated_worst_relevance_group": "NLL, calibrated, worst group",
+    "temperature": "Best temperature",
     "mgu": "MGU",
     "dgu": "DGU",
     "arp": "ARP",
