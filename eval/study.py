@@ -40,13 +40,13 @@ AUDITED = {
 
 @dataclass
 class Block:
-    """One setting: its rows over the same users and the same seeds."""
+    """One setting: its rows over the same users, each over its own seeds."""
 
     setting: str
-    seeds: list[int]
+    seeds: dict[str, list[int]]                                  # of each row
     rows: dict[str, dict[str, Resampled]]
     comparisons: dict[str, dict[str, dict[str, Comparison]]]     # reference row -> row -> metric
-    audits: dict[str, dict[str, list[float]]]                    # figure -> row -> one value per seed
+    audits: dict[str, dict[str, dict[int, float]]]               # figure -> row -> seed
     floors: dict[str, dict[str, float | None]]
     num_users: int
     num_items: int
@@ -114,42 +114,42 @@ def direction(name: str) -> bool | None:
 
 
 def build_block(study: Mapping[str, Any], folder: Path, setting: str, cells: list[dict[str, Any]], num_bootstrap: int) -> Block:
-    """Rows of one setting, over the seeds that all of its rows have."""
-    by_row: dict[str, dict[int, dict[str, Any]]] = {}
-    for cell in cells:
-        by_row.setdefault(cell["row"], {})[cell["seed"]] = cell
-    seeds = sorted(set.intersection(*(set(found) for found in by_row.values())))
-    notes = []
-    if not seeds:
-        raise UserError(f"setting {setting}: its rows share no evaluated seed", "evaluate more cells")
-    extra = {row: sorted(set(found) - set(seeds)) for row, found in by_row.items() if set(found) - set(seeds)}
-    if extra:
-        notes.append(f"{setting}: seeds left out, because not every row has them: " + ", ".join(f"{r} {s}" for r, s in extra.items()))
-    runs = {row: [load_run(folder / found[s]["evaluation"], f"{row} seed {s}") for s in seeds] for row, found in by_row.items()}
+    """Rows of one setting, each over its own seeds; two rows are compared over the seeds that both have."""
+    runs: dict[str, dict[int, Run]] = {}
+    for cell in sorted(cells, key=lambda c: c["seed"]):
+        runs.setdefault(cell["row"], {})[cell["seed"]] = load_run(folder / cell["evaluation"], f"{cell['row']} seed {cell['seed']}")
+    runs = {row: runs[row] for row in study["rows"] if row in runs}
     base = study["baseline"] if study["baseline"] in runs else next(iter(runs))
-    for number in range(len(seeds)):
-        notes += check_same([runs[base][number], *(found[number] for row, found in runs.items() if row != base)])
-    same_users = _same_samples(runs[base])
-    if not same_users:
+    seeds, notes = sorted({seed for found in runs.values() for seed in found}), []
+    for seed in seeds:
+        beside = [found[seed] for found in runs.values() if seed in found]
+        notes += check_same([runs[base].get(seed, beside[0]), *beside])
+    if not _same_samples([next(found[seed] for found in runs.values() if seed in found) for seed in seeds]):
         notes.append(f"{setting}: seeds differ in their test users, so users are drawn by their place in the test split")
-    rows = {}
-    for row, found in runs.items():
-        shown = [run if row == base else with_groups_of(run, runs[base][n]) for n, run in enumerate(found)]
-        rows[row] = combine_all([statistics_of(run, study.get("label"), num_bootstrap) for run in shown])
-    users = len(runs[base][0].inputs.user_ids)
-    references = [base, *(c for c in study["controls"] if c in rows)]
-    comparisons = {}
-    for reference in references:
-        names = list(rows[reference])
-        family = [n for n in names if n in FAMILY or n.startswith("ndcg@10 ")]
-        others = [row for row in rows if row != reference and (reference == base or row not in (base, *study["controls"]))]
-        comparisons[reference] = {row: compare_family(rows[reference], rows[row], users, family, {n: direction(n) for n in names}) for row in others}
-    audits = {title: {row: [_audit(run, *where) for run in found] for row, found in runs.items()} for title, where in AUDITED.items()}
-    audits = {title: found for title, found in audits.items() if all(v is not None for values in found.values() for v in values)}
-    floors = {name: {m: (metrics.get(m) or {}).get("value") for m in METRICS} for name, metrics in runs[base][0].results.get("floors", {}).items()
-              if name != "targets"}
-    order = [row for row in study["rows"] if row in rows]
-    return Block(setting, seeds, {row: rows[row] for row in order}, comparisons, audits, floors, users, runs[base][0].inputs.num_items, list(dict.fromkeys(notes)))
+    lonely = [f"{row} {seed}" for row, found in runs.items() for seed in found if seed not in runs[base]]
+    if lonely:
+        notes.append(f"{setting}: without a run of {base} of the same seed: {', '.join(lonely)}; their worst relevance group is of their own groups")
+    statistics = {row: {seed: statistics_of(with_groups_of(run, runs[base].get(seed, run)), study.get("label"), num_bootstrap) for seed, run in found.items()}
+                  for row, found in runs.items()}
+    first = next(iter(runs[base].values()))
+    users = len(first.inputs.user_ids)
+    comparisons: dict[str, dict[str, dict[str, Comparison]]] = {}
+    for reference in [base, *(c for c in study["controls"] if c in runs)]:
+        others = [row for row in runs if row != reference and (reference == base or row not in (base, *study["controls"]))]
+        shared = {row: [seed for seed in runs[row] if seed in runs[reference]] for row in others}
+        comparisons[reference] = {row: _compare(statistics, reference, row, both, users) for row, both in shared.items() if both}
+    audits = {title: {row: {seed: _audit(run, *where) for seed, run in found.items()} for row, found in runs.items()} for title, where in AUDITED.items()}
+    audits = {title: found for title, found in audits.items() if all(v is not None for values in found.values() for v in values.values())}
+    floors = {name: {m: (metrics.get(m) or {}).get("value") for m in METRICS} for name, metrics in first.results.get("floors", {}).items() if name != "targets"}
+    return Block(setting, {row: list(found) for row, found in runs.items()}, {row: combine_all(list(found.values())) for row, found in statistics.items()},
+                 comparisons, audits, floors, users, first.inputs.num_items, list(dict.fromkeys(notes)))
+
+
+def _compare(statistics: Mapping[str, Mapping[int, dict[str, Resampled]]], reference: str, row: str, seeds: list[int], users: int) -> dict[str, Comparison]:
+    before, after = (combine_all([statistics[name][seed] for seed in seeds]) for name in (reference, row))
+    names = [n for n in before if n in after]
+    family = [n for n in names if n in FAMILY or n.startswith("ndcg@10 ")]
+    return compare_family({n: before[n] for n in names}, {n: after[n] for n in names}, users, family, {n: direction(n) for n in names})
 
 
 def _cells_beside(study: Mapping[str, Any], cells: list[dict[str, Any]], setting: str) -> list[dict[str, Any]]:
@@ -193,11 +193,13 @@ def to_json(study: Mapping[str, Any], blocks: list[Block], absent: list[str], to
     found = {}
     for block in blocks:
         found[block.setting] = {
-            "seeds": block.seeds, "num_users": block.num_users, "num_items": block.num_items,
+            "seeds": sorted({s for found in block.seeds.values() for s in found}), "seeds_of_rows": block.seeds,
+            "num_users": block.num_users, "num_items": block.num_items,
             "rows": {row: {n: figure(s) for n, s in samples.items()} for row, samples in block.rows.items()},
             "differences": {ref: {row: {n: {k: clean(v) for k, v in asdict(c).items()} for n, c in rows.items()} for row, rows in others.items()}
                             for ref, others in block.comparisons.items()},
-            "audits": {title: {row: dict(zip(("value", "ci_low", "ci_high"), map(clean, t_interval(v)))) | {"seeds": v} for row, v in rows.items()}
+            "audits": {title: {row: dict(zip(("value", "ci_low", "ci_high"), map(clean, t_interval(list(v.values()))))) | {"seeds": list(v.values())}
+                               for row, v in rows.items()}
                        for title, rows in block.audits.items()},
             "floors": block.floors, "notes": block.notes,
         }

@@ -40,7 +40,7 @@ def build_page(study: Mapping[str, Any], blocks: list, absent: list[str], totals
     if absent:
         notes.append(f"Not evaluated yet ({len(absent)} cells): {', '.join(absent[:12])}{' ...' if len(absent) > 12 else ''}.")
     sections.append(Section("Conventions and notes", notes))
-    facts = [("Cells", str(totals["cells"])), ("Seeds", ", ".join(map(str, sorted({s for b in blocks for s in b.seeds})))),
+    facts = [("Cells", str(totals["cells"])), ("Seeds", ", ".join(map(str, sorted({s for b in blocks for found in b.seeds.values() for s in found})))),
              ("Test users", ", ".join(sorted({f"{b.num_users:,}" for b in blocks}))), ("Catalogue", f"{blocks[0].num_items:,} items"),
              ("Trained on", f"{', '.join(totals['devices'])}, {', '.join(map(str, totals['worlds']))} rank(s), {totals['train_seconds']:,} s in all runs"),
              ("Code", ", ".join(totals["git"]))]
@@ -69,18 +69,20 @@ def block_sections(block, base: str, several: bool) -> list[Section]:
     names = [n for n in metrics if n in SHOWN or " " in n] + [n for n in metrics if n not in SHOWN and " " not in n]
     rows = [[row, *(_value(samples.get(n)) for n in names)] for row, samples in block.rows.items()]
     rows += [[f"floor: {floor}", *(number(values.get(n)) if values.get(n) is not None else "–" for n in names)] for floor, values in block.floors.items()]
-    sections = [Section(f"{where}all rows", [f"Seeds {', '.join(map(str, block.seeds))}; {block.num_users:,} users, {block.num_items:,} items."],
+    sections = [Section(f"{where}all rows", [f"{seeds_of(block)}; {block.num_users:,} users, {block.num_items:,} items."],
                         tables=[Table(["row", *map(title_of, names)], rows)])]
     for reference, others in block.comparisons.items():
         if not others:
             continue
         table_rows = [_difference(row, n, c) for row, comparisons in others.items() for n, c in comparisons.items() if c.family]
+        words = [] if same_seeds(block) else ["Over the seeds that both rows have: " + "; ".join(
+            f"{row} {', '.join(str(s) for s in block.seeds[row] if s in block.seeds[reference])}" for row in others) + "."]
         columns = ["row", "metric", reference, "row's", "difference", "95 % interval", "Holm p", "detectable", "verdict"]
-        sections.append(Section(f"{where}against {reference}", tables=[Table(columns, table_rows)], folded=reference != base))
+        sections.append(Section(f"{where}against {reference}", words, tables=[Table(columns, table_rows)], folded=reference != base))
     if block.audits:
-        audit_rows = [[row, *(_seeds(values[row]) for values in block.audits.values())] for row in block.rows]
-        differences = [[f"{row} - {base}", *(_seeds([a - b for a, b in zip(values[row], values[base])]) for values in block.audits.values())]
-                       for row in block.rows if row != base]
+        audit_rows = [[row, *(_seeds(list(values[row].values())) for values in block.audits.values())] for row in block.rows]
+        differences = [[f"{row} - {base}", *(_seeds([v - values[base][s] for s, v in values[row].items() if s in values[base]]) for values in block.audits.values())]
+                       for row in block.rows if row != base and row in block.comparisons.get(base, {})]
         sections.append(Section(f"{where}what the prediction hangs on",
                                 ["Known: nats of ln(catalogue) that the scores give about the target at their best temperature, through the user's own "
                                  "history and without it. History sensitivity: target NLL with another user's history minus with the true one, as scored. "
@@ -88,6 +90,16 @@ def block_sections(block, base: str, several: bool) -> list[Section]:
                                  "the base model's (0: tuning left it where it was)."],
                                 tables=[Table(["row", *block.audits], audit_rows + differences)]))
     return sections
+
+
+def same_seeds(block) -> bool:
+    return len({tuple(found) for found in block.seeds.values()}) == 1
+
+
+def seeds_of(block) -> str:
+    """`Seeds 0, 1, 2`, or each row's own where they differ."""
+    each = {row: ", ".join(map(str, found)) for row, found in block.seeds.items()}
+    return f"Seeds {next(iter(each.values()))}" if same_seeds(block) else "Seeds: " + "; ".join(f"{row} {found}" for row, found in each.items())
 
 
 def _value(sample: Resampled | None) -> str:
@@ -115,7 +127,7 @@ def figures(blocks: list, base: str, controls: list[str]) -> list[dict[str, Any]
         names = [n for n in names if all(n in samples for samples in first.rows.values())]
         if names:
             drawn.append(_bars(f"{title} by row", list(first.rows), [(_series_name(n), [first.rows[row][n] for row in first.rows]) for n in names], title,
-                               f"Setting {first.setting}, {len(first.seeds)} seed(s); whiskers are 95 % intervals over users and seeds."))
+                               f"Setting {first.setting}. {seeds_of(first)}; whiskers are 95 % intervals over users and seeds."))
     if len(blocks) > 1:
         treatment = next(iter(_treatments(first, base, controls)), None)
         kept = [b for b in blocks if treatment in b.comparisons.get(base, {})]

@@ -14,6 +14,7 @@ import pytest
 
 from eval.bootstrap import Resampled, interval
 from eval.seeds import combine, seed_draws, t_interval
+from eval.study import main as eval_study
 from gdrt_ds.errors import UserError
 from gdrt_ds.grid import cells_of, choose_cells, load_study
 from gdrt_ds.study import config_of, shares, state_of
@@ -201,6 +202,28 @@ def test_a_finished_study_has_a_run_an_evaluation_and_a_row_for_every_cell(finis
     for name in ("study.html", "study.md"):
         text = (folder / name).read_text()
         assert "frozen" in text and "NDCG@10, kind=history" in text
+
+
+def test_rows_with_fewer_seeds_take_none_from_the_others_and_pairs_share_theirs(finished, tmp_path):
+    mine = tmp_path / "out"
+    shutil.copytree(finished[1], mine)
+    read = lambda: json.loads((mine / "study.json").read_text())["settings"]["default"]  # noqa: E731
+    whole = read()
+    shutil.rmtree(mine / "runs" / "frozen-seed1" / "eval")
+    assert eval_study([str(mine)]) == 0
+    found = read()
+    assert found["seeds_of_rows"] == {"sft": [0, 1], "gdrt": [0, 1], "frozen": [0]}
+    assert found["rows"]["gdrt"] == whole["rows"]["gdrt"] and found["differences"]["sft"]["gdrt"] == whole["differences"]["sft"]["gdrt"]
+    value = lambda row, s: json.loads((mine / "runs" / f"{row}-seed{s}" / "eval" / "test-renormalised" / "results.json").read_text())["metrics"]["nll"]["value"]  # noqa: E731
+    assert found["differences"]["frozen"]["gdrt"]["nll"]["difference"] == pytest.approx(value("gdrt", 0) - value("frozen", 0), abs=1e-12)
+    page = (mine / "study.md").read_text()
+    assert "Seeds: sft 0, 1; gdrt 0, 1; frozen 0" in page and "Over the seeds that both rows have: gdrt 0." in page
+    shutil.rmtree(mine / "runs" / "sft-seed0" / "eval")
+    assert eval_study([str(mine)]) == 0
+    found = read()
+    assert list(found["differences"]["sft"]) == ["gdrt"] and found["seeds_of_rows"]["sft"] == [1]      # frozen shares no seed with sft
+    assert found["differences"]["sft"]["gdrt"]["nll"]["difference"] == pytest.approx(value("gdrt", 1) - value("sft", 1), abs=1e-12)
+    assert any("without a run of sft of the same seed: gdrt 0, frozen 0" in note for note in found["notes"])
 
 
 def test_started_again_it_trains_and_evaluates_nothing(finished):
