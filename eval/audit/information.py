@@ -27,11 +27,21 @@ DEFAULT_USERS = 64
 EFFECT = "known through the history"
 
 
-def pair_curves(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-ln p_T(target of u | history of v), float64 [U, U, T] as [u, v, T]. scores: [U, I]; NaN counts as impossible."""
-    scores = np.where(np.isnan(scores), -np.inf, scores)
+def side_curves(scores: np.ndarray, targets: np.ndarray, clean: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """-ln p_T(target of u) with u's own history, averaged over all clean partners' histories, and with one of them: float64 [U, T] each.
+
+    Args:
+        scores: [U, I] log-probabilities behind each history; NaN counts as impossible. targets: [U]. clean: bool[U, U], every row has a partner.
+    """
+    rng, scores = np.random.default_rng([seed, 5]), np.where(np.isnan(scores), -np.inf, scores)
     log_sums = np.stack([logsumexp(row[None, :] / TEMPERATURES[:, None], axis=1) for row in scores])  # [v, T]
-    return log_sums[None] - scores[:, targets].T[:, :, None] / TEMPERATURES
+    sides: tuple[list, list, list] = ([], [], [])
+    for u, target in enumerate(targets):
+        curves = log_sums - scores[:, target, None] / TEMPERATURES  # [v, T]: u's target behind the history of every v
+        partners = np.flatnonzero(clean[u])
+        for side, values in zip(sides, (curves[u], curves[partners].mean(axis=0), curves[rng.choice(partners)])):
+            side.append(values)
+    return tuple(np.stack(side) for side in sides)
 
 
 def clean_pairs(samples: list[Sample]) -> np.ndarray:
@@ -41,14 +51,8 @@ def clean_pairs(samples: list[Sample]) -> np.ndarray:
     return np.where(found.any(axis=1, keepdims=True), found, other)
 
 
-def measure(curves: np.ndarray, clean: np.ndarray, num_items: int, num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Estimate]:
-    """curves: [U, U, T] of pair_curves. clean: bool[U, U], every row with a partner."""
-    users = len(curves)
-    own = curves[np.arange(users), np.arange(users)]
-    weights = clean / clean.sum(axis=1, keepdims=True)
-    other = np.stack([weights[u] @ curves[u] for u in range(users)])
-    rng = np.random.default_rng([seed, 5])
-    one = np.stack([curves[u, rng.choice(np.flatnonzero(clean[u]))] for u in range(users)])
+def measure(own: np.ndarray, other: np.ndarray, one: np.ndarray, num_items: int, num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Estimate]:
+    """own, other, one: [U, T] of side_curves. num_items: I."""
     at_one = int(np.argmin(np.abs(TEMPERATURES - 1)))
 
     def statistic(rows: np.ndarray) -> np.ndarray:
@@ -65,19 +69,22 @@ def measure(curves: np.ndarray, clean: np.ndarray, num_items: int, num_bootstrap
     return {name: Estimate(e.value, e.low, e.high, e.n, null) for (name, null), e in zip(names, found)}
 
 
+def sureness(temperature: Estimate) -> str:
+    return "too sure" if temperature.low > 1 else "not sure enough" if temperature.high < 1 else "as sure as they should be"
+
+
 def run(context: AuditContext) -> dict:
     options = context.options
     samples, scores = context.matrix(DEFAULT_USERS)
-    curves, clean, num_items = pair_curves(scores, context.targets(samples)), clean_pairs(samples), scores.shape[1]
-    found = measure(curves, clean, num_items, options.num_bootstrap, options.seed)
+    own, other, one = side_curves(scores, context.targets(samples), clean_pairs(samples), options.seed)
+    num_items = scores.shape[1]
+    found = measure(own, other, one, num_items, options.num_bootstrap, options.seed)
     effect, known, control = found[EFFECT], found["known about the target"], found["control: one other user's history"]
     finding = (
         f"Of the ln {num_items:,} = {np.log(num_items):.2f} nats that name a target, the scores give {known.text()} over {effect.n} users: "
         f"{effect.text()} through the user's history, {found['known without the history'].text()} without it. "
-        f"Best temperature {found['temperature'].value:.2g} ({'too sure' if found['temperature'].low > 1 else 'not sure enough' if found['temperature'].high < 1 else 'as sure as they should be'})."
+        f"Best temperature {found['temperature'].value:.2g} ({sureness(found['temperature'])})."
     )
-    users = np.arange(len(samples))
-    other = np.stack([curves[u][clean[u]].mean(axis=0) for u in users])
     figure = {
         "kind": "line",
         "title": "Target NLL over the temperature of the scores",
@@ -87,7 +94,7 @@ def run(context: AuditContext) -> dict:
         "series": [
             {"name": name, "x": np.log2(TEMPERATURES).tolist(), "y": np.asarray(values).tolist()}
             for name, values in (
-                ("the user's own history", curves[users, users].mean(axis=0)),
+                ("the user's own history", own.mean(axis=0)),
                 ("other users' histories", other.mean(axis=0)),
                 ("knows nothing: ln I", np.full(TEMPERATURES.size, np.log(num_items))),
             )

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HISTORY, SHORTCUT = "ndcg@10 kind=history", "ndcg@10 kind=shortcut"
 WORST_GROUP = "nll_worst_relevance_group"
 SENSITIVITY = "history sensitivity, nats"
+THROUGH_HISTORY = "known through the history, nats"
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 
@@ -67,6 +68,14 @@ def test_history_sensitivity_rises(block):
     rises = [after - before for after, before in zip(found["gdrt"]["seeds"], found["sft"]["seeds"])]
     assert t_interval(rises)[1] > 0, found
     assert abs(found["blind"]["value"]) < 0.1 * found["gdrt"]["value"]
+
+
+def test_more_is_known_through_the_history_and_the_gain_is_not_flatter_scores(block):
+    found = block["audits"][THROUGH_HISTORY]
+    assert t_interval([after - before for after, before in zip(found["gdrt"]["seeds"], found["sft"]["seeds"])])[1] > 0, found
+    assert found["gdrt"]["ci_low"] > 0 and abs(found["blind"]["value"]) < 0.1 * found["gdrt"]["value"]
+    for reference in ("sft", "random-groups"):  # at each run's best temperature
+        assert block["differences"][reference]["gdrt"]["nll_calibrated_worst_relevance_group"]["ci_high"] < 0, reference
 
 
 def test_the_worst_relevance_group_gets_better_against_sft_and_against_random_groups(block):

@@ -7,7 +7,7 @@ from run_folders import make_run
 from scipy.special import log_softmax
 
 from eval.audit import AuditOptions, run_audits
-from eval.audit.information import EFFECT, clean_pairs, measure, pair_curves
+from eval.audit.information import EFFECT, clean_pairs, measure, side_curves
 from eval.loading import load_subject
 from eval.metrics.calibration import TEMPERATURES
 from eval.report import figures
@@ -30,16 +30,19 @@ def drawn(users: int = 150, items: int = 60, through: float = 1.5, without: floa
 
 
 def of(scores, targets, num=200):
-    return measure(pair_curves(scores, targets), ~np.eye(len(scores), dtype=bool), scores.shape[1], num, 0)
+    return measure(*side_curves(scores, targets, ~np.eye(len(scores), dtype=bool)), scores.shape[1], num, 0)
 
 
-def test_pair_curves_equal_a_loop_over_pairs_and_temperatures():
+def test_the_curves_equal_a_loop_over_pairs_and_temperatures():
     scores, targets = drawn(users=5, items=7)
-    found = pair_curves(scores, targets)
-    for u in range(5):
-        for v in range(5):
-            for t, temperature in enumerate(TEMPERATURES):
-                assert found[u, v, t] == pytest.approx(-log_softmax(scores[v] / temperature)[targets[u]])
+    clean = np.array([[v not in (u, (u + 2) % 5) for v in range(5)] for u in range(5)])
+    own, other, one = side_curves(scores, targets, clean)
+    for t, temperature in enumerate(TEMPERATURES):
+        for u in range(5):
+            loss = [-log_softmax(scores[v] / temperature)[targets[u]] for v in range(5)]
+            assert own[u, t] == pytest.approx(loss[u])
+            assert other[u, t] == pytest.approx(np.mean([loss[v] for v in range(5) if clean[u, v]]))
+            assert min(abs(one[u, t] - loss[v]) for v in range(5) if clean[u, v]) < 1e-9
 
 
 def test_a_right_scorer_knows_what_it_knows_and_the_parts_add_up():
