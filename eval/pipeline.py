@@ -49,9 +49,12 @@ def run_evaluation(subject: Subject, options: ScoringOptions, runtime: Runtime, 
     Returns:
         the content of results.json on rank 0, None elsewhere.
     """
+    context, keep = None, frozenset()
     if audits:
-        from eval.audit import AuditOptions, choose, run_audits
+        from eval.audit import AuditContext, AuditOptions, choose, run_audits
         choose(audits)  # a misspelt name is refused before hours of scoring
+        context = AuditContext(subject, runtime, audit_options or AuditOptions())
+        keep = context.wanted_scores() if options.mode == "renormalised" else keep
     output = output or default_output(subject, options)
     key, size = scoring_key(subject, options), len(subject.catalogue)
     if runtime.is_main:
@@ -63,8 +66,11 @@ def run_evaluation(subject: Subject, options: ScoringOptions, runtime: Runtime, 
         claim_output(output, key, overwrite)
     runtime.barrier()
     with Progress(runtime, f"{subject.name}: {options.mode}") as progress:
-        predictions = predict(subject, options, output, runtime, progress)
-    audited = run_audits(audits, subject, runtime, audit_options or AuditOptions()) if audits else {}
+        predictions, scores = predict(subject, options, output, runtime, progress, keep)
+    audited = {}
+    if context is not None:
+        context.remember(scores)
+        audited = run_audits(audits, context)
     if predictions is None:
         return None
     results = measure(subject, options, predictions, floors=floors, num_bootstrap=num_bootstrap)

@@ -96,10 +96,15 @@ def describe(subject: Subject, sample: Sample, *, rank: float | None, tied: int,
 
 
 class SampleScorer:
-    """Batches of samples -> predictions, in one of the modes."""
+    """Batches of samples -> predictions, in one of the modes.
 
-    def __init__(self, subject: Subject, options: ScoringOptions):
-        self.subject, self.options = subject, options
+    Args:
+        keep: ids of samples whose scores stay in `kept` (exact modes): history -> log-probabilities of the catalogue [I].
+    """
+
+    def __init__(self, subject: Subject, options: ScoringOptions, keep: frozenset[int] = frozenset()):
+        self.subject, self.options, self.keep = subject, options, keep
+        self.kept: dict[tuple[str, ...], np.ndarray] = {}
         self.reader, self.trie = subject.recommender.reader, subject.recommender.trie
         self.order = item_order(subject)
         self.exact = CatalogueScorer(self.reader, self.trie, options.objective, options.max_score_bytes) if options.mode in OBJECTIVES else None
@@ -113,6 +118,8 @@ class SampleScorer:
             rows = self.exact.score(prompts).numpy()
             result = []
             for sample, target, scores in zip(samples, targets, rows):
+                if sample.sample_id in self.keep:
+                    self.kept[tuple(sample.history)] = scores.copy()
                 top = top_entries(scores, k, self.order)
                 result.append(describe(subject, sample, rank=expected_rank(scores, target), tied=num_tied(scores, target), top=top,
                                        top_scores=scores[top], nll=-scores[target], curve=nll_curve(scores, target),
@@ -222,14 +229,17 @@ def _batches(samples: list[Sample], lengths: list[int], size: int) -> Iterator[l
             yield [samples[i] for i in block[low:low + size]]
 
 
-def predict(subject: Subject, options: ScoringOptions, output: Path, runtime, progress) -> list[dict[str, Any]] | None:
+def predict(subject: Subject, options: ScoringOptions, output: Path, runtime, progress,
+            keep: frozenset[int] = frozenset()) -> tuple[list[dict[str, Any]] | None, dict[tuple[str, ...], np.ndarray]]:
     """Scores what is missing and joins the parts.
 
     Args:
         progress: called with (finished, all) samples of this rank.
+        keep: ids of samples whose scores are wanted back.
     Returns:
-        predictions in the split's order on rank 0, None on other ranks.
+        (predictions in the split's order on rank 0, None on other ranks; scores [I] by history of those of `keep` that this rank scored now).
     """
+    kept: dict[tuple[str, ...], np.ndarray] = {}
     required = "nll_at_temperatures" if options.mode in OBJECTIVES else None
     done = read_parts(output / "parts", required)
     outdated = len(read_parts(output / "parts")) - len(done)
@@ -239,7 +249,8 @@ def predict(subject: Subject, options: ScoringOptions, output: Path, runtime, pr
     runtime.barrier()  # every rank has read the parts before any rank appends
     mine = missing[runtime.rank::runtime.world]
     if mine:
-        scorer = SampleScorer(subject, options)
+        scorer = SampleScorer(subject, options, keep)
+        kept = scorer.kept
         lengths = [len(subject.recommender.prompt_of(s.history)) for s in mine]
         part = output / "parts" / f"rank_{runtime.rank}.jsonl"
         torn = part.is_file() and not part.read_bytes().endswith(b"\n") and part.stat().st_size > 0
@@ -257,7 +268,7 @@ def predict(subject: Subject, options: ScoringOptions, output: Path, runtime, pr
                     raise KeyboardInterrupt
     runtime.barrier()
     if not runtime.is_main:
-        return None
+        return None, kept
     done = read_parts(output / "parts", required)
     absent = [s.sample_id for s in subject.samples if s.sample_id not in done]
     if absent:
@@ -267,7 +278,7 @@ def predict(subject: Subject, options: ScoringOptions, output: Path, runtime, pr
     temporary = path.with_suffix(".part")
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, path)
-    return rows
+    return rows, kept
 
 
 class Progress:

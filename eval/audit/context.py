@@ -19,6 +19,7 @@ from gdrt_ds.corpus import Sample
 from gdrt_ds.errors import UserError
 
 NLL_BATCH, SCORE_BATCH = 8, 8
+MOST_USERS = 100  # the largest default of an audit over score rows
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,22 @@ class AuditContext:
         for key, row in zip(missing, self.each(missing, lambda part: list(self.score_batch(part)), what, SCORE_BATCH)):
             self._rows[key] = row
         return np.stack([self._rows[k] for k in keys])
+
+    def wanted_scores(self) -> frozenset[int]:
+        """Ids of the samples whose scores audits are most likely to ask for: an evaluation that scores them anyway can hand them over."""
+        try:
+            return frozenset(s.sample_id for s in self.users(MOST_USERS))
+        except UserError:  # too few users: the audits that need them say so themselves
+            return frozenset()
+
+    def remember(self, scores: dict[tuple[str, ...], np.ndarray]) -> None:
+        """Takes scores [I] by history from all ranks, so that no audit computes them again."""
+        parts: list[Any] = [scores]
+        if self.runtime.world > 1:
+            parts = [None] * self.runtime.world
+            dist.all_gather_object(parts, scores)
+        for part in parts:
+            self._rows.update(part)
 
     def unscored(self, default: int) -> int:
         """Users of `matrix(default)` whose scores are still to be computed."""

@@ -327,3 +327,18 @@ def test_recommend_lists_the_most_probable_titles_and_announces_unknown_ones(run
 def test_a_title_that_holds_the_separator_is_kept_whole():
     known = {"Shine; a life", "Heat"}
     assert parse_history("Heat; Shine; a life;  Other ;", known) == ["Heat", "Shine; a life", "Other"]
+
+
+def test_audits_take_the_evaluations_own_scores_on_one_rank_and_on_two(run, tmp_path, capsys):
+    words = [*FAST, "--audit", "information", "--audit-users", "12"]
+    main(["--run", str(run), "--output", str(tmp_path / "one"), *words])
+    assert "audit information: no model passes" in capsys.readouterr().out
+    main(["--run", str(run), "--output", str(tmp_path / "one"), *words])  # predictions are there: nothing was scored that could be handed over
+    assert "audit information: 12 exact catalogue scorings" in capsys.readouterr().out
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval.run", "--run-dir", str(run),
+               "--output", str(tmp_path / "two"), *words]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "audit information: no model passes" in done.stdout, done.stdout + done.stderr[-3000:]
+    measures = [json.loads((tmp_path / name / "results.json").read_text())["audits"]["information"]["measures"] for name in ("one", "two")]
+    for name, found in measures[0].items():
+        assert found["value"] == pytest.approx(measures[1][name]["value"], rel=1e-3, abs=1e-4), name
