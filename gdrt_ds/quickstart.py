@@ -19,8 +19,8 @@ from pathlib import Path
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import report_user_errors
 
-PLANTED_AUDIT = ("--audit", "sensitivity,language", "--audit-users", "200")    # the tiny model scores thousands of prompts a second
-AUDIT = ("--audit", "sensitivity", "--audit-users", "16")                      # users whose history is swapped
+PLANTED_AUDIT = ("--audit", "sensitivity,information,language", "--audit-users", "200")    # the tiny model scores thousands of prompts a second
+AUDIT = ("--audit", "sensitivity,information", "--audit-users", "16")          # users whose history is swapped
 ROOT = Path(__file__).resolve().parent.parent
 
 

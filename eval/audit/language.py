@@ -246,7 +246,7 @@ def _relevance(context: AuditContext, samples, nll: np.ndarray, measures: dict, 
 def cost(context: AuditContext) -> Cost:
     users = context.num_users(DEFAULT_USERS)
     passes = (len(attr.PARTS) + 1) * users * (3 if context.has_adapter else 2) + EXAMPLES * 20
-    return Cost(losses=passes, scorings=users if context.subject.group_of_entry is not None else 0)
+    return Cost(losses=passes, scorings=context.unscored(DEFAULT_USERS) if context.subject.group_of_entry is not None else 0)
 
 
 AUDIT = Audit("language", TITLE, QUESTION, run, cost)
