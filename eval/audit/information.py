@@ -14,11 +14,10 @@ Shapes: U users, I catalogue entries, T temperatures.
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import logsumexp
 
 from eval.audit.context import Audit, AuditContext, Cost, result
 from eval.audit.inference import Estimate, bootstrap
-from eval.metrics.calibration import TEMPERATURES, lowest
+from eval.metrics.calibration import TEMPERATURES, log_sums, lowest
 from gdrt_ds.corpus import Sample
 
 TITLE = "Information about the target"
@@ -34,10 +33,10 @@ def side_curves(scores: np.ndarray, targets: np.ndarray, clean: np.ndarray, seed
         scores: [U, I] log-probabilities behind each history; NaN counts as impossible. targets: [U]. clean: bool[U, U], every row has a partner.
     """
     rng, scores = np.random.default_rng([seed, 5]), np.where(np.isnan(scores), -np.inf, scores)
-    log_sums = np.stack([logsumexp(row[None, :] / TEMPERATURES[:, None], axis=1) for row in scores])  # [v, T]
+    normalisers = np.stack([log_sums(row) for row in scores])  # [v, T]
     sides: tuple[list, list, list] = ([], [], [])
     for u, target in enumerate(targets):
-        curves = log_sums - scores[:, target, None] / TEMPERATURES  # [v, T]: u's target behind the history of every v
+        curves = normalisers - scores[:, target, None] / TEMPERATURES  # [v, T]: u's target behind the history of every v
         partners = np.flatnonzero(clean[u])
         for side, values in zip(sides, (curves[u], curves[partners].mean(axis=0), curves[rng.choice(partners)])):
             side.append(values)
@@ -115,10 +114,4 @@ def run(context: AuditContext) -> dict:
     )
 
 
-def lacks(context: AuditContext) -> tuple[str, str] | None:
-    if len({s.user_id for s in context.users(DEFAULT_USERS)}) < 2:
-        return "it compares users, and there is only one", "give more --audit-users, or a split with several users"
-    return None
-
-
-AUDIT = Audit("information", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS)), lacks)
+AUDIT = Audit("information", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS)))

@@ -14,8 +14,6 @@ Shapes: N samples, T temperatures, G relevance groups, B bootstrap replicates, I
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import logsumexp
-
 from eval.bootstrap import Statistic
 from eval.metrics.inputs import Inputs
 from eval.metrics.user_side import pool_small
@@ -24,17 +22,31 @@ STEPS_PER_OCTAVE = 8
 TEMPERATURES = 2.0 ** (np.arange(-2 * STEPS_PER_OCTAVE, 6 * STEPS_PER_OCTAVE + 1) / STEPS_PER_OCTAVE)  # 1/4 to 64
 
 
+def log_sums(scores: np.ndarray) -> np.ndarray:
+    """ln sum_i exp(s_i / T) at each of TEMPERATURES, float64 [T]; scores: [I], NaN counts as impossible.
+
+    Halving a temperature squares exp(s / T): one octave of exponentials gives all the others by multiplication, a tenth of the time.
+    """
+    scores = np.where(np.isnan(scores), -np.inf, np.asarray(scores, dtype=np.float64))
+    highest = scores.max()
+    if not np.isfinite(highest):
+        return np.full(TEMPERATURES.size, -np.inf)
+    powers = np.exp((scores - highest) / TEMPERATURES[-STEPS_PER_OCTAVE:, None])
+    sums = np.empty(TEMPERATURES.size)
+    for start in range(TEMPERATURES.size - STEPS_PER_OCTAVE, 0, -STEPS_PER_OCTAVE):
+        sums[start:start + STEPS_PER_OCTAVE] = powers.sum(axis=1)
+        powers *= powers
+    sums[0] = powers[-1].sum()  # 1/4, the end of its own octave
+    return np.log(sums) + highest / TEMPERATURES
+
+
 def nll_curve(scores: np.ndarray, target: int) -> np.ndarray:
     """-ln p_T(target) at each of TEMPERATURES, float64 [T].
 
     Args:
         scores: [I] log-probabilities, normalised or not; NaN counts as impossible, and a target with NaN gives NaN.
     """
-    scores = np.asarray(scores, dtype=np.float64)
-    if np.isnan(scores[target]):
-        return np.full(TEMPERATURES.size, np.nan)
-    scaled = np.where(np.isnan(scores), -np.inf, scores)[None, :] / TEMPERATURES[:, None]
-    return logsumexp(scaled, axis=1) - scaled[:, target]
+    return log_sums(scores) - float(scores[target]) / TEMPERATURES
 
 
 def _fit(mean_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +89,7 @@ def _features(inputs: Inputs) -> np.ndarray | None:
         names = sorted({g for g, k in zip(group, known) if g is not None and k})
         parts += [block * np.array([g == name for g in group])[:, None] for name in names if len(names) > 1]
         return np.concatenate(parts, axis=1)
-    return inputs._cached("calibration", make)
+    return inputs.cached("calibration", make)
 
 
 def _means(totals_BF: np.ndarray) -> np.ndarray:

@@ -31,7 +31,8 @@ class Inputs:
 
     rank: [N] 1-based expected rank; a null or NaN rank is the worst rank I (and counted in `missing_rank`).
     num_tied: [N] items that share the target's score, itself included; 1 where the prediction does not say.
-    target_nll: [N] nats, NaN where unknown. nll_curve: [N, T] the same at each of calibration.TEMPERATURES, NaN where unknown. top: [N, L] entry indices, best first, -1 after the end of a short list.
+    target_nll: [N] nats, NaN where unknown. nll_curve: [N, T] the same at each of calibration.TEMPERATURES; [N, 0] without any.
+    top: [N, L] entry indices, best first, -1 after the end of a short list.
     history: [N, I] CSR counts of the sample's own history. target: [N] entry index.
     train_count: [I] interactions in train. history_count: [I] occurrences in train histories (GH of MGU and DGU).
     user_of_sample: [N] 0..U-1. attributes, labels: name -> [N] strings or None. relevance_group: [N], -1 where unknown.
@@ -75,16 +76,16 @@ class Inputs:
 
     def exposure(self, k: int) -> sparse.csr_matrix:
         """[N, I] CSR, 1 where the entry is in the sample's top-k list."""
-        return self._cached(("exposure", k), lambda: self._listed(np.ones(k), k))
+        return self.cached(("exposure", k), lambda: self._listed(np.ones(k), k))
 
     def discounted_exposure(self, k: int) -> sparse.csr_matrix:
         """[N, I] CSR, 1 / log2(position + 1) where the entry is in the sample's top-k list."""
-        return self._cached(("discounted", k), lambda: self._listed(1 / np.log2(np.arange(k) + 2), k))
+        return self.cached(("discounted", k), lambda: self._listed(1 / np.log2(np.arange(k) + 2), k))
 
     def groups(self, name: str) -> ItemGroups | None:
         """A grouping by name: popularity_<bins>, or a label of the catalogue such as genres; None if the catalogue lacks it."""
         if name.startswith("popularity_"):
-            return self._cached(("groups", name), lambda: popularity_groups(self.train_count, self.item_ids, int(name.split("_")[1])))
+            return self.cached(("groups", name), lambda: popularity_groups(self.train_count, self.item_ids, int(name.split("_")[1])))
         return self.label_groups.get(name)
 
     def as_targets(self) -> Inputs:
@@ -96,7 +97,7 @@ class Inputs:
         sample, position = np.nonzero(top >= 0)
         return sparse.csr_matrix((weights[position], (sample, top[sample, position])), shape=(self.num_samples, self.num_items))
 
-    def _cached(self, key: Any, make: Any) -> Any:
+    def cached(self, key: Any, make: Any) -> Any:
         if key not in self.cache:
             self.cache[key] = make()
         return self.cache[key]

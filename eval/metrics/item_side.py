@@ -29,7 +29,7 @@ def _group_features(inputs: Inputs, k: int, groups: str, histories: bool) -> np.
         shown = (inputs.exposure(k) @ membership).toarray()
         return np.hstack([shown, (inputs.history @ membership).toarray()]) if histories else shown
 
-    return inputs._cached(("group_features", k, groups, histories), make)
+    return inputs.cached(("group_features", k, groups, histories), make)
 
 
 def _group_unfairness(

@@ -30,7 +30,7 @@ def _provider_matrix(inputs: Inputs) -> sparse.csr_matrix:
 
 def provider_exposure(inputs: Inputs, k: int) -> sparse.csr_matrix:
     """[N, P] CSR discounted exposure that each sample's list gives to each provider."""
-    return inputs._cached(("provider_exposure", k), lambda: (inputs.discounted_exposure(k) @ _provider_matrix(inputs)).tocsr())
+    return inputs.cached(("provider_exposure", k), lambda: (inputs.discounted_exposure(k) @ _provider_matrix(inputs)).tocsr())
 
 
 def catalogue_share(inputs: Inputs) -> np.ndarray:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from scipy.special import log_softmax, logsumexp
 
 sys.path.insert(0, str(Path(__file__).parent))
 from examples import entry, prediction, world  # noqa: E402
 
 from eval.metrics import evaluate  # noqa: E402
-from eval.metrics.calibration import TEMPERATURES, nll_curve  # noqa: E402
+from eval.metrics.calibration import TEMPERATURES, log_sums, nll_curve  # noqa: E402
 
 NAMES = ("nll_calibrated", "temperature", "nll_calibrated_worst_relevance_group")
 
@@ -68,6 +68,13 @@ def test_a_scorer_whose_probabilities_are_the_truth_has_temperature_one_and_one_
     blind = figures(predictions, entries, rng.normal(size=scores.shape) * 5)
     assert blind["nll"]["value"] > np.log(50) + 4 and blind["nll_calibrated"]["value"] == pytest.approx(np.log(50), abs=0.02)
     assert blind["temperature"]["value"] > 20
+
+
+def test_sums_by_squaring_equal_logsumexp_at_every_temperature():
+    scores = np.random.default_rng(0).normal(size=500) * 30 - 40
+    expected = logsumexp(scores[None] / TEMPERATURES[:, None], axis=1)
+    assert np.allclose(log_sums(scores), expected, rtol=1e-12, atol=1e-12)
+    assert TEMPERATURES[0] == 0.25 and TEMPERATURES[-1] == 64 and np.isneginf(log_sums(np.full(3, np.nan))).all()
 
 
 def test_impossible_items_and_nan_scores():
