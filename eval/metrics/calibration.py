@@ -25,7 +25,7 @@ TEMPERATURES = 2.0 ** (np.arange(-2 * STEPS_PER_OCTAVE, 6 * STEPS_PER_OCTAVE + 1
 def log_sums(scores: np.ndarray) -> np.ndarray:
     """ln sum_i exp(s_i / T) at each of TEMPERATURES, float64 [T]; scores: [I], NaN counts as impossible.
 
-    Halving a temperature squares exp(s / T): one octave of exponentials gives all the others by multiplication, a tenth of the time.
+    Halving a temperature squares exp(s / T): one octave of exponentials gives all the others by multiplication, in an eighth of the time.
     """
     scores = np.where(np.isnan(scores), -np.inf, np.asarray(scores, dtype=np.float64))
     highest = scores.max()
