@@ -17,6 +17,7 @@ import numpy as np
 
 from eval.audit.context import Audit, AuditContext, Cost, result
 from eval.audit.inference import Estimate, bootstrap
+from eval.audit.sensitivity import stands_in
 from eval.metrics.calibration import TEMPERATURES, log_sums, lowest
 from gdrt_ds.corpus import Sample
 
@@ -44,8 +45,8 @@ def side_curves(scores: np.ndarray, targets: np.ndarray, clean: np.ndarray, seed
 
 
 def clean_pairs(samples: list[Sample]) -> np.ndarray:
-    """Bool[U, U]: v is another user with another history, which does not hold u's target; every other user where none is."""
-    found = np.array([[u.user_id != v.user_id and u.target not in v.history and u.history != v.history for v in samples] for u in samples])
+    """Bool[U, U]: the history of v stands in for that of u; where no user's does, that of every other user."""
+    found = np.array([[stands_in(v, u) for v in samples] for u in samples])
     other = ~np.eye(len(samples), dtype=bool)
     return np.where(found.any(axis=1, keepdims=True), found, other)
 

@@ -20,6 +20,11 @@ DEFAULT_USERS = 64
 VARIANTS = ("true history", "swapped history", "no history", "no instruction", "second swap")
 
 
+def stands_in(other: Sample, sample: Sample) -> bool:
+    """Whether the history of `other` can replace that of `sample`: another user, another history, and the target is not in it."""
+    return other.user_id != sample.user_id and sample.target not in other.history and other.history != sample.history
+
+
 def partners(samples: list[Sample], shift: int) -> list[int]:
     """For every sample another user whose history does not hold its target; `shift` picks different ones. Deterministic."""
     order = np.random.default_rng(11).permutation(len(samples)).tolist()
@@ -28,7 +33,7 @@ def partners(samples: list[Sample], shift: int) -> list[int]:
     for index, sample in enumerate(samples):
         candidates = [order[(place[index] + shift + step) % len(order)] for step in range(len(order))]
         others = [c for c in candidates if samples[c].user_id != sample.user_id]
-        clean = [c for c in others if sample.target not in samples[c].history and samples[c].history != sample.history]
+        clean = [c for c in others if stands_in(samples[c], sample)]
         found.append((clean or others)[0])
     return found
 
