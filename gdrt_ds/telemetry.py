@@ -18,6 +18,7 @@ import torch
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import Runtime
+from gdrt_ds.weight_watch import WeightWatch
 
 
 def say(runtime: Runtime, text: str) -> None:
@@ -69,6 +70,7 @@ class Telemetry:
         self.started = self.interval = time.perf_counter()
         self.flops_per_token = model_flops_per_token
         self.bar = self.board = self.wandb = None
+        self.watch = WeightWatch(config, total_steps)
         if not runtime.is_main:
             return
         for path in (self.path, folder / "validation.jsonl"):
@@ -113,6 +115,8 @@ class Telemetry:
         self.stream.write("".join(json.dumps(record) + "\n" for record in records))
         self.stream.flush()
         self._show(records[-1], seconds)
+        for text in filter(None, map(self.watch.add, records)):
+            self.note(text)
 
     def _mirror(self, record: dict) -> None:
         scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
