@@ -14,7 +14,8 @@ SHOWN = ("nll", "nll_worst_relevance_group", "nll_calibrated", "nll_calibrated_w
 
 
 def signed(value: float | None) -> str:
-    return ("+" if value is not None and value > 0 else "") + number(value)
+    text = number(value)
+    return ("+" if value is not None and value > 0 and text != number(0.0) else "") + text
 
 
 def title_of(metric: str) -> str:

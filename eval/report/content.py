@@ -119,7 +119,7 @@ class Page:
 
 
 def number(value: Any) -> str:
-    """A figure for reading: four significant places, no exponent for ordinary sizes; a dash for None and NaN."""
+    """A figure for reading: four significant places, no exponent for ordinary sizes; a dash for None and NaN. What float64 leaves of a zero is zero."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, (bool, str)):
@@ -135,7 +135,9 @@ def number(value: Any) -> str:
         else f"{value:.2f}"
         if size >= 10
         else f"{value:.4f}"
-        if size >= 1e-3 or value == 0
+        if size >= 1e-3
+        else f"{0:.4f}"
+        if size < 1e-15
         else f"{value:.2g}"
     )
 

@@ -17,8 +17,10 @@ from examples import world  # noqa: E402
 
 from eval.metrics import evaluate, evaluate_targets  # noqa: E402
 from eval.report import read_training, terminal_table, write_report  # noqa: E402
+from eval.report.content import number  # noqa: E402
 from eval.report.figures import checked  # noqa: E402
 from eval.report.plots import draw  # noqa: E402
+from eval.study_page import signed  # noqa: E402
 from gdrt_ds.errors import UserError  # noqa: E402
 
 EVIL = '<script>alert("x")</script> & $co$t_ | [a](javascript:x)'
@@ -228,6 +230,13 @@ def test_the_terminal_table_names_values_intervals_and_floors(report):
         and "popularity" in text
         and f"{report[1]['metrics']['ndcg@10']['value']:.4f}" in text
     )
+
+
+def test_figures_for_reading():
+    shown = {1234.56: "1,235", 123.456: "123.5", 12.3456: "12.35", 0.5: "0.5000", -0.25: "-0.2500", 0.00094: "0.00094", -5.4e-5: "-5.4e-05", None: "–", float("inf"): "–",
+             0.0: "0.0000", -1.4e-17: "0.0000", 2.2e-16: "0.0000", 1e-14: "1e-14", 2411: "2,411"}
+    assert {value: number(value) for value in shown} == shown
+    assert [signed(value) for value in (0.25, -0.25, 0.0, 2.2e-16, -2.2e-16, None)] == ["+0.2500", "-0.2500", "0.0000", "0.0000", "0.0000", "–"]
 
 
 def test_a_torn_last_line_of_the_training_log_is_left_out_and_a_torn_middle_is_an_error(tmp_path):
