@@ -224,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{everything.index(cell):4d}  {state_of(folder, cell):<11}  {cell.name}  {' '.join(cell.overrides)}")
             return 0
         if options.report:
+            write_grid(study, folder, everything)  # cells run one by one (--cell) wrote none, and the file may have got rows since
             return report(folder)
         if options.only:
             names = set(options.only.split(","))

@@ -258,6 +258,17 @@ def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, t
     assert "4 of 6 cells are not evaluated yet" in (mine / "study.html").read_text()
 
 
+def test_the_page_of_cells_run_one_by_one_and_of_a_file_that_got_a_row(finished, tmp_path):
+    _, folder, _ = finished
+    mine = tmp_path / "out"
+    shutil.copytree(folder, mine)
+    (mine / "grid.json").unlink()     # `--cell` writes none
+    path = study_file(tmp_path, STUDY.replace("evaluate:", "  gdrt tau 3: [objective=gdrt, dro.tau=3.0]\nevaluate:"))
+    page = start(path, mine, "--report")
+    assert page.returncode == 0, page.stdout + page.stderr
+    assert "2 of 8 cells are not evaluated yet" in (mine / "study.html").read_text() and "gdrt-tau-3-seed1" in (mine / "study.html").read_text()
+
+
 def test_replicates_over_seeds_have_the_spread_of_a_mean_over_trainings():
     """Two-way model: value = seed effect + user noise; the interval's standard error must be that of a mean over fresh seeds and users."""
     rng = np.random.default_rng(0)
