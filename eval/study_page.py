@@ -10,6 +10,9 @@ from eval.report import content
 from eval.report.content import Section, Table, number
 from eval.seeds import t_interval
 
+# what is left of a difference when scores that are only flatter or sharper no longer count
+CALIBRATED = {"nll": "nll_calibrated", "nll_worst_relevance_group": "nll_calibrated_worst_relevance_group"}
+DRAWN_AUDITS = ("known through the history, nats", "auxiliary:interaction, log2")
 SHOWN = ("nll", "nll_worst_relevance_group", "nll_calibrated", "nll_calibrated_worst_relevance_group", "ndcg@10", "mgu@5")
 
 
@@ -56,9 +59,14 @@ def _treatments(block, base: str, controls: list[str]) -> list[str]:
 def sentence(block, row: str, base: str, name_setting: bool) -> str:
     """One line per row: what is shown against the baseline, and against which controls its label metrics hold."""
     found: dict[str, list[str]] = {"better": [], "worse": []}
-    for name, comparison in block.comparisons[base][row].items():
+    pair = block.comparisons[base][row]
+    for name, comparison in pair.items():
         if comparison.family and comparison.verdict in found:
-            found[comparison.verdict].append(f"{title_of(name)[:-2]} ({signed(comparison.difference)})")
+            calibrated = pair.get(CALIBRATED.get(name, ""))
+            only_scored = calibrated is not None and calibrated.verdict != comparison.verdict
+            shown = calibrated.verdict if only_scored and calibrated.verdict in found else "not shown"
+            words = f" as scored; calibrated {signed(calibrated.difference)}, {shown}" if only_scored else ""
+            found[comparison.verdict].append(f"{title_of(name)[:-2]} ({signed(comparison.difference)}{words})")
     parts = [f"{kind} on {', '.join(names)}" for kind, names in found.items() if names]
     where = f" [{block.setting}]" if name_setting else ""
     return f"**{row}**{where} against {base}: " + ("; ".join(parts) if parts else "no difference of the main metrics is shown") + "."
@@ -129,6 +137,7 @@ def figures(blocks: list, base: str, controls: list[str]) -> list[dict[str, Any]
         if names:
             drawn.append(_bars(f"{title} by row", list(first.rows), [(_series_name(n), [first.rows[row][n] for row in first.rows]) for n in names], title,
                                f"Setting {first.setting}. {seeds_of(first)}; whiskers are 95 % intervals over users and seeds."))
+    drawn += [_audit_bars(first, name) for name in DRAWN_AUDITS if name in first.audits]
     if len(blocks) > 1:
         treatment = next(iter(_treatments(first, base, controls)), None)
         kept = [b for b in blocks if treatment in b.comparisons.get(base, {})]
@@ -144,6 +153,16 @@ def figures(blocks: list, base: str, controls: list[str]) -> list[dict[str, Any]
 
 def _series_name(name: str) -> str:
     return name.partition(" ")[2] or {"nll_worst_relevance_group": "worst relevance group", "nll": "all targets"}.get(name, name)
+
+
+def _audit_bars(block, name: str) -> dict[str, Any]:
+    """An audit's figure of every row: the mean over its seeds, with Student's interval where there are several."""
+    found = [t_interval(list(block.audits[name][row].values())) for row in block.rows]
+    clean = lambda v: None if v != v else v  # noqa: E731
+    return {"kind": "bar", "title": f"{name[:1].upper()}{name[1:]} by row", "categories": list(block.rows), "horizontal": len(block.rows) > 5, "y_label": name, "legend": False,
+            "caption": f"Setting {block.setting}. {seeds_of(block)}; whiskers are Student's 95 % intervals over seeds, where there are several.",
+            "series": [{"name": name, "values": [mean for mean, _, _ in found], "low": [clean(low) for _, low, _ in found],
+                        "high": [clean(high) for _, _, high in found]}]}
 
 
 def _bars(title: str, rows: list[str], series: list[tuple[str, list[Resampled]]], y_label: str, caption: str) -> dict[str, Any]:

@@ -8,13 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from eval.bootstrap import Resampled, interval
+from eval.report.figures import checked
 from eval.seeds import combine, seed_draws, t_interval
 from eval.study import main as eval_study
+from eval.study_page import figures, sentence
 from gdrt_ds.errors import UserError
 from gdrt_ds.grid import cells_of, choose_cells, load_study
 from gdrt_ds.study import config_of, shares, state_of
@@ -267,6 +270,29 @@ def test_the_page_of_cells_run_one_by_one_and_of_a_file_that_got_a_row(finished,
     page = start(path, mine, "--report")
     assert page.returncode == 0, page.stdout + page.stderr
     assert "2 of 8 cells are not evaluated yet" in (mine / "study.html").read_text() and "gdrt-tau-3-seed1" in (mine / "study.html").read_text()
+
+
+def test_a_gain_that_only_flatter_scores_make_is_said_to_be_one():
+    compared = lambda difference, verdict: SimpleNamespace(difference=difference, verdict=verdict, family=True)  # noqa: E731
+    pair = {"nll": compared(-0.9, "better"), "nll_calibrated": compared(-0.01, "interval spans zero"), "mgu@5": compared(-0.02, "better"),
+            "nll_worst_relevance_group": compared(-0.5, "better"), "nll_calibrated_worst_relevance_group": compared(-0.4, "better")}
+    block = SimpleNamespace(setting="default", comparisons={"sft": {"gdrt": pair}})
+    assert sentence(block, "gdrt", "sft", False) == ("**gdrt** against sft: better on Target NLL (-0.9000 as scored; calibrated -0.0100, not shown), MGU@5 (-0.0200), "
+                                                     "NLL, worst group (-0.5000), NLL, calibrated, worst group (-0.4000).")
+    pair["nll_calibrated"] = compared(0.2, "worse")
+    assert "Target NLL (-0.9000 as scored; calibrated +0.2000, worse)" in sentence(block, "gdrt", "sft", False)
+
+
+def test_audits_are_drawn_with_intervals_where_a_row_has_several_seeds():
+    title = "auxiliary:interaction, log2"
+    block = SimpleNamespace(setting="default", rows={"sft": {}, "msl": {}}, seeds={"sft": [0, 1], "msl": [0]}, comparisons={},
+                            audits={title: {"sft": {0: 2.0, 1: 3.0}, "msl": {0: 1.5}}, "known without it, nats": {"sft": {0: 0.1, 1: 0.1}, "msl": {0: 0.1}}})
+    drawn, = figures([block], "sft", [])
+    series, = drawn["series"]
+    half = 12.706 * 0.5     # Student's t of one degree of freedom times the standard error of two values one apart
+    assert drawn["categories"] == ["sft", "msl"] and series["values"] == [2.5, 1.5]
+    assert series["low"] == [pytest.approx(2.5 - half, abs=1e-3), None] and series["high"] == [pytest.approx(2.5 + half, abs=1e-3), None]
+    assert checked(drawn) == drawn
 
 
 def test_replicates_over_seeds_have_the_spread_of_a_mean_over_trainings():
