@@ -116,7 +116,7 @@ def start_runtime(timeout_s: int = 600) -> Runtime:
     runtime = Runtime(device=device, life=int(os.environ.get("GDRT_LIFE", os.environ.get("SLURM_RESTART_COUNT", 0)) or 0), **found)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port()) if runtime.world == 1 else "29500"
+        os.environ["MASTER_PORT"] = str(free_port()) if runtime.world == 1 else "29500"
     os.environ.update(RANK=str(runtime.rank), WORLD_SIZE=str(runtime.world), LOCAL_RANK=str(runtime.local_rank))
     own_build_folder()
     import deepspeed
@@ -128,7 +128,8 @@ def start_runtime(timeout_s: int = 600) -> Runtime:
     except (RuntimeError, dist.DistError) as error:
         raise UserError(f"rank {runtime.rank} of {runtime.world} could not join the process group at "
                         f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}",
-                        "check MASTER_ADDR and MASTER_PORT; on several interfaces set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME") from None
+                        "check MASTER_ADDR and MASTER_PORT; two jobs on one machine need a port each (`deepspeed --master_port N`, "
+                        "`torchrun --master_port N`); on several interfaces set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME") from None
     catch_stop_signals(runtime)
     return runtime
 
@@ -165,7 +166,8 @@ def own_build_folder() -> None:
                 lock.unlink()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
     import socket
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -25,7 +25,7 @@ from gdrt_ds import run_folder
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError
 from gdrt_ds.grid import Cell, Study, cells_of, choose_cells, load_study
-from gdrt_ds.runtime import EXIT_INTERRUPTED, report_user_errors
+from gdrt_ds.runtime import EXIT_INTERRUPTED, free_port, report_user_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATION = "test-renormalised"
@@ -104,14 +104,15 @@ def train_in_process(study: Study, folder: Path, cells: list[Cell]) -> int:
 
 
 def train_under_launcher(study: Study, folder: Path, cells: list[Cell]) -> int:
-    """`deepspeed --num_gpus R` per cell."""
+    """`deepspeed --num_gpus R` per cell, each on a free port: two studies may run on one machine."""
     failures = 0
     for cell in cells:
         if state_of(folder, cell) in ("done", "trained"):
             continue
         config_of(study, folder, cell)  # wrong settings end here, before a launcher hides them
         path = study.config if Path(study.config).is_file() else str(ROOT / study.config)
-        command = ["deepspeed", "--num_gpus", str(study.ranks), str(ROOT / "gdrt_ds" / "train.py"), "--config", path, *cell.overrides,
+        launcher = ["deepspeed", "--master_port", str(free_port()), "--num_gpus", str(study.ranks)]
+        command = [*launcher, str(ROOT / "gdrt_ds" / "train.py"), "--config", path, *cell.overrides,
                    f"run.dir={run_of(folder, cell)}", "resume=auto"]
         log = folder / "logs" / f"{cell.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)

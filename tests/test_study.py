@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -259,6 +261,21 @@ def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, t
     assert end.returncode == 1 and "gdrt-seed0: failed: groups.num = 2000" in end.stdout and "sft-seed1: trained" in end.stdout
     assert "frozen-seed0: failed" in end.stdout     # it reads the run folder of a broken cell
     assert "4 of 6 cells are not evaluated yet" in (mine / "study.html").read_text()
+
+
+@pytest.mark.distributed
+def test_cells_of_several_ranks_train_beside_another_job_that_holds_the_launcher_port(tmp_path):
+    """DeepSpeed's launcher meets at port 29500 unless told otherwise; a second study on the machine would fail there."""
+    text = STUDY.replace("seeds: [0, 1]", "ranks: 2\nseeds: [0]").replace("train.micro_batch=32, ", "train.micro_batch=16, ")
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):  # taken by a job of the machine's own: as good
+            other.bind(("", 29500))
+            other.listen()
+        done = start(study_file(tmp_path, text), tmp_path / "out", "--cell", "0")
+    log = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "out" / "logs").glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + log[-3000:]
+    summary = json.loads((tmp_path / "out" / "runs" / "sft-seed0" / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["status"], summary["world"]) == ("completed", 2)
 
 
 def test_the_page_of_cells_run_one_by_one_and_of_a_file_that_got_a_row(finished, tmp_path):
