@@ -10,11 +10,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles one small extension at its first start; two environments that share a cache would rebuild it in turns.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: help install quickstart test test-exactness test-mutations test-faults test-slurm benchmarks clean
+.PHONY: help install quickstart test golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks clean
 
 help:
 	@echo "make quickstart      install, tune a real small LM with SFT and GDRT on real data, evaluate, compare (15 minutes on 2 cores)"
 	@echo "make test            install and run the test suite"
+	@echo "make golden          repeat the golden runs: losses, weights and metrics must be what tests/golden/ says"
 	@echo "make test-exactness  the full table: world x accumulation x ZeRO stage"
 	@echo "make test-mutations  plant the known Group DRO errors one by one; each must make its test fail"
 	@echo "make test-faults     kills, torn files, NaN, hangs: the fault table"
@@ -40,6 +41,12 @@ quickstart: install
 test: install
 	@$(BIN)/python tests/slurm/cluster/cluster.py install --if-possible
 	$(BIN)/python -m pytest -m "not faults and not exactness"
+
+golden: install
+	$(BIN)/python tests/golden/golden.py
+
+golden-update: install
+	$(BIN)/python tests/golden/golden.py --update "$(REASON)"
 
 test-exactness: install
 	$(BIN)/python tests/distributed/exactness.py
