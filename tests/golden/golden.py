@@ -34,7 +34,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 RELATIVE_TOLERANCE = 1e-5  # between machines; nothing is tolerated on one machine
-SMALLEST = 1e-6  # figures below this are compared absolutely: a gap of 1e-12 has no digits to agree on
+SMALLEST = 1e-5  # nats: a difference of two losses has no more digits than the losses have
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy", "scipy")
 STEP_KEYS = ("step", "loss", "objective", "lr", "grad_norm", "tokens", "group_loss", "group_weight", "group_count")
 
