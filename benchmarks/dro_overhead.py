@@ -33,19 +33,23 @@ import torch  # noqa: E402
 
 from gdrt_ds.batches import BatchPlan  # noqa: E402
 from gdrt_ds.config import RunConfig  # noqa: E402
-from gdrt_ds.deepspeed_config import fill_deepspeed_config, read_deepspeed_config  # noqa: E402
+from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config  # noqa: E402
 from gdrt_ds.dro import DroState  # noqa: E402
-from gdrt_ds.embedded import make_tiny_model  # noqa: E402
-from gdrt_ds.fused_model import FusedLossModel  # noqa: E402
-from gdrt_ds.model import load_model  # noqa: E402
+from gdrt_ds.models.built_in import make_tiny_model  # noqa: E402
+from gdrt_ds.training.model_with_loss import FusedLossModel  # noqa: E402
+from gdrt_ds.models.load import load_model  # noqa: E402
 from gdrt_ds.objectives import get_objective  # noqa: E402
-from gdrt_ds.prompts import TokenStore  # noqa: E402
+from gdrt_ds.data.prompts import TokenStore  # noqa: E402
 from gdrt_ds.runtime import Runtime, quiet_libraries  # noqa: E402
-from gdrt_ds.step import StepRunner, TrainTokens  # noqa: E402
+from gdrt_ds.training.step import StepRunner, TrainTokens  # noqa: E402
 
 HIDDEN, LAYERS, VOCABULARY, SAMPLES, TOKENS, TARGET, GLOBAL_BATCH, GROUPS = 256, 4, 16_384, 64, 96, 12, 8, 8
-ROWS = [("gdrt, accumulation 1", "batch", 1), ("gdrt ema, accumulation 1", "ema", 1), ("gdrt ema, accumulation 4", "ema", 4),
-        ("gdrt exact batch, accumulation 4", "batch", 4)]
+ROWS = [
+    ("gdrt, accumulation 1", "batch", 1),
+    ("gdrt ema, accumulation 1", "ema", 1),
+    ("gdrt ema, accumulation 4", "ema", 4),
+    ("gdrt exact batch, accumulation 4", "batch", 4),
+]
 
 
 def make_store() -> TokenStore:
@@ -60,23 +64,66 @@ def make_store() -> TokenStore:
 def make_runners(folder: Path, estimate: str, accumulation: int) -> tuple[StepRunner, StepRunner]:
     """(gdrt, sft) on one ZeRO-3 engine; lr 0, so both see the same weights at every step."""
     import deepspeed
-    path = make_tiny_model(folder / "model", ["a b"], hidden=HIDDEN, num_layers=LAYERS, num_heads=4, num_key_value_heads=4, intermediate=2 * HIDDEN,
-                           vocab_multiple=VOCABULARY)
-    config = RunConfig.model_validate({"model": {"path": str(path), "quantization": "none", "lora": {"targets": "all-linear"}}, "dro": {"estimate": estimate},
-                                       "train": {"global_batch": GLOBAL_BATCH, "micro_batch": GLOBAL_BATCH // accumulation, "optimizer": "sgd"}})
-    store, runtime = make_store(), Runtime(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    path = make_tiny_model(
+        folder / "model",
+        ["a b"],
+        hidden=HIDDEN,
+        num_layers=LAYERS,
+        num_heads=4,
+        num_key_value_heads=4,
+        intermediate=2 * HIDDEN,
+        vocab_multiple=VOCABULARY,
+    )
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": str(path), "quantization": "none", "lora": {"targets": "all-linear"}},
+            "dro": {"estimate": estimate},
+            "train": {
+                "global_batch": GLOBAL_BATCH,
+                "micro_batch": GLOBAL_BATCH // accumulation,
+                "optimizer": "sgd",
+            },
+        }
+    )
+    store, runtime = (
+        make_store(),
+        Runtime(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    )
     plan = BatchPlan(store.lengths, GLOBAL_BATCH, GLOBAL_BATCH // accumulation, 1, 0)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    settings = fill_deepspeed_config(read_deepspeed_config("ds_configs/zero3.json"), config, plan, dtype, HIDDEN)
-    loaded = load_model(config.model, runtime, train=True, path=path, attention="gdrt_tree", deepspeed_config=settings)
+    settings = fill_deepspeed_config(
+        read_deepspeed_config("ds_configs/zero3.json"), config, plan, dtype, HIDDEN
+    )
+    loaded = load_model(
+        config.model, runtime, train=True, path=path, attention="gdrt_tree", deepspeed_config=settings
+    )
     module = FusedLossModel(loaded.model)
     trainable = [p for p in module.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=trainable, optimizer=torch.optim.SGD(trainable, lr=0.0), config=settings)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=trainable,
+        optimizer=torch.optim.SGD(trainable, lr=0.0),
+        config=settings,
+    )
     engine.train()
     groups = np.random.default_rng(1).integers(0, GROUPS, int(store.target_offsets[-1])).astype(np.int16)
     tokens = TrainTokens(store, groups, GROUPS)
-    runners = [StepRunner(engine, plan, tokens, get_objective(name), config, DroState(GROUPS).to(runtime.device), runtime, packing="packed", head_length=0, pad_id=2)
-               for name in ("gdrt", "sft")]
+    runners = [
+        StepRunner(
+            engine,
+            plan,
+            tokens,
+            get_objective(name),
+            config,
+            DroState(GROUPS).to(runtime.device),
+            runtime,
+            packing="packed",
+            head_length=0,
+            pad_id=2,
+        )
+        for name in ("gdrt", "sft")
+    ]
     return runners[0], runners[1]
 
 
@@ -101,10 +148,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     quiet_libraries()
     import deepspeed
+
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     rounds = arguments.rounds or (10 if arguments.quick else 40)
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    machine = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    )
     shape = f"H{HIDDEN} L{LAYERS} V{VOCABULARY} global batch {GLOBAL_BATCH} x {TOKENS} tokens, {TARGET} targets, G{GROUPS}"
     if not arguments.json:
         print(f"GDRT step against SFT step, {shape}, ZeRO-3, {machine}, {rounds} paired rounds\n")
@@ -123,10 +175,27 @@ def main() -> None:
             ours, peer = statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
             low, high = ratios[len(ratios) // 4], ratios[-len(ratios) // 4]
             if arguments.json:
-                print(json.dumps({"name": name, "ours": ours, "peer": peer, "ratio": statistics.median(ratios), "ratio_quartiles": [low, high], "unit": "s",
-                                  "shape": shape, "machine": machine, "rounds": rounds}), flush=True)
+                print(
+                    json.dumps(
+                        {
+                            "name": name,
+                            "ours": ours,
+                            "peer": peer,
+                            "ratio": statistics.median(ratios),
+                            "ratio_quartiles": [low, high],
+                            "unit": "s",
+                            "shape": shape,
+                            "machine": machine,
+                            "rounds": rounds,
+                        }
+                    ),
+                    flush=True,
+                )
             else:
-                print(f"| {name} | {1e3 * ours:.1f} | {1e3 * peer:.1f} | {statistics.median(ratios):.3f} | {low:.3f} .. {high:.3f} |", flush=True)
+                print(
+                    f"| {name} | {1e3 * ours:.1f} | {1e3 * peer:.1f} | {statistics.median(ratios):.3f} | {low:.3f} .. {high:.3f} |",
+                    flush=True,
+                )
             gdrt.engine.destroy()
 
 

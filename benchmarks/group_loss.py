@@ -50,9 +50,17 @@ class Problem:
 
     def __init__(self, hidden_size: int, vocabulary: int, num_tokens: int, device: str, dtype: torch.dtype):
         generator = torch.Generator(device=device).manual_seed(0)
-        self.hidden = torch.randn(num_tokens, hidden_size, device=device, generator=generator).to(dtype).requires_grad_()
+        self.hidden = (
+            torch.randn(num_tokens, hidden_size, device=device, generator=generator)
+            .to(dtype)
+            .requires_grad_()
+        )
         # Rows repeat every 4,096 tokens: a product's time does not depend on it, and half a billion normal deviates take long to draw.
-        rows = torch.randn(min(vocabulary, 4096), hidden_size, device=device, generator=generator).mul_(hidden_size**-0.5).to(dtype)
+        rows = (
+            torch.randn(min(vocabulary, 4096), hidden_size, device=device, generator=generator)
+            .mul_(hidden_size**-0.5)
+            .to(dtype)
+        )
         self.head = rows.repeat(-(-vocabulary // len(rows)), 1)[:vocabulary].contiguous()
         self.labels = torch.randint(vocabulary, (num_tokens,), device=device, generator=generator)
         self.groups = torch.randint(NUM_GROUPS, (num_tokens,), device=device, generator=generator)
@@ -65,7 +73,9 @@ class Problem:
 
 
 def ours(problem: Problem, **options) -> None:
-    out = group_cross_entropy(problem.hidden, problem.head, problem.labels, problem.groups, NUM_GROUPS, **options)
+    out = group_cross_entropy(
+        problem.hidden, problem.head, problem.labels, problem.groups, NUM_GROUPS, **options
+    )
     (out.loss_sums * problem.group_weights).sum().backward()
 
 
@@ -80,13 +90,17 @@ def full_logits(problem: Problem) -> None:
 
 
 def torch_fused(problem: Problem, options) -> None:
-    losses_N = F.linear_cross_entropy(problem.hidden, problem.head, problem.labels, reduction="none", options=options)
+    losses_N = F.linear_cross_entropy(
+        problem.hidden, problem.head, problem.labels, reduction="none", options=options
+    )
     problem.backward_of_losses(losses_N)
 
 
 def torch_fused_sum(problem: Problem, options) -> None:
     """An easier task: one weight for all tokens, known before the forward."""
-    F.linear_cross_entropy(problem.hidden, problem.head, problem.labels, reduction="sum", options=options).backward()
+    F.linear_cross_entropy(
+        problem.hidden, problem.head, problem.labels, reduction="sum", options=options
+    ).backward()
 
 
 def liger(problem: Problem) -> None:
@@ -100,7 +114,11 @@ def liger(problem: Problem) -> None:
 def cut_cross_entropy(problem: Problem, implementation: str) -> None:
     from cut_cross_entropy import linear_cross_entropy
 
-    problem.backward_of_losses(linear_cross_entropy(problem.hidden, problem.head, problem.labels, reduction="none", impl=implementation))
+    problem.backward_of_losses(
+        linear_cross_entropy(
+            problem.hidden, problem.head, problem.labels, reduction="none", impl=implementation
+        )
+    )
 
 
 class Floor:
@@ -108,7 +126,11 @@ class Floor:
 
     def __init__(self, problem: Problem, chunked: bool):
         num_tokens, vocabulary = len(problem.hidden), problem.head.shape[0]
-        rows = max(1, problem.chunk_bytes // (vocabulary * problem.head.element_size())) if chunked else num_tokens
+        rows = (
+            max(1, problem.chunk_bytes // (vocabulary * problem.head.element_size()))
+            if chunked
+            else num_tokens
+        )
         self.rows = -(-num_tokens // -(-num_tokens // rows))
         self.logits = torch.empty(self.rows, vocabulary, dtype=problem.head.dtype, device=problem.device)
         self.gradient = torch.empty_like(problem.hidden)
@@ -127,7 +149,10 @@ def contenders(problem: Problem, quick: bool, no_slow: bool, chunk_rows: list[in
     torch_chunks = lambda rows=None: torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)  # noqa: E731
     table = {
         "ours, one pass": (lambda p: ours(p), "ours"),
-        **{f"ours, chunks of {rows} rows": (partial(ours, chunk_bytes=budget_of(problem, rows)), "ours") for rows in chunk_rows},
+        **{
+            f"ours, chunks of {rows} rows": (partial(ours, chunk_bytes=budget_of(problem, rows)), "ours")
+            for rows in chunk_rows
+        },
         "ours, recompute": (lambda p: ours(p, frozen_weight=False), "ours"),
         "full logits": (full_logits, "peer"),
         "torch linear_cross_entropy": (lambda p: torch_fused(p, None), "peer"),
@@ -141,7 +166,10 @@ def contenders(problem: Problem, quick: bool, no_slow: bool, chunk_rows: list[in
         table["CCE torch_compile"] = (lambda p: cut_cross_entropy(p, "torch_compile"), "peer")
     if not quick and not no_slow:
         table["same, chunks chosen by torch"] = (lambda p: torch_fused(p, torch_chunks()), "peer")
-        table["same, chunks by torch, plain sum"] = (lambda p: torch_fused_sum(p, torch_chunks()), "easier task")
+        table["same, chunks by torch, plain sum"] = (
+            lambda p: torch_fused_sum(p, torch_chunks()),
+            "easier task",
+        )
     return table
 
 
@@ -177,13 +205,18 @@ def peak_bytes(problem: Problem, run) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run(problem)
     alive = peak = 0
-    for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
 
 
-def measure(name: str, problem: Problem, repeats: int, quick: bool, no_slow: bool, clock, chunk_rows: list[int]) -> list[dict]:
+def measure(
+    name: str, problem: Problem, repeats: int, quick: bool, no_slow: bool, clock, chunk_rows: list[int]
+) -> list[dict]:
     """One JSON object per contender that is not the one-pass op: its time and memory beside ours."""
     dtype = str(problem.head.dtype).removeprefix("torch.")
     num_tokens, (vocabulary, hidden_size) = len(problem.hidden), problem.head.shape
@@ -197,9 +230,13 @@ def measure(name: str, problem: Problem, repeats: int, quick: bool, no_slow: boo
             if first > limit:  # perhaps it compiled: the second run decides
                 first = once(problem, run, clock)
             slow = first > limit  # this one run is then its time
-            peaks[label] = None if kind == "floor" or slow and label != "ours, one pass" else peak_bytes(problem, run)
+            peaks[label] = (
+                None if kind == "floor" or slow and label != "ours, one pass" else peak_bytes(problem, run)
+            )
             times[label] = [first] if slow else []
-        except Exception as error:  # a peer without a CPU version fails in many ways; the reason is reported, not hidden
+        except (
+            Exception
+        ) as error:  # a peer without a CPU version fails in many ways; the reason is reported, not hidden
             skipped[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     for _ in range(repeats):
         for label in times:
@@ -208,17 +245,35 @@ def measure(name: str, problem: Problem, repeats: int, quick: bool, no_slow: boo
             if not far and not (times[label] and max(times[label]) > limit):
                 times[label].append(once(problem, table[label][0], clock))
     best = {label: min(values) for label, values in times.items()}
-    mine, budget = best["ours, one pass"], problem.chunk_bytes + problem.hidden.numel() * problem.hidden.element_size()
+    mine, budget = (
+        best["ours, one pass"],
+        problem.chunk_bytes + problem.hidden.numel() * problem.hidden.element_size(),
+    )
     rows = []
     for label, (_, kind) in table.items():
-        row = {"name": f"group_loss: ours one-pass / {label}", "shape": shape, "machine": machine(), "kind": kind}
+        row = {
+            "name": f"group_loss: ours one-pass / {label}",
+            "shape": shape,
+            "machine": machine(),
+            "kind": kind,
+        }
         if label == "ours, one pass":
             row |= {"name": "group_loss: memory of one-pass / (chunk budget + N*H)", "kind": "memory"}
-            row |= {"ours": peaks[label], "floor": budget, "ratio": round(peaks[label] / budget, 3), "unit": "bytes"}
+            row |= {
+                "ours": peaks[label],
+                "floor": budget,
+                "ratio": round(peaks[label] / budget, 3),
+                "unit": "bytes",
+            }
         elif label in skipped:
             row |= {"ours": mine, "peer": None, "ratio": None, "skipped": skipped[label]}
         else:
-            row |= {"ours": mine, "floor" if kind == "floor" else "peer": best[label], "ratio": round(mine / best[label], 3), "unit": "s"}
+            row |= {
+                "ours": mine,
+                "floor" if kind == "floor" else "peer": best[label],
+                "ratio": round(mine / best[label], 3),
+                "unit": "s",
+            }
             row |= {"ours_peak_bytes": peaks["ours, one pass"], "peer_peak_bytes": peaks[label]}
         rows.append(row)
     return rows
@@ -226,14 +281,20 @@ def measure(name: str, problem: Problem, repeats: int, quick: bool, no_slow: boo
 
 def print_table(rows: list[dict]) -> None:
     shape = rows[0]["shape"]
-    print(f"\n{shape['model']}: N {shape['N']}, H {shape['H']}, V {shape['V']}, {shape['dtype']}; {rows[0]['machine']}")
-    print(f"{'ours one-pass beside':38} {'ours':>10} {'other':>10} {'ratio':>7}  {'ours MiB':>9} {'other MiB':>9}")
+    print(
+        f"\n{shape['model']}: N {shape['N']}, H {shape['H']}, V {shape['V']}, {shape['dtype']}; {rows[0]['machine']}"
+    )
+    print(
+        f"{'ours one-pass beside':38} {'ours':>10} {'other':>10} {'ratio':>7}  {'ours MiB':>9} {'other MiB':>9}"
+    )
     for row in rows:
         other, label = row.get("peer", row.get("floor")), row["name"].split(" / ")[1]
         if row.get("skipped"):
             print(f"{label:38} does not run here: {row['skipped'][:80]}")
         elif row["kind"] == "memory":
-            print(f"{'memory: ' + label:38} {row['ours'] / 2**20:8.1f} M {other / 2**20:8.1f} M {row['ratio']:7.3f}")
+            print(
+                f"{'memory: ' + label:38} {row['ours'] / 2**20:8.1f} M {other / 2**20:8.1f} M {row['ratio']:7.3f}"
+            )
         else:
             peaks = (row["ours_peak_bytes"], row["peer_peak_bytes"])
             memory = "" if None in peaks else " ".join(f"{peak / 2**20:9.1f}" for peak in peaks)
@@ -241,14 +302,33 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
-    parser.add_argument("--quick", action="store_true", help="within a minute on 2 cores: the small shape only on CPUs")
-    parser.add_argument("--repeats", type=int, default=None, help="interleaved repeats, the least counts (default 7, quick 3, GPU 20)")
-    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds on one thread: for a machine that others use, too (CPUs only)")
+    parser.add_argument(
+        "--quick", action="store_true", help="within a minute on 2 cores: the small shape only on CPUs"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=None,
+        help="interleaved repeats, the least counts (default 7, quick 3, GPU 20)",
+    )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU seconds on one thread: for a machine that others use, too (CPUs only)",
+    )
     parser.add_argument("--model", default=None, help="only the shape with this name")
-    parser.add_argument("--no-slow", action="store_true", help="leave out torch's own choice of chunks: minutes with a large head on CPUs")
-    parser.add_argument("--chunk-rows", type=int, nargs="+", default=[], help="also ours in chunks of about so many rows")
+    parser.add_argument(
+        "--no-slow",
+        action="store_true",
+        help="leave out torch's own choice of chunks: minutes with a large head on CPUs",
+    )
+    parser.add_argument(
+        "--chunk-rows", type=int, nargs="+", default=[], help="also ours in chunks of about so many rows"
+    )
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     if arguments.cpu_time:
@@ -264,7 +344,15 @@ def main() -> None:
         if num_tokens is None or arguments.model not in (None, name):
             continue
         for dtype in dtypes:
-            rows = measure(name, Problem(hidden_size, vocabulary, num_tokens, device, dtype), repeats, arguments.quick, arguments.no_slow, clock, arguments.chunk_rows)
+            rows = measure(
+                name,
+                Problem(hidden_size, vocabulary, num_tokens, device, dtype),
+                repeats,
+                arguments.quick,
+                arguments.no_slow,
+                clock,
+                arguments.chunk_rows,
+            )
             for row in rows if arguments.json else ():
                 print(json.dumps(row), flush=True)
             if not arguments.json:

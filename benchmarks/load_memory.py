@@ -33,9 +33,10 @@ CONSTANT_BYTES = 48 << 20  # allocator slack, gloo buffers, Python objects of th
 def load(way: str, path: Path, rank: int, world: int):
     import deepspeed
     import torch
-    from gdrt_ds import model as models
+    from gdrt_ds.models import load as models
     from gdrt_ds.config import ModelSection
-    from gdrt_ds.sharded_nf4 import load_sharded
+    from gdrt_ds.models.sharded_loading import load_sharded
+
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     section = ModelSection(path=str(path), loading="sharded")
     dtype = torch.bfloat16
@@ -49,12 +50,20 @@ def load(way: str, path: Path, rank: int, world: int):
 
 
 def measure(way: str, path: Path, warm_path: Path, rank: int, world: int, port: int, queue) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
     sys.stdout = sys.stderr
     import deepspeed
     import torch
-    from gdrt_ds.memory_use import PeakMemory
+    from gdrt_ds.training.memory_use import PeakMemory
+
     torch.set_num_threads(1)
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     load(way, warm_path, rank, world)  # lazy imports and kernels are not part of a model's memory
@@ -69,7 +78,9 @@ def measure(way: str, path: Path, warm_path: Path, rank: int, world: int, port: 
     for name, parameter in model.named_parameters():
         size = parameter.ds_tensor.numel()
         own = max(0, min(size, parameter.ds_numel - size * rank))
-        digest.update(name.encode() + parameter.ds_tensor[:own].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        digest.update(
+            name.encode() + parameter.ds_tensor[:own].contiguous().view(torch.uint8).cpu().numpy().tobytes()
+        )
         full = parameter.ds_numel * parameter.element_size()
         state = getattr(parameter, "quant_state", None)
         if state is None:
@@ -92,11 +103,19 @@ def run(way: str, path: Path, warm_path: Path, world: int) -> list[tuple]:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     import torch
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")  # imports are paid once, by a process that made no model
+
+    context = multiprocessing.get_context(
+        "spawn" if torch.cuda.is_available() else "forkserver"
+    )  # imports are paid once, by a process that made no model
     if not torch.cuda.is_available():
-        context.set_forkserver_preload(["torch", "transformers", "bitsandbytes", "deepspeed", "gdrt_ds.sharded_nf4"])
+        context.set_forkserver_preload(
+            ["torch", "transformers", "bitsandbytes", "deepspeed", "gdrt_ds.models.sharded_loading"]
+        )
     queue = context.Queue()
-    processes = [context.Process(target=measure, args=(way, path, warm_path, rank, world, port, queue)) for rank in range(world)]
+    processes = [
+        context.Process(target=measure, args=(way, path, warm_path, rank, world, port, queue))
+        for rank in range(world)
+    ]
     for process in processes:
         process.start()
     try:
@@ -113,9 +132,17 @@ def make_model(folder: Path, layers: int, hidden: int, vocab: int) -> Path:
     import deepspeed  # noqa: F401
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden * 3, num_hidden_layers=layers, num_attention_heads=8,
-                         num_key_value_heads=4, max_position_embeddings=256)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=hidden * 3,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
@@ -142,15 +169,32 @@ def main() -> int:
             peak, peer = max(r[1] for r in ours), max(r[1] for r in stock)
             equal = [r[3] for r in ours] == [r[3] for r in stock]
             failures += not equal or peak > bound
-            record = {"name": "load_memory", "ours": peak, "peer": peer, "ratio": round(peak / peer, 3), "bound": bound, "within_bound": peak <= bound,
-                      "bitwise_equal": equal, "unit": "bytes of host memory per rank (peak, maximum over ranks)", "device_ours": max(r[2] for r in ours),
-                      "device_peer": max(r[2] for r in stock),
-                      "shape": {"world": world, "quantised_bytes": quantised, "quant_state_bytes": state_bytes, "unquantised_bytes": plain},
-                      "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
+            record = {
+                "name": "load_memory",
+                "ours": peak,
+                "peer": peer,
+                "ratio": round(peak / peer, 3),
+                "bound": bound,
+                "within_bound": peak <= bound,
+                "bitwise_equal": equal,
+                "unit": "bytes of host memory per rank (peak, maximum over ranks)",
+                "device_ours": max(r[2] for r in ours),
+                "device_peer": max(r[2] for r in stock),
+                "shape": {
+                    "world": world,
+                    "quantised_bytes": quantised,
+                    "quant_state_bytes": state_bytes,
+                    "unquantised_bytes": plain,
+                },
+                "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            }
             if options.json:
                 print(json.dumps(record), flush=True)
             else:
-                print(f"{world:>5} {peak / 2**20:>9.0f} {peer / 2**20:>10.0f} {peak / peer:>6.2f} {bound / 2**20:>10.0f}  {'yes' if equal else 'NO'}", flush=True)
+                print(
+                    f"{world:>5} {peak / 2**20:>9.0f} {peer / 2**20:>10.0f} {peak / peer:>6.2f} {bound / 2**20:>10.0f}  {'yes' if equal else 'NO'}",
+                    flush=True,
+                )
     return 1 if failures else 0
 
 

@@ -26,18 +26,89 @@ sys.path.insert(0, str(ROOT))
 
 from machine_line import machine  # noqa: E402
 
-COMMON = ["prompt.template=alpaca", "model.lora={r: 8, alpha: 16, dropout: 0.05, targets: [q_proj, v_proj]}", "model.train_head=false", "train.max_steps=2",
-          "train.eval_every=2", "train.warmup_steps=0", "train.global_batch=64", "data.planted={num_train: 512, num_valid: 16, num_test: 16}"]
+COMMON = [
+    "prompt.template=alpaca",
+    "model.lora={r: 8, alpha: 16, dropout: 0.05, targets: [q_proj, v_proj]}",
+    "model.train_head=false",
+    "train.max_steps=2",
+    "train.eval_every=2",
+    "train.warmup_steps=0",
+    "train.global_batch=64",
+    "data.planted={num_train: 512, num_valid: 16, num_test: 16}",
+]
 # name, ranks, settings
 ROWS = [
-    ("nf4, ZeRO-3, shared prefix", 1, ["model.quantization=nf4", "deepspeed=ds_configs/zero3_qlora.json", "train.packing=shared_prefix", "train.micro_batch=16"]),
-    ("nf4, ZeRO-3, shared prefix", 2, ["model.quantization=nf4", "deepspeed=ds_configs/zero3_qlora.json", "train.packing=shared_prefix", "train.micro_batch=16"]),
-    ("nf4, ZeRO-3, padded", 2, ["model.quantization=nf4", "deepspeed=ds_configs/zero3_qlora.json", "train.packing=none", "train.micro_batch=16"]),
-    ("nf4, ZeRO-3, padded, large batch", 1, ["model.quantization=nf4", "deepspeed=ds_configs/zero3_qlora.json", "train.packing=none", "train.micro_batch=32"]),
-    ("nf4, ZeRO-3, checkpointed", 1, ["model.quantization=nf4", "deepspeed=ds_configs/zero3_qlora.json", "train.packing=none", "train.micro_batch=32",
-                                      "model.gradient_checkpointing=true"]),
-    ("float32 base, ZeRO-1", 1, ["model.quantization=none", "deepspeed=ds_configs/zero1.json", "train.packing=none", "train.micro_batch=16"]),
-    ("float32 base, ZeRO-3", 2, ["model.quantization=none", "deepspeed=ds_configs/zero3_qlora.json", "train.packing=none", "train.micro_batch=16"]),
+    (
+        "nf4, ZeRO-3, shared prefix",
+        1,
+        [
+            "model.quantization=nf4",
+            "deepspeed=ds_configs/zero3_qlora.json",
+            "train.packing=shared_prefix",
+            "train.micro_batch=16",
+        ],
+    ),
+    (
+        "nf4, ZeRO-3, shared prefix",
+        2,
+        [
+            "model.quantization=nf4",
+            "deepspeed=ds_configs/zero3_qlora.json",
+            "train.packing=shared_prefix",
+            "train.micro_batch=16",
+        ],
+    ),
+    (
+        "nf4, ZeRO-3, padded",
+        2,
+        [
+            "model.quantization=nf4",
+            "deepspeed=ds_configs/zero3_qlora.json",
+            "train.packing=none",
+            "train.micro_batch=16",
+        ],
+    ),
+    (
+        "nf4, ZeRO-3, padded, large batch",
+        1,
+        [
+            "model.quantization=nf4",
+            "deepspeed=ds_configs/zero3_qlora.json",
+            "train.packing=none",
+            "train.micro_batch=32",
+        ],
+    ),
+    (
+        "nf4, ZeRO-3, checkpointed",
+        1,
+        [
+            "model.quantization=nf4",
+            "deepspeed=ds_configs/zero3_qlora.json",
+            "train.packing=none",
+            "train.micro_batch=32",
+            "model.gradient_checkpointing=true",
+        ],
+    ),
+    (
+        "float32 base, ZeRO-1",
+        1,
+        [
+            "model.quantization=none",
+            "deepspeed=ds_configs/zero1.json",
+            "train.packing=none",
+            "train.micro_batch=16",
+        ],
+    ),
+    (
+        "float32 base, ZeRO-3",
+        2,
+        [
+            "model.quantization=none",
+            "deepspeed=ds_configs/zero3_qlora.json",
+            "train.packing=none",
+            "train.micro_batch=16",
+        ],
+    ),
 ]
 
 
@@ -46,27 +117,54 @@ def predicted_bytes(overrides: list[str], world: int) -> dict[str, int]:
     import torch
 
     from gdrt_ds.config import load_config
-    from gdrt_ds.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
-    from gdrt_ds.model import compute_dtype
-    from gdrt_ds.plan import memory_of
-    from gdrt_ds.preparation import padding_figures, plan_batches, prepare
-    from gdrt_ds.trainer import choose_packing
+    from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
+    from gdrt_ds.models.load import compute_dtype
+    from gdrt_ds.planning.plan import memory_of
+    from gdrt_ds.training.preparation import padding_figures, plan_batches, prepare
+    from gdrt_ds.training.trainer import choose_packing
+
     config = load_config("configs/planted.yaml", overrides)
     prepared = prepare(config)
     plan = plan_batches(config, prepared.stores["train"], world)
     dtype = compute_dtype(config.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    filled = fill_deepspeed_config(read_deepspeed_config(config.deepspeed), config, plan, dtype, prepared.model_config.get_text_config().hidden_size)
+    filled = fill_deepspeed_config(
+        read_deepspeed_config(config.deepspeed),
+        config,
+        plan,
+        dtype,
+        prepared.model_config.get_text_config().hidden_size,
+    )
     packing = choose_packing(config, prepared.model_config)[0]
     figures = padding_figures(prepared.stores["train"], plan, len(prepared.encoder.head_ids))
-    return memory_of(config, prepared, plan, figures["padded" if packing == "none" else packing], filled, world).parts
+    return memory_of(
+        config, prepared, plan, figures["padded" if packing == "none" else packing], filled, world
+    ).parts
 
 
 def measured_bytes(overrides: list[str], world: int, folder: Path, preload: str | None) -> int:
     with socket.socket() as probe:  # other launches on this machine keep the default port
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["deepspeed", "--master_port", str(port), "--num_gpus", str(world), "gdrt_ds/train.py", "--config", "configs/planted.yaml", f"run.dir={folder}", *overrides]
-    environment = os.environ | ({"LD_PRELOAD": preload} if preload else {}) | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", "OMP_NUM_THREADS": "1"}
+    command = [
+        "deepspeed",
+        "--master_port",
+        str(port),
+        "--num_gpus",
+        str(world),
+        "gdrt_ds/train.py",
+        "--config",
+        "configs/planted.yaml",
+        f"run.dir={folder}",
+        *overrides,
+    ]
+    environment = (
+        os.environ
+        | ({"LD_PRELOAD": preload} if preload else {})
+        | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "OMP_NUM_THREADS": "1",
+        }
+    )
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
@@ -76,36 +174,73 @@ def measured_bytes(overrides: list[str], world: int, folder: Path, preload: str 
 def find_allocator(wanted: str) -> str | None:
     """The library to preload, or None for the system's own allocator."""
     if wanted == "auto":
-        return next((found for name in ("tcmalloc_minimal", "tcmalloc", "jemalloc") if (found := ctypes.util.find_library(name))), None)
+        return next(
+            (
+                found
+                for name in ("tcmalloc_minimal", "tcmalloc", "jemalloc")
+                if (found := ctypes.util.find_library(name))
+            ),
+            None,
+        )
     return None if wanted == "glibc" else wanted
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="JSON lines instead of the table")
     parser.add_argument("--quick", action="store_true", help="the first row only")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--allocator", default="auto", help="host memory on a CPU: auto = tcmalloc or jemalloc where found, glibc, or a library's file name")
+    parser.add_argument(
+        "--allocator",
+        default="auto",
+        help="host memory on a CPU: auto = tcmalloc or jemalloc where found, glibc, or a library's file name",
+    )
     options = parser.parse_args()
     os.chdir(ROOT)
     import torch
+
     limit = 0.10 if torch.cuda.is_available() else 0.25
     preload = None if torch.cuda.is_available() else find_allocator(options.allocator)
     judged = torch.cuda.is_available() or preload is not None
     if not options.json:
-        promise = f"a prediction may be off by {limit:.0%}" if judged else "not judged: the promise is for tcmalloc and jemalloc (Debian: libtcmalloc-minimal4, libjemalloc2)"
-        print(f"{machine()}; {'host memory by ' + (preload or 'glibc') + '; ' if not torch.cuda.is_available() else ''}{promise}\n{'':36} {'ranks':>5} {'plan MiB':>9} {'seen MiB':>9} {'plan/seen':>9}")
+        promise = (
+            f"a prediction may be off by {limit:.0%}"
+            if judged
+            else "not judged: the promise is for tcmalloc and jemalloc (Debian: libtcmalloc-minimal4, libjemalloc2)"
+        )
+        print(
+            f"{machine()}; {'host memory by ' + (preload or 'glibc') + '; ' if not torch.cuda.is_available() else ''}{promise}\n{'':36} {'ranks':>5} {'plan MiB':>9} {'seen MiB':>9} {'plan/seen':>9}"
+        )
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, world, settings) in enumerate(ROWS[:1] if options.quick else ROWS):
             overrides = [f"model.path={options.model}", *COMMON, *settings]
             parts = predicted_bytes(overrides, world)
-            predicted, measured = sum(parts.values()), measured_bytes(overrides, world, Path(folder) / str(number), preload)
+            predicted, measured = (
+                sum(parts.values()),
+                measured_bytes(overrides, world, Path(folder) / str(number), preload),
+            )
             ratio = predicted / measured
             failures += judged and abs(ratio - 1) > limit
-            record = {"name": f"memory_plan: {name}", "world": world, "ours": predicted, "peer": measured, "ratio": round(ratio, 3), "unit": "bytes per rank",
-                      "parts": parts, "allocator": preload, "machine": machine()}
-            print(json.dumps(record) if options.json else f"{name:36} {world:>5} {predicted / 2**20:>9.0f} {measured / 2**20:>9.0f} {ratio:>9.2f}", flush=True)
+            record = {
+                "name": f"memory_plan: {name}",
+                "world": world,
+                "ours": predicted,
+                "peer": measured,
+                "ratio": round(ratio, 3),
+                "unit": "bytes per rank",
+                "parts": parts,
+                "allocator": preload,
+                "machine": machine(),
+            }
+            print(
+                json.dumps(record)
+                if options.json
+                else f"{name:36} {world:>5} {predicted / 2**20:>9.0f} {measured / 2**20:>9.0f} {ratio:>9.2f}",
+                flush=True,
+            )
     return 1 if failures else 0
 
 

@@ -27,19 +27,36 @@ def predict(options, ranks: int, stage: int) -> dict:
     reduce = lora / link + (LATENCY_S * math.ceil(math.log2(ranks)) * 2 if ranks > 1 else 0.0)
     step = max(compute, gather) + gather / options.layers + reduce
     memory = base_bytes / (ranks if stage == 3 else 1)
-    return {"gpus": ranks, "stage": stage, "compute_s": compute, "gather_s": gather, "gather_GB": volume / 1e9, "dro_bytes": 8 * (2 * options.groups + 2),
-            "step_s": step, "efficiency": compute / step, "base_GiB": memory / 2**30}
+    return {
+        "gpus": ranks,
+        "stage": stage,
+        "compute_s": compute,
+        "gather_s": gather,
+        "gather_GB": volume / 1e9,
+        "dro_bytes": 8 * (2 * options.groups + 2),
+        "step_s": step,
+        "efficiency": compute / step,
+        "base_GiB": memory / 2**30,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parameters", type=float, default=8e9)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--lora-parameters", type=float, default=3.4e6, help="r 8 on q_proj and v_proj of an 8B Llama")
-    parser.add_argument("--tokens", type=float, default=4800, help="tokens of a micro-batch per GPU, e.g. 16 samples of 300")
+    parser.add_argument(
+        "--lora-parameters", type=float, default=3.4e6, help="r 8 on q_proj and v_proj of an 8B Llama"
+    )
+    parser.add_argument(
+        "--tokens", type=float, default=4800, help="tokens of a micro-batch per GPU, e.g. 16 samples of 300"
+    )
     parser.add_argument("--flops", type=float, default=400e12, help="sustained bf16 flops of one GPU")
     parser.add_argument("--intra", type=float, default=400e9, help="bytes/s of an all-gather inside a node")
-    parser.add_argument("--inter", type=float, default=45e9, help="bytes/s per GPU between nodes (400 Gbit/s per GPU)")
+    parser.add_argument(
+        "--inter", type=float, default=45e9, help="bytes/s per GPU between nodes (400 Gbit/s per GPU)"
+    )
     parser.add_argument("--node", type=int, default=8)
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--no-recompute", dest="recompute", action="store_false")
@@ -47,16 +64,30 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the same: it is arithmetic")
     options = parser.parse_args()
     if not options.json:
-        print("| GPUs | ZeRO | base per GPU | gathered per micro-batch | compute | gather | step | efficiency |\n|---|---|---|---|---|---|---|---|")
+        print(
+            "| GPUs | ZeRO | base per GPU | gathered per micro-batch | compute | gather | step | efficiency |\n|---|---|---|---|---|---|---|---|"
+        )
     for ranks in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
         rows = {stage: predict(options, ranks, stage) for stage in (2, 3)}
         for stage, row in rows.items():
             if options.json:
-                print(json.dumps({"name": f"scaling/zero{stage}/{ranks}", "ours": row["step_s"], "floor": row["compute_s"], "ratio": row["step_s"] / row["compute_s"],
-                                  "shape": vars(options) | {"gpus": ranks}, "machine": "arithmetic from the constants in `shape`"}))
+                print(
+                    json.dumps(
+                        {
+                            "name": f"scaling/zero{stage}/{ranks}",
+                            "ours": row["step_s"],
+                            "floor": row["compute_s"],
+                            "ratio": row["step_s"] / row["compute_s"],
+                            "shape": vars(options) | {"gpus": ranks},
+                            "machine": "arithmetic from the constants in `shape`",
+                        }
+                    )
+                )
             else:
-                print(f"| {ranks} | {stage} | {row['base_GiB']:.2f} GiB | {row['gather_GB']:.1f} GB | {row['compute_s']:.3f} s | {row['gather_s']:.3f} s | "
-                      f"{row['step_s']:.3f} s | {row['efficiency']:.0%} |")
+                print(
+                    f"| {ranks} | {stage} | {row['base_GiB']:.2f} GiB | {row['gather_GB']:.1f} GB | {row['compute_s']:.3f} s | {row['gather_s']:.3f} s | "
+                    f"{row['step_s']:.3f} s | {row['efficiency']:.0%} |"
+                )
 
 
 if __name__ == "__main__":

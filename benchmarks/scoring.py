@@ -41,15 +41,26 @@ def hf_beam(model, tokenizer, prompts, trie, table, terminator, renormalise=True
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt):] = torch.tensor(prompt)
-        mask[row, width - len(prompt):] = 1
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
     allowed = lambda _, tokens: table.get(tuple(tokens[width:].tolist())) or [terminator]  # noqa: E731
-    output = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), num_beams=beams, num_return_sequences=beams, do_sample=False,
-                            max_new_tokens=int(trie.depth.max()), prefix_allowed_tokens_fn=allowed, eos_token_id=terminator,
-                            pad_token_id=tokenizer.pad_token_id, **(dict(renormalize_logits=True, length_penalty=0.0) if renormalise else {}))
+    output = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        num_beams=beams,
+        num_return_sequences=beams,
+        do_sample=False,
+        max_new_tokens=int(trie.depth.max()),
+        prefix_allowed_tokens_fn=allowed,
+        eos_token_id=terminator,
+        pad_token_id=tokenizer.pad_token_id,
+        **(dict(renormalize_logits=True, length_penalty=0.0) if renormalise else {}),
+    )
     lists = output[:, width:].tolist()
-    cut = lambda tokens: tuple(tokens[:tokens.index(terminator) + 1]) if terminator in tokens else tuple(tokens)  # noqa: E731
-    return [[cut(t) for t in lists[row * beams:(row + 1) * beams]] for row in range(len(prompts))]
+    cut = lambda tokens: (
+        tuple(tokens[: tokens.index(terminator) + 1]) if terminator in tokens else tuple(tokens)
+    )  # noqa: E731
+    return [[cut(t) for t in lists[row * beams : (row + 1) * beams]] for row in range(len(prompts))]
 
 
 _clock = time.perf_counter
@@ -65,20 +76,39 @@ def timed(call, *arguments):
 
 def on_real_data(options) -> list[dict]:
     from eval.scoring import BestFirst, beam_search, per_item_scores, top_entries
-    from gdrt_ds.catalogue import Catalogue
+    from gdrt_ds.data.catalogue import Catalogue
     from gdrt_ds.config import load_config
-    from gdrt_ds.corpus import load_corpus
-    from gdrt_ds.model import resolve_model
-    from gdrt_ds.recommender import assemble
+    from gdrt_ds.data.corpus import load_corpus
+    from gdrt_ds.models.load import resolve_model
+    from gdrt_ds.inference.recommender import assemble
     from gdrt_ds.runtime import Runtime
-    from gdrt_ds.scoring import CatalogueScorer
+    from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
+
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    config = load_config(None, [f"data.path={options.data}", f"model.path={options.model}", "model.quantization=none", "model.dtype=float32",
-                                *options.overrides])
+    config = load_config(
+        None,
+        [
+            f"data.path={options.data}",
+            f"model.path={options.model}",
+            "model.quantization=none",
+            "model.dtype=float32",
+            *options.overrides,
+        ],
+    )
     corpus = load_corpus(config.data)
-    recommender = assemble(config, Runtime(device=device), resolve_model(config.model.path), None, None, corpus.domain, Catalogue.build(corpus))
+    recommender = assemble(
+        config,
+        Runtime(device=device),
+        resolve_model(config.model.path),
+        None,
+        None,
+        corpus.domain,
+        Catalogue.build(corpus),
+    )
     samples = corpus.split("test")
-    chosen = np.random.default_rng(0).choice(len(samples), size=min(options.users, len(samples)), replace=False)
+    chosen = np.random.default_rng(0).choice(
+        len(samples), size=min(options.users, len(samples)), replace=False
+    )
     prompts = [recommender.prompt_of(samples[i].history) for i in sorted(chosen.tolist())]
     prompts.sort(key=len)
     reader, trie, model = recommender.reader, recommender.trie, recommender.loaded.model
@@ -89,16 +119,20 @@ def on_real_data(options) -> list[dict]:
         leaf_tokens[tuple(recommender.encoder.target_ids(entry_of.text))] = entry
     scorer, best_first = CatalogueScorer(reader, trie), BestFirst(reader, trie)
     warm = scorer.score(prompts[:1])[0]  # warm-up: the shared head, thread pools
-    checked = np.random.default_rng(1).choice(len(recommender.catalogue), size=min(20, len(recommender.catalogue)), replace=False)
+    checked = np.random.default_rng(1).choice(
+        len(recommender.catalogue), size=min(20, len(recommender.catalogue)), replace=False
+    )
     difference = float((warm[checked] - per_item_scores(model, trie, prompts[0], checked)).abs().max())
     total = float(warm.exp().sum())
     if difference > 1e-4 or abs(total - 1) > 1e-6:
-        raise SystemExit(f"exact scores differ by {difference:.1e} nats from items scored one by one, probabilities sum to {total}: nothing is timed")
+        raise SystemExit(
+            f"exact scores differ by {difference:.1e} nats from items scored one by one, probabilities sum to {total}: nothing is timed"
+        )
     seconds = {name: 0.0 for name in ("exact", "best_first", "beam", "hf")}
     hf_batch, overlap, default_overlap, expanded, certified, hf_users = 1, [], [], [], 0, 0
     order = np.arange(len(recommender.catalogue))
     for start in range(0, len(prompts), options.batch_size):
-        batch = prompts[start:start + options.batch_size]
+        batch = prompts[start : start + options.batch_size]
         spent, scores = timed(scorer.score, batch)
         seconds["exact"] += spent
         spent, found = timed(lambda: best_first.search(reader.read(batch), 50))
@@ -108,11 +142,19 @@ def on_real_data(options) -> list[dict]:
         spent, ours = timed(lambda: beam_search(reader, trie, reader.read(batch), 10))
         seconds["beam"] += spent
         if start == 0 and len(batch) >= 4 and not options.quick:  # the peer at its better batch size
-            alone = np.mean([timed(hf_beam, model, tokenizer, [p], trie, table, terminator)[0] for p in batch[:2]])
-            hf_batch = 4 if timed(hf_beam, model, tokenizer, batch[:4], trie, table, terminator)[0] / 4 < alone else 1
+            alone = np.mean(
+                [timed(hf_beam, model, tokenizer, [p], trie, table, terminator)[0] for p in batch[:2]]
+            )
+            hf_batch = (
+                4
+                if timed(hf_beam, model, tokenizer, batch[:4], trie, table, terminator)[0] / 4 < alone
+                else 1
+            )
         group = batch[:1] if options.quick else batch
         for low in range(0, len(group), hf_batch):
-            spent, theirs = timed(hf_beam, model, tokenizer, group[low:low + hf_batch], trie, table, terminator)
+            spent, theirs = timed(
+                hf_beam, model, tokenizer, group[low : low + hf_batch], trie, table, terminator
+            )
             seconds["hf"] += spent
             hf_users += len(theirs)
             for row, tokens in enumerate(theirs, low):
@@ -123,32 +165,97 @@ def on_real_data(options) -> list[dict]:
             best = set(top_entries(scores[0].numpy(), 10, order).tolist())
             default_overlap.append(len(best & {leaf_tokens.get(t) for t in usual}) / 10)
     rate = {name: (hf_users if name == "hf" else len(prompts)) / spent for name, spent in seconds.items()}
-    shape = {"data": Path(options.data).name, "items": len(order), "users": len(prompts), "hf_users": hf_users, "batch": options.batch_size,
-             "hf_batch": hf_batch, "mean_prompt_tokens": float(np.mean([len(p) for p in prompts])), "model": options.model, "dtype": "float32",
-             "nodes_exact": scorer.nodes_forwarded, "trie_nodes": trie.num_nodes}
-    row = lambda name, ours, peer, **more: {"name": name, "unit": "users/s", "ours": ours, "peer": peer, "ratio": ours / peer, **more, "shape": shape,  # noqa: E731
-                                            "machine": machine()}
+    shape = {
+        "data": Path(options.data).name,
+        "items": len(order),
+        "users": len(prompts),
+        "hf_users": hf_users,
+        "batch": options.batch_size,
+        "hf_batch": hf_batch,
+        "mean_prompt_tokens": float(np.mean([len(p) for p in prompts])),
+        "model": options.model,
+        "dtype": "float32",
+        "nodes_exact": scorer.nodes_forwarded,
+        "trie_nodes": trie.num_nodes,
+    }
+    row = lambda name, ours, peer, **more: {
+        "name": name,
+        "unit": "users/s",
+        "ours": ours,
+        "peer": peer,
+        "ratio": ours / peer,
+        **more,
+        "shape": shape,  # noqa: E731
+        "machine": machine(),
+    }
     mean_nodes = float(np.mean(expanded))
-    return [{"name": "exact_equals_items_scored_one_by_one", "unit": "nats", "ours": difference, "floor": 1e-4, "ratio": difference / 1e-4, "items": len(checked), "probabilities_sum": total,
-             "shape": shape, "machine": machine()},
-            row("exact_vs_hf_beam10", rate["exact"], rate["hf"]),
-            row("beam10_vs_hf_beam10", rate["beam"], rate["hf"], same_lists=float(np.mean(overlap))),
-            row("best_first50_vs_exact", rate["best_first"], rate["exact"], certified=certified / len(prompts), nodes_opened=mean_nodes,
-                node_ratio=scorer.nodes_forwarded / mean_nodes),
-            {"name": "hf_default_beam10_recall_of_exact_top10", "ours": 1.0, "peer": float(np.mean(default_overlap)),
-             "ratio": 1.0 / max(float(np.mean(default_overlap)), 1e-9), "shape": {**shape, "users": len(default_overlap)}, "machine": machine()}]
+    return [
+        {
+            "name": "exact_equals_items_scored_one_by_one",
+            "unit": "nats",
+            "ours": difference,
+            "floor": 1e-4,
+            "ratio": difference / 1e-4,
+            "items": len(checked),
+            "probabilities_sum": total,
+            "shape": shape,
+            "machine": machine(),
+        },
+        row("exact_vs_hf_beam10", rate["exact"], rate["hf"]),
+        row("beam10_vs_hf_beam10", rate["beam"], rate["hf"], same_lists=float(np.mean(overlap))),
+        row(
+            "best_first50_vs_exact",
+            rate["best_first"],
+            rate["exact"],
+            certified=certified / len(prompts),
+            nodes_opened=mean_nodes,
+            node_ratio=scorer.nodes_forwarded / mean_nodes,
+        ),
+        {
+            "name": "hf_default_beam10_recall_of_exact_top10",
+            "ours": 1.0,
+            "peer": float(np.mean(default_overlap)),
+            "ratio": 1.0 / max(float(np.mean(default_overlap)), 1e-9),
+            "shape": {**shape, "users": len(default_overlap)},
+            "machine": machine(),
+        },
+    ]
 
 
 def generated_titles(count: int) -> list[str]:
     """Titles with the sharing of real ones: common beginnings, series, years."""
     rng, found = random.Random(0), {}
-    syllables = ["ka", "lo", "mi", "ren", "tos", "vel", "dor", "shan", "pri", "gul", "nor", "bex", "tam", "wen", "zor"]
-    words = sorted({"".join(rng.choice(syllables) for _ in range(rng.randrange(1, 4))).capitalize() for _ in range(3000)})
+    syllables = [
+        "ka",
+        "lo",
+        "mi",
+        "ren",
+        "tos",
+        "vel",
+        "dor",
+        "shan",
+        "pri",
+        "gul",
+        "nor",
+        "bex",
+        "tam",
+        "wen",
+        "zor",
+    ]
+    words = sorted(
+        {"".join(rng.choice(syllables) for _ in range(rng.randrange(1, 4))).capitalize() for _ in range(3000)}
+    )
     popular = lambda: words[min(int(rng.paretovariate(0.7)) - 1, len(words) - 1)]  # noqa: E731
     while len(found) < count:
         title = " ".join(popular() for _ in range(rng.randrange(1, 5)))
         title = rng.choice(["The ", "A ", "", "", "Return of the ", "Tales of "]) + title
-        title += rng.choice([f" ({rng.randrange(1930, 2024)})", f", Vol. {rng.randrange(1, 12)}", ": " + " ".join(popular() for _ in range(3))])
+        title += rng.choice(
+            [
+                f" ({rng.randrange(1930, 2024)})",
+                f", Vol. {rng.randrange(1, 12)}",
+                ": " + " ".join(popular() for _ in range(3)),
+            ]
+        )
         found[title] = None
     return list(found)
 
@@ -156,23 +263,37 @@ def generated_titles(count: int) -> list[str]:
 def on_generated_catalogues(options) -> list[dict]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from gdrt_ds.catalogue import TokenTrie
+    from gdrt_ds.data.trie import TokenTrie
     from gdrt_ds.config import PromptSection
-    from gdrt_ds.embedded import smollm2_folder
-    from gdrt_ds.memory_use import PeakMemory
-    from gdrt_ds.model import load_tokenizer
-    from gdrt_ds.prompt_cache import PromptReader
-    from gdrt_ds.prompts import PromptEncoder, PromptTemplate
-    from gdrt_ds.scoring import CatalogueScorer
+    from gdrt_ds.models.built_in import smollm2_folder
+    from gdrt_ds.training.memory_use import PeakMemory
+    from gdrt_ds.models.load import load_tokenizer
+    from gdrt_ds.inference.prompt_reader import PromptReader
+    from gdrt_ds.data.prompts import PromptEncoder, PromptTemplate
+    from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
+
     tokenizer = load_tokenizer(smollm2_folder())
     if options.size_model:
-        model = __import__("transformers").AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
+        model = __import__("transformers").AutoModelForCausalLM.from_pretrained(
+            smollm2_folder(), dtype=torch.float32
+        )
     else:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048))
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=2048,
+            )
+        )
     model.eval()
-    encoder = PromptEncoder(PromptTemplate.from_config(PromptSection(template="alpaca"), "movie", tokenizer), tokenizer, 1024)
+    encoder = PromptEncoder(
+        PromptTemplate.from_config(PromptSection(template="alpaca"), "movie", tokenizer), tokenizer, 1024
+    )
     titles, rows, bound = generated_titles(100_000), [], 256 << 20
     first = None
     for size in (1_000, 10_000, 100_000) if options.quick else (1_000, 3_000, 10_000, 30_000, 100_000):
@@ -180,7 +301,7 @@ def on_generated_catalogues(options) -> list[dict]:
         encoder.warm(part)
         trie = TokenTrie.build([encoder.target_ids(t) for t in part])
         scorer = CatalogueScorer(PromptReader(model, encoder.head_ids), trie, max_bytes=bound)
-        prompts = [encoder.encode(part[i * 10:i * 10 + 8]).input_ids.tolist() for i in range(2)]
+        prompts = [encoder.encode(part[i * 10 : i * 10 + 8]).input_ids.tolist() for i in range(2)]
         memory = PeakMemory(torch.device("cpu"))
         scorer.score(prompts[:1])
         spent, scores = timed(scorer.score, prompts)
@@ -188,25 +309,58 @@ def on_generated_catalogues(options) -> list[dict]:
         assert torch.allclose(scores.exp().sum(1), torch.ones(2, dtype=torch.float64), atol=1e-6)
         per_user = spent / len(prompts)
         first = first or (size, per_user)
-        rows.append({"name": f"catalogue_size_{size}", "unit": "s/user", "ours": per_user, "floor": first[1], "ratio": per_user / first[1],
-                     "items_ratio": size / first[0], "nodes_forwarded": scorer.nodes_forwarded, "trie_nodes": trie.num_nodes,
-                     "peak_extra_bytes": peak, "bound_bytes": bound,
-                     "shape": {"items": size, "users": 2, "model": "smollm2-135m" if options.size_model else "llama 2 x 64", "vocabulary": len(tokenizer)},
-                     "machine": machine()})
+        rows.append(
+            {
+                "name": f"catalogue_size_{size}",
+                "unit": "s/user",
+                "ours": per_user,
+                "floor": first[1],
+                "ratio": per_user / first[1],
+                "items_ratio": size / first[0],
+                "nodes_forwarded": scorer.nodes_forwarded,
+                "trie_nodes": trie.num_nodes,
+                "peak_extra_bytes": peak,
+                "bound_bytes": bound,
+                "shape": {
+                    "items": size,
+                    "users": 2,
+                    "model": "smollm2-135m" if options.size_model else "llama 2 x 64",
+                    "vocabulary": len(tokenizer),
+                },
+                "machine": machine(),
+            }
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="ml-100k", help="ml-100k, or a data folder such as that of Amazon Books")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="ml-100k", help="ml-100k, or a data folder such as that of Amazon Books"
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--size-model", action="store_true", help="catalogue_size with SmolLM2 instead of a small random model")
+    parser.add_argument(
+        "--size-model",
+        action="store_true",
+        help="catalogue_size with SmolLM2 instead of a small random model",
+    )
     parser.add_argument("--only", choices=("data", "size"))
     parser.add_argument("--quick", action="store_true", help="2 users, one of them for the peer")
-    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of one thread: for machines that others use at the same time")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of data and prompt, e.g. data.on_bad_row=skip")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU seconds of one thread: for machines that others use at the same time",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings of data and prompt, e.g. data.on_bad_row=skip",
+    )
     parser.add_argument("--json", action="store_true", help="JSON lines only")
     options = parser.parse_intermixed_args()
     if options.cpu_time:
@@ -225,14 +379,20 @@ def main() -> None:
             print(json.dumps(row))
         else:  # a table
             other = "peer" if "peer" in row else "floor"
-            extra = {k: (round(v, 3) if isinstance(v, float) else v) for k, v in row.items()
-                     if k not in ("name", "ours", "peer", "floor", "ratio", "shape", "machine", "unit")}
-            print(f"{row['name']:42s} ours {row['ours']:10.4g}  {other} {row[other]:10.4g}  ratio {row['ratio']:8.2f}  {row.get('unit', '')}  {extra or ''}")
+            extra = {
+                k: (round(v, 3) if isinstance(v, float) else v)
+                for k, v in row.items()
+                if k not in ("name", "ours", "peer", "floor", "ratio", "shape", "machine", "unit")
+            }
+            print(
+                f"{row['name']:42s} ours {row['ours']:10.4g}  {other} {row[other]:10.4g}  ratio {row['ratio']:8.2f}  {row.get('unit', '')}  {extra or ''}"
+            )
     if not options.json and rows:
         print(f"shape: {rows[0]['shape']}\nmachine: {machine()}")
 
 
 if __name__ == "__main__":
     import sys
+
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     main()

@@ -41,13 +41,24 @@ class Bench:
 
     def __init__(self, options, folder: Path):
         from gdrt_ds.config import load_config
-        from gdrt_ds.preparation import prepare
+        from gdrt_ds.training.preparation import prepare
         from gdrt_ds.runtime import start_runtime
+
         self.options, self.folder = options, folder
         self.clock = time.process_time if options.cpu_time else time.perf_counter
-        base = [f"run.dir={folder}", f"data.path={options.data}", f"model.path={options.model}", f"model.quantization={options.quantization}",
-                "model.lora.dropout=0", "objective=sft", f"train.global_batch={options.batch}", f"train.micro_batch={options.batch}",
-                f"data.history_length={options.history}", "train.warmup_steps=0", f"train.max_steps={options.steps + 1}"]
+        base = [
+            f"run.dir={folder}",
+            f"data.path={options.data}",
+            f"model.path={options.model}",
+            f"model.quantization={options.quantization}",
+            "model.lora.dropout=0",
+            "objective=sft",
+            f"train.global_batch={options.batch}",
+            f"train.micro_batch={options.batch}",
+            f"data.history_length={options.history}",
+            "train.warmup_steps=0",
+            f"train.max_steps={options.steps + 1}",
+        ]
         if options.model == "tiny-random":
             base.append("prompt.max_length=512")
         self.config = load_config(None, base)
@@ -56,12 +67,16 @@ class Bench:
         self.store = self.prepared.stores["train"]
 
     def load(self, attention):
-        from gdrt_ds.model import load_model
+        from gdrt_ds.models.load import load_model
+
         section = self.config.model.model_copy(update={"loading": "stock"})
-        return load_model(section, self.runtime, train=True, path=self.prepared.model_folder, seed=0, attention=attention)
+        return load_model(
+            section, self.runtime, train=True, path=self.prepared.model_folder, seed=0, attention=attention
+        )
 
     def plan(self, packed: bool):
         from gdrt_ds.batches import BatchPlan
+
         return BatchPlan(self.store.lengths, self.options.batch, self.options.batch, 1, 0, packed)
 
     def samples(self) -> list[np.ndarray]:
@@ -72,25 +87,41 @@ class Bench:
         import deepspeed
 
         from gdrt_ds import dro
-        from gdrt_ds.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
-        from gdrt_ds.fused_model import FusedLossModel
+        from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
+        from gdrt_ds.training.model_with_loss import FusedLossModel
         from gdrt_ds.objectives import get_objective
-        from gdrt_ds.step import StepRunner, TrainTokens
-        from gdrt_ds.tree_attention import ATTENTION_NAME
+        from gdrt_ds.training.step import StepRunner, TrainTokens
+        from gdrt_ds.batches.tree_attention import ATTENTION_NAME
+
         loaded = self.load(ATTENTION_NAME if packing != "none" else None)
         module, plan = FusedLossModel(loaded.model), self.plan(packing != "none")
         hidden = self.prepared.model_config.get_text_config().hidden_size
-        filled = fill_deepspeed_config(read_deepspeed_config("ds_configs/zero3_qlora.json"), self.config, plan, loaded.dtype, hidden)
+        filled = fill_deepspeed_config(
+            read_deepspeed_config("ds_configs/zero3_qlora.json"), self.config, plan, loaded.dtype, hidden
+        )
         trainable = [p for p in module.parameters() if p.requires_grad]
-        engine, *_ = deepspeed.initialize(model=module, config=filled, model_parameters=trainable,
-                                          optimizer=torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0))
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            config=filled,
+            model_parameters=trainable,
+            optimizer=torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0),
+        )
         engine.train()
         num_groups = 1 if objective == "sft" else 8
         groups = (np.arange(int(self.store.target_offsets[-1])) % num_groups).astype(np.int16)
         config = self.config.model_copy(update={"objective": objective})
-        runner = StepRunner(engine, plan, TrainTokens(self.store, groups, num_groups), get_objective(objective), config,
-                            dro.DroState(num_groups).to(self.runtime.device), self.runtime, packing=packing,
-                            head_length=len(self.prepared.encoder.head_ids), pad_id=self.prepared.tokenizer.pad_token_id)
+        runner = StepRunner(
+            engine,
+            plan,
+            TrainTokens(self.store, groups, num_groups),
+            get_objective(objective),
+            config,
+            dro.DroState(num_groups).to(self.runtime.device),
+            self.runtime,
+            packing=packing,
+            head_length=len(self.prepared.encoder.head_ids),
+            pad_id=self.prepared.tokenizer.pad_token_id,
+        )
         seconds, first, tokens = [], None, 0
         for step in range(self.options.steps + 1):
             start = self.clock()
@@ -108,21 +139,30 @@ class Bench:
         from accelerate.state import AcceleratorState
         from transformers import Trainer, TrainerCallback, TrainingArguments
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
         loaded = self.load(None)
         rows, store = [], self.store
         for step in self.samples():
             for sample in step:
-                ids = store.input_ids[store.offsets[sample]:store.offsets[sample + 1]].astype(np.int64)
+                ids = store.input_ids[store.offsets[sample] : store.offsets[sample + 1]].astype(np.int64)
                 labels = np.full_like(ids, -100)
-                labels[-store.num_target[sample]:] = ids[-store.num_target[sample]:]
+                labels[-store.num_target[sample] :] = ids[-store.num_target[sample] :]
                 rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
         pad = self.prepared.tokenizer.pad_token_id
 
         def collate(batch):
             width = max(len(row["input_ids"]) for row in batch)
-            fill = lambda key, value: torch.tensor([row[key] + [value] * (width - len(row[key])) for row in batch])
-            mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch])
-            return {"input_ids": fill("input_ids", pad), "labels": fill("labels", -100), "attention_mask": mask}
+            fill = lambda key, value: torch.tensor(
+                [row[key] + [value] * (width - len(row[key])) for row in batch]
+            )
+            mask = torch.tensor(
+                [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch]
+            )
+            return {
+                "input_ids": fill("input_ids", pad),
+                "labels": fill("labels", -100),
+                "attention_mask": mask,
+            }
 
         clock, marks, losses = self.clock, [], []
 
@@ -137,14 +177,29 @@ class Bench:
                 if "loss" in (logs or {}):
                     losses.append(float(logs["loss"]))
 
-        settings = dict(output_dir=str(self.folder / name), per_device_train_batch_size=self.options.batch, max_steps=self.options.steps + 1,
-                        learning_rate=1e-4, lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
-                        use_cpu=not torch.cuda.is_available(), deepspeed=str(self._peer_deepspeed()), remove_unused_columns=False,
-                        optim="adamw_torch", weight_decay=0.0, max_grad_norm=1.0, bf16=loaded.dtype == torch.bfloat16)
+        settings = dict(
+            output_dir=str(self.folder / name),
+            per_device_train_batch_size=self.options.batch,
+            max_steps=self.options.steps + 1,
+            learning_rate=1e-4,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            deepspeed=str(self._peer_deepspeed()),
+            remove_unused_columns=False,
+            optim="adamw_torch",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=loaded.dtype == torch.bfloat16,
+        )
         order = torch.utils.data.SequentialSampler
         if name == "trl":
             from datasets import Dataset
             from trl import SFTConfig, SFTTrainer
+
             base_class = SFTTrainer
             arguments = SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
             data = Dataset.from_list(rows)
@@ -156,7 +211,14 @@ class Bench:
             def _get_train_sampler(self, *args, **kwargs):
                 return order(data)
 
-        trainer = InOrder(model=loaded.model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[Clock()], **extra)
+        trainer = InOrder(
+            model=loaded.model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=collate,
+            callbacks=[Clock()],
+            **extra,
+        )
         trainer.train()
         if getattr(trainer, "deepspeed", None) is not None:
             trainer.deepspeed.destroy()
@@ -178,13 +240,21 @@ def measure(options, folder: str, row: str, queue) -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     bench = Bench(options, Path(folder))
-    result = bench.peer(row) if row in ("trainer", "trl") else bench.ours({"padded": "none", "gdrt": "shared_prefix"}.get(row, row), "gdrt" if row == "gdrt" else "sft")
+    result = (
+        bench.peer(row)
+        if row in ("trainer", "trl")
+        else bench.ours(
+            {"padded": "none", "gdrt": "shared_prefix"}.get(row, row), "gdrt" if row == "gdrt" else "sft"
+        )
+    )
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     queue.put((*result, memory, float(bench.store.lengths.mean())))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="ml-100k")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--history", type=int, default=10)
@@ -198,19 +268,32 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny random model, under a minute on 2 cores")
     options = parser.parse_args()
     if options.quick:
-        options.model, options.rows, options.steps = "tiny-random", "trainer,padded,packed,shared_prefix,gdrt", 4
+        options.model, options.rows, options.steps = (
+            "tiny-random",
+            "trainer,padded,packed,shared_prefix,gdrt",
+            4,
+        )
     with tempfile.TemporaryDirectory() as folder:
         if options.shape:
-            from gdrt_ds.corpus import load_corpus
+            from gdrt_ds.data.corpus import load_corpus
             from gdrt_ds.config import load_config
-            from gdrt_ds.embedded import make_tiny_model
-            titles = [item.title for item in load_corpus(load_config(None, [f"data.path={options.data}"]).data).items.values()]
-            options.model = str(make_tiny_model(Path(folder) / "shape", titles, max_vocab=128256, vocab_multiple=128256, **SHAPE_7B))
+            from gdrt_ds.models.built_in import make_tiny_model
+
+            titles = [
+                item.title
+                for item in load_corpus(load_config(None, [f"data.path={options.data}"]).data).items.values()
+            ]
+            options.model = str(
+                make_tiny_model(
+                    Path(folder) / "shape", titles, max_vocab=128256, vocab_multiple=128256, **SHAPE_7B
+                )
+            )
         found = {}
         context = multiprocessing.get_context("spawn")
         for row in options.rows.split(","):
             if row == "trl":
                 import importlib.util
+
                 if importlib.util.find_spec("trl") is None:
                     print("trl                 not installed: pip install trl==1.16.0")
                     continue
@@ -223,25 +306,49 @@ def main() -> None:
                         seconds, first, tokens, memory, mean_tokens = queue.get(timeout=5)
                         break
                     if process.exitcode is not None:
-                        raise SystemExit(f"row {row} ended with exit status {process.exitcode}; its messages are above")
+                        raise SystemExit(
+                            f"row {row} ended with exit status {process.exitcode}; its messages are above"
+                        )
             finally:
                 process.kill()
                 process.join()
             if not found:
-                print(f"# {options.data}, history {options.history}: {mean_tokens:.0f} tokens on average; batch {options.batch}; {options.model}, "
-                      f"{options.quantization}; {machine()}{', CPU seconds' if options.cpu_time else ''}")
+                print(
+                    f"# {options.data}, history {options.history}: {mean_tokens:.0f} tokens on average; batch {options.batch}; {options.model}, "
+                    f"{options.quantization}; {machine()}{', CPU seconds' if options.cpu_time else ''}"
+                )
             found[row] = (seconds, first, tokens)
             reference = next(iter(found.values()))[1]
-            if abs(first - reference) > 1e-4 * abs(reference) + 5e-5:  # the peers round their logged loss to 4 decimals
-                raise SystemExit(f"{row}: loss of the first step {first:.6f} differs from {reference:.6f}: not the same computation")
+            if (
+                abs(first - reference) > 1e-4 * abs(reference) + 5e-5
+            ):  # the peers round their logged loss to 4 decimals
+                raise SystemExit(
+                    f"{row}: loss of the first step {first:.6f} differs from {reference:.6f}: not the same computation"
+                )
             peak = f"  peak {memory / 2**30:.2f} GiB" if memory else ""
-            print(f"{row:<16} {options.batch / min(seconds):8.2f} samples/s   first loss {first:.5f}{peak}", flush=True)
+            print(
+                f"{row:<16} {options.batch / min(seconds):8.2f} samples/s   first loss {first:.5f}{peak}",
+                flush=True,
+            )
         for ours in [row for row in found if row not in ("trainer", "trl")]:
             for peer in [row for row in found if row in ("trainer", "trl")]:
                 ratio = min(found[peer][0]) / min(found[ours][0])
-                record = {"name": f"train_step/{ours}", "ours": options.batch / min(found[ours][0]), "peer": options.batch / min(found[peer][0]),
-                          "peer_name": peer, "ratio": ratio, "shape": {"model": options.model, "data": options.data, "history": options.history,
-                          "batch": options.batch, "quantization": options.quantization, "mean_tokens": mean_tokens}, "machine": machine()}
+                record = {
+                    "name": f"train_step/{ours}",
+                    "ours": options.batch / min(found[ours][0]),
+                    "peer": options.batch / min(found[peer][0]),
+                    "peer_name": peer,
+                    "ratio": ratio,
+                    "shape": {
+                        "model": options.model,
+                        "data": options.data,
+                        "history": options.history,
+                        "batch": options.batch,
+                        "quantization": options.quantization,
+                        "mean_tokens": mean_tokens,
+                    },
+                    "machine": machine(),
+                }
                 print(json.dumps(record) if options.json else f"{ours} is {ratio:.2f} x {peer}")
 
 

@@ -27,7 +27,9 @@ from scipy import sparse
 from scipy.special import ndtri
 
 Matrix = np.ndarray | sparse.csr_matrix
-CHUNK_BYTES = 64 << 20  # resampled totals of one chunk of replicates (float64); bounds memory for large catalogues
+CHUNK_BYTES = (
+    64 << 20
+)  # resampled totals of one chunk of replicates (float64); bounds memory for large catalogues
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,13 @@ def mean_statistic(values_N: np.ndarray, bounds: tuple[float, float] = (-np.inf,
     """Mean over the samples with a finite value (their number is the statistic's n)."""
     values = np.asarray(values_N, dtype=np.float64)
     finite = np.isfinite(values)
-    return Statistic(np.stack([np.where(finite, values, 0.0), finite.astype(np.float64)], axis=1), ratio, int(finite.sum()), True, bounds)
+    return Statistic(
+        np.stack([np.where(finite, values, 0.0), finite.astype(np.float64)], axis=1),
+        ratio,
+        int(finite.sum()),
+        True,
+        bounds,
+    )
 
 
 def user_weights(num_users: int, num_bootstrap: int, seed: int) -> np.ndarray:
@@ -84,7 +92,11 @@ def user_weights(num_users: int, num_bootstrap: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, num_users, size=(num_bootstrap, num_users))
     draws += np.arange(num_bootstrap)[:, None] * num_users
-    return np.bincount(draws.ravel(), minlength=num_bootstrap * num_users).reshape(num_bootstrap, num_users).astype(np.float64)
+    return (
+        np.bincount(draws.ravel(), minlength=num_bootstrap * num_users)
+        .reshape(num_bootstrap, num_users)
+        .astype(np.float64)
+    )
 
 
 def resample(
@@ -99,7 +111,9 @@ def resample(
     num_samples, num_users = user_of_sample.size, int(user_of_sample.max()) + 1
     by_user = None  # [U, N]; None when every sample is its own user, in order
     if num_users != num_samples or not np.array_equal(user_of_sample, np.arange(num_samples)):
-        by_user = sparse.csr_matrix((np.ones(num_samples), (user_of_sample, np.arange(num_samples))), shape=(num_users, num_samples))
+        by_user = sparse.csr_matrix(
+            (np.ones(num_samples), (user_of_sample, np.arange(num_samples))), shape=(num_users, num_samples)
+        )
     weights = user_weights(num_users, num_bootstrap, seed)
 
     sharing: dict[int, list[str]] = {}
@@ -114,18 +128,29 @@ def resample(
             values[name] = float(_finish(statistics[name], total_1F)[0])
             if statistics[name].influence is not None:
                 with np.errstate(invalid="ignore", divide="ignore"):
-                    replicates[name] = values[name] + (weights - 1) @ statistics[name].influence(features, total_1F[0])
+                    replicates[name] = values[name] + (weights - 1) @ statistics[name].influence(
+                        features, total_1F[0]
+                    )
         names = [name for name in names if statistics[name].influence is None]
         if not names:
             continue
-        transposed = features.T.tocsr() if sparse.issparse(features) else None  # CSR @ dense is the fast direction
+        transposed = (
+            features.T.tocsr() if sparse.issparse(features) else None
+        )  # CSR @ dense is the fast direction
         chunk = max(1, CHUNK_BYTES // (8 * max(1, features.shape[1])))
         for start in range(0, num_bootstrap, chunk):
             part = weights[start : start + chunk]
-            totals_BF = part @ features if transposed is None else np.ascontiguousarray((transposed @ np.ascontiguousarray(part.T)).T)
+            totals_BF = (
+                part @ features
+                if transposed is None
+                else np.ascontiguousarray((transposed @ np.ascontiguousarray(part.T)).T)
+            )
             for name in names:
                 replicates[name][start : start + chunk] = _finish(statistics[name], totals_BF)
-    return {name: Resampled(values[name], replicates[name], s.n, s.smooth, s.bounds) for name, s in statistics.items()}
+    return {
+        name: Resampled(values[name], replicates[name], s.n, s.smooth, s.bounds)
+        for name, s in statistics.items()
+    }
 
 
 def _finish(statistic: Statistic, totals: np.ndarray) -> np.ndarray:
@@ -139,13 +164,19 @@ def interval(sample: Resampled, level: float = 0.95) -> tuple[float, float]:
     if finite.size == 0 or not np.isfinite(sample.value):
         return float("nan"), float("nan")
     edge = [bound for bound in sample.bounds if np.isfinite(bound) and np.all(finite == bound)]
-    if edge and np.isfinite(sample.bounds).all():  # no hit in any replicate (or nothing but hits): resampling shows no spread
+    if (
+        edge and np.isfinite(sample.bounds).all()
+    ):  # no hit in any replicate (or nothing but hits): resampling shows no spread
         if not sample.smooth:
             return float("nan"), float("nan")
         # n draws without a single success leave a success rate of up to 1 - (alpha/2)^(1/n) plausible (Clopper-Pearson);
         # a mean of values in [0, 1] is below its rate of non-zero values
         reach = (1 - ((1 - level) / 2) ** (1 / max(1, sample.n))) * (sample.bounds[1] - sample.bounds[0])
-        return (float(edge[0]), float(edge[0] + reach)) if edge[0] == sample.bounds[0] else (float(edge[0] - reach), float(edge[0]))
+        return (
+            (float(edge[0]), float(edge[0] + reach))
+            if edge[0] == sample.bounds[0]
+            else (float(edge[0] - reach), float(edge[0]))
+        )
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     if not sample.smooth:
         shift = sample.value - finite.mean()
@@ -164,7 +195,9 @@ class Comparison:
     ci_high: float
     p_value: float
     effect_size: float  # difference / (standard error * sqrt(U)): Cohen's d_z for means, the same scale for curved statistics
-    minimum_detectable: float  # smallest true difference found with 80 % power at the 5 % level with these users
+    minimum_detectable: (
+        float  # smallest true difference found with 80 % power at the 5 % level with these users
+    )
     n: int
     family: bool = False
     p_holm: float | None = None
@@ -186,17 +219,33 @@ def compare(baseline: Resampled, other: Resampled, num_users: int, level: float 
     else:  # the replicates moved to the null: how often is a difference this large met by chance?
         p_value = (1 + np.sum(np.abs(finite - finite.mean()) >= abs(difference))) / (finite.size + 1)
     # error below rounding noise: identical predictions, where no effect size is defined
-    effect = difference / (error * np.sqrt(num_users)) if error > 1e-12 else (0.0 if difference == 0 else float("nan"))
+    effect = (
+        difference / (error * np.sqrt(num_users))
+        if error > 1e-12
+        else (0.0 if difference == 0 else float("nan"))
+    )
     power = (ndtri((1 + level) / 2) + ndtri(0.8)) * error
     return Comparison(
-        baseline.value, other.value, difference, low, high, float(p_value), float(effect), float(power), min(baseline.n, other.n)
+        baseline.value,
+        other.value,
+        difference,
+        low,
+        high,
+        float(p_value),
+        float(effect),
+        float(power),
+        min(baseline.n, other.n),
     )
 
 
 def _paired(baseline: Resampled, other: Resampled) -> Resampled:
     smooth = baseline.smooth and other.smooth
     return Resampled(
-        other.value - baseline.value, other.replicates - baseline.replicates, min(baseline.n, other.n), smooth, (-np.inf, np.inf)
+        other.value - baseline.value,
+        other.replicates - baseline.replicates,
+        min(baseline.n, other.n),
+        smooth,
+        (-np.inf, np.inf),
     )
 
 
@@ -249,7 +298,11 @@ def _verdict(row: Comparison, higher_is_better: bool | None, alpha: float) -> st
         low, high = row.ci_holm
         clear = row.p_holm is not None and row.p_holm <= alpha and (low > 0 or high < 0)
         if not clear:
-            return "interval spans zero" if row.ci_low <= 0 <= row.ci_high else "interval spans zero after Holm's correction"
+            return (
+                "interval spans zero"
+                if row.ci_low <= 0 <= row.ci_high
+                else "interval spans zero after Holm's correction"
+            )
     elif row.ci_low <= 0 <= row.ci_high:
         return "interval spans zero"
     if higher_is_better is None:

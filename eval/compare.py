@@ -78,16 +78,24 @@ def load_run(folder: str | Path, label: str) -> Run:
         )
         for r in rows
     ]
-    counts = {r["item_id"]: r["history_count"] for r in rows} if all("history_count" in r for r in rows) else None
-    predictions.sort(key=lambda p: str(p["sample_id"]))  # the order of the file must not pair the wrong samples
-    return Run(label, folder, results, predictions, entries, counts, build_inputs(predictions, entries, counts))
+    counts = (
+        {r["item_id"]: r["history_count"] for r in rows} if all("history_count" in r for r in rows) else None
+    )
+    predictions.sort(
+        key=lambda p: str(p["sample_id"])
+    )  # the order of the file must not pair the wrong samples
+    return Run(
+        label, folder, results, predictions, entries, counts, build_inputs(predictions, entries, counts)
+    )
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})", "give folders that `python -m eval.run` has written") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror})", "give folders that `python -m eval.run` has written"
+        ) from error
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -96,7 +104,10 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error.msg})", "run the evaluation again; the file is damaged") from error
+            raise UserError(
+                f"{path}, line {number} is not JSON ({error.msg})",
+                "run the evaluation again; the file is damaged",
+            ) from error
     return rows
 
 
@@ -132,18 +143,28 @@ def check_same(runs: Sequence[Run]) -> list[str]:
                 f"{pair} have different catalogues ({len(ours)} and {len(theirs)} items, {len(ours & theirs)} shared)",
                 "evaluate both on the same data; ranks among different items cannot be compared",
             )
-        keys = [{(str(p["sample_id"]), str(p["user_id"]), p["target_id"]) for p in r.predictions} for r in (first, run)]
+        keys = [
+            {(str(p["sample_id"]), str(p["user_id"]), p["target_id"]) for p in r.predictions}
+            for r in (first, run)
+        ]
         if keys[0] != keys[1]:
             shared = len(keys[0] & keys[1])
             raise UserError(
                 f"{pair} have different test samples ({len(keys[0])} and {len(keys[1])}, {shared} with the same user and target)",
                 "evaluate both with the same split, --limit and data; a paired comparison needs the same users",
             )
-        if dict(zip(first.inputs.item_ids, first.inputs.train_count)) != dict(zip(run.inputs.item_ids, run.inputs.train_count)):
-            raise UserError(f"{pair} have different train counts in their catalogues", "evaluate both with the same training split")
+        if dict(zip(first.inputs.item_ids, first.inputs.train_count)) != dict(
+            zip(run.inputs.item_ids, run.inputs.train_count)
+        ):
+            raise UserError(
+                f"{pair} have different train counts in their catalogues",
+                "evaluate both with the same training split",
+            )
         for key in ("objective", "mode", "dtype"):
             if first.results.get(key) != run.results.get(key):
-                notes.append(f"{key} differs: {first.label} {first.results.get(key)}, {run.label} {run.results.get(key)}")
+                notes.append(
+                    f"{key} differs: {first.label} {first.results.get(key)}, {run.label} {run.results.get(key)}"
+                )
     limits = sorted({str(r.results["limit"]) for r in runs if r.results.get("limit")})
     if limits:
         notes.insert(0, f"not a result: limited to {', '.join(limits)} samples")
@@ -170,20 +191,30 @@ def compare_runs(runs: Sequence[Run], num_bootstrap: int = 2000, seed: int = 0) 
     directions = {n: metrics[n].higher_is_better for n in names}
     num_users = len(runs[0].inputs.user_ids)
     kept = {label: {n: s[n] for n in names} for label, s in samples.items()}
-    compared = {run.label: compare_family(kept[runs[0].label], kept[run.label], num_users, family, directions) for run in runs[1:]}
-    return Comparisons(list(runs), kept, compared, {n: metrics[n] for n in names}, family, num_bootstrap, notes)
+    compared = {
+        run.label: compare_family(kept[runs[0].label], kept[run.label], num_users, family, directions)
+        for run in runs[1:]
+    }
+    return Comparisons(
+        list(runs), kept, compared, {n: metrics[n] for n in names}, family, num_bootstrap, notes
+    )
 
 
 def to_json(found: Comparisons) -> dict[str, Any]:
     runs = {
         run.label: {
             "folder": run.folder.name,
-            "metrics": {n: figure(s, found.metrics[n].higher_is_better) for n, s in found.samples[run.label].items()},
+            "metrics": {
+                n: figure(s, found.metrics[n].higher_is_better) for n, s in found.samples[run.label].items()
+            },
         }
         for run in found.runs
     }
     clean = lambda v: None if isinstance(v, float) and v != v else v
-    rows = {label: {n: {k: clean(v) for k, v in asdict(row).items()} for n, row in rows.items()} for label, rows in found.rows.items()}
+    rows = {
+        label: {n: {k: clean(v) for k, v in asdict(row).items()} for n, row in rows.items()}
+        for label, rows in found.rows.items()
+    }
     return {
         "baseline": found.runs[0].label,
         "runs": runs,
@@ -198,26 +229,61 @@ def to_json(found: Comparisons) -> dict[str, Any]:
 
 def build_page(found: Comparisons) -> content.Page:
     base = found.runs[0].label
-    sections = [content.Section("In short", [_sentence(label, base, found) for label in found.rows], figures=_figures(found))]
+    sections = [
+        content.Section(
+            "In short", [_sentence(label, base, found) for label in found.rows], figures=_figures(found)
+        )
+    ]
     if found.by_label:
-        sections.append(content.Section("Who gains, who pays", ["The same comparison inside each value of the samples' labels; not corrected for the number of rows."],
-                                        tables=[content.Table(label_columns(base), label_rows(found.by_label, _row))]))
+        sections.append(
+            content.Section(
+                "Who gains, who pays",
+                [
+                    "The same comparison inside each value of the samples' labels; not corrected for the number of rows."
+                ],
+                tables=[content.Table(label_columns(base), label_rows(found.by_label, _row))],
+            )
+        )
     audits = compare_audits.audit_rows(found.runs)
     if audits:
-        sections.append(content.Section("What the predictions hang on", [compare_audits.EXPLANATION],
-                                        tables=[content.Table(compare_audits.columns(found.runs), audits)]))
+        sections.append(
+            content.Section(
+                "What the predictions hang on",
+                [compare_audits.EXPLANATION],
+                tables=[content.Table(compare_audits.columns(found.runs), audits)],
+            )
+        )
     explanation = (
         f"Difference to {base} over the same users: 95 % interval, and for the primary family the interval at Holm's level. Effect size: "
         "difference / (standard error x square root of users), 0.2 small, 0.5 medium. Detectable: the smallest true difference that "
         "these users would show with 80 % power."
     )
-    columns = ["metric", base, "run", "difference", "95 % interval", "Holm interval", "Holm p", "effect size", "detectable", "verdict"]
+    columns = [
+        "metric",
+        base,
+        "run",
+        "difference",
+        "95 % interval",
+        "Holm interval",
+        "Holm p",
+        "effect size",
+        "detectable",
+        "verdict",
+    ]
     for label, rows in found.rows.items():
         table_rows = [_row(n, rows[n], found.metrics[n].higher_is_better) for n in found.family]
-        sections.append(content.Section(f"{label} against {base}", [explanation], tables=[content.Table(columns, table_rows)]))
+        sections.append(
+            content.Section(
+                f"{label} against {base}", [explanation], tables=[content.Table(columns, table_rows)]
+            )
+        )
     for label, rows in found.rows.items():
         others = [
-            [*_row(n, row, found.metrics[n].higher_is_better)[:5], content.number(row.effect_size), row.verdict]
+            [
+                *_row(n, row, found.metrics[n].higher_is_better)[:5],
+                content.number(row.effect_size),
+                row.verdict,
+            ]
             for n, row in rows.items()
             if not row.family
         ]
@@ -284,10 +350,17 @@ def _sentence(label: str, base: str, found: Comparisons) -> str:
     for name in found.family:
         kind = rows[name].verdict if rows[name].verdict in groups else "open"
         groups[kind].append(
-            content.label(name) + (f" ({100 * rows[name].difference / abs(rows[name].baseline):+.0f} %)" if rows[name].baseline else "")
+            content.label(name)
+            + (
+                f" ({100 * rows[name].difference / abs(rows[name].baseline):+.0f} %)"
+                if rows[name].baseline
+                else ""
+            )
         )
     parts = [f"{kind} on {', '.join(names)}" for kind, names in groups.items() if names and kind != "open"]
-    text = f"**{label}** against {base}: " + ("; ".join(parts) if parts else "no difference of the primary family is shown")
+    text = f"**{label}** against {base}: " + (
+        "; ".join(parts) if parts else "no difference of the primary family is shown"
+    )
     return text + (f"; interval spans zero for {', '.join(groups['open'])}." if groups["open"] else ".")
 
 
@@ -329,8 +402,14 @@ def _figures(found: Comparisons) -> list[dict[str, Any]]:
             {
                 "name": label,
                 "values": [r.effect_size * _sign(found, n) for r, n in zip(shown, found.family)],
-                "low": [_scaled(r, r.ci_low if _sign(found, n) > 0 else -r.ci_high) for r, n in zip(shown, found.family)],
-                "high": [_scaled(r, r.ci_high if _sign(found, n) > 0 else -r.ci_low) for r, n in zip(shown, found.family)],
+                "low": [
+                    _scaled(r, r.ci_low if _sign(found, n) > 0 else -r.ci_high)
+                    for r, n in zip(shown, found.family)
+                ],
+                "high": [
+                    _scaled(r, r.ci_high if _sign(found, n) > 0 else -r.ci_low)
+                    for r, n in zip(shown, found.family)
+                ],
             }
         )
 
@@ -338,7 +417,9 @@ def _figures(found: Comparisons) -> list[dict[str, Any]]:
         return None if value != value else max(-EFFECT_SHOWN, min(EFFECT_SHOWN, value))
 
     is_cut = any(abs(v) > EFFECT_SHOWN for s in series for v in s["values"])
-    clean = [{"name": s["name"], **{k: [cut(v) for v in s[k]] for k in ("values", "low", "high")}} for s in series]
+    clean = [
+        {"name": s["name"], **{k: [cut(v) for v in s[k]] for k in ("values", "low", "high")}} for s in series
+    ]
     drawn.append(
         {
             "kind": "bar",
@@ -367,10 +448,27 @@ def _scaled(row: Comparison, bound: float) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__.split("\n")[0])
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="evaluation folders; the first is the baseline")
-    parser.add_argument("--baseline", metavar="DIR", help="which of the folders the others are compared with (default: the first)")
-    parser.add_argument("--output", default="comparison", metavar="DIR", help="where compare.md, .html and .json go (default: comparison)")
-    parser.add_argument("--num-bootstrap", type=int, default=2000, metavar="B", help="paired bootstrap replicates (default: 2000)")
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", help="evaluation folders; the first is the baseline"
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="DIR",
+        help="which of the folders the others are compared with (default: the first)",
+    )
+    parser.add_argument(
+        "--output",
+        default="comparison",
+        metavar="DIR",
+        help="where compare.md, .html and .json go (default: comparison)",
+    )
+    parser.add_argument(
+        "--num-bootstrap",
+        type=int,
+        default=2000,
+        metavar="B",
+        help="paired bootstrap replicates (default: 2000)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
     try:
@@ -379,10 +477,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             same = [f for f in folders if os.path.abspath(f) == os.path.abspath(chosen.baseline)]
             folders = [chosen.baseline, *(f for f in folders if f not in same)]
         if chosen.num_bootstrap < 100:
-            raise UserError(f"--num-bootstrap is {chosen.num_bootstrap}", "give at least 100; 2000 is the default")
+            raise UserError(
+                f"--num-bootstrap is {chosen.num_bootstrap}", "give at least 100; 2000 is the default"
+            )
         runs = [load_run(f, label) for f, label in zip(folders, labels_of(folders))]
         found = compare_runs(runs, chosen.num_bootstrap, chosen.seed)
-        found.by_label = compare_by_label(runs, lambda part: compare_runs(part, chosen.num_bootstrap, chosen.seed))
+        found.by_label = compare_by_label(
+            runs, lambda part: compare_runs(part, chosen.num_bootstrap, chosen.seed)
+        )
         output = Path(chosen.output)
         output.mkdir(parents=True, exist_ok=True)
         page = build_page(found)

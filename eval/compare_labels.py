@@ -33,7 +33,9 @@ def compare_by_label(runs: Sequence[Any], compare: Callable[[Sequence[Any]], Any
             cut = []
             for run in runs:
                 kept = [p for p in run.predictions if str(p["labels"][name]) == value]
-                cut.append(replace(run, predictions=kept, inputs=build_inputs(kept, run.entries, run.history_counts)))
+                cut.append(
+                    replace(run, predictions=kept, inputs=build_inputs(kept, run.entries, run.history_counts))
+                )
             parts.append((f"{name} = {value}", compare(cut)))
     return parts
 
@@ -47,7 +49,16 @@ def label_rows(parts: Sequence[tuple[str, Any]], row: Callable) -> list[list[str
             for label, compared in found.rows.items():
                 if name in compared:
                     cells = row(name, compared[name], found.metrics[name].higher_is_better)
-                    rows.append([f"{where} ({users} users)", content.label(name), cells[1], label, *cells[2:5], compared[name].verdict])
+                    rows.append(
+                        [
+                            f"{where} ({users} users)",
+                            content.label(name),
+                            cells[1],
+                            label,
+                            *cells[2:5],
+                            compared[name].verdict,
+                        ]
+                    )
     return rows
 
 

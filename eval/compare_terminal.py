@@ -13,7 +13,10 @@ from eval import compare_audits
 from eval.compare_labels import SHOWN
 from eval.report import content
 
-BESIDE_FAMILY = ("nll_calibrated", "nll_worst_relevance_group")   # shown under the primary family, not part of its correction
+BESIDE_FAMILY = (
+    "nll_calibrated",
+    "nll_worst_relevance_group",
+)  # shown under the primary family, not part of its correction
 COLOUR = {"better": "green", "worse": "red"}
 
 
@@ -27,7 +30,9 @@ def terminal_tables(found: Any, row: Callable) -> Group:
         lines = []
         for _, effect, *values in audits:
             lines += [[effect, "", ""], *(["", run.label, value] for run, value in zip(found.runs, values))]
-        parts.append(_table("audits, each run's own 95 % interval", ["effect", "run", "value [interval]"], lines))
+        parts.append(
+            _table("audits, each run's own 95 % interval", ["effect", "run", "value [interval]"], lines)
+        )
     return Group(*parts)
 
 
@@ -35,9 +40,25 @@ def family_table(found: Any, row: Callable) -> RichTable:
     """One line per metric and run; the baseline's value stands in the first line of a metric."""
     base, lines = found.runs[0].label, []
     for name in [*found.family, *(n for n in BESIDE_FAMILY if n in found.metrics and n not in found.family)]:
-        lines.append([f"{content.label(name)} {content.arrow(found.metrics[name].higher_is_better)}", base, content.number(found.samples[base][name].value), "", "", ""])
-        lines += [["", label, *row(name, rows[name], None)[2:5], rows[name].verdict] for label, rows in found.rows.items()]
-    return _table(f"against {base}, paired 95 % intervals", ["metric", "run", "value", "difference", "95 % interval", "verdict"], lines)
+        lines.append(
+            [
+                f"{content.label(name)} {content.arrow(found.metrics[name].higher_is_better)}",
+                base,
+                content.number(found.samples[base][name].value),
+                "",
+                "",
+                "",
+            ]
+        )
+        lines += [
+            ["", label, *row(name, rows[name], None)[2:5], rows[name].verdict]
+            for label, rows in found.rows.items()
+        ]
+    return _table(
+        f"against {base}, paired 95 % intervals",
+        ["metric", "run", "value", "difference", "95 % interval", "verdict"],
+        lines,
+    )
 
 
 def label_table(found: Any, row: Callable) -> RichTable:
@@ -48,14 +69,27 @@ def label_table(found: Any, row: Callable) -> RichTable:
         for name in (n for n in SHOWN if n in part.metrics):
             title = f"  {content.label(name)} {content.arrow(part.metrics[name].higher_is_better)}"
             lines.append([title, base, content.number(part.samples[base][name].value), "", "", ""])
-            lines += [["", label, *row(name, rows[name], None)[2:5], rows[name].verdict] for label, rows in part.rows.items()]
-    return _table("who gains, who pays", ["samples, metric", "run", "value", "difference", "95 % interval", "verdict"], lines)
+            lines += [
+                ["", label, *row(name, rows[name], None)[2:5], rows[name].verdict]
+                for label, rows in part.rows.items()
+            ]
+    return _table(
+        "who gains, who pays",
+        ["samples, metric", "run", "value", "difference", "95 % interval", "verdict"],
+        lines,
+    )
 
 
 def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> RichTable:
-    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", title=Text(title))
+    shown = RichTable(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", title=Text(title)
+    )
     for place, column in enumerate(columns):  # only the first column wraps: numbers and names stay whole
-        shown.add_column(Text(column), justify="right" if column in ("value", "difference", "95 % interval") else "left", no_wrap=place > 0)
+        shown.add_column(
+            Text(column),
+            justify="right" if column in ("value", "difference", "95 % interval") else "left",
+            no_wrap=place > 0,
+        )
     for line in lines:
         shown.add_row(*[Text(_short(cell), style=COLOUR.get(_short(cell), "")) for cell in line])
     return shown
@@ -63,4 +97,7 @@ def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -
 
 def _short(verdict: str) -> str:
     """Verdicts in a few letters; the pages have the words."""
-    return {"interval spans zero": "spans 0", "interval spans zero after Holm's correction": "spans 0 (Holm)"}.get(verdict, verdict.removesuffix(" (uncorrected)"))
+    return {
+        "interval spans zero": "spans 0",
+        "interval spans zero after Holm's correction": "spans 0 (Holm)",
+    }.get(verdict, verdict.removesuffix(" (uncorrected)"))

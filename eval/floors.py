@@ -53,6 +53,16 @@ def floor_predictions(subject: Subject, floor: str, order: np.ndarray, k: int) -
         scores = floors.log_probs(floor, sample.history)
         target = subject.catalogue.index_of[sample.target]
         top = top_entries(scores, k, order)
-        result.append(describe(subject, sample, rank=expected_rank(scores, target), tied=num_tied(scores, target), top=top,
-                               top_scores=scores[top], nll=-scores[target], curve=nll_curve(scores, target)))
+        result.append(
+            describe(
+                subject,
+                sample,
+                rank=expected_rank(scores, target),
+                tied=num_tied(scores, target),
+                top=top,
+                top_scores=scores[top],
+                nll=-scores[target],
+                curve=nll_curve(scores, target),
+            )
+        )
     return result

@@ -1,5 +1,5 @@
 """What is evaluated: a run folder, its base model, or a model trained elsewhere; always with data, prompt and catalogue that
-belong together (`gdrt_ds.recommender` refuses those that do not).
+belong together (`gdrt_ds.inference.recommender` refuses those that do not).
 
     load_subject(run=FOLDER)                         the run's base + adapter, its prompt.json and catalogue.jsonl
     load_subject(run=FOLDER, base=True)              its base model under the same prompt
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gdrt_ds.catalogue import Catalogue
+from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.config import load_config
-from gdrt_ds.corpus import Corpus, Sample, load_corpus
+from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
 from gdrt_ds.errors import UserError
-from gdrt_ds.recommender import Recommender, assemble, base_path, check_catalogue, open_run
+from gdrt_ds.inference.recommender import Recommender, assemble, base_path, check_catalogue, open_run
 
 
 @dataclass
@@ -77,6 +77,7 @@ def relevance_groups(run: Path, corpus: Corpus, catalogue: Catalogue) -> np.ndar
     import json
 
     from safetensors.numpy import load_file
+
     file = run / "groups.safetensors"
     if not file.is_file() or not (run / "groups.json").is_file():
         return None
@@ -86,28 +87,45 @@ def relevance_groups(run: Path, corpus: Corpus, catalogue: Catalogue) -> np.ndar
     num = int(json.loads((run / "groups.json").read_text(encoding="utf-8"))["num"])
     offsets = table["entry_offsets"]
     mean = np.add.reduceat(table["entry_r"].astype(np.float64), offsets[:-1]) / np.diff(offsets)
-    targets = np.array([catalogue.index_of[s.target] for s in corpus.splits["train"] if s.target in catalogue.index_of])
+    targets = np.array(
+        [catalogue.index_of[s.target] for s in corpus.splits["train"] if s.target in catalogue.index_of]
+    )
     edges = np.quantile(mean[targets], np.arange(1, num) / num)
     return np.digitize(mean, edges)
 
 
-def load_subject(runtime, *, run: str | None = None, base: bool = False, model: str | None = None, adapter: str | None = None,
-                 prompt: str | None = None, data: str | None = None, split: str = "test", limit: int | None = None,
-                 overrides: list[str] = (), merge: bool = True) -> Subject:
+def load_subject(
+    runtime,
+    *,
+    run: str | None = None,
+    base: bool = False,
+    model: str | None = None,
+    adapter: str | None = None,
+    prompt: str | None = None,
+    data: str | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    overrides: list[str] = (),
+    merge: bool = True,
+) -> Subject:
     """Opens what the command line names.
 
     Args:
         overrides: `key.sub=value` on the run's config (or on the defaults), e.g. model.dtype=float32 or data.history_length=10.
     Raises:
-        UserError: contradictory options, and every refusal of gdrt_ds.recommender; an empty split.
+        UserError: contradictory options, and every refusal of gdrt_ds.inference.recommender; an empty split.
     """
     if (run is None) == (model is None):
-        raise UserError("give either --run or --model" if run is None else "--run and --model exclude each other",
-                        "--run RUN_DIR for a run of this project, --model PATH [--adapter PATH] --prompt FILE --data PATH for another model")
+        raise UserError(
+            "give either --run or --model" if run is None else "--run and --model exclude each other",
+            "--run RUN_DIR for a run of this project, --model PATH [--adapter PATH] --prompt FILE --data PATH for another model",
+        )
     if run is not None:
         if adapter or prompt or data:
-            raise UserError("--adapter, --prompt and --data belong to --model; a run folder brings its own",
-                            "override single settings with key.sub=value")
+            raise UserError(
+                "--adapter, --prompt and --data belong to --model; a run folder brings its own",
+                "override single settings with key.sub=value",
+            )
         recommender = open_run(run, runtime, overrides, base=base, merge=merge)
         corpus = load_corpus(recommender.config.data)
         name = Path(run).name + (" (base)" if base else "")
@@ -118,18 +136,33 @@ def load_subject(runtime, *, run: str | None = None, base: bool = False, model: 
         if base:
             raise UserError("--base belongs to --run", "leave --adapter out to evaluate a base model")
         defaults = ["model.quantization=none", f"model.path={model}", f"data.path={data}"]
-        config = load_config(None, [*defaults, *([f"prompt.template={prompt}"] if prompt else []), *overrides])
+        config = load_config(
+            None, [*defaults, *([f"prompt.template={prompt}"] if prompt else []), *overrides]
+        )
         corpus = load_corpus(config.data)
         catalogue = Catalogue.build(corpus)
         folder = Path(adapter) if adapter else None
         if folder is not None and not (folder / "adapter_config.json").is_file():
-            raise UserError(f"--adapter {folder} is not a PEFT adapter (no adapter_config.json)", "give the folder that PEFT's save_pretrained wrote")
+            raise UserError(
+                f"--adapter {folder} is not a PEFT adapter (no adapter_config.json)",
+                "give the folder that PEFT's save_pretrained wrote",
+            )
         check_catalogue(catalogue, set(), "")
-        recommender = assemble(config, runtime, base_path(config.model, folder), folder, None, corpus.domain, catalogue, merge)
+        recommender = assemble(
+            config, runtime, base_path(config.model, folder), folder, None, corpus.domain, catalogue, merge
+        )
         recommender.lines.append(f"prompt: {prompt or config.prompt.template}")
         name, groups = (folder or Path(model)).name, None
     samples = choose_samples(corpus.split(split), limit)
     used = {item for s in samples for item in (*s.history, s.target)}
     check_catalogue(recommender.catalogue, used, f"the {split} split")
-    return Subject(name, recommender, corpus, samples, split, limit if limit and limit < len(corpus.split(split)) else None,
-                   Path(run) if run else None, groups)
+    return Subject(
+        name,
+        recommender,
+        corpus,
+        samples,
+        split,
+        limit if limit and limit < len(corpus.split(split)) else None,
+        Path(run) if run else None,
+        groups,
+    )

@@ -10,9 +10,18 @@ from typing import Any, Sequence
 from eval.floors import FLOORS, floor_predictions
 from eval.loading import Subject
 from eval.metrics import evaluate, evaluate_targets
-from eval.predictions import OBJECTIVES, Progress, ScoringOptions, check_exactness, claim_output, item_order, predict, scoring_key
+from eval.predictions import (
+    OBJECTIVES,
+    Progress,
+    ScoringOptions,
+    check_exactness,
+    claim_output,
+    item_order,
+    predict,
+    scoring_key,
+)
 from gdrt_ds.errors import UserError
-from gdrt_ds.run_folder import git_hash, versions
+from gdrt_ds.training.run_folder import git_hash, versions
 from gdrt_ds.runtime import Runtime, detect_rank, single_process_runtime, start_runtime
 
 # Ranks finish at different times and meet at a barrier: the longest share must fit.
@@ -38,9 +47,18 @@ def default_output(subject: Subject, options: ScoringOptions) -> Path:
     return subject.run / "eval" / "-".join(parts + (["base"] if subject.recommender.adapter is None else []))
 
 
-def run_evaluation(subject: Subject, options: ScoringOptions, runtime: Runtime, *, output: Path | None = None, overwrite: bool = False,
-                   floors: bool = True, num_bootstrap: int = 1000, audits: Sequence[str] = (),
-                   audit_options: Any = None) -> dict[str, Any] | None:
+def run_evaluation(
+    subject: Subject,
+    options: ScoringOptions,
+    runtime: Runtime,
+    *,
+    output: Path | None = None,
+    overwrite: bool = False,
+    floors: bool = True,
+    num_bootstrap: int = 1000,
+    audits: Sequence[str] = (),
+    audit_options: Any = None,
+) -> dict[str, Any] | None:
     """Scores, measures, audits and reports.
 
     Args:
@@ -52,6 +70,7 @@ def run_evaluation(subject: Subject, options: ScoringOptions, runtime: Runtime, 
     context, keep = None, frozenset()
     if audits:
         from eval.audit import AuditContext, AuditOptions, choose, run_audits
+
         choose(audits)  # a misspelt name is refused before hours of scoring
         context = AuditContext(subject, runtime, audit_options or AuditOptions())
         keep = context.wanted_scores() if options.mode == "renormalised" else keep
@@ -91,37 +110,71 @@ def earlier_audits(output: Path, key: dict[str, Any]) -> dict[str, Any]:
     return before.get("audits") or {} if before.get("scoring") == key else {}
 
 
-def measure(subject: Subject, options: ScoringOptions, predictions: list[dict[str, Any]], *, floors: bool = True,
-            num_bootstrap: int = 1000) -> dict[str, Any]:
+def measure(
+    subject: Subject,
+    options: ScoringOptions,
+    predictions: list[dict[str, Any]],
+    *,
+    floors: bool = True,
+    num_bootstrap: int = 1000,
+) -> dict[str, Any]:
     """results.json: metrics and breakdowns of the model, the floors and the test targets themselves."""
     entries, counts = subject.catalogue.entries, subject.train_history_counts()
     results = evaluate(predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap)
     notes = list(results.get("notes", []))
     num_nan = sum(1 for p in predictions if p.get("num_nan"))
     if num_nan:
-        notes.append(f"{num_nan} of {len(predictions)} samples have NaN scores, which count as the worst rank")
+        notes.append(
+            f"{num_nan} of {len(predictions)} samples have NaN scores, which count as the worst rank"
+        )
     if subject.limit:
         notes.append(f"--limit {subject.limit}: not a result")
     if options.mode == "best_first":
         full = sum(p["certified"] >= len(p["top_ids"]) for p in predictions)
         nodes = sum(p["nodes_expanded"] for p in predictions) / len(predictions)
-        notes.append(f"best-first: {full} of {len(predictions)} lists certified exact; {nodes:.0f} of {subject.recommender.trie.num_nodes} trie "
-                     "nodes opened per user; a target outside its list has no rank and counts as the worst")
-        results["search"] = {"certified_share": full / len(predictions), "nodes_per_user": nodes, "trie_nodes": subject.recommender.trie.num_nodes}
+        notes.append(
+            f"best-first: {full} of {len(predictions)} lists certified exact; {nodes:.0f} of {subject.recommender.trie.num_nodes} trie "
+            "nodes opened per user; a target outside its list has no rank and counts as the worst"
+        )
+        results["search"] = {
+            "certified_share": full / len(predictions),
+            "nodes_per_user": nodes,
+            "trie_nodes": subject.recommender.trie.num_nodes,
+        }
     if options.mode == "beam":
-        notes.append(f"beam search with {options.beams} beams: approximate lists; a target outside its list has no rank and counts as the worst")
+        notes.append(
+            f"beam search with {options.beams} beams: approximate lists; a target outside its list has no rank and counts as the worst"
+        )
     found: dict[str, Any] = {}
     if floors:
         order = item_order(subject)
         for floor in FLOORS:
             rows = floor_predictions(subject, floor, order, options.k)
-            found[floor] = evaluate(rows, entries, history_item_counts=counts, num_bootstrap=num_bootstrap, breakdowns=False)["metrics"]
-    found["targets"] = evaluate_targets(predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap)
+            found[floor] = evaluate(
+                rows, entries, history_item_counts=counts, num_bootstrap=num_bootstrap, breakdowns=False
+            )["metrics"]
+    found["targets"] = evaluate_targets(
+        predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap
+    )
     config = subject.recommender.config
-    return {**results, "notes": notes, "name": subject.name, "split": subject.split, "num_samples": len(predictions), "num_items": len(entries),
-            "objective": options.objective, "mode": options.mode, "k": options.k, "limit": subject.limit,
-            "dtype": str(subject.recommender.reader.mask_dtype).removeprefix("torch."), "floors": found,
-            "config": config.model_dump(mode="json"), "versions": versions(), "git_hash": git_hash(), "scoring": scoring_key(subject, options)}
+    return {
+        **results,
+        "notes": notes,
+        "name": subject.name,
+        "split": subject.split,
+        "num_samples": len(predictions),
+        "num_items": len(entries),
+        "objective": options.objective,
+        "mode": options.mode,
+        "k": options.k,
+        "limit": subject.limit,
+        "dtype": str(subject.recommender.reader.mask_dtype).removeprefix("torch."),
+        "floors": found,
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+        "git_hash": git_hash(),
+        "scoring": scoring_key(subject, options),
+    }
 
 
 def write(output: Path, results: dict[str, Any], predictions: list[dict[str, Any]], subject: Subject) -> None:
@@ -133,13 +186,28 @@ def write(output: Path, results: dict[str, Any], predictions: list[dict[str, Any
     from rich.console import Console
 
     from eval.report import terminal_table, write_report
+
     try:
         temporary = output / "results.json.part"
-        temporary.write_text(json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False), encoding="utf-8")
+        temporary.write_text(
+            json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False), encoding="utf-8"
+        )
         os.replace(temporary, output / "results.json")
-        write_report(output, results, predictions, subject.catalogue.entries, run_folder=subject.run,
-                     history_item_counts=subject.train_history_counts())
+        write_report(
+            output,
+            results,
+            predictions,
+            subject.catalogue.entries,
+            run_folder=subject.run,
+            history_item_counts=subject.train_history_counts(),
+        )
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror or error})", "free space; the predictions are kept and need no new scoring") from None
+        raise UserError(
+            f"--output {output}: cannot be written ({error.strerror or error})",
+            "free space; the predictions are kept and need no new scoring",
+        ) from None
     Console().print(terminal_table(results))
-    print(f"written: {output}/results.json, predictions.jsonl, report.md, report.html" + ("   (--limit: not a result)" if subject.limit else ""))
+    print(
+        f"written: {output}/results.json, predictions.jsonl, report.md, report.html"
+        + ("   (--limit: not a result)" if subject.limit else "")
+    )

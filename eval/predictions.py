@@ -21,10 +21,18 @@ import torch
 
 from eval.loading import Subject
 from eval.metrics.calibration import nll_curve
-from eval.scoring import BestFirst, beam_search, expected_rank, num_tied, path_scores, per_item_scores, top_entries
-from gdrt_ds.corpus import Sample
+from eval.scoring import (
+    BestFirst,
+    beam_search,
+    expected_rank,
+    num_tied,
+    path_scores,
+    per_item_scores,
+    top_entries,
+)
+from gdrt_ds.data.corpus import Sample
 from gdrt_ds.errors import UserError
-from gdrt_ds.scoring import OBJECTIVES, CatalogueScorer
+from gdrt_ds.inference.catalogue_scoring import OBJECTIVES, CatalogueScorer
 
 MODES = ("renormalised", "full", "best_first", "beam")
 # Largest difference to per-item scoring at the start of a scoring job, in nats. fp32 rounding of a title stays below 1e-3
@@ -58,10 +66,14 @@ class ScoringOptions:
         if self.mode not in MODES:
             raise UserError(f"--mode {self.mode} is unknown", f"choose one of {', '.join(MODES)}")
         if self.objective not in OBJECTIVES:
-            raise UserError(f"--objective {self.objective} is unknown", f"choose one of {', '.join(OBJECTIVES)}")
+            raise UserError(
+                f"--objective {self.objective} is unknown", f"choose one of {', '.join(OBJECTIVES)}"
+            )
         for name in ("k", "batch_size", "beams", "max_score_bytes"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small", "give at least 1")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} is too small", "give at least 1"
+                )
         if self.mode in OBJECTIVES:
             object.__setattr__(self, "objective", self.mode)
 
@@ -69,7 +81,9 @@ class ScoringOptions:
 def item_order(subject: Subject) -> np.ndarray:
     """A rank per entry by item id: breaks ties in lists without regard to the catalogue's order."""
     order = np.empty(len(subject.catalogue), np.int64)
-    order[np.argsort([entry.item_id for entry in subject.catalogue.entries], kind="stable")] = np.arange(len(order))
+    order[np.argsort([entry.item_id for entry in subject.catalogue.entries], kind="stable")] = np.arange(
+        len(order)
+    )
     return order
 
 
@@ -77,8 +91,18 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def describe(subject: Subject, sample: Sample, *, rank: float | None, tied: int, top: np.ndarray, top_scores: np.ndarray, nll: float,
-             curve: np.ndarray | None = None, **extra: Any) -> dict[str, Any]:
+def describe(
+    subject: Subject,
+    sample: Sample,
+    *,
+    rank: float | None,
+    tied: int,
+    top: np.ndarray,
+    top_scores: np.ndarray,
+    nll: float,
+    curve: np.ndarray | None = None,
+    **extra: Any,
+) -> dict[str, Any]:
     """One object of predictions.jsonl. Ids are those of the catalogue's representatives; numbers that are not finite are null.
 
     Args:
@@ -88,11 +112,22 @@ def describe(subject: Subject, sample: Sample, *, rank: float | None, tied: int,
     name = lambda item: catalogue.entries[catalogue.index_of[item]].item_id  # noqa: E731
     target = catalogue.index_of[sample.target]
     group = None if subject.group_of_entry is None else int(subject.group_of_entry[target])
-    return {"sample_id": sample.sample_id, "user_id": sample.user_id, "target_id": name(sample.target), "rank": rank, "num_tied": tied,
-            "top_ids": [catalogue.entries[i].item_id for i in top.tolist()], "top_scores": [_number(s) for s in np.asarray(top_scores).tolist()],
-            "target_nll": _number(nll), "history_ids": [name(item) for item in sample.history],
-            "nll_at_temperatures": None if curve is None else [_number(round(v, 4)) for v in curve.tolist()],
-            "user": subject.corpus.users.get(sample.user_id, {}), "labels": dict(sample.labels), "relevance_group": group, **extra}
+    return {
+        "sample_id": sample.sample_id,
+        "user_id": sample.user_id,
+        "target_id": name(sample.target),
+        "rank": rank,
+        "num_tied": tied,
+        "top_ids": [catalogue.entries[i].item_id for i in top.tolist()],
+        "top_scores": [_number(s) for s in np.asarray(top_scores).tolist()],
+        "target_nll": _number(nll),
+        "history_ids": [name(item) for item in sample.history],
+        "nll_at_temperatures": None if curve is None else [_number(round(v, 4)) for v in curve.tolist()],
+        "user": subject.corpus.users.get(sample.user_id, {}),
+        "labels": dict(sample.labels),
+        "relevance_group": group,
+        **extra,
+    }
 
 
 class SampleScorer:
@@ -107,8 +142,16 @@ class SampleScorer:
         self.kept: dict[tuple[str, ...], np.ndarray] = {}
         self.reader, self.trie = subject.recommender.reader, subject.recommender.trie
         self.order = item_order(subject)
-        self.exact = CatalogueScorer(self.reader, self.trie, options.objective, options.max_score_bytes) if options.mode in OBJECTIVES else None
-        self.search = BestFirst(self.reader, self.trie, options.objective, options.max_nodes) if options.mode == "best_first" else None
+        self.exact = (
+            CatalogueScorer(self.reader, self.trie, options.objective, options.max_score_bytes)
+            if options.mode in OBJECTIVES
+            else None
+        )
+        self.search = (
+            BestFirst(self.reader, self.trie, options.objective, options.max_nodes)
+            if options.mode == "best_first"
+            else None
+        )
 
     def score(self, samples: list[Sample]) -> list[dict[str, Any]]:
         subject, k = self.subject, self.options.k
@@ -121,27 +164,75 @@ class SampleScorer:
                 if sample.sample_id in self.keep:
                     self.kept[tuple(sample.history)] = scores.copy()
                 top = top_entries(scores, k, self.order)
-                result.append(describe(subject, sample, rank=expected_rank(scores, target), tied=num_tied(scores, target), top=top,
-                                       top_scores=scores[top], nll=-scores[target], curve=nll_curve(scores, target),
-                                       num_nan=int(np.isnan(scores).sum())))
+                result.append(
+                    describe(
+                        subject,
+                        sample,
+                        rank=expected_rank(scores, target),
+                        tied=num_tied(scores, target),
+                        top=top,
+                        top_scores=scores[top],
+                        nll=-scores[target],
+                        curve=nll_curve(scores, target),
+                        num_nan=int(np.isnan(scores).sum()),
+                    )
+                )
             return result
         self.reader.check_length(max(map(len, prompts)) + int(self.trie.depth.max()) - 1)
         state = self.reader.read(prompts)
         nll = -path_scores(self.reader, self.trie, state, targets, self.options.objective)
         if self.search is not None:
-            return [self._of_search(s, t, found, value)
-                    for s, t, found, value in zip(samples, targets, self.search.search(state, k), nll)]
-        lists = beam_search(self.reader, self.trie, state, self.options.beams, self.options.objective, self.options.length_penalty)
-        return [self._of_list(s, t, entries, scores, value, len(entries)) for s, t, (entries, scores), value in zip(samples, targets, lists, nll)]
+            return [
+                self._of_search(s, t, found, value)
+                for s, t, found, value in zip(samples, targets, self.search.search(state, k), nll)
+            ]
+        lists = beam_search(
+            self.reader,
+            self.trie,
+            state,
+            self.options.beams,
+            self.options.objective,
+            self.options.length_penalty,
+        )
+        return [
+            self._of_list(s, t, entries, scores, value, len(entries))
+            for s, t, (entries, scores), value in zip(samples, targets, lists, nll)
+        ]
 
-    def _of_list(self, sample: Sample, target: int, entries: np.ndarray, scores: np.ndarray, nll: float, proven: int, **extra: Any) -> dict[str, Any]:
+    def _of_list(
+        self,
+        sample: Sample,
+        target: int,
+        entries: np.ndarray,
+        scores: np.ndarray,
+        nll: float,
+        proven: int,
+        **extra: Any,
+    ) -> dict[str, Any]:
         place = np.flatnonzero(entries[:proven] == target)
         rank = float(place[0] + 1) if len(place) else None
-        return describe(self.subject, sample, rank=rank, tied=1, top=entries[:self.options.k], top_scores=scores[:self.options.k], nll=nll, **extra)
+        return describe(
+            self.subject,
+            sample,
+            rank=rank,
+            tied=1,
+            top=entries[: self.options.k],
+            top_scores=scores[: self.options.k],
+            nll=nll,
+            **extra,
+        )
 
     def _of_search(self, sample: Sample, target: int, found, nll: float) -> dict[str, Any]:
-        return self._of_list(sample, target, found.entries, found.scores, nll, found.certified, certified=found.certified,
-                             nodes_expanded=found.expanded)
+        return self._of_list(
+            sample,
+            target,
+            found.entries,
+            found.scores,
+            nll,
+            found.certified,
+            certified=found.certified,
+            nodes_expanded=found.expanded,
+        )
 
 
 def check_exactness(subject: Subject, options: ScoringOptions) -> str:
@@ -154,18 +245,27 @@ def check_exactness(subject: Subject, options: ScoringOptions) -> str:
     entries = sorted({subject.catalogue.index_of[sample.target], 0, len(subject.catalogue) // 2})
     prompt = recommender.prompt_of(sample.history)
     state = recommender.reader.read([prompt])
-    paths = torch.tensor([float(path_scores(recommender.reader, recommender.trie, state, [e], options.objective)[0]) for e in entries])
+    paths = torch.tensor(
+        [
+            float(path_scores(recommender.reader, recommender.trie, state, [e], options.objective)[0])
+            for e in entries
+        ]
+    )
     found = per_item_scores(recommender.loaded.model, recommender.trie, prompt, entries, options.objective)
     if options.mode in OBJECTIVES:
-        scorer = CatalogueScorer(recommender.reader, recommender.trie, options.objective, options.max_score_bytes)
+        scorer = CatalogueScorer(
+            recommender.reader, recommender.trie, options.objective, options.max_score_bytes
+        )
         paths = scorer.score_state(state)[0, entries]
     if not bool(torch.isfinite(found).all()):
         return "check: the model gives NaN or infinite scores; they count as the worst rank"
     difference = float((paths.double() - found).abs().max())
     dtype = recommender.reader.mask_dtype
     if not difference <= CHECK_TOLERANCE.get(dtype, 1.0):
-        raise UserError(f"scores of {type(recommender.loaded.model).__name__} in {dtype} differ by {difference:.3g} nats from scoring items one by one",
-                        "this model family is not supported by tree scoring (or the dtype is too coarse: set model.dtype=float32)")
+        raise UserError(
+            f"scores of {type(recommender.loaded.model).__name__} in {dtype} differ by {difference:.3g} nats from scoring items one by one",
+            "this model family is not supported by tree scoring (or the dtype is too coarse: set model.dtype=float32)",
+        )
     return f"check: tree scores equal scoring items one by one within {difference:.1e} nats ({len(entries)} items, {str(dtype).removeprefix('torch.')})"
 
 
@@ -176,11 +276,23 @@ def scoring_key(subject: Subject, options: ScoringOptions) -> dict[str, Any]:
     if recommender.adapter is not None:
         adapter = hashlib.sha256((recommender.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     trie = hashlib.sha256(recommender.trie.token.tobytes() + recommender.trie.parent.tobytes()).hexdigest()
-    return {"model": recommender.loaded.fingerprint, "adapter": adapter, "prompt": recommender.encoder.template.fingerprint,
-            "max_length": recommender.encoder.max_length, "catalogue": trie, "corpus": subject.corpus.fingerprint, "split": subject.split,
-            "limit": subject.limit, "mode": options.mode, "objective": options.objective, "k": options.k,
-            "beams": options.beams if options.mode == "beam" else None, "length_penalty": options.length_penalty if options.mode == "beam" else None,
-            "max_nodes": options.max_nodes, "dtype": str(recommender.reader.mask_dtype).removeprefix("torch.")}
+    return {
+        "model": recommender.loaded.fingerprint,
+        "adapter": adapter,
+        "prompt": recommender.encoder.template.fingerprint,
+        "max_length": recommender.encoder.max_length,
+        "catalogue": trie,
+        "corpus": subject.corpus.fingerprint,
+        "split": subject.split,
+        "limit": subject.limit,
+        "mode": options.mode,
+        "objective": options.objective,
+        "k": options.k,
+        "beams": options.beams if options.mode == "beam" else None,
+        "length_penalty": options.length_penalty if options.mode == "beam" else None,
+        "max_nodes": options.max_nodes,
+        "dtype": str(recommender.reader.mask_dtype).removeprefix("torch."),
+    }
 
 
 def read_parts(folder: Path, required: str | None = None) -> dict[int, dict[str, Any]]:
@@ -212,13 +324,19 @@ def claim_output(output: Path, key: dict[str, Any], overwrite: bool) -> None:
             before = json.loads(saved.read_text(encoding="utf-8"))
             differing = [name for name in key if before.get(name) != key[name]]
             if differing:
-                raise UserError(f"--output {output} holds predictions with another {', '.join(differing)}", "choose another --output, or give --overwrite")
+                raise UserError(
+                    f"--output {output} holds predictions with another {', '.join(differing)}",
+                    "choose another --output, or give --overwrite",
+                )
         elif overwrite:
             for path in (output / "parts").glob("rank_*.jsonl"):
                 path.unlink()
         saved.write_text(json.dumps(key, indent=1), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror or error})", "choose another folder, or free space") from None
+        raise UserError(
+            f"--output {output}: cannot be written ({error.strerror or error})",
+            "choose another folder, or free space",
+        ) from None
 
 
 def _batches(samples: list[Sample], lengths: list[int], size: int) -> Iterator[list[Sample]]:
@@ -226,11 +344,17 @@ def _batches(samples: list[Sample], lengths: list[int], size: int) -> Iterator[l
     for start in range(0, len(samples), 16 * size):
         block = sorted(range(start, min(start + 16 * size, len(samples))), key=lambda i: (lengths[i], i))
         for low in range(0, len(block), size):
-            yield [samples[i] for i in block[low:low + size]]
+            yield [samples[i] for i in block[low : low + size]]
 
 
-def predict(subject: Subject, options: ScoringOptions, output: Path, runtime, progress,
-            keep: frozenset[int] = frozenset()) -> tuple[list[dict[str, Any]] | None, dict[tuple[str, ...], np.ndarray]]:
+def predict(
+    subject: Subject,
+    options: ScoringOptions,
+    output: Path,
+    runtime,
+    progress,
+    keep: frozenset[int] = frozenset(),
+) -> tuple[list[dict[str, Any]] | None, dict[tuple[str, ...], np.ndarray]]:
     """Scores what is missing and joins the parts.
 
     Args:
@@ -244,10 +368,13 @@ def predict(subject: Subject, options: ScoringOptions, output: Path, runtime, pr
     done = read_parts(output / "parts", required)
     outdated = len(read_parts(output / "parts")) - len(done)
     if outdated and runtime.is_main:
-        print(f"{outdated} samples were scored by an earlier version, without {required}: scored again", flush=True)
+        print(
+            f"{outdated} samples were scored by an earlier version, without {required}: scored again",
+            flush=True,
+        )
     missing = [s for s in subject.samples if s.sample_id not in done]
     runtime.barrier()  # every rank has read the parts before any rank appends
-    mine = missing[runtime.rank::runtime.world]
+    mine = missing[runtime.rank :: runtime.world]
     if mine:
         scorer = SampleScorer(subject, options, keep)
         kept = scorer.kept
@@ -272,11 +399,16 @@ def predict(subject: Subject, options: ScoringOptions, output: Path, runtime, pr
     done = read_parts(output / "parts", required)
     absent = [s.sample_id for s in subject.samples if s.sample_id not in done]
     if absent:
-        raise UserError(f"{len(absent)} samples have no predictions (a rank ended early), e.g. sample {absent[0]}", "start the same command again: it goes on where it ended")
+        raise UserError(
+            f"{len(absent)} samples have no predictions (a rank ended early), e.g. sample {absent[0]}",
+            "start the same command again: it goes on where it ended",
+        )
     rows = [done[s.sample_id] for s in subject.samples]
     path = output / "predictions.jsonl"
     temporary = path.with_suffix(".part")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     os.replace(temporary, path)
     return rows, kept
 
@@ -289,10 +421,14 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         from rich.console import Console
+
         if self.runtime.is_main and Console().is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
-            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+            self.bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            )
             self.bar.start()
             self.task = self.bar.add_task(self.what, total=None)
         return self
@@ -304,7 +440,10 @@ class Progress:
             self.last, spent = time.time(), time.time() - self.started
             left = spent / finished * (total - finished)
             ranks = f" on this rank of {self.runtime.world}" if self.runtime.world > 1 else ""
-            print(f"{self.what}: {finished}/{total} users{ranks}, {finished / spent:.2f} users/s, {left:.0f} s left", flush=True)
+            print(
+                f"{self.what}: {finished}/{total} users{ranks}, {finished / spent:.2f} users/s, {left:.0f} s left",
+                flush=True,
+            )
 
     def __exit__(self, *exc) -> None:
         if self.bar is not None:

@@ -15,7 +15,9 @@ from pathlib import Path
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", "--run-dir", dest="run", help="run folder of a training")
     parser.add_argument("--base", action="store_true", help="with --run: leave the adapter out")
     parser.add_argument("--model", help="folder or hub name of a model trained elsewhere (or smollm2-135m)")
@@ -23,47 +25,108 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", help="template file (JSON) for --model, or alpaca, plain, chat")
     parser.add_argument("--data", help="data folder for --model, or ml-100k")
     parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
-    parser.add_argument("--mode", default="renormalised", choices=("renormalised", "full", "best_first", "beam"),
-                        help="exact over the catalogue's tokens (default) or over the whole vocabulary; certified top-k; beam search")
-    parser.add_argument("--objective", default="renormalised", choices=("renormalised", "full"), help="for best_first and beam")
+    parser.add_argument(
+        "--mode",
+        default="renormalised",
+        choices=("renormalised", "full", "best_first", "beam"),
+        help="exact over the catalogue's tokens (default) or over the whole vocabulary; certified top-k; beam search",
+    )
+    parser.add_argument(
+        "--objective",
+        default="renormalised",
+        choices=("renormalised", "full"),
+        help="for best_first and beam",
+    )
     parser.add_argument("--k", type=int, default=50, help="length of the lists (default 50)")
     parser.add_argument("--beams", type=int, default=10, help="width of beam mode")
-    parser.add_argument("--length-penalty", type=float, default=0.0, help="beam mode; transformers' default is 1")
-    parser.add_argument("--max-nodes", type=int, help="best_first: stop certifying after this many nodes per user")
+    parser.add_argument(
+        "--length-penalty", type=float, default=0.0, help="beam mode; transformers' default is 1"
+    )
+    parser.add_argument(
+        "--max-nodes", type=int, help="best_first: stop certifying after this many nodes per user"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="users scored at once")
-    parser.add_argument("--max-score-bytes", type=int, default=2 << 30, help="bound on working memory beside weights and prompts")
-    parser.add_argument("--limit", type=int, help="a sample of this many users; marks the output `not a result`")
+    parser.add_argument(
+        "--max-score-bytes",
+        type=int,
+        default=2 << 30,
+        help="bound on working memory beside weights and prompts",
+    )
+    parser.add_argument(
+        "--limit", type=int, help="a sample of this many users; marks the output `not a result`"
+    )
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the intervals")
     parser.add_argument("--no-floors", action="store_true", help="leave popularity and Markov out")
     parser.add_argument("--audit", default="", help="comma-separated audits, or all; see docs/audits.md")
     parser.add_argument("--audit-users", type=int, help="users per audit; default: each audit's own")
-    parser.add_argument("--permutations", type=int, default=8, help="position audit: orders of the history per user")
-    parser.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="other run or evaluation folders, for audits over several of them")
+    parser.add_argument(
+        "--permutations", type=int, default=8, help="position audit: orders of the history per user"
+    )
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="other run or evaluation folders, for audits over several of them",
+    )
     parser.add_argument("--output", help="evaluation folder; default RUN/eval/SPLIT-MODE")
     parser.add_argument("--overwrite", action="store_true", help="drop other predictions in --output")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of the run's config to override")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings of the run's config to override"
+    )
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     from gdrt_ds.runtime import report_user_errors
+
     with report_user_errors():
         from eval.loading import load_subject
         from eval.pipeline import evaluation_runtime, run_evaluation
         from eval.predictions import ScoringOptions
-        scoring = ScoringOptions(options.mode, options.objective, options.k, options.batch_size, options.max_score_bytes, options.beams,
-                                 options.length_penalty, options.max_nodes)
+
+        scoring = ScoringOptions(
+            options.mode,
+            options.objective,
+            options.k,
+            options.batch_size,
+            options.max_score_bytes,
+            options.beams,
+            options.length_penalty,
+            options.max_nodes,
+        )
         runtime = evaluation_runtime()
-        subject = load_subject(runtime, run=options.run, base=options.base, model=options.model, adapter=options.adapter, prompt=options.prompt,
-                               data=options.data, split=options.split, limit=options.limit, overrides=options.overrides)
+        subject = load_subject(
+            runtime,
+            run=options.run,
+            base=options.base,
+            model=options.model,
+            adapter=options.adapter,
+            prompt=options.prompt,
+            data=options.data,
+            split=options.split,
+            limit=options.limit,
+            overrides=options.overrides,
+        )
         audits, settings = [name for name in options.audit.split(",") if name.strip()], None
         if audits:
             from eval.audit import AuditOptions
-            settings = AuditOptions(options.audit_users, options.permutations, tuple(options.runs), options.bootstrap)
-        run_evaluation(subject, scoring, runtime, output=Path(options.output) if options.output else None, overwrite=options.overwrite,
-                       floors=not options.no_floors, num_bootstrap=options.bootstrap,
-                       audits=audits, audit_options=settings)
+
+            settings = AuditOptions(
+                options.audit_users, options.permutations, tuple(options.runs), options.bootstrap
+            )
+        run_evaluation(
+            subject,
+            scoring,
+            runtime,
+            output=Path(options.output) if options.output else None,
+            overwrite=options.overwrite,
+            floors=not options.no_floors,
+            num_bootstrap=options.bootstrap,
+            audits=audits,
+            audit_options=settings,
+        )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,13 @@ def combine(seeds: Sequence[Resampled], seed: int = 0) -> Resampled:
     if count > 1:
         drawn = (values * seed_draws(count, len(values), seed)).sum(axis=1)
         replicates = mean + np.sqrt(count / (count - 1)) * (drawn - mean)
-    return Resampled(float(np.mean([s.value for s in seeds])), replicates, min(s.n for s in seeds), all(s.smooth for s in seeds), seeds[0].bounds)
+    return Resampled(
+        float(np.mean([s.value for s in seeds])),
+        replicates,
+        min(s.n for s in seeds),
+        all(s.smooth for s in seeds),
+        seeds[0].bounds,
+    )
 
 
 def combine_all(runs: Sequence[Mapping[str, Resampled]], seed: int = 0) -> dict[str, Resampled]:

@@ -61,8 +61,10 @@ class GroupCollator:
         given, wanted = [len(g) for g in groups], supervised.sum(1).tolist()
         if given != wanted:
             row = next(i for i, (a, b) in enumerate(zip(given, wanted)) if a != b)
-            raise UserError(f"a row has {given[row]} groups for {wanted[row]} supervised labels",
-                            "give one group per label that is not -100, in their order; the collator must not cut or pack rows")
+            raise UserError(
+                f"a row has {given[row]} groups for {wanted[row]} supervised labels",
+                "give one group per label that is not -100, in their order; the collator must not cut or pack rows",
+            )
         placed = torch.zeros_like(batch["labels"])
         placed[supervised] = torch.tensor([g for row in groups for g in row], dtype=placed.dtype)
         batch[GROUPS_KEY] = placed
@@ -80,14 +82,39 @@ class GroupDroLoss(TrainerCallback, ExportableState):
     Raises: UserError for settings out of range, or a Trainer whose settings would make the weights wrong.
     """
 
-    def __init__(self, num_groups: int, tau: float = 1.0, prior: str = "token_share", estimate: str = "ema", ema_rate: float = 0.1):
-        for name, value, allowed in (("prior", prior, ("token_share", "uniform")), ("estimate", estimate, ("ema", "batch"))):
+    def __init__(
+        self,
+        num_groups: int,
+        tau: float = 1.0,
+        prior: str = "token_share",
+        estimate: str = "ema",
+        ema_rate: float = 0.1,
+    ):
+        for name, value, allowed in (
+            ("prior", prior, ("token_share", "uniform")),
+            ("estimate", estimate, ("ema", "batch")),
+        ):
             if value not in allowed:
                 raise UserError(f"GroupDroLoss: {name} = {value!r}", f"use one of {', '.join(allowed)}")
         if num_groups < 1 or not tau > 0 or not 0 < ema_rate <= 1:
-            raise UserError(f"GroupDroLoss: num_groups = {num_groups}, tau = {tau}, ema_rate = {ema_rate}", "num_groups >= 1, tau > 0, 0 < ema_rate <= 1")
-        self.settings = {"num_groups": num_groups, "tau": tau, "prior": prior, "estimate": estimate, "ema_rate": ema_rate}
-        self.num_groups, self.tau, self.prior, self.estimate, self.ema_rate = num_groups, tau, prior, estimate, ema_rate
+            raise UserError(
+                f"GroupDroLoss: num_groups = {num_groups}, tau = {tau}, ema_rate = {ema_rate}",
+                "num_groups >= 1, tau > 0, 0 < ema_rate <= 1",
+            )
+        self.settings = {
+            "num_groups": num_groups,
+            "tau": tau,
+            "prior": prior,
+            "estimate": estimate,
+            "ema_rate": ema_rate,
+        }
+        self.num_groups, self.tau, self.prior, self.estimate, self.ema_rate = (
+            num_groups,
+            tau,
+            prior,
+            estimate,
+            ema_rate,
+        )
         self.memory = dro.DroState(num_groups)
         self.share = torch.zeros(num_groups, dtype=torch.float64)
         self.weights = torch.ones(num_groups, dtype=torch.float64)
@@ -111,14 +138,22 @@ class GroupDroLoss(TrainerCallback, ExportableState):
         if not torch.is_grad_enabled():
             return losses.sum() / count
         if self.hook is None:
-            raise UserError("GroupDroLoss is used as a loss only", "pass the same object in callbacks=[...] too: it ends the optimizer step")
+            raise UserError(
+                "GroupDroLoss is used as a loss only",
+                "pass the same object in callbacks=[...] too: it ends the optimizer step",
+            )
         if self.groups is None or self.groups.shape != labels.shape:
-            raise UserError("GroupDroLoss: the batch has no `groups` of the shape of its labels",
-                            "use data_collator=GroupCollator(...) and remove_unused_columns=False")
+            raise UserError(
+                "GroupDroLoss: the batch has no `groups` of the shape of its labels",
+                "use data_collator=GroupCollator(...) and remove_unused_columns=False",
+            )
         groups = self.groups[:, 1:].to(losses.device)[keep]
         if self.buffer is None:
             self.buffer = dro.StepBuffer(self.num_groups, losses.device)
-        self.buffer.add(group_sums(losses.detach(), groups, self.num_groups), group_sums(torch.ones_like(losses), groups, self.num_groups))
+        self.buffer.add(
+            group_sums(losses.detach(), groups, self.num_groups),
+            group_sums(torch.ones_like(losses), groups, self.num_groups),
+        )
         if self.estimate == "batch":
             self._weights_of_this_batch()
         return (self.weights.to(losses)[groups] * losses).sum() / count + 0.0 * logits.sum()
@@ -133,12 +168,20 @@ class GroupDroLoss(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Checks the Trainer's settings and listens to the model's `groups` argument."""
         if args.n_gpu > 1:
-            raise UserError("GroupDroLoss does not run under torch.nn.DataParallel", "start one process per GPU (torchrun, deepspeed, accelerate launch)")
+            raise UserError(
+                "GroupDroLoss does not run under torch.nn.DataParallel",
+                "start one process per GPU (torchrun, deepspeed, accelerate launch)",
+            )
         if args.world_size > 1 and not args.average_tokens_across_devices:
-            raise UserError("GroupDroLoss needs average_tokens_across_devices=True: a mean of rank means is another objective", "leave it at its default")
+            raise UserError(
+                "GroupDroLoss needs average_tokens_across_devices=True: a mean of rank means is another objective",
+                "leave it at its default",
+            )
         if self.estimate == "batch" and args.gradient_accumulation_steps > 1:
-            raise UserError(f"GroupDroLoss(estimate='batch') with gradient_accumulation_steps = {args.gradient_accumulation_steps}",
-                            "use estimate='ema', no accumulation, or this package's trainer, which is exact under accumulation")
+            raise UserError(
+                f"GroupDroLoss(estimate='batch') with gradient_accumulation_steps = {args.gradient_accumulation_steps}",
+                "use estimate='ema', no accumulation, or this package's trainer, which is exact under accumulation",
+            )
         self.close()
         self.hook = model.register_forward_pre_hook(self._take_groups, with_kwargs=True)
 
@@ -157,12 +200,16 @@ class GroupDroLoss(TrainerCallback, ExportableState):
         present = counts > 0
         self.group_loss = torch.where(present, losses, float("nan"))
         share = counts / counts.sum().clamp_min(1)
-        self.share = share if self.memory.steps == 0 else (1 - self.ema_rate) * self.share + self.ema_rate * share
+        self.share = (
+            share if self.memory.steps == 0 else (1 - self.ema_rate) * self.share + self.ema_rate * share
+        )
         self.memory.update_ema(losses, present, self.ema_rate)
         self.memory.steps += 1
         if self.estimate == "ema":
             losses, seen = self.memory.ema_losses()
-            q, _ = dro.closed_form_weights(losses, dro.prior(torch.where(seen, self.share, 0.0), self.prior), self.tau)
+            q, _ = dro.closed_form_weights(
+                losses, dro.prior(torch.where(seen, self.share, 0.0), self.prior), self.tau
+            )
             self.weights = torch.where(seen & (self.share > 0), q / self.share.clamp_min(1e-300), 1.0)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -186,7 +233,12 @@ class GroupDroLoss(TrainerCallback, ExportableState):
     def state(self) -> dict:
         """What trainer_state.json keeps."""
         tensors = {k: v.tolist() for k, v in self.memory.state_dict().items()}
-        return {"args": self.settings, "attributes": {"saved": {**tensors, "share": self.share.tolist(), "weights": self.weights.tolist()}}}
+        return {
+            "args": self.settings,
+            "attributes": {
+                "saved": {**tensors, "share": self.share.tolist(), "weights": self.weights.tolist()}
+            },
+        }
 
     @property
     def saved(self) -> dict:
@@ -195,11 +247,15 @@ class GroupDroLoss(TrainerCallback, ExportableState):
     @saved.setter
     def saved(self, values: dict) -> None:
         tensor = lambda name: torch.tensor(values[name], dtype=torch.float64)
-        self.memory.load_state_dict({**{n: tensor(n) for n in ("ema", "ema_weight", "q")}, "steps": torch.tensor(values["steps"])})
+        self.memory.load_state_dict(
+            {**{n: tensor(n) for n in ("ema", "ema_weight", "q")}, "steps": torch.tensor(values["steps"])}
+        )
         self.share, self.weights = tensor("share"), tensor("weights")
 
 
-def score_tokens(model, rows: Sequence[dict[str, Sequence[int]]], batch_size: int = 8, pad_id: int = 0) -> list[np.ndarray]:
+def score_tokens(
+    model, rows: Sequence[dict[str, Sequence[int]]], batch_size: int = 8, pad_id: int = 0
+) -> list[np.ndarray]:
     """r: log-probabilities of the supervised tokens of rows whose prompt holds no history.
 
     Args:
@@ -211,11 +267,16 @@ def score_tokens(model, rows: Sequence[dict[str, Sequence[int]]], batch_size: in
     device, training, scores = next(model.parameters()).device, model.training, []
     model.eval()
     for start in range(0, len(rows), batch_size):
-        part = rows[start:start + batch_size]
+        part = rows[start : start + batch_size]
         width = max(len(row["input_ids"]) for row in part)
-        fill = lambda name, value: torch.tensor([[*row[name], *[value] * (width - len(row[name]))] for row in part], device=device)
+        fill = lambda name, value: torch.tensor(
+            [[*row[name], *[value] * (width - len(row[name]))] for row in part], device=device
+        )
         ids, labels = fill("input_ids", pad_id), fill("labels", IGNORE)
-        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in part], device=device)
+        mask = torch.tensor(
+            [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in part],
+            device=device,
+        )
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask).logits
         for b in range(len(part)):
@@ -231,9 +292,13 @@ def bin_tokens(scores: Sequence[np.ndarray], num_groups: int) -> tuple[list[list
 
     Raises: UserError when there are too few distinct scores to fill the groups.
     """
-    from gdrt_ds.groups import bin_edges
+    from gdrt_ds.dro.groups import bin_edges
+
     flat = np.concatenate(list(scores)) if len(scores) else np.zeros(0)
     if len(np.unique(flat)) < num_groups:
-        raise UserError(f"num_groups = {num_groups}: the {len(flat)} scores have only {len(np.unique(flat))} distinct values", "use fewer groups")
+        raise UserError(
+            f"num_groups = {num_groups}: the {len(flat)} scores have only {len(np.unique(flat))} distinct values",
+            "use fewer groups",
+        )
     edges = bin_edges(flat, num_groups, "quantile")
     return [np.searchsorted(edges, row, side="right").tolist() for row in scores], edges

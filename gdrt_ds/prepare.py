@@ -16,25 +16,34 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gdrt_ds.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m gdrt_ds.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", help="run config (YAML)")
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, overrides the key `deepspeed`")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     arguments = parser.parse_intermixed_args(argv)
     from gdrt_ds.runtime import report_user_errors
+
     with report_user_errors():
         from gdrt_ds.config import load_config
+
         config = load_config(arguments.config, [*arguments.overrides, "resume=auto"])
         if arguments.deepspeed_config:
             config.deepspeed = arguments.deepspeed_config
-        from gdrt_ds.compatibility import check_combination
-        from gdrt_ds.deepspeed_config import read_deepspeed_config
+        from gdrt_ds.planning.compatibility import check_combination
+        from gdrt_ds.training.deepspeed_config import read_deepspeed_config
+
         check_combination(config, read_deepspeed_config(config.deepspeed))
         from gdrt_ds.runtime import start_runtime
-        from gdrt_ds.trainer import Trainer
+        from gdrt_ds.training.trainer import Trainer
+
         Trainer(config, start_runtime(config.train.timeout_s)).prepare_only()
         import torch.distributed as dist
+
         dist.destroy_process_group()
     return 0
 

@@ -38,16 +38,26 @@ def read_histories(history: str | None, file: str | None, known: set[str]) -> li
         UserError: neither or both, unreadable file, a line without titles.
     """
     from gdrt_ds.errors import UserError
+
     if (history is None) == (file is None):
-        raise UserError("give either --history or --file", '--history "title; title; ..." or --file FILE with one history per line')
+        raise UserError(
+            "give either --history or --file",
+            '--history "title; title; ..." or --file FILE with one history per line',
+        )
     if history is not None:
         lines = [("--history", history)]
     else:
         try:
             text = Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--file {file}: cannot be read ({error})", "give a UTF-8 text file with one history per line") from None
-        lines = [(f"{file}, line {number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+            raise UserError(
+                f"--file {file}: cannot be read ({error})", "give a UTF-8 text file with one history per line"
+            ) from None
+        lines = [
+            (f"{file}, line {number}", line)
+            for number, line in enumerate(text.splitlines(), 1)
+            if line.strip()
+        ]
     histories = [parse_history(line, known) for _, line in lines]
     empty = [where for (where, _), titles in zip(lines, histories) if not titles]
     if empty or not histories:
@@ -55,42 +65,68 @@ def read_histories(history: str | None, file: str | None, known: set[str]) -> li
     return histories
 
 
-def recommend(recommender, histories: list[list[str]], k: int = 10, batch_size: int = 8) -> list[list[dict[str, Any]]]:
+def recommend(
+    recommender, histories: list[list[str]], k: int = 10, batch_size: int = 8
+) -> list[list[dict[str, Any]]]:
     """Top-k of each history.
 
     Args:
-        recommender: of `gdrt_ds.recommender.open_run`.
+        recommender: of `gdrt_ds.inference.recommender.open_run`.
         histories: titles, oldest first.
     Returns:
         per history the k best {"rank", "item_id", "title", "log_prob", "probability"}; k larger than the catalogue gives all.
     """
-    from gdrt_ds.scoring import CatalogueScorer
-    scorer, entries, lists = CatalogueScorer(recommender.reader, recommender.trie), recommender.catalogue.entries, []
+    from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
+
+    scorer, entries, lists = (
+        CatalogueScorer(recommender.reader, recommender.trie),
+        recommender.catalogue.entries,
+        [],
+    )
     for start in range(0, len(histories), batch_size):
-        scores = scorer.score([recommender.prompt_of_titles(titles) for titles in histories[start:start + batch_size]])
+        scores = scorer.score(
+            [recommender.prompt_of_titles(titles) for titles in histories[start : start + batch_size]]
+        )
         for row in scores:
             values, places = row.nan_to_num(nan=-float("inf")).sort(descending=True, stable=True)
-            lists.append([{"rank": rank, "item_id": entries[place].item_id, "title": entries[place].text, "log_prob": value,
-                           "probability": math.exp(value)}
-                          for rank, (value, place) in enumerate(zip(values[:k].tolist(), places[:k].tolist()), 1)])
+            lists.append(
+                [
+                    {
+                        "rank": rank,
+                        "item_id": entries[place].item_id,
+                        "title": entries[place].text,
+                        "log_prob": value,
+                        "probability": math.exp(value),
+                    }
+                    for rank, (value, place) in enumerate(zip(values[:k].tolist(), places[:k].tolist()), 1)
+                ]
+            )
     return lists
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m gdrt_ds.recommend", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m gdrt_ds.recommend",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--run", required=True, help="run folder of a training")
     parser.add_argument("--history", help='titles, oldest first: "title; title; ..."')
     parser.add_argument("--file", help="text file with one such history per line")
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--json", action="store_true", help="one JSON object per history")
     parser.add_argument("--base", action="store_true", help="the run's base model, without its adapter")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of the run's config to override")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings of the run's config to override"
+    )
     options = parser.parse_intermixed_args(arguments)
     from gdrt_ds.runtime import report_user_errors
+
     with report_user_errors():
         from gdrt_ds.errors import UserError
-        from gdrt_ds.recommender import open_run
+        from gdrt_ds.inference.recommender import open_run
         from gdrt_ds.runtime import single_process_runtime
+
         if options.k < 1:
             raise UserError(f"--k {options.k} is too small", "give at least 1")
         recommender = open_run(options.run, single_process_runtime(), options.overrides, base=options.base)
@@ -101,7 +137,16 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"note: {title!r} is not in the catalogue; its text is used as it is", file=sys.stderr)
         for titles, found in zip(histories, recommend(recommender, histories, options.k)):
             if options.json:
-                print(json.dumps({"history": titles, "unknown": [t for t in titles if t not in known], "recommendations": found}, ensure_ascii=False))
+                print(
+                    json.dumps(
+                        {
+                            "history": titles,
+                            "unknown": [t for t in titles if t not in known],
+                            "recommendations": found,
+                        },
+                        ensure_ascii=False,
+                    )
+                )
                 continue
             print("history: " + "; ".join(titles))
             for row in found:

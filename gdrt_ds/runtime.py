@@ -31,9 +31,25 @@ import torch.distributed as dist
 from gdrt_ds.errors import LostPeer, StorageError, UserError
 
 EXIT_HUNG, EXIT_INTERRUPTED = LostPeer.status, 75
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED")
-LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "timeout", "socket closed", "recvvalue failed",
-             "remote process exited", "connection refused", "application timeout")
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "timed out",
+    "timeout",
+    "socket closed",
+    "recvvalue failed",
+    "remote process exited",
+    "connection refused",
+    "application timeout",
+)
 
 
 @dataclass
@@ -63,15 +79,27 @@ def detect_rank() -> dict:
     """Rank variables of whichever launcher started this process, without starting anything."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "srun" if "SLURM_STEP_ID" in env else "deepspeed"
+        launcher = (
+            "torchrun" if "TORCHELASTIC_RUN_ID" in env else "srun" if "SLURM_STEP_ID" in env else "deepspeed"
+        )
         world = int(env["WORLD_SIZE"])
-        return dict(rank=int(env["RANK"]), local_rank=int(env.get("LOCAL_RANK", 0)), world=world, launcher=launcher,
-                    local_world=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world))
+        return dict(
+            rank=int(env["RANK"]),
+            local_rank=int(env.get("LOCAL_RANK", 0)),
+            world=world,
+            launcher=launcher,
+            local_world=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world),
+        )
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in env:
         world = int(env["SLURM_NTASKS"])
         nodes = int(env.get("SLURM_NNODES", 1))
-        return dict(rank=int(env["SLURM_PROCID"]), local_rank=int(env.get("SLURM_LOCALID", 0)), world=world,
-                    local_world=-(-world // nodes), launcher="srun")
+        return dict(
+            rank=int(env["SLURM_PROCID"]),
+            local_rank=int(env.get("SLURM_LOCALID", 0)),
+            world=world,
+            local_world=-(-world // nodes),
+            launcher="srun",
+        )
     return dict(rank=0, local_rank=0, world=1, local_world=1, launcher="python")
 
 
@@ -88,8 +116,11 @@ def quiet_libraries() -> None:
     for library in ("torch.distributed", "deepspeed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises a kernel for inference that training does not use
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it advises a kernel for inference that training does not use
     from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
 
 
@@ -113,23 +144,36 @@ def start_runtime(timeout_s: int = 600) -> Runtime:
     if torch.cuda.is_available():
         device = torch.device("cuda", found["local_rank"] % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    runtime = Runtime(device=device, life=int(os.environ.get("GDRT_LIFE", os.environ.get("SLURM_RESTART_COUNT", 0)) or 0), **found)
+    runtime = Runtime(
+        device=device,
+        life=int(os.environ.get("GDRT_LIFE", os.environ.get("SLURM_RESTART_COUNT", 0)) or 0),
+        **found,
+    )
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port()) if runtime.world == 1 else "29500"
-    os.environ.update(RANK=str(runtime.rank), WORLD_SIZE=str(runtime.world), LOCAL_RANK=str(runtime.local_rank))
+    os.environ.update(
+        RANK=str(runtime.rank), WORLD_SIZE=str(runtime.world), LOCAL_RANK=str(runtime.local_rank)
+    )
     own_build_folder()
     import deepspeed
+
     try:
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False,
-                                   timeout=timedelta(seconds=timeout_s))
+        deepspeed.init_distributed(
+            "nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
         if device.type == "cpu":
             unname_shared_memory(runtime.rank, runtime.world)
     except (RuntimeError, dist.DistError) as error:
-        raise UserError(f"rank {runtime.rank} of {runtime.world} could not join the process group at "
-                        f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}",
-                        "check MASTER_ADDR and MASTER_PORT; two jobs on one machine need a port each (`deepspeed --master_port N`, "
-                        "`torchrun --master_port N`); on several interfaces set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME") from None
+        raise UserError(
+            f"rank {runtime.rank} of {runtime.world} could not join the process group at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}",
+            "check MASTER_ADDR and MASTER_PORT; two jobs on one machine need a port each (`deepspeed --master_port N`, "
+            "`torchrun --master_port N`); on several interfaces set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME",
+        ) from None
     catch_stop_signals(runtime)
     return runtime
 
@@ -157,7 +201,9 @@ def own_build_folder() -> None:
     that was killed leaves its lock behind, for which every later start would wait forever: an old lock is removed.
     """
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
-        key = hashlib.sha256(f"{sys.prefix} {torch.__version__} {metadata.version('deepspeed')}".encode()).hexdigest()[:12]
+        key = hashlib.sha256(
+            f"{sys.prefix} {torch.__version__} {metadata.version('deepspeed')}".encode()
+        ).hexdigest()[:12]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ["TORCH_EXTENSIONS_DIR"] = str(cache / "torch_extensions" / f"gdrt_ds_{key}")
     for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
@@ -169,6 +215,7 @@ def own_build_folder() -> None:
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on now."""
     import socket
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -176,10 +223,12 @@ def free_port() -> int:
 
 def catch_stop_signals(runtime: Runtime) -> None:
     """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint at the next step boundary; the second Ctrl-C ends at once."""
+
     def handler(number, frame):
         if number == signal.SIGINT and runtime.stop_signal == signal.SIGINT:
             raise KeyboardInterrupt
         runtime.stop_signal = number
+
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, handler)
     faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
@@ -198,7 +247,11 @@ class Watchdog:
     """
 
     def __init__(self, runtime: Runtime, folder: Path, timeout_s: int):
-        self.runtime, self.path, self.timeout_s = runtime, Path(folder) / f"stacks_rank_{runtime.rank}.txt", timeout_s
+        self.runtime, self.path, self.timeout_s = (
+            runtime,
+            Path(folder) / f"stacks_rank_{runtime.rank}.txt",
+            timeout_s,
+        )
         self._last, self._done = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -228,11 +281,17 @@ class Watchdog:
                 reason = f"no step finished for {silent:.0f} s (train.timeout_s={self.timeout_s}): a peer is dead or hung"
                 with contextlib.suppress(OSError):
                     self.dump(reason)
-                print(f"error: rank {self.runtime.rank}: {reason}; stacks: {self.path}", file=sys.stderr, flush=True)
+                print(
+                    f"error: rank {self.runtime.rank}: {reason}; stacks: {self.path}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(EXIT_HUNG)
 
 
-def explain(error: BaseException, memory_fix: str = "a smaller batch, shorter prompts or more ranks need less") -> UserError | None:
+def explain(
+    error: BaseException, memory_fix: str = "a smaller batch, shorter prompts or more ranks need less"
+) -> UserError | None:
     """The failures of a machine in words: out of memory, a dead or hung peer, a full disk. None for anything else.
 
     Args:
@@ -242,14 +301,36 @@ def explain(error: BaseException, memory_fix: str = "a smaller batch, shorter pr
         return error
     text = str(error).strip()
     first = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and any(w in text for w in OUT_OF_MEMORY):
-        return UserError(f"out of memory on {'the GPU' if isinstance(error, torch.OutOfMemoryError) else 'the host'} ({first})", memory_fix)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
-        return StorageError(f"{error.filename or 'a file'} cannot be written ({error.strerror})",
-                            "free disk space and go on with resume=auto; published checkpoints are intact")
-    if isinstance(error, (dist.DistError, RuntimeError)) and dist.is_initialized() and any(w in text.lower() for w in LOST_PEER):
-        return LostPeer(f"a peer is dead or hung: {first}", "the first rank that failed says why in its own output; resume=auto goes on from the newest "
-                        "valid checkpoint; train.timeout_s sets how long ranks wait for each other")
+    if (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or isinstance(error, RuntimeError)
+        and any(w in text for w in OUT_OF_MEMORY)
+    ):
+        return UserError(
+            f"out of memory on {'the GPU' if isinstance(error, torch.OutOfMemoryError) else 'the host'} ({first})",
+            memory_fix,
+        )
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EIO,
+    ):
+        return StorageError(
+            f"{error.filename or 'a file'} cannot be written ({error.strerror})",
+            "free disk space and go on with resume=auto; published checkpoints are intact",
+        )
+    if (
+        isinstance(error, (dist.DistError, RuntimeError))
+        and dist.is_initialized()
+        and any(w in text.lower() for w in LOST_PEER)
+    ):
+        return LostPeer(
+            f"a peer is dead or hung: {first}",
+            "the first rank that failed says why in its own output; resume=auto goes on from the newest "
+            "valid checkpoint; train.timeout_s sets how long ranks wait for each other",
+        )
     return None
 
 
@@ -271,8 +352,15 @@ def report_user_errors(**fixes: str):
         else:
             rank = detect_rank()["rank"]
             same_everywhere = isinstance(error, UserError) and rank != 0
-            print(f"error on rank {rank}: {told.problem}" if same_everywhere else f"error: rank {rank}: {told}" if told is not error else f"error: {told}",
-                  file=sys.stderr, flush=True)
+            print(
+                f"error on rank {rank}: {told.problem}"
+                if same_everywhere
+                else f"error: rank {rank}: {told}"
+                if told is not error
+                else f"error: {told}",
+                file=sys.stderr,
+                flush=True,
+            )
         code = 1 if told is None else told.status
     else:
         return

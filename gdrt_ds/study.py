@@ -6,7 +6,7 @@
     python -m gdrt_ds.study FILE --report            the page from whatever is evaluated so far
 Started again it goes on: a cell whose run is completed is not trained again, one that was interrupted resumes, and an
 evaluation that exists is kept. With `ranks: 1` every worker process trains many cells, so that imports are paid once.
-The grid itself: gdrt_ds/grid.py. This module starts `python -m eval.study` for evaluation and page; it does not import it.
+The grid itself: gdrt_ds/studies/grid.py. This module starts `python -m eval.study` for evaluation and page; it does not import it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from gdrt_ds import run_folder
+from gdrt_ds.training import run_folder
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.grid import Cell, Study, cells_of, choose_cells, load_study
+from gdrt_ds.files import REPOSITORY
+from gdrt_ds.studies.grid import Cell, Study, cells_of, choose_cells, load_study
 from gdrt_ds.runtime import EXIT_INTERRUPTED, free_port, report_user_errors
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = REPOSITORY
 EVALUATION = "test-renormalised"
 
 
@@ -49,8 +50,10 @@ def config_of(study: Study, folder: Path, cell: Cell) -> RunConfig:
     config = load_config(path, [*cell.overrides, f"run.dir={run_of(folder, cell)}", "resume=auto"])
     changed = run_folder.changed_settings(run_of(folder, cell), config)
     if changed:
-        raise UserError(f"{run_of(folder, cell)} was trained with other settings ({'; '.join(changed[:3])})",
-                        "remove that folder to train it again, or give another --dir")
+        raise UserError(
+            f"{run_of(folder, cell)} was trained with other settings ({'; '.join(changed[:3])})",
+            "remove that folder to train it again, or give another --dir",
+        )
     return config
 
 
@@ -65,15 +68,25 @@ def state_of(folder: Path, cell: Cell) -> str:
 def write_grid(study: Study, folder: Path, cells: list[Cell]) -> None:
     """grid.json: what the page needs to know about the cells."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{**asdict(c), "run": str(Path("runs") / c.name), "evaluation": str(Path("runs") / c.name / "eval" / EVALUATION)} for c in cells]
-    run_folder.write_text(folder / "grid.json", json.dumps({"study": study.model_dump(), "cells": rows}, indent=1))
+    rows = [
+        {
+            **asdict(c),
+            "run": str(Path("runs") / c.name),
+            "evaluation": str(Path("runs") / c.name / "eval" / EVALUATION),
+        }
+        for c in cells
+    ]
+    run_folder.write_text(
+        folder / "grid.json", json.dumps({"study": study.model_dump(), "cells": rows}, indent=1)
+    )
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
 def train_in_process(study: Study, folder: Path, cells: list[Cell]) -> int:
     """Trains cells one after the other on one process group of one rank. Returns the number of failures, or 75 if interrupted."""
     from gdrt_ds.runtime import start_runtime
-    from gdrt_ds.trainer import Trainer
+    from gdrt_ds.training.trainer import Trainer
+
     runtime, failures = None, 0
     for cell in cells:
         if state_of(folder, cell) in ("done", "trained"):
@@ -83,13 +96,20 @@ def train_in_process(study: Study, folder: Path, cells: list[Cell]) -> int:
         started, log = time.process_time(), folder / "logs" / f"{cell.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         trainer, problem, status = Trainer(config, runtime), "", 1
-        with open(log, "w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        with (
+            open(log, "w", encoding="utf-8") as stream,
+            contextlib.redirect_stdout(stream),
+            contextlib.redirect_stderr(stream),
+        ):
             try:
                 status = trainer.run()
             except UserError as error:
                 problem = str(error)
-            except Exception as error:  # one broken cell must not end the others; its run folder says what happened
+            except (
+                Exception
+            ) as error:  # one broken cell must not end the others; its run folder says what happened
                 import traceback
+
                 traceback.print_exc(file=stream)
                 problem = f"{type(error).__name__}: {error}"
         if getattr(trainer, "engine", None) is not None:
@@ -99,7 +119,10 @@ def train_in_process(study: Study, folder: Path, cells: list[Cell]) -> int:
             return EXIT_INTERRUPTED
         failures += status != 0
         seconds = time.process_time() - started
-        print(f"{cell.name}: {'trained in ' + format(seconds, '.0f') + ' CPU s' if status == 0 else f'failed: {problem} (log: {log})'}", flush=True)
+        print(
+            f"{cell.name}: {'trained in ' + format(seconds, '.0f') + ' CPU s' if status == 0 else f'failed: {problem} (log: {log})'}",
+            flush=True,
+        )
     return min(failures, 64)
 
 
@@ -112,18 +135,30 @@ def train_under_launcher(study: Study, folder: Path, cells: list[Cell]) -> int:
         config_of(study, folder, cell)  # wrong settings end here, before a launcher hides them
         path = study.config if Path(study.config).is_file() else str(ROOT / study.config)
         launcher = ["deepspeed", "--master_port", str(free_port()), "--num_gpus", str(study.ranks)]
-        command = [*launcher, str(ROOT / "gdrt_ds" / "train.py"), "--config", path, *cell.overrides,
-                   f"run.dir={run_of(folder, cell)}", "resume=auto"]
+        command = [
+            *launcher,
+            str(ROOT / "gdrt_ds" / "train.py"),
+            "--config",
+            path,
+            *cell.overrides,
+            f"run.dir={run_of(folder, cell)}",
+            "resume=auto",
+        ]
         log = folder / "logs" / f"{cell.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.time()
         with open(log, "w", encoding="utf-8") as stream:
             path_variable = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-            status = subprocess.call(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | {"PATH": path_variable})
+            status = subprocess.call(
+                command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | {"PATH": path_variable}
+            )
         if run_folder.status(run_of(folder, cell)) == "interrupted":
             return EXIT_INTERRUPTED
         failures += status != 0
-        print(f"{cell.name}: {f'trained in {time.time() - started:.0f} s' if not status else f'failed with status {status} (log: {log})'}", flush=True)
+        print(
+            f"{cell.name}: {f'trained in {time.time() - started:.0f} s' if not status else f'failed with status {status} (log: {log})'}",
+            flush=True,
+        )
     return min(failures, 64)
 
 
@@ -143,7 +178,9 @@ def report(folder: Path) -> int:
 
 def _environment() -> dict[str, str]:
     """The checkout first on the path: `python -m gdrt_ds.study` works from any folder."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    }
 
 
 def work(study: Study, folder: Path, cells: list[Cell]) -> int:
@@ -168,7 +205,9 @@ def shares(cells: list[Cell], workers: int) -> list[list[Cell]]:
     return [part for part in parts if part]
 
 
-def run_workers(options: argparse.Namespace, study: Study, folder: Path, cells: list[Cell], workers: int) -> int:
+def run_workers(
+    options: argparse.Namespace, study: Study, folder: Path, cells: list[Cell], workers: int
+) -> int:
     """Starts the workers as processes of this module and waits; an interruption is handed on to them."""
     parts = shares([cell for cell in cells if state_of(folder, cell) != "done"], workers)
     if len(parts) <= 1:
@@ -180,16 +219,21 @@ def run_workers(options: argparse.Namespace, study: Study, folder: Path, cells: 
     processes = []
     for number, part in enumerate(parts):
         own = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
-        processes.append(subprocess.Popen([*base, "--only", ",".join(cell.name for cell in part)], env=environment | own))
+        processes.append(
+            subprocess.Popen([*base, "--only", ",".join(cell.name for cell in part)], env=environment | own)
+        )
     try:
         codes = [process.wait() for process in processes]
     except KeyboardInterrupt:
-        codes = [process.wait() for process in processes]  # the terminal sent them the same signal: they save and leave
+        codes = [
+            process.wait() for process in processes
+        ]  # the terminal sent them the same signal: they save and leave
     return EXIT_INTERRUPTED if EXIT_INTERRUPTED in codes else max(codes)
 
 
 def visible_gpus() -> int:
     import torch
+
     return torch.cuda.device_count()
 
 
@@ -200,15 +244,25 @@ def default_workers(study: Study) -> int:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m gdrt_ds.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m gdrt_ds.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("study", help="study file, e.g. configs/studies/planted.yaml")
     parser.add_argument("--dir", help="folder of the study (default runs/studies/NAME)")
-    parser.add_argument("--workers", type=int, help="processes that train side by side (default: GPUs, or CPU cores; 1 with several ranks)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="processes that train side by side (default: GPUs, or CPU cores; 1 with several ranks)",
+    )
     parser.add_argument("--piece", help="a named part of the grid")
     parser.add_argument("--cell", type=int, help="one cell by its number; no page is written")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # names of a worker's cells
     parser.add_argument("--list", action="store_true", help="print the cells and their state, and exit")
-    parser.add_argument("--report", action="store_true", help="write the page from what is evaluated, and exit")
+    parser.add_argument(
+        "--report", action="store_true", help="write the page from what is evaluated, and exit"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of all cells")
     return parser.parse_intermixed_args(argv)
 
@@ -222,21 +276,31 @@ def main(argv: list[str] | None = None) -> int:
         cells = choose_cells(study, everything, options.piece)
         if options.list:
             for cell in cells:
-                print(f"{everything.index(cell):4d}  {state_of(folder, cell):<11}  {cell.name}  {' '.join(cell.overrides)}")
+                print(
+                    f"{everything.index(cell):4d}  {state_of(folder, cell):<11}  {cell.name}  {' '.join(cell.overrides)}"
+                )
             return 0
         if options.report:
-            write_grid(study, folder, everything)  # cells run one by one (--cell) wrote none, and the file may have got rows since
+            write_grid(
+                study, folder, everything
+            )  # cells run one by one (--cell) wrote none, and the file may have got rows since
             return report(folder)
         if options.only:
             names = set(options.only.split(","))
             return work(study, folder, [cell for cell in everything if cell.name in names])
         if options.cell is not None:
             if not 0 <= options.cell < len(everything):
-                raise UserError(f"--cell {options.cell}: the grid has {len(everything)} cells", f"0 to {len(everything) - 1}; see --list")
+                raise UserError(
+                    f"--cell {options.cell}: the grid has {len(everything)} cells",
+                    f"0 to {len(everything) - 1}; see --list",
+                )
             chosen = everything[options.cell]
             absent = [n for n in chosen.needs if run_folder.status(folder / "runs" / n) != "completed"]
             if absent:
-                raise UserError(f"--cell {options.cell} ({chosen.name}) reads the run folder of {absent[0]}, which is not trained", "train that cell first")
+                raise UserError(
+                    f"--cell {options.cell} ({chosen.name}) reads the run folder of {absent[0]}, which is not trained",
+                    "train that cell first",
+                )
             return work(study, folder, [chosen])
         for cell in cells:
             config_of(study, folder, cell)  # every mistake of the grid before the first step
@@ -245,13 +309,20 @@ def main(argv: list[str] | None = None) -> int:
         if workers < 1:
             raise UserError(f"--workers {workers}: at least 1", "leave it out for one per core")
         done = sum(state_of(folder, cell) == "done" for cell in cells)
-        print(f"study {study.name}: {len(cells)} cells, {done} done, {workers} worker(s), into {folder}", flush=True)
+        print(
+            f"study {study.name}: {len(cells)} cells, {done} done, {workers} worker(s), into {folder}",
+            flush=True,
+        )
         status = run_workers(options, study, folder, cells, workers)
         if status == EXIT_INTERRUPTED:
             print("interrupted: the same command goes on")
             return status
         page = report(folder)
-        print(f"study {study.name}: {time.time() - started:.0f} s" + (f"; {status} cell(s) failed, see {folder}/logs" if status else ""), flush=True)
+        print(
+            f"study {study.name}: {time.time() - started:.0f} s"
+            + (f"; {status} cell(s) failed, see {folder}/logs" if status else ""),
+            flush=True,
+        )
         return min(1, status) or page
     return 0
 

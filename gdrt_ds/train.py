@@ -19,41 +19,56 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
 
 
-MEMORY_FIX = ("set train.micro_batch lower (accumulation keeps train.global_batch, and losses do not change), model.gradient_checkpointing=true, "
-              "prompt.max_length lower, more ranks (ZeRO-3 shards the base), or --deepspeed_config ds_configs/zero3_offload.json; --plan predicts the peak")
+MEMORY_FIX = (
+    "set train.micro_batch lower (accumulation keeps train.global_batch, and losses do not change), model.gradient_checkpointing=true, "
+    "prompt.max_length lower, more ranks (ZeRO-3 shards the base), or --deepspeed_config ds_configs/zero3_offload.json; --plan predicts the peak"
+)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", help="run config (YAML); every key has a default")
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, overrides the key `deepspeed`")
     parser.add_argument("--plan", action="store_true", help="print the plan and exit")
-    parser.add_argument("--world", type=int, help="with --plan: ranks to plan for (default: those of this launch)")
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
+    parser.add_argument(
+        "--world", type=int, help="with --plan: ranks to plan for (default: those of this launch)"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=-1, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's"
+    )
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     from gdrt_ds.runtime import detect_rank, report_user_errors
+
     with report_user_errors(memory_fix=MEMORY_FIX):
         from gdrt_ds.config import load_config
+
         config = load_config(arguments.config, arguments.overrides)
         if arguments.deepspeed_config:
             config.deepspeed = arguments.deepspeed_config
-        from gdrt_ds.plan import print_plan
+        from gdrt_ds.planning.plan import print_plan
+
         rank = detect_rank()
         if rank["rank"] == 0 or arguments.plan:
             print_plan(config, arguments.world or rank["world"], full=arguments.plan, quiet=rank["rank"] != 0)
         if arguments.plan:
             return 0
         from gdrt_ds.runtime import ignore_stop_signals, start_runtime
-        from gdrt_ds.trainer import Trainer
+        from gdrt_ds.training.trainer import Trainer
+
         runtime = start_runtime(config.train.timeout_s)
         status = Trainer(config, runtime).run()
         ignore_stop_signals()
         import torch.distributed as dist
+
         dist.destroy_process_group()
         return status
     return 0
@@ -63,4 +78,6 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # all is written and closed; a rank that was done has been seen to abort (status 134) in what Python tears down at exit
+    os._exit(
+        code
+    )  # all is written and closed; a rank that was done has been seen to abort (status 134) in what Python tears down at exit

@@ -55,32 +55,46 @@ class Chain:
 def slurm(*command: str, check: bool = True) -> str:
     """Output of one of Slurm's commands. Raises UserError with Slurm's own words when it fails."""
     if shutil.which(command[0]) is None:
-        raise UserError(f"the command `{command[0]}` is not on this machine", "run this on a login node of the cluster; without Slurm: deepspeed gdrt_ds/train.py ...")
+        raise UserError(
+            f"the command `{command[0]}` is not on this machine",
+            "run this on a login node of the cluster; without Slurm: deepspeed gdrt_ds/train.py ...",
+        )
     done = subprocess.run(command, capture_output=True, text=True)
     if check and done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise UserError(f"{command[0]} refused: {words[-1].removeprefix(command[0] + ': error: ')}", f"the command was: {shlex.join(command)}")
+        raise UserError(
+            f"{command[0]} refused: {words[-1].removeprefix(command[0] + ': error: ')}",
+            f"the command was: {shlex.join(command)}",
+        )
     return done.stdout if done.returncode == 0 else ""
 
 
 def known(job_id: str) -> list[dict[str, str]]:
     """What `scontrol show job` says: one record per array task, none when Slurm does not know the job."""
     text = slurm("scontrol", "-o", "show", "job", job_id, check=False)
-    return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines() if line.startswith("JobId=")]
+    return [
+        dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines() if line.startswith("JobId=")
+    ]
 
 
 def gpus_per_node(args: argparse.Namespace) -> int:
     text = args.gpus_per_node or "0"
     number = text.rpartition(":")[2]
     if not number.isdigit():
-        raise UserError(f"--gpus-per-node {text}: expected N or TYPE:N", "e.g. --gpus-per-node 8 or --gpus-per-node h100:8")
+        raise UserError(
+            f"--gpus-per-node {text}: expected N or TYPE:N",
+            "e.g. --gpus-per-node 8 or --gpus-per-node h100:8",
+        )
     return int(number)
 
 
 def ranks_per_node(args: argparse.Namespace) -> int:
     gpus = gpus_per_node(args)
     if gpus and args.ntasks_per_node and args.ntasks_per_node != gpus:
-        raise UserError(f"--ntasks-per-node {args.ntasks_per_node} with {gpus} GPUs per node: one rank per GPU is what runs", "leave --ntasks-per-node out")
+        raise UserError(
+            f"--ntasks-per-node {args.ntasks_per_node} with {gpus} GPUs per node: one rank per GPU is what runs",
+            "leave --ntasks-per-node out",
+        )
     return gpus or args.ntasks_per_node or 1
 
 
@@ -91,28 +105,54 @@ def check(args: argparse.Namespace) -> None:
         UserError: settings, run folder, partition, number of ranks, environment; or a chain of this run that still lives.
     """
     if getattr(args, "study", None):
-        raise UserError("--study: submit.py makes no chain of a study", "sbatch --array=... slurm/sweep.sh --study FILE, then python -m gdrt_ds.study FILE")
+        raise UserError(
+            "--study: submit.py makes no chain of a study",
+            "sbatch --array=... slurm/sweep.sh --study FILE, then python -m gdrt_ds.study FILE",
+        )
     config = load_config(args.config, args.overrides)
     world = args.nodes * ranks_per_node(args)
     if config.train.global_batch < world:
-        raise UserError(f"{args.nodes} node(s) x {ranks_per_node(args)} = {world} ranks, but train.global_batch = {config.train.global_batch}",
-                        f"use at most {config.train.global_batch} ranks, or set train.global_batch to at least {world}")
+        raise UserError(
+            f"{args.nodes} node(s) x {ranks_per_node(args)} = {world} ranks, but train.global_batch = {config.train.global_batch}",
+            f"use at most {config.train.global_batch} ranks, or set train.global_batch to at least {world}",
+        )
     for name in ("GDRT_VENV", "GDRT_SETUP"):
         path = os.environ.get(name)
         if path and not Path(path).exists():
-            raise UserError(f"{name} = {path} does not exist", "make install creates .venv; the path must exist on every node")
+            raise UserError(
+                f"{name} = {path} does not exist",
+                "make install creates .venv; the path must exist on every node",
+            )
     for folder in args.compare_with:
         if not (Path(folder) / "results.json").is_file():
-            raise UserError(f"--compare-with {folder}: not an evaluation folder (it has no results.json)", "python -m eval.run makes one")
+            raise UserError(
+                f"--compare-with {folder}: not an evaluation folder (it has no results.json)",
+                "python -m eval.run makes one",
+            )
     if config.run.overwrite:
-        raise UserError("run.overwrite = true in a job that requeues itself", f"remove {config.run.dir} yourself, or choose another run.dir")
+        raise UserError(
+            "run.overwrite = true in a job that requeues itself",
+            f"remove {config.run.dir} yourself, or choose another run.dir",
+        )
     if args.partition and not args.dry_run:
         names = slurm("sinfo", "-h", "-o", "%R").split()
         unknown = sorted(set(args.partition.split(",")) - set(names))
         if unknown:
-            raise UserError(f"--partition {unknown[0]}: this cluster has no such partition", f"partitions here: {', '.join(sorted(set(names)))}")
+            raise UserError(
+                f"--partition {unknown[0]}: this cluster has no such partition",
+                f"partitions here: {', '.join(sorted(set(names)))}",
+            )
     if args.plan:
-        command = [sys.executable, str(HOME / "gdrt_ds" / "train.py"), "--config", args.config, *args.overrides, "--plan", "--world", str(world)]
+        command = [
+            sys.executable,
+            str(HOME / "gdrt_ds" / "train.py"),
+            "--config",
+            args.config,
+            *args.overrides,
+            "--plan",
+            "--world",
+            str(world),
+        ]
         code = subprocess.run(command).returncode
         if code:
             raise UserError(f"the plan was refused (exit status {code})", "see the message above")
@@ -128,33 +168,59 @@ def build(args: argparse.Namespace) -> Chain:
     cells = grid(args.objectives or [config.objective], args.seeds, args.taus) if is_grid(args) else []
     if cells:
         folder = Path(args.into or "runs/sweep").absolute()
-        logs, record, runs = folder / "logs", folder / "chain.json", [str(folder / cell.name) for cell in cells]
+        logs, record, runs = (
+            folder / "logs",
+            folder / "chain.json",
+            [str(folder / cell.name) for cell in cells],
+        )
     else:
         folder = Path(config.run.dir).absolute()
-        logs, record, runs = folder / "logs" / "slurm", folder / "logs" / "slurm" / "chain.json", [str(folder)]
+        logs, record, runs = (
+            folder / "logs" / "slurm",
+            folder / "logs" / "slurm" / "chain.json",
+            [str(folder)],
+        )
     if not args.dry_run:
         try:
             logs.mkdir(parents=True, exist_ok=True)
             (logs / ".write_probe").write_text("x")
             (logs / ".write_probe").unlink()
         except OSError as error:
-            raise UserError(f"{'--into' if cells else 'run.dir'} = {folder}: not writable ({error.strerror})", "choose another folder, or mend its permissions") from None
+            raise UserError(
+                f"{'--into' if cells else 'run.dir'} = {folder}: not writable ({error.strerror})",
+                "choose another folder, or mend its permissions",
+            ) from None
         refuse_second(record)
         if cells:
             write_list(folder, cells)
-    site = [f"--{name}={value}" for name in ("partition", "account", "qos", "constraint") if (value := getattr(args, name))]
+    site = [
+        f"--{name}={value}"
+        for name in ("partition", "account", "qos", "constraint")
+        if (value := getattr(args, name))
+    ]
     common = ["--parsable", "--kill-on-invalid-dep=yes", *site]
     if args.mem:
         common.append(f"--mem={args.mem}")
-    train_config = ["--config", str(Path(args.config).absolute()), *(["--deepspeed_config", args.deepspeed_config] if args.deepspeed_config else []),
-                    *(o for o in args.overrides if not o.startswith("run.dir="))]
+    train_config = [
+        "--config",
+        str(Path(args.config).absolute()),
+        *(["--deepspeed_config", args.deepspeed_config] if args.deepspeed_config else []),
+        *(o for o in args.overrides if not o.startswith("run.dir=")),
+    ]
     single = [] if cells else [f"run.dir={folder}"]
 
     def options(nodes: int, duration: str | None) -> list[str]:
         gpus = [f"--gpus-per-node={args.gpus_per_node}"] if gpus_per_node(args) else []
         cpus = args.cpus_per_task or (8 if gpus else None)
-        return [*common, f"--nodes={nodes}", f"--ntasks-per-node={ranks_per_node(args)}", *gpus, *([f"--cpus-per-task={cpus}"] if cpus else []),
-                *([f"--time={duration}"] if duration else []), *shlex.split(args.sbatch)]
+        return [
+            *common,
+            f"--nodes={nodes}",
+            f"--ntasks-per-node={ranks_per_node(args)}",
+            *gpus,
+            *([f"--cpus-per-task={cpus}"] if cpus else []),
+            *([f"--time={duration}"] if duration else []),
+            *shlex.split(args.sbatch),
+        ]
 
     jobs, wait, array = [], [], f"0-{len(cells) - 1}%{args.at_once}" if cells else ""
     if args.prepare:
@@ -163,22 +229,73 @@ def build(args: argparse.Namespace) -> Chain:
         jobs.append(Job("prepare", "prepare.sh", [*train_config, *single], options(1, args.eval_time)))
         wait = ["prepare"]
     if cells:
-        words = ["--objectives", ",".join(args.objectives or [config.objective]), "--seeds", ",".join(args.seeds), "--into", str(folder)]
+        words = [
+            "--objectives",
+            ",".join(args.objectives or [config.objective]),
+            "--seeds",
+            ",".join(args.seeds),
+            "--into",
+            str(folder),
+        ]
         words += ["--taus", ",".join(args.taus)] if args.taus != [""] else []
-        jobs.append(Job("train", "sweep.sh", [*words, "--", *train_config], options(args.nodes, args.time), wait, array=array))
+        jobs.append(
+            Job(
+                "train",
+                "sweep.sh",
+                [*words, "--", *train_config],
+                options(args.nodes, args.time),
+                wait,
+                array=array,
+            )
+        )
     else:
         jobs.append(Job("train", "gdrt.sh", [*train_config, *single], options(args.nodes, args.time), wait))
     eval_words = shlex.split(args.eval_args)
     which = ["--runs", str(folder / "runs.txt")] if cells else ["--run", str(folder)]
-    jobs.append(Job("evaluate", "eval.sh", [*which, *eval_words], options(args.eval_nodes, args.eval_time), ["train"],
-                    relation="aftercorr" if cells else "afterok", array=array))     # aftercorr: each array task waits for its own run only
+    jobs.append(
+        Job(
+            "evaluate",
+            "eval.sh",
+            [*which, *eval_words],
+            options(args.eval_nodes, args.eval_time),
+            ["train"],
+            relation="aftercorr" if cells else "afterok",
+            array=array,
+        )
+    )  # aftercorr: each array task waits for its own run only
     if not args.no_base:
-        jobs.append(Job("evaluate-base", "eval.sh", ["--run", runs[0], "--base", *eval_words], options(args.eval_nodes, args.eval_time), ["train"]))
+        jobs.append(
+            Job(
+                "evaluate-base",
+                "eval.sh",
+                ["--run", runs[0], "--base", *eval_words],
+                options(args.eval_nodes, args.eval_time),
+                ["train"],
+            )
+        )
     name = evaluation_name(eval_words)
-    folders = [*args.compare_with, *([] if args.no_base else [str(Path(runs[0]) / "eval" / f"{name}-base")]), *(str(Path(r) / "eval" / name) for r in runs)]
+    folders = [
+        *args.compare_with,
+        *([] if args.no_base else [str(Path(runs[0]) / "eval" / f"{name}-base")]),
+        *(str(Path(r) / "eval" / name) for r in runs),
+    ]
     if len(folders) > 1:
-        small = [*common, "--nodes=1", "--ntasks=1", *([f"--time={args.eval_time}"] if args.eval_time else []), *shlex.split(args.sbatch)]
-        jobs.append(Job("compare", "compare.sh", [*folders, "--output", str(folder / "comparison")], small, [j.name for j in jobs if j.name.startswith("evaluate")]))
+        small = [
+            *common,
+            "--nodes=1",
+            "--ntasks=1",
+            *([f"--time={args.eval_time}"] if args.eval_time else []),
+            *shlex.split(args.sbatch),
+        ]
+        jobs.append(
+            Job(
+                "compare",
+                "compare.sh",
+                [*folders, "--output", str(folder / "comparison")],
+                small,
+                [j.name for j in jobs if j.name.startswith("evaluate")],
+            )
+        )
     for job in jobs:
         job.log = str(logs / (f"{job.name}-%A_%a.log" if job.array else f"{job.name}-%j.log"))
     return Chain(str(folder), str(record), runs, jobs)
@@ -191,9 +308,13 @@ def is_grid(args: argparse.Namespace) -> bool:
 def evaluation_name(words: list[str]) -> str:
     """The folder that eval.run chooses inside RUN/eval for these arguments."""
     from eval.run import parse
+
     chosen = parse(["--run", "x", *words])
     if chosen.output:
-        raise UserError("--eval-args --output: the chain's comparison needs the default evaluation folders", "leave --output out")
+        raise UserError(
+            "--eval-args --output: the chain's comparison needs the default evaluation folders",
+            "leave --output out",
+        )
     parts = [chosen.split, chosen.mode]
     if chosen.mode in ("best_first", "beam") and chosen.objective != "renormalised":
         parts.append(chosen.objective)
@@ -205,26 +326,53 @@ def refuse_second(record: Path) -> None:
     if not record.is_file():
         return
     for job in load(record).jobs:
-        living = [r for r in known(job.id) if r.get("JobState") in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")]
+        living = [
+            r
+            for r in known(job.id)
+            if r.get("JobState") in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+        ]
         if living:
-            raise UserError(f"{record.parent} belongs to a chain that still lives: job {job.id} ({job.name}) is {living[0]['JobState'].lower()}",
-                            f"wait, or scancel {' '.join(j.id for j in load(record).jobs)}, or choose another run.dir")
+            raise UserError(
+                f"{record.parent} belongs to a chain that still lives: job {job.id} ({job.name}) is {living[0]['JobState'].lower()}",
+                f"wait, or scancel {' '.join(j.id for j in load(record).jobs)}, or choose another run.dir",
+            )
 
 
 def command(chain: Chain, job: Job) -> list[str]:
     """The sbatch call; jobs that are not submitted yet appear as <name>."""
     ids = [chain.job(name).id or f"<{name}>" for name in job.after]
-    return ["sbatch", *job.options, f"--job-name=gdrt-{job.name}", f"--output={job.log}", *([f"--array={job.array}"] if job.array else []),
-            *([f"--dependency={job.relation}:{':'.join(ids)}"] if ids else []), str(HOME / "slurm" / job.script), *job.arguments]
+    return [
+        "sbatch",
+        *job.options,
+        f"--job-name=gdrt-{job.name}",
+        f"--output={job.log}",
+        *([f"--array={job.array}"] if job.array else []),
+        *([f"--dependency={job.relation}:{':'.join(ids)}"] if ids else []),
+        str(HOME / "slurm" / job.script),
+        *job.arguments,
+    ]
 
 
 def show(chain: Chain) -> str:
     """Every command in order, then every script in full."""
     lines = [f"# {chain.folder}: {len(chain.jobs)} jobs; nothing is submitted"]
     lines += [f"\n# {job.name}\n{shlex.join(command(chain, job))}" for job in chain.jobs]
-    scripts = list(dict.fromkeys([*(job.script for job in chain.jobs), *(["gdrt.sh"] if chain.job("train").array else []), "common.sh", "rank.sh"]))
+    scripts = list(
+        dict.fromkeys(
+            [
+                *(job.script for job in chain.jobs),
+                *(["gdrt.sh"] if chain.job("train").array else []),
+                "common.sh",
+                "rank.sh",
+            ]
+        )
+    )
     for name in scripts:
-        lines.append(f"\n# ---- slurm/{name} " + "-" * (100 - len(name)) + f"\n{(HOME / 'slurm' / name).read_text(encoding='utf-8').rstrip()}")
+        lines.append(
+            f"\n# ---- slurm/{name} "
+            + "-" * (100 - len(name))
+            + f"\n{(HOME / 'slurm' / name).read_text(encoding='utf-8').rstrip()}"
+        )
     return "\n".join(lines)
 
 
@@ -238,9 +386,12 @@ def submit(chain: Chain) -> str:
         try:
             job.id = slurm(*command(chain, job)).strip().partition(";")[0]
             if not known(job.id):
-                time.sleep(2)    # the controller may be restarting; a job it accepted just before can be lost
+                time.sleep(2)  # the controller may be restarting; a job it accepted just before can be lost
                 if not known(job.id):
-                    raise UserError(f"sbatch gave job {job.id} for {job.name}, but Slurm does not know it", "the controller lost it: submit again")
+                    raise UserError(
+                        f"sbatch gave job {job.id} for {job.name}, but Slurm does not know it",
+                        "the controller lost it: submit again",
+                    )
         except UserError:
             sent = [j.id for j in chain.jobs if j.id]
             if sent:
@@ -255,7 +406,10 @@ def submit(chain: Chain) -> str:
         tasks = f"  tasks {job.array}" if job.array else ""
         log = job.log.replace("%j", job.id).replace("%A", job.id)
         lines.append(f"  {job.name:{width}}  job {job.id}{tasks}{after}  log {log}")
-    lines += [f"how it goes:  python slurm/submit.py --status {chain.folder}", f"to stop it:   scancel {' '.join(j.id for j in chain.jobs)}"]
+    lines += [
+        f"how it goes:  python slurm/submit.py --status {chain.folder}",
+        f"to stop it:   scancel {' '.join(j.id for j in chain.jobs)}",
+    ]
     return "\n".join(lines)
 
 

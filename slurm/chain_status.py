@@ -1,5 +1,4 @@
-"""Where a chain is, in words: `submit.py --status`. Sources: scontrol for jobs Slurm remembers, sacct for older ones, the run folder for why.
-"""
+"""Where a chain is, in words: `submit.py --status`. Sources: scontrol for jobs Slurm remembers, sacct for older ones, the run folder for why."""
 
 from __future__ import annotations
 
@@ -12,13 +11,30 @@ from pathlib import Path
 from chain import Chain, Job, known, load
 from gdrt_ds.errors import UserError
 
-WAITING = {"Resources": "waits for free nodes", "Priority": "waits for its turn (other jobs come first)", "BeginTime": "was requeued and starts again soon",
-           "JobHeldUser": "is held: `scontrol release {id}` lets it go", "JobHeldAdmin": "is held by the administrators", "None": "is about to be scheduled",
-           "ReqNodeNotAvail": "waits for nodes that are down or reserved", "JobArrayTaskLimit": "waits until another task of the array ends",
-           "DependencyNeverSatisfied": "can never start: a job it waits for failed", "Nodes_required_for_job_are_DOWN": "waits for nodes that are down"}
-ENDED = {"TIMEOUT": "hit its time limit", "NODE_FAIL": "lost a node and was not requeued", "OUT_OF_MEMORY": "ran out of memory", "PREEMPTED": "was evicted",
-         "BOOT_FAIL": "failed to boot a node", "DEADLINE": "missed its deadline"}
-GOOD, ALIVE = {"COMPLETED"}, {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STAGE_OUT"}
+WAITING = {
+    "Resources": "waits for free nodes",
+    "Priority": "waits for its turn (other jobs come first)",
+    "BeginTime": "was requeued and starts again soon",
+    "JobHeldUser": "is held: `scontrol release {id}` lets it go",
+    "JobHeldAdmin": "is held by the administrators",
+    "None": "is about to be scheduled",
+    "ReqNodeNotAvail": "waits for nodes that are down or reserved",
+    "JobArrayTaskLimit": "waits until another task of the array ends",
+    "DependencyNeverSatisfied": "can never start: a job it waits for failed",
+    "Nodes_required_for_job_are_DOWN": "waits for nodes that are down",
+}
+ENDED = {
+    "TIMEOUT": "hit its time limit",
+    "NODE_FAIL": "lost a node and was not requeued",
+    "OUT_OF_MEMORY": "ran out of memory",
+    "PREEMPTED": "was evicted",
+    "BOOT_FAIL": "failed to boot a node",
+    "DEADLINE": "missed its deadline",
+}
+GOOD, ALIVE = (
+    {"COMPLETED"},
+    {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STAGE_OUT"},
+)
 
 
 def report(folder: Path) -> tuple[str, bool]:
@@ -30,7 +46,10 @@ def report(folder: Path) -> tuple[str, bool]:
     places = [folder / "logs" / "slurm" / "chain.json", folder / "chain.json", folder]
     record = next((p for p in places if p.is_file()), None)
     if record is None:
-        raise UserError(f"--status {folder}: no chain was submitted for this folder", "give the run.dir (or --into folder) of the submission")
+        raise UserError(
+            f"--status {folder}: no chain was submitted for this folder",
+            "give the run.dir (or --into folder) of the submission",
+        )
     chain = load(record)
     states: dict[str, list[dict[str, str]]] = {job.name: records(job) for job in chain.jobs}
     kinds = {name: kind([r["JobState"] for r in found]) for name, found in states.items()}
@@ -53,8 +72,16 @@ def from_accounting(job_id: str) -> list[dict[str, str]]:
     if shutil.which("sacct") is None:
         return []
     fields = ["State", "ExitCode", "RunTime", "NodeList"]
-    done = subprocess.run(["sacct", "-n", "-P", "-X", "-j", job_id, "-o", "State,ExitCode,Elapsed,NodeList"], capture_output=True, text=True)
-    rows = [dict(zip(fields, line.split("|"))) for line in done.stdout.splitlines() if line.count("|") == 3] if done.returncode == 0 else []
+    done = subprocess.run(
+        ["sacct", "-n", "-P", "-X", "-j", job_id, "-o", "State,ExitCode,Elapsed,NodeList"],
+        capture_output=True,
+        text=True,
+    )
+    rows = (
+        [dict(zip(fields, line.split("|"))) for line in done.stdout.splitlines() if line.count("|") == 3]
+        if done.returncode == 0
+        else []
+    )
     return [{"JobState": row["State"].split()[0], **row} for row in rows]
 
 
@@ -87,7 +114,9 @@ def words(chain: Chain, job: Job, states: dict[str, list[dict[str, str]]], kinds
             counts[state] = counts.get(state, 0) + 1
     text = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     failed = [r.get("ArrayTaskId", "?") for r in found if kind([r["JobState"]]) == "broken"]
-    return f"array: {text}" + (f"; failed tasks: {', '.join(failed)} (logs: {job.log.replace('%A', job.id)})" if failed else "")
+    return f"array: {text}" + (
+        f"; failed tasks: {', '.join(failed)} (logs: {job.log.replace('%A', job.id)})" if failed else ""
+    )
 
 
 def tasks_in(record: dict[str, str]) -> int:
@@ -113,7 +142,9 @@ def one(chain: Chain, job: Job, record: dict[str, str], kinds: dict[str, str]) -
     if state in GOOD:
         return f"succeeded in {record.get('RunTime')}{lives}"
     if state == "FORGOTTEN":
-        return "Slurm no longer remembers it" + (f"; the run is {summary(chain)}" if job.name == "train" else "")
+        return "Slurm no longer remembers it" + (
+            f"; the run is {summary(chain)}" if job.name == "train" else ""
+        )
     failed_before = [name for name in job.after if kinds.get(name) == "broken"]
     if state == "CANCELLED" and failed_before:
         return f"cancelled, because {' and '.join(failed_before)} did not succeed"

@@ -2,7 +2,7 @@
 
     python slurm/grid.py --objectives sft,gdrt --seeds 0,1 --taus 0.5,1 [--into runs/sweep]     lists it, numbered
     python slurm/grid.py --index 3 ... -- --config configs/x.yaml key=value                    the arguments of run 3, quoted for a shell
-    python slurm/grid.py --study configs/studies/x.yaml [--into DIR] [--index 3]                the cells of a study file (gdrt_ds/grid.py)
+    python slurm/grid.py --study configs/studies/x.yaml [--into DIR] [--index 3]                the cells of a study file (gdrt_ds/studies/grid.py)
 
 Objectives without a temperature appear once per seed. A study's run folders lie where `python -m gdrt_ds.study FILE --dir INTO` looks for
 them: that command evaluates what the array has trained and writes the page. Cells that read another cell's run folder ({run:ROW})
@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gdrt_ds.errors import UserError  # noqa: E402
-from gdrt_ds.grid import Cell, cells_of, load_study  # noqa: E402
+from gdrt_ds.studies.grid import Cell, cells_of, load_study  # noqa: E402
 
 WITH_TAU = ("gdrt", "gdrt+msl")
 
@@ -29,7 +29,7 @@ WITH_TAU = ("gdrt", "gdrt+msl")
 def grid(objectives: list[str], seeds: list[str], taus: list[str]) -> list[Cell]:
     """Cells in the order of the lists. The trainer checks the names. Raises UserError for a value that is not a number."""
     cells = []
-    for objective in objectives or [""]:    # empty: the config's objective
+    for objective in objectives or [""]:  # empty: the config's objective
         for tau in taus if objective in WITH_TAU or not objective else [""]:
             for seed in seeds:
                 if not seed.isdigit():
@@ -40,8 +40,21 @@ def grid(objectives: list[str], seeds: list[str], taus: list[str]) -> list[Cell]
                     positive = False
                 if not positive:
                     raise UserError(f"--taus: {tau!r} is not a positive number", "e.g. --taus 0.5,1")
-                name = (re.sub(r"[^A-Za-z0-9_]+", "-", objective) or "run") + (f"-tau{tau}" if tau else "") + f"-seed{seed}"
-                cells.append(Cell(name, (*([f"objective={objective}"] if objective else []), f"train.seed={seed}", *([f"dro.tau={tau}"] if tau else []))))
+                name = (
+                    (re.sub(r"[^A-Za-z0-9_]+", "-", objective) or "run")
+                    + (f"-tau{tau}" if tau else "")
+                    + f"-seed{seed}"
+                )
+                cells.append(
+                    Cell(
+                        name,
+                        (
+                            *([f"objective={objective}"] if objective else []),
+                            f"train.seed={seed}",
+                            *([f"dro.tau={tau}"] if tau else []),
+                        ),
+                    )
+                )
     return list(dict.fromkeys(cells))
 
 
@@ -52,9 +65,20 @@ def split(text: str) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--objectives", type=split, default=[], metavar="A,B", help="default: the config's")
     parser.add_argument("--seeds", type=split, default=["0"], metavar="0,1")
-    parser.add_argument("--taus", type=split, default=[""], metavar="0.5,1", help="temperatures of gdrt and gdrt+msl; default: the config's")
-    parser.add_argument("--study", metavar="FILE", help="the grid of a study file, in place of the three lists")
-    parser.add_argument("--into", help="folder of the run folders (default runs/sweep; with --study: of the study, runs/studies/NAME)")
+    parser.add_argument(
+        "--taus",
+        type=split,
+        default=[""],
+        metavar="0.5,1",
+        help="temperatures of gdrt and gdrt+msl; default: the config's",
+    )
+    parser.add_argument(
+        "--study", metavar="FILE", help="the grid of a study file, in place of the three lists"
+    )
+    parser.add_argument(
+        "--into",
+        help="folder of the run folders (default runs/sweep; with --study: of the study, runs/studies/NAME)",
+    )
 
 
 def write_list(into: Path, cells: list[Cell]) -> Path:
@@ -68,7 +92,9 @@ def write_list(into: Path, cells: list[Cell]) -> Path:
 def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
     parser.add_argument("--index", type=int, help="the number of one run")
     args = parser.parse_args(words[:cut])
@@ -79,15 +105,26 @@ def main(argv: list[str] | None = None) -> int:
             into = Path(args.into or Path("runs") / "studies" / study.name).absolute()
             cells, into, settings = cells_of(study, into), into / "runs", ["--config", study.config]
         else:
-            cells, into = grid(args.objectives, args.seeds, args.taus), Path(args.into or "runs/sweep").absolute()
+            cells, into = (
+                grid(args.objectives, args.seeds, args.taus),
+                Path(args.into or "runs/sweep").absolute(),
+            )
         if args.index is None:
-            print("\n".join(f"{number}  {into / cell.name}  {' '.join(cell.overrides)}" for number, cell in enumerate(cells)))
+            print(
+                "\n".join(
+                    f"{number}  {into / cell.name}  {' '.join(cell.overrides)}"
+                    for number, cell in enumerate(cells)
+                )
+            )
             return 0
         if not 0 <= args.index < len(cells):
-            raise UserError(f"array task {args.index}, but the grid has {len(cells)} runs", f"sbatch --array=0-{len(cells) - 1}")
+            raise UserError(
+                f"array task {args.index}, but the grid has {len(cells)} runs",
+                f"sbatch --array=0-{len(cells) - 1}",
+            )
         write_list(into, cells)
         cell = cells[args.index]
-        print(shlex.join([*settings, *words[cut + 1:], *cell.overrides, f"run.dir={into / cell.name}"]))
+        print(shlex.join([*settings, *words[cut + 1 :], *cell.overrides, f"run.dir={into / cell.name}"]))
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,8 +25,13 @@ from gdrt_ds.config import load_config  # noqa: E402
 from gdrt_ds.errors import UserError  # noqa: E402
 
 USER_ERROR, STORAGE_ERROR, INTERRUPTED = 2, 74, 75
-SIGNALS = {137: "killed by signal 9: often out of memory, see `sacct -o MaxRSS` or the node's kernel log", 139: "segmentation fault",
-           134: "aborted", 70: "it hung, or a peer did; the stacks are in RUN/logs", 143: "killed by signal 15"}
+SIGNALS = {
+    137: "killed by signal 9: often out of memory, see `sacct -o MaxRSS` or the node's kernel log",
+    139: "segmentation fault",
+    134: "aborted",
+    70: "it hung, or a peer did; the stacks are in RUN/logs",
+    143: "killed by signal 15",
+}
 
 
 def say(text: str) -> None:
@@ -53,12 +58,17 @@ class Lives:
     def write(self, event: str, **fields) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"event": event, "job": self.job, "time": round(time.time(), 2), **fields}) + "\n")
+            stream.write(
+                json.dumps({"event": event, "job": self.job, "time": round(time.time(), 2), **fields}) + "\n"
+            )
 
     def newest_step(self) -> int:
         """Step of the newest published checkpoint, 0 without one."""
-        steps = [int(p.parent.name.removeprefix("step_")) for p in (self.run_dir / "checkpoints").glob("step_*/manifest.json")
-                 if p.parent.name.removeprefix("step_").isdigit()]
+        steps = [
+            int(p.parent.name.removeprefix("step_"))
+            for p in (self.run_dir / "checkpoints").glob("step_*/manifest.json")
+            if p.parent.name.removeprefix("step_").isdigit()
+        ]
         return max(steps, default=0)
 
     def stalled(self, step: int) -> int:
@@ -89,27 +99,35 @@ def refusal(lives: Lives, restart: int, step: int) -> str | None:
         return f"{most} requeues are used up (GDRT_MAX_REQUEUES); submit again to go on from step {step}"
     stalled = lives.stalled(step)
     if stalled >= stalled_most:
-        return (f"no progress: {stalled} lives in a row ended without a checkpoint newer than step {step} (GDRT_MAX_STALLED={stalled_most}). "
-                f"Look at {lives.path.parent.parent}; if only time is short, lower train.save_every or ask for more --time")
+        return (
+            f"no progress: {stalled} lives in a row ended without a checkpoint newer than step {step} (GDRT_MAX_STALLED={stalled_most}). "
+            f"Look at {lives.path.parent.parent}; if only time is short, lower train.save_every or ask for more --time"
+        )
     return None
 
 
 def look(args: argparse.Namespace) -> dict:
     """Checks the settings and makes the run folder; VERDICT=finished for a run that needs no more lives."""
     from gdrt_ds.train import parse
+
     train = parse(args.train)
     config = load_config(train.config, train.overrides)
     run_dir = Path(config.run.dir).absolute()
     if config.run.overwrite:
-        raise UserError("run.overwrite = true in a job that requeues itself: every life would empty what the one before saved",
-                        f"remove {run_dir} yourself, or choose another run.dir")
+        raise UserError(
+            "run.overwrite = true in a job that requeues itself: every life would empty what the one before saved",
+            f"remove {run_dir} yourself, or choose another run.dir",
+        )
     try:
         (run_dir / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
         probe = run_dir / "logs" / ".write_probe"
         probe.write_text("x")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"run.dir = {run_dir}: not writable ({error.strerror})", "choose another run.dir, or mend space and permissions") from None
+        raise UserError(
+            f"run.dir = {run_dir}: not writable ({error.strerror})",
+            "choose another run.dir, or mend space and permissions",
+        ) from None
     if Lives(run_dir, "").summary().get("status") == "completed":
         say(f"{run_dir} is a finished run: nothing to do")
         return {"VERDICT": "finished", "RUN_DIR": run_dir}
@@ -126,16 +144,24 @@ def begin(args: argparse.Namespace) -> dict:
     others = {e["job"] for e in Lives(run_dir, "").events("begin")} - {args.job}
     running = sorted(others & set(args.active.split()))
     if running:
-        raise UserError(f"run.dir = {run_dir} is in use by job {running[0]}, which is still running", f"scancel {running[0]}, or choose another run.dir")
+        raise UserError(
+            f"run.dir = {run_dir} is in use by job {running[0]}, which is still running",
+            f"scancel {running[0]}, or choose another run.dir",
+        )
     step = lives.newest_step()
     reason = refusal(lives, args.restart, step)
     if reason:
         say(f"stopped: {reason}")
         raise SystemExit(1)
     lives.write("begin", restart=args.restart, step=step, nodes=os.environ.get("SLURM_JOB_NODELIST"))
-    say(f"life {args.restart} of job {args.job}: {run_dir}, " + (f"from checkpoint step {step}" if step else "no checkpoint yet"))
+    say(
+        f"life {args.restart} of job {args.job}: {run_dir}, "
+        + (f"from checkpoint step {step}" if step else "no checkpoint yet")
+    )
     if args.restart:
-        answer["EXTRA"] = ["resume=auto"]    # an explicit checkpoint is where the first life starts, not every life
+        answer["EXTRA"] = [
+            "resume=auto"
+        ]  # an explicit checkpoint is where the first life starts, not every life
     logs = lives.path.parent / f"job_{args.job}_life_{args.restart}"
     logs.mkdir(exist_ok=True)
     return answer | {"LOGS": logs}
@@ -151,7 +177,9 @@ def first_failure(logs: Path) -> tuple[int, str] | None:
     if not ended:
         return None
     _, code, rank, node = min(ended)
-    return code, f"rank {rank} on {node} ended with status {code}" + (f" ({SIGNALS[code]})" if code in SIGNALS else "")
+    return code, f"rank {rank} on {node} ended with status {code}" + (
+        f" ({SIGNALS[code]})" if code in SIGNALS else ""
+    )
 
 
 def end(args: argparse.Namespace) -> dict:
@@ -162,37 +190,60 @@ def end(args: argparse.Namespace) -> dict:
     code, what = first_failure(logs) or (args.code, f"the step ended with status {args.code}")
     outside = args.state != "RUNNING" and args.reason != "TimeLimit"
     newer = max((event["restart"] for event in lives.events("begin")), default=0)
-    if newer > args.restart:     # this script was cut off and woke up: it must neither requeue the job that goes on nor speak for the run
+    if (
+        newer > args.restart
+    ):  # this script was cut off and woke up: it must neither requeue the job that goes on nor speak for the run
         say(f"life {args.restart} is over: life {newer} of this job goes on with {run_dir}")
         return {"VERDICT": "stop", "CODE": 1}
     if status == "completed":
-        late = f" (after that {what})" if args.code else ""     # e.g. a signal that came while the interpreter was closing
+        late = (
+            f" (after that {what})" if args.code else ""
+        )  # e.g. a signal that came while the interpreter was closing
         verdict, code, text = "done", 0, f"the run is complete: {run_dir}{late}"
     elif args.code == 0:
-        verdict, code, text = "stop", 1, f"the ranks ended without an error, but {run_dir}/summary.json says {status!r}"
+        verdict, code, text = (
+            "stop",
+            1,
+            f"the ranks ended without an error, but {run_dir}/summary.json says {status!r}",
+        )
     elif outside:
-        verdict, code, text = "stop", 1, f"the job was ended from outside ({args.state}); checkpoint step {step} is safe, submit again to go on"
+        verdict, code, text = (
+            "stop",
+            1,
+            f"the job was ended from outside ({args.state}); checkpoint step {step} is safe, submit again to go on",
+        )
     elif code == USER_ERROR:
-        verdict, text = "stop", f"{what}: a setting has to be mended, so there is no requeue; the message is in {logs}/rank_0.log"
+        verdict, text = (
+            "stop",
+            f"{what}: a setting has to be mended, so there is no requeue; the message is in {logs}/rank_0.log",
+        )
     else:
         reason = refusal(lives, args.restart + 1, step)
         if args.early:
             code, text = INTERRUPTED, f"the time limit is reached; newest checkpoint: step {step}"
         else:
-            text = f"interrupted, all ranks saved step {step}" if code == INTERRUPTED else f"{what}; newest checkpoint: step {step}; logs: {logs}"
+            text = (
+                f"interrupted, all ranks saved step {step}"
+                if code == INTERRUPTED
+                else f"{what}; newest checkpoint: step {step}; logs: {logs}"
+            )
         if reason:
             verdict, code, text = "stop", 1, f"{text}; stopped: {reason}"
         elif code == STORAGE_ERROR:
             verdict, text = "hold", f"{text}; the job is held: free space, then `scontrol release {args.job}`"
         else:
             verdict, text = "requeue", f"{text}; the job requeues itself"
-    lives.write("end", restart=args.restart, step=step, code=code, step_code=args.code, verdict=verdict, text=text)
+    lives.write(
+        "end", restart=args.restart, step=step, code=code, step_code=args.code, verdict=verdict, text=text
+    )
     say(text)
     return {"VERDICT": verdict, "CODE": code}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     actions = parser.add_subparsers(dest="action", required=True)
     for name in ("look", "begin", "end"):
         sub = actions.add_parser(name)
@@ -207,18 +258,26 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument("--code", type=int, required=True, help="exit status of srun")
             sub.add_argument("--state", required=True, help="JobState of `scontrol show job`")
             sub.add_argument("--reason", required=True)
-            sub.add_argument("--early", action="store_true", help="the ranks are still ending: the time limit leaves no time to wait for them")
+            sub.add_argument(
+                "--early",
+                action="store_true",
+                help="the ranks are still ending: the time limit leaves no time to wait for them",
+            )
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
-    args.train = words[cut + 1:]    # the arguments of gdrt_ds/train.py
+    args.train = words[cut + 1 :]  # the arguments of gdrt_ds/train.py
     try:
         answer = {"look": look, "begin": begin, "end": end}[args.action](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     for name, value in answer.items():
-        words = " ".join(shlex.quote(str(v)) for v in value) if isinstance(value, list) else shlex.quote(str(value))
+        words = (
+            " ".join(shlex.quote(str(v)) for v in value)
+            if isinstance(value, list)
+            else shlex.quote(str(value))
+        )
         print(f"{name}=({words})" if isinstance(value, list) else f"{name}={words}")
     return 0
 

@@ -24,25 +24,55 @@ from gdrt_ds.errors import UserError  # noqa: E402
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from grid import add_arguments
-    parser = argparse.ArgumentParser(prog="submit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(HOME / "configs" / "quickstart.yaml"), help="run config (default: the quick start)")
+
+    parser = argparse.ArgumentParser(
+        prog="submit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        default=str(HOME / "configs" / "quickstart.yaml"),
+        help="run config (default: the quick start)",
+    )
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, overrides the key `deepspeed`")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's"
+    )
     what = parser.add_argument_group("what to do")
     what.add_argument("--dry-run", action="store_true", help="show every command and script, submit nothing")
-    what.add_argument("--status", metavar="FOLDER", help="run folder (or --into folder of a grid) whose chain to describe")
-    what.add_argument("--plan", action="store_true", help="print the plan of the training here first (loads the data); stops if it is refused")
+    what.add_argument(
+        "--status", metavar="FOLDER", help="run folder (or --into folder of a grid) whose chain to describe"
+    )
+    what.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the plan of the training here first (loads the data); stops if it is refused",
+    )
     chain = parser.add_argument_group("the chain")
-    chain.add_argument("--prepare", action="store_true", help="a job of one node before the training: model conversion, tokens, relevance")
+    chain.add_argument(
+        "--prepare",
+        action="store_true",
+        help="a job of one node before the training: model conversion, tokens, relevance",
+    )
     chain.add_argument("--no-base", action="store_true", help="leave out the evaluation of the base model")
-    chain.add_argument("--compare-with", nargs="+", default=[], metavar="DIR", help="evaluation folders to compare with")
-    chain.add_argument("--eval-args", default="", metavar="'...'", help="more arguments of eval.run, e.g. '--mode full --audit all'")
+    chain.add_argument(
+        "--compare-with", nargs="+", default=[], metavar="DIR", help="evaluation folders to compare with"
+    )
+    chain.add_argument(
+        "--eval-args",
+        default="",
+        metavar="'...'",
+        help="more arguments of eval.run, e.g. '--mode full --audit all'",
+    )
     add_arguments(parser.add_argument_group("a grid of runs (more than one value makes job arrays)"))
-    chain.add_argument("--at-once", type=int, default=4, metavar="N", help="runs of a grid that may run at the same time")
+    chain.add_argument(
+        "--at-once", type=int, default=4, metavar="N", help="runs of a grid that may run at the same time"
+    )
     shape = parser.add_argument_group("size of the jobs")
     shape.add_argument("--nodes", type=int, default=1, help="of the training")
     shape.add_argument("--eval-nodes", type=int, default=1)
-    shape.add_argument("--gpus-per-node", metavar="[TYPE:]N", help="one rank per GPU; without it ranks run on CPUs")
+    shape.add_argument(
+        "--gpus-per-node", metavar="[TYPE:]N", help="one rank per GPU; without it ranks run on CPUs"
+    )
     shape.add_argument("--ntasks-per-node", type=int, help="ranks per node (default: the GPUs, or 1)")
     shape.add_argument("--cpus-per-task", type=int, help="CPUs per rank (default: 8 with GPUs, else Slurm's)")
     shape.add_argument("--mem", help="memory per node, e.g. 200G")
@@ -60,13 +90,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.status:
             from chain_status import report
+
             text, broken = report(Path(args.status))
             print(text)
             return int(broken)
         from chain import build, check, show, submit
+
         os.environ.setdefault("GDRT_HOME", str(HOME))
         if not {"GDRT_VENV", "GDRT_PYTHON", "GDRT_CONTAINER"} & os.environ.keys():
-            os.environ["GDRT_PYTHON"] = sys.executable      # the jobs use the interpreter that submits them
+            os.environ["GDRT_PYTHON"] = sys.executable  # the jobs use the interpreter that submits them
         check(args)
         chain = build(args)
         print(show(chain) if args.dry_run else submit(chain))

@@ -37,77 +37,281 @@ class Mutation:
 
     what: str
     test: str
-    changes: tuple[tuple[str, str, str], ...]  # (file in gdrt_ds, old text that occurs exactly once, new text)
+    changes: tuple[
+        tuple[str, str, str], ...
+    ]  # (file in gdrt_ds, old text that occurs exactly once, new text)
 
 
 MUTATIONS = [
-    Mutation("1 mean over ranks of local group means", "test_error_01_group_loss_is_sum_over_count_not_mean_of_local_means", (
-        ("dro.py", "+= torch.nan_to_num(sums, 0.0, 0.0, 0.0)", "+= torch.nan_to_num(sums / counts.to(sums), 0.0, 0.0, 0.0)"),
-        ("dro.py", "return self.loss_sums / self.counts.clamp_min(1)", "return self.loss_sums / dist.get_world_size()"))),
-    Mutation("2 weights from a rank's own losses", "test_error_02_weights_come_from_all_ranks_and_are_bitwise_equal", (
-        ("step.py", "buffer.reduce().wait()", "buffer.wait()"),)),
-    Mutation("3 absent group counts as loss 0", "test_error_03_absent_group_has_no_weight_and_does_not_count_as_loss_zero", (
-        ("dro.py", "else present.double()", "else torch.ones_like(counts, dtype=torch.float64)"),)),
-    Mutation("3 absent group pulls its moving average to 0", "test_error_03_absent_group_has_no_weight_and_does_not_count_as_loss_zero", (
-        ("dro.py", "self.ema_weight = torch.where(present, (1 - rate) * self.ema_weight + rate, self.ema_weight)",
-         "self.ema_weight = (1 - rate) * self.ema_weight + rate"),)),
-    Mutation("4 q moves per micro-batch", "test_error_04_weights_move_once_per_optimizer_step_not_per_micro_batch", (
-        ("step.py", "            held = (sums, values, groups)\n", "            held = (sums, values, groups)\n            if not last:\n"
-         "                self._remember(buffer.losses, buffer.counts)\n"),)),
-    Mutation("5 only rank 0 remembers: stale q elsewhere", "test_error_05_every_rank_remembers_so_no_rank_has_stale_weights", (
-        ("step.py", "                self._remember(losses, counts)\n", "                if self.runtime.is_main:\n                    self._remember(losses, counts)\n"),)),
-    Mutation("6 mean of micro-batch means", "test_error_06_accumulation_divides_by_the_count_of_the_step_not_of_micro_batches", (
-        ("step.py", "self._backward(sums, values, q / safe_counts, None)", "self._backward(sums, values, q / (group_sums(self._weights_of(micro), groups, "
-         "self.tokens.num_groups).clamp_min(1) * len(micro_steps) * self.runtime.world), None)"),)),
-    Mutation("7 losses weighted in place before they are reported", "test_error_07_reported_losses_are_the_unweighted_ones", (
-        ("step.py", "            buffer.add(sums, group_sums(", "            buffer.add(sums if q is None else sums.detach().mul_(q * self.tokens.num_groups), group_sums("),)),
-    Mutation("8 exp without subtracting the maximum", "test_error_08_small_tau_gives_the_worst_group_without_overflow", (
-        ("dro.py", "(kept - worst) / tau", "kept / tau"),
-        ("dro.py", "q = torch.softmax(p.clamp_min(1e-300).log() + below, 0)", "q = p * below.exp() / (p * below.exp()).sum()"))),
-    Mutation("9 local instead of global rank 0", "test_error_09_only_global_rank_zero_writes_when_two_machines_have_a_local_rank_zero", (
-        ("runtime.py", "return self.rank == 0", "return self.local_rank == 0"),)),
-    Mutation("10 padding counted in a group", "test_error_10_padding_belongs_to_no_group", (
-        ("batches.py", "stops = [b * width + len(row) for b, row in enumerate(rows)]", "stops = [(b + 1) * width for b, row in enumerate(rows)]"),)),
-    Mutation("11 moving averages are not restored", "test_error_11_weights_and_moving_averages_come_back_from_the_checkpoint", (
-        ("dro.py", 'for name in ("ema", "ema_weight", "q"):', 'for name in ("q",):'),)),
-    Mutation("11 online q is not restored", "test_error_11_weights_and_moving_averages_come_back_from_the_checkpoint", (
-        ("dro.py", 'for name in ("ema", "ema_weight", "q"):', 'for name in ("ema", "ema_weight"):'),)),
-    Mutation("11 the trainer leaves the state out", "test_error_11_weights_and_moving_averages_come_back_from_the_checkpoint", (
-        ("trainer.py", '"dro": self.state.state_dict(),', '"dro": dro.DroState(self.group_plan.num).state_dict(),'),)),
-    Mutation("prior ignored in the closed form", "test_dro.py::test_closed_form_is_the_maximiser_that_scipy_finds", (
-        ("dro.py", "q = torch.softmax(p.clamp_min(1e-300).log() + below, 0)", "q = torch.softmax(below, 0)"),)),
-    Mutation("objective by log instead of log1p", "test_dro.py::test_infinite_tau_with_token_shares_is_sft", (
-        ("dro.py", "(p * below.expm1()).sum().log1p()", "(p * below.exp()).sum().log()"),)),
-    Mutation("moving average without bias correction", "test_dro.py::test_moving_average_is_bias_corrected_and_an_absent_group_keeps_its_own", (
-        ("dro.py", "self.ema / self.ema_weight.clamp_min(1e-300)", "self.ema"),)),
-    Mutation("CVaR takes the best share", "test_dro.py::test_cvar_is_the_linear_programme_and_its_limits_are_mean_and_maximum", (
-        ("dro.py", "-torch.inf), descending=True, stable=True)", "torch.inf), descending=False, stable=True)"),)),
-    Mutation("NaN is not flagged", "test_dro.py::test_buffer_adds_micro_batches_reports_nonfinite_and_stop_and_keeps_token_slots", (
-        ("dro.py", "(~torch.isfinite(sums)).any().to(self.data)", "torch.isnan(sums).all().to(self.data)"),)),
-    Mutation("batches depend on the number of ranks", "test_batches.py::test_the_global_batch_does_not_depend_on_ranks_accumulation_or_packing", (
-        ("batches.py", "np.random.PCG64([self.seed, epoch])", "np.random.PCG64([self.seed, epoch, self.world])"),)),
-    Mutation("label off by one", "test_batches.py::test_supervised_positions_see_the_token_before_their_label", (
-        ("batches.py", "supervised = [np.arange(stop - len(target), stop)", "supervised = [np.arange(stop - len(target) - 1, stop - 1)"),)),
-    Mutation("first title token predicted from another title", "test_relevance.py::test_entry_scores_are_read_at_the_token_before_however_titles_are_dealt_out", (
-        ("relevance.py", "store.num_target[0]) - 1", "store.num_target[0])"),
-        ("batches.py", "if any(len(target) > body for", "if False and any(len(target) > body for"))),
-    Mutation("only the first block of a bfloat16 head is multiplied", "loss/test_group_loss.py::test_a_bfloat16_head_of_several_blocks_is_no_worse_than_plain", (
-        ("loss/head.py", "range(0, gradient_CV.shape[1], CPU_NARROW_BLOCK)", "range(0, min(gradient_CV.shape[1], CPU_NARROW_BLOCK), CPU_NARROW_BLOCK)"),)),
-    Mutation("samples of a packed row see each other", "test_tree_attention.py::test_packed_rows_give_the_padded_hidden_states_and_gradients[llama]", (
-        ("tree_attention.py", "F.scaled_dot_product_attention(own_query, own_keys, own_values,",
-         "F.scaled_dot_product_attention(own_query, own_keys, own_values + values[-1][:, :, -1:] * 0.01,"),)),
-    Mutation("window forgotten in packed rows", "test_tree_attention.py::test_packed_rows_give_the_padded_hidden_states_and_gradients[mistral]", (
-        ("tree_attention.py", "return mask if window is None else mask & (query - key < window)", "return mask"),)),
-    Mutation("mask ignores the end of a subtree", "test_tree_attention.py::test_tree_mask_is_ancestor_or_self_and_nothing_else", (
-        ("tree_attention.py", "(index[None, :] <= index[:, None]) & (index[:, None] < end[None, :])", "(index[None, :] <= index[:, None]) & (index[:, None] <= end[None, :])"),)),
-    Mutation("focal weighs by the probability", "test_objectives.py::test_focal_weighs_by_one_minus_probability_and_gamma_zero_is_sft", (
-        ("objectives/focal.py", "(-(-view.losses).expm1())", "((-view.losses).exp())"),)),
-    Mutation("reweight by popularity", "test_objectives.py::test_reweight_is_inverse_popularity_and_power_zero_is_sft", (
-        ("objectives/reweight.py", "** -table", "** table"),)),
-    Mutation("random groups keep their order", "test_groups.py::test_random_groups_have_the_sizes_of_relevance_groups_and_no_meaning", (
-        ("groups.py", 'if plan.by == "random":', 'if plan.by == "shuffled":'),)),
-    Mutation("unknown keys are accepted", "test_config.py::test_an_unknown_key_is_an_error_with_the_nearest_name", (
-        ("config.py", 'extra="forbid"', 'extra="ignore"'),)),
+    Mutation(
+        "1 mean over ranks of local group means",
+        "test_error_01_group_loss_is_sum_over_count_not_mean_of_local_means",
+        (
+            (
+                "dro/buffer.py",
+                "+= torch.nan_to_num(sums, 0.0, 0.0, 0.0)",
+                "+= torch.nan_to_num(sums / counts.to(sums), 0.0, 0.0, 0.0)",
+            ),
+            (
+                "dro/buffer.py",
+                "return self.loss_sums / self.counts.clamp_min(1)",
+                "return self.loss_sums / dist.get_world_size()",
+            ),
+        ),
+    ),
+    Mutation(
+        "2 weights from a rank's own losses",
+        "test_error_02_weights_come_from_all_ranks_and_are_bitwise_equal",
+        (("training/step.py", "buffer.reduce().wait()", "buffer.wait()"),),
+    ),
+    Mutation(
+        "3 absent group counts as loss 0",
+        "test_error_03_absent_group_has_no_weight_and_does_not_count_as_loss_zero",
+        (("dro/weights.py", "else present.double()", "else torch.ones_like(counts, dtype=torch.float64)"),),
+    ),
+    Mutation(
+        "3 absent group pulls its moving average to 0",
+        "test_error_03_absent_group_has_no_weight_and_does_not_count_as_loss_zero",
+        (
+            (
+                "dro/state.py",
+                "self.ema_weight = torch.where(present, (1 - rate) * self.ema_weight + rate, self.ema_weight)",
+                "self.ema_weight = (1 - rate) * self.ema_weight + rate",
+            ),
+        ),
+    ),
+    Mutation(
+        "4 q moves per micro-batch",
+        "test_error_04_weights_move_once_per_optimizer_step_not_per_micro_batch",
+        (
+            (
+                "training/step.py",
+                "            held = (sums, values, groups)\n",
+                "            held = (sums, values, groups)\n            if not last:\n"
+                "                self._remember(buffer.losses, buffer.counts)\n",
+            ),
+        ),
+    ),
+    Mutation(
+        "5 only rank 0 remembers: stale q elsewhere",
+        "test_error_05_every_rank_remembers_so_no_rank_has_stale_weights",
+        (
+            (
+                "training/step.py",
+                "                self._remember(losses, counts)\n",
+                "                if self.runtime.is_main:\n                    self._remember(losses, counts)\n",
+            ),
+        ),
+    ),
+    Mutation(
+        "6 mean of micro-batch means",
+        "test_error_06_accumulation_divides_by_the_count_of_the_step_not_of_micro_batches",
+        (
+            (
+                "training/step.py",
+                "self._backward(sums, values, q / safe_counts, None)",
+                "self._backward(sums, values, q / (group_sums(self._weights_of(micro), groups, "
+                "self.tokens.num_groups).clamp_min(1) * len(micro_steps) * self.runtime.world), None)",
+            ),
+        ),
+    ),
+    Mutation(
+        "7 losses weighted in place before they are reported",
+        "test_error_07_reported_losses_are_the_unweighted_ones",
+        (
+            (
+                "training/step.py",
+                "            buffer.add(sums, group_sums(",
+                "            buffer.add(sums if q is None else sums.detach().mul_(q * self.tokens.num_groups), group_sums(",
+            ),
+        ),
+    ),
+    Mutation(
+        "8 exp without subtracting the maximum",
+        "test_error_08_small_tau_gives_the_worst_group_without_overflow",
+        (
+            ("dro/weights.py", "(kept - worst) / tau", "kept / tau"),
+            (
+                "dro/weights.py",
+                "q = torch.softmax(p.clamp_min(1e-300).log() + below, 0)",
+                "q = p * below.exp() / (p * below.exp()).sum()",
+            ),
+        ),
+    ),
+    Mutation(
+        "9 local instead of global rank 0",
+        "test_error_09_only_global_rank_zero_writes_when_two_machines_have_a_local_rank_zero",
+        (("runtime.py", "return self.rank == 0", "return self.local_rank == 0"),),
+    ),
+    Mutation(
+        "10 padding counted in a group",
+        "test_error_10_padding_belongs_to_no_group",
+        (
+            (
+                "batches/layout.py",
+                "stops = [b * width + len(row) for b, row in enumerate(rows)]",
+                "stops = [(b + 1) * width for b, row in enumerate(rows)]",
+            ),
+        ),
+    ),
+    Mutation(
+        "11 moving averages are not restored",
+        "test_error_11_weights_and_moving_averages_come_back_from_the_checkpoint",
+        (("dro/state.py", 'for name in ("ema", "ema_weight", "q"):', 'for name in ("q",):'),),
+    ),
+    Mutation(
+        "11 online q is not restored",
+        "test_error_11_weights_and_moving_averages_come_back_from_the_checkpoint",
+        (("dro/state.py", 'for name in ("ema", "ema_weight", "q"):', 'for name in ("ema", "ema_weight"):'),),
+    ),
+    Mutation(
+        "11 the trainer leaves the state out",
+        "test_error_11_weights_and_moving_averages_come_back_from_the_checkpoint",
+        (
+            (
+                "training/trainer.py",
+                '"dro": self.state.state_dict(),',
+                '"dro": dro.DroState(self.group_plan.num).state_dict(),',
+            ),
+        ),
+    ),
+    Mutation(
+        "prior ignored in the closed form",
+        "dro/test_dro.py::test_closed_form_is_the_maximiser_that_scipy_finds",
+        (
+            (
+                "dro/weights.py",
+                "q = torch.softmax(p.clamp_min(1e-300).log() + below, 0)",
+                "q = torch.softmax(below, 0)",
+            ),
+        ),
+    ),
+    Mutation(
+        "objective by log instead of log1p",
+        "dro/test_dro.py::test_infinite_tau_with_token_shares_is_sft",
+        (("dro/weights.py", "(p * below.expm1()).sum().log1p()", "(p * below.exp()).sum().log()"),),
+    ),
+    Mutation(
+        "moving average without bias correction",
+        "dro/test_dro.py::test_moving_average_is_bias_corrected_and_an_absent_group_keeps_its_own",
+        (("dro/state.py", "self.ema / self.ema_weight.clamp_min(1e-300)", "self.ema"),),
+    ),
+    Mutation(
+        "CVaR takes the best share",
+        "dro/test_dro.py::test_cvar_is_the_linear_programme_and_its_limits_are_mean_and_maximum",
+        (
+            (
+                "dro/weights.py",
+                "-torch.inf), descending=True, stable=True)",
+                "torch.inf), descending=False, stable=True)",
+            ),
+        ),
+    ),
+    Mutation(
+        "NaN is not flagged",
+        "dro/test_dro.py::test_buffer_adds_micro_batches_reports_nonfinite_and_stop_and_keeps_token_slots",
+        (
+            (
+                "dro/buffer.py",
+                "(~torch.isfinite(sums)).any().to(self.data)",
+                "torch.isnan(sums).all().to(self.data)",
+            ),
+        ),
+    ),
+    Mutation(
+        "batches depend on the number of ranks",
+        "batches/test_batches.py::test_the_global_batch_does_not_depend_on_ranks_accumulation_or_packing",
+        (
+            (
+                "batches/plan.py",
+                "np.random.PCG64([self.seed, epoch])",
+                "np.random.PCG64([self.seed, epoch, self.world])",
+            ),
+        ),
+    ),
+    Mutation(
+        "label off by one",
+        "batches/test_batches.py::test_supervised_positions_see_the_token_before_their_label",
+        (
+            (
+                "batches/layout.py",
+                "supervised = [np.arange(stop - len(target), stop)",
+                "supervised = [np.arange(stop - len(target) - 1, stop - 1)",
+            ),
+        ),
+    ),
+    Mutation(
+        "first title token predicted from another title",
+        "dro/test_relevance.py::test_entry_scores_are_read_at_the_token_before_however_titles_are_dealt_out",
+        (
+            ("dro/relevance.py", "store.num_target[0]) - 1", "store.num_target[0])"),
+            ("batches/layout.py", "if any(len(target) > body for", "if False and any(len(target) > body for"),
+        ),
+    ),
+    Mutation(
+        "only the first block of a bfloat16 head is multiplied",
+        "loss/test_group_loss.py::test_a_bfloat16_head_of_several_blocks_is_no_worse_than_plain",
+        (
+            (
+                "loss/head.py",
+                "range(0, gradient_CV.shape[1], CPU_NARROW_BLOCK)",
+                "range(0, min(gradient_CV.shape[1], CPU_NARROW_BLOCK), CPU_NARROW_BLOCK)",
+            ),
+        ),
+    ),
+    Mutation(
+        "samples of a packed row see each other",
+        "batches/test_tree_attention.py::test_packed_rows_give_the_padded_hidden_states_and_gradients[llama]",
+        (
+            (
+                "batches/tree_attention.py",
+                "F.scaled_dot_product_attention(own_query, own_keys, own_values,",
+                "F.scaled_dot_product_attention(own_query, own_keys, own_values + values[-1][:, :, -1:] * 0.01,",
+            ),
+        ),
+    ),
+    Mutation(
+        "window forgotten in packed rows",
+        "batches/test_tree_attention.py::test_packed_rows_give_the_padded_hidden_states_and_gradients[mistral]",
+        (
+            (
+                "batches/tree_attention.py",
+                "return mask if window is None else mask & (query - key < window)",
+                "return mask",
+            ),
+        ),
+    ),
+    Mutation(
+        "mask ignores the end of a subtree",
+        "batches/test_tree_attention.py::test_tree_mask_is_ancestor_or_self_and_nothing_else",
+        (
+            (
+                "batches/tree_attention.py",
+                "(index[None, :] <= index[:, None]) & (index[:, None] < end[None, :])",
+                "(index[None, :] <= index[:, None]) & (index[:, None] <= end[None, :])",
+            ),
+        ),
+    ),
+    Mutation(
+        "focal weighs by the probability",
+        "objectives/test_objectives.py::test_focal_weighs_by_one_minus_probability_and_gamma_zero_is_sft",
+        (("objectives/focal.py", "(-(-view.losses).expm1())", "((-view.losses).exp())"),),
+    ),
+    Mutation(
+        "reweight by popularity",
+        "objectives/test_objectives.py::test_reweight_is_inverse_popularity_and_power_zero_is_sft",
+        (("objectives/reweight.py", "** -table", "** table"),),
+    ),
+    Mutation(
+        "random groups keep their order",
+        "dro/test_groups.py::test_random_groups_have_the_sizes_of_relevance_groups_and_no_meaning",
+        (("dro/groups.py", 'if plan.by == "random":', 'if plan.by == "shuffled":'),),
+    ),
+    Mutation(
+        "unknown keys are accepted",
+        "test_config.py::test_an_unknown_key_is_an_error_with_the_nearest_name",
+        (("config.py", 'extra="forbid"', 'extra="ignore"'),),
+    ),
 ]
 
 
@@ -141,7 +345,9 @@ def lost_places(mutations=MUTATIONS) -> list[str]:
     """Mutations whose old text does not occur exactly once, or that leave no valid Python: the code moved on and they would plant nothing."""
     lost = []
     for mutation in mutations:
-        sources = {file: (ROOT / "gdrt_ds" / file).read_text(encoding="utf-8") for file, _, _ in mutation.changes}
+        sources = {
+            file: (ROOT / "gdrt_ds" / file).read_text(encoding="utf-8") for file, _, _ in mutation.changes
+        }
         for file, old, new in mutation.changes:
             if sources[file].count(old) != 1:
                 lost.append(f"{mutation.what}: {file}: {old!r}")
@@ -157,14 +363,33 @@ def lost_places(mutations=MUTATIONS) -> list[str]:
 def run_test(test: str, folder: Path) -> str | None:
     """None when the test passes, else its first line of failure."""
     import pytest
+
     if "::" in test:
         with contextlib.redirect_stdout(io.StringIO()) as output:
-            status = pytest.main([str(ROOT / "tests" / test), "-q", "-x", "-p", "no:cacheprovider", "--no-header", "-o", "addopts="])
+            status = pytest.main(
+                [
+                    str(ROOT / "tests" / test),
+                    "-q",
+                    "-x",
+                    "-p",
+                    "no:cacheprovider",
+                    "--no-header",
+                    "-o",
+                    "addopts=",
+                ]
+            )
         if status == 0:
             return None
         failed = [line for line in output.getvalue().splitlines() if line.startswith(("E ", "FAILED"))]
-        return failed[0][:140] if status == 1 and failed else f"pytest ended with {status}: not a failing test" if status != 1 else "failed"
+        return (
+            failed[0][:140]
+            if status == 1 and failed
+            else f"pytest ended with {status}: not a failing test"
+            if status != 1
+            else "failed"
+        )
     from tests.distributed import named_errors, test_named_errors
+
     name = "_".join(test.split("_")[1:3])
     try:
         getattr(test_named_errors, test)({name: named_errors.MEASUREMENTS[name](folder)})
@@ -180,7 +405,9 @@ def _child(changes, test, folder, queue):
         os.dup2(silence.fileno(), 1)
         os.dup2(silence.fileno(), 2)
     warnings.simplefilter("ignore")
-    for name in [n for n in sys.modules if n.split(".")[0] == "gdrt_ds" or n.startswith("tests.distributed.")]:
+    for name in [
+        n for n in sys.modules if n.split(".")[0] == "gdrt_ds" or n.startswith("tests.distributed.")
+    ]:
         del sys.modules[name]
     sys.meta_path.insert(0, Planter(changes))
     try:
@@ -218,6 +445,7 @@ def main() -> int:
         print("these mutations no longer find their place in the source:\n" + "\n".join(lost_places(chosen)))
         return 1
     import bitsandbytes, deepspeed, peft, pytest, scipy.optimize, transformers  # noqa: E401, F401 once, before the forks
+
     print("| planted error | test | result | s |\n|---|---|---|---|", flush=True)
     survivors, tests = 0, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -225,7 +453,11 @@ def main() -> int:
             started = time.perf_counter()
             if mutation.test not in tests:
                 tests[mutation.test] = in_fork((), mutation.test, Path(folder))
-            problem = in_fork(mutation.changes, mutation.test, Path(folder)) if tests[mutation.test] is None else None
+            problem = (
+                in_fork(mutation.changes, mutation.test, Path(folder))
+                if tests[mutation.test] is None
+                else None
+            )
             if tests[mutation.test] is not None:
                 result = f"NOT TESTED: the test fails without it ({tests[mutation.test]})"
             elif problem is None or problem.startswith(("BROKEN", "pytest ended")):
@@ -233,7 +465,10 @@ def main() -> int:
             else:
                 result = "killed"
             survivors += result != "killed"
-            print(f"| {mutation.what} | `{mutation.test.split('::')[-1]}` | {result} | {time.perf_counter() - started:.0f} |", flush=True)
+            print(
+                f"| {mutation.what} | `{mutation.test.split('::')[-1]}` | {result} | {time.perf_counter() - started:.0f} |",
+                flush=True,
+            )
     print(f"\n{len(chosen)} planted, {len(chosen) - survivors} killed, {survivors} not")
     return 1 if survivors else 0
 

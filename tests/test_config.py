@@ -13,8 +13,17 @@ from gdrt_ds.config import RunConfig, dump_config, known_keys, load_config
 from gdrt_ds.errors import UserError
 
 
-@pytest.mark.parametrize("override,nearest", [("dro.tua=1", "dro.tau"), ("train.maxsteps=3", "train.max_steps"), ("tau=1", "dro.tau"),
-                                              ("model.lora.rank=4", None), ("objektive=sft", "objective"), ("groups.number=4", "groups.num")])
+@pytest.mark.parametrize(
+    "override,nearest",
+    [
+        ("dro.tua=1", "dro.tau"),
+        ("train.maxsteps=3", "train.max_steps"),
+        ("tau=1", "dro.tau"),
+        ("model.lora.rank=4", None),
+        ("objektive=sft", "objective"),
+        ("groups.number=4", "groups.num"),
+    ],
+)
 def test_an_unknown_key_is_an_error_with_the_nearest_name(override, nearest):
     with pytest.raises(UserError, match="unknown key") as caught:
         load_config(None, [override])
@@ -23,9 +32,27 @@ def test_an_unknown_key_is_an_error_with_the_nearest_name(override, nearest):
         assert f"did you mean `{nearest}`" in caught.value.problem
 
 
-@pytest.mark.parametrize("override", ["dro.tau=0", "dro.tau=-1", "dro.tau=abc", "groups.num=0", "dro.alpha=0", "dro.alpha=1.5", "train.global_batch=0",
-                                      "train.lr=0", "model.lora.dropout=1", "dro.estimate=late", "train.epochs=many", "dro.ema_rate=0", "prompt.max_length=3",
-                                      "train.seed=1.5", "model.quantization=int8", "dro.tau=nan"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "dro.tau=0",
+        "dro.tau=-1",
+        "dro.tau=abc",
+        "groups.num=0",
+        "dro.alpha=0",
+        "dro.alpha=1.5",
+        "train.global_batch=0",
+        "train.lr=0",
+        "model.lora.dropout=1",
+        "dro.estimate=late",
+        "train.epochs=many",
+        "dro.ema_rate=0",
+        "prompt.max_length=3",
+        "train.seed=1.5",
+        "model.quantization=int8",
+        "dro.tau=nan",
+    ],
+)
 def test_a_value_out_of_range_names_key_and_value(override):
     key, value = override.split("=")
     with pytest.raises(UserError) as caught:
@@ -38,7 +65,11 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path):
     path.write_text("dro: {tau: 0}\ntrain: {lr: fast}\n")
     with pytest.raises(UserError) as caught:
         load_config(path)
-    assert "dro.tau" in caught.value.problem and "train.lr" in caught.value.problem and str(path) in caught.value.problem
+    assert (
+        "dro.tau" in caught.value.problem
+        and "train.lr" in caught.value.problem
+        and str(path) in caught.value.problem
+    )
 
 
 def test_files_that_are_missing_broken_or_no_mapping_are_told_apart(tmp_path):
@@ -64,15 +95,33 @@ def test_yaml_never_makes_objects(tmp_path):
 
 
 def test_combinations_that_need_another_key_are_refused():
-    for overrides, word in ((["groups.by=column"], "groups.column"), (["groups.by=user_attribute"], "groups.column"),
-                            (["groups.reference=auxiliary_sft"], "reference_adapter")):
+    for overrides, word in (
+        (["groups.by=column"], "groups.column"),
+        (["groups.by=user_attribute"], "groups.column"),
+        (["groups.reference=auxiliary_sft"], "reference_adapter"),
+    ):
         with pytest.raises(UserError, match=word):
             load_config(None, overrides)
 
 
 def test_overrides_are_typed_like_yaml_and_exponents_are_numbers():
-    config = load_config(None, ["train.lr=1e-3", "dro.tau=.inf", "groups.num=3", "train.max_steps=", "dro.frozen_weights=[0.5, 0.5]", "model.lora.targets=[q_proj]"])
-    assert config.train.lr == 1e-3 and config.dro.tau == float("inf") and config.groups.num == 3 and config.train.max_steps is None
+    config = load_config(
+        None,
+        [
+            "train.lr=1e-3",
+            "dro.tau=.inf",
+            "groups.num=3",
+            "train.max_steps=",
+            "dro.frozen_weights=[0.5, 0.5]",
+            "model.lora.targets=[q_proj]",
+        ],
+    )
+    assert (
+        config.train.lr == 1e-3
+        and config.dro.tau == float("inf")
+        and config.groups.num == 3
+        and config.train.max_steps is None
+    )
     assert config.dro.frozen_weights == [0.5, 0.5] and config.model.lora.targets == ["q_proj"]
 
 
@@ -88,7 +137,9 @@ def test_the_resolved_config_reloads_to_itself_and_names_every_key(tmp_path):
             node = node[part]
 
 
-@pytest.mark.parametrize("path", sorted((Path(gdrt_ds.__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((Path(gdrt_ds.__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.name
+)
 def test_every_shipped_config_is_valid(path):
     assert isinstance(load_config(path), RunConfig)
 
@@ -96,8 +147,17 @@ def test_every_shipped_config_is_valid(path):
 def test_no_module_shadows_an_installed_package():
     """`deepspeed gdrt_ds/train.py` puts gdrt_ds/ first on sys.path: `gdrt_ds/datasets.py` would hide the package datasets."""
     import sys
-    mine = {p.stem for p in Path(gdrt_ds.__file__).parent.iterdir() if p.suffix == ".py" or (p.is_dir() and p.name != "__pycache__")} - {"__init__"}
-    installed = {name for name, owners in importlib.metadata.packages_distributions().items() if "gdrt-ds" not in owners or len(owners) > 1}
+
+    mine = {
+        p.stem
+        for p in Path(gdrt_ds.__file__).parent.iterdir()
+        if p.suffix == ".py" or (p.is_dir() and p.name != "__pycache__")
+    } - {"__init__"}
+    installed = {
+        name
+        for name, owners in importlib.metadata.packages_distributions().items()
+        if "gdrt-ds" not in owners or len(owners) > 1
+    }
     assert {"torch", "datasets", "peft"} <= installed and len(mine) > 10
     assert not mine & installed, sorted(mine & installed)
     assert not mine & set(sys.stdlib_module_names), sorted(mine & set(sys.stdlib_module_names))

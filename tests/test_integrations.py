@@ -40,13 +40,18 @@ def test_trainer_takes_the_steps_of_the_objective_on_one_and_two_ranks(report, c
 @pytest.mark.distributed
 def test_infinite_tau_is_the_trainers_own_training(report):
     assert distance(report["sft"]["one"][0], report["trainer_alone"][0]) < 2e-6
-    assert report["sft"]["one"][0]["weights"] == pytest.approx([1.0] * 3) and distance(report["batch"]["one"][0], report["trainer_alone"][0]) > 1e-3
+    assert (
+        report["sft"]["one"][0]["weights"] == pytest.approx([1.0] * 3)
+        and distance(report["batch"]["one"][0], report["trainer_alone"][0]) > 1e-3
+    )
 
 
 @pytest.mark.distributed
 def test_group_losses_are_logged_and_the_model_is_left_as_it_was(report):
     run = report["ema"]["one"][0]
-    assert {"group_loss_0", "group_loss_2", "group_weight_1"} <= set(run["logged"]) and run["forward_hooks"] == 0
+    assert {"group_loss_0", "group_loss_2", "group_weight_1"} <= set(run["logged"]) and run[
+        "forward_hooks"
+    ] == 0
     state = run["state"]
     again = GroupDroLoss.from_state(state)
     assert again.state() == state and again.weights.tolist() == run["weights"]
@@ -64,7 +69,10 @@ def test_settings_that_would_be_wrong_are_refused():
     with pytest.raises(UserError, match="tau = 0"):
         GroupDroLoss(4, tau=0)
     from types import SimpleNamespace
-    args = SimpleNamespace(n_gpu=1, world_size=2, average_tokens_across_devices=True, gradient_accumulation_steps=2, device="cpu")
+
+    args = SimpleNamespace(
+        n_gpu=1, world_size=2, average_tokens_across_devices=True, gradient_accumulation_steps=2, device="cpu"
+    )
     with pytest.raises(UserError, match="gradient_accumulation_steps = 2"):
         GroupDroLoss(4, estimate="batch").on_train_begin(args, None, None, model=torch.nn.Linear(1, 1))
     args.average_tokens_across_devices = False
@@ -73,7 +81,9 @@ def test_settings_that_would_be_wrong_are_refused():
     with pytest.raises(UserError, match="callbacks"):
         GroupDroLoss(4)({"logits": torch.zeros(1, 3, 5, requires_grad=True)}, torch.tensor([[1, 2, 3]]))
     with pytest.raises(UserError, match="2 groups for 3 supervised labels"):
-        GroupCollator(scenario.collate)([{"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4], "groups": [0, 1]}])
+        GroupCollator(scenario.collate)(
+            [{"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4], "groups": [0, 1]}]
+        )
 
 
 def test_relevance_helper_scores_targets_and_bins_them_evenly():
@@ -83,7 +93,9 @@ def test_relevance_helper_scores_targets_and_bins_them_evenly():
     logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
     start = len(row["labels"]) - len(row["groups"])
     wanted = [logits[place - 1, row["labels"][place]].item() for place in range(start, len(row["labels"]))]
-    assert np.allclose(scores[7], wanted, atol=1e-5) and [len(s) for s in scores] == [len(r["groups"]) for r in rows]
+    assert np.allclose(scores[7], wanted, atol=1e-5) and [len(s) for s in scores] == [
+        len(r["groups"]) for r in rows
+    ]
     groups, edges = bin_tokens(scores, 4)
     counts = np.bincount(np.concatenate(groups), minlength=4)
     assert counts.max() - counts.min() <= 1 and len(edges) == 3

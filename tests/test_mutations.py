@@ -16,6 +16,13 @@ def test_every_mutation_finds_its_place_in_the_source():
 
 
 def test_a_planted_error_is_killed_and_the_command_says_so():
-    done = subprocess.run([sys.executable, str(ROOT / "tests/mutations.py"), "--only", "CVaR takes the best share"], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "1 planted, 1 killed, 0 not" in done.stdout, done.stdout + done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/mutations.py"), "--only", "CVaR takes the best share"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0 and "1 planted, 1 killed, 0 not" in done.stdout, (
+        done.stdout + done.stderr[-2000:]
+    )

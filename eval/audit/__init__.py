@@ -62,7 +62,7 @@ def choose(names: Sequence[str]) -> tuple[list[str], bool]:
     Raises:
         UserError: an unknown name (with the nearest one).
     """
-    from gdrt_ds.readers.base import nearest
+    from gdrt_ds.data.readers.base import nearest
 
     names = [n.strip() for n in names if n.strip()]
     everything = "all" in names
@@ -74,7 +74,9 @@ def choose(names: Sequence[str]) -> tuple[list[str], bool]:
     return [name for name in AUDITS if everything or name in names], everything
 
 
-def run_audits(names: Sequence[str], subject, runtime=None, options: AuditOptions = AuditOptions()) -> dict[str, dict[str, Any]]:
+def run_audits(
+    names: Sequence[str], subject, runtime=None, options: AuditOptions = AuditOptions()
+) -> dict[str, dict[str, Any]]:
     """Runs audits on a subject (or on a ready AuditContext), prints each one's cost before it starts and its finding after.
 
     Args:
@@ -89,7 +91,9 @@ def run_audits(names: Sequence[str], subject, runtime=None, options: AuditOption
     context = subject if isinstance(subject, AuditContext) else AuditContext(subject, runtime, options)
     say = print if context.runtime.is_main else (lambda *args, **kwargs: None)
     if context.options.runs:
-        load_evaluations(context.options.runs, 1)  # a folder that was never evaluated is said now, not after the first audits
+        load_evaluations(
+            context.options.runs, 1
+        )  # a folder that was never evaluated is said now, not after the first audits
     found: dict[str, dict[str, Any]] = {}
     for name in chosen:
         audit = AUDITS[name]
@@ -104,10 +108,12 @@ def run_audits(names: Sequence[str], subject, runtime=None, options: AuditOption
         started = time.time()
         found[name] = finite(audit.run(context))
         if found[name]["effect"]["n"] < FEW:
-            found[name]["finding"] += f" Only {found[name]['effect']['n']} units: intervals of so few are too narrow."
-        found[name][
-            "cost"
-        ] = f"{cost}; took {time.time() - started:.0f} s on {context.runtime.world} rank(s) of {context.runtime.device.type}"
+            found[name]["finding"] += (
+                f" Only {found[name]['effect']['n']} units: intervals of so few are too narrow."
+            )
+        found[name]["cost"] = (
+            f"{cost}; took {time.time() - started:.0f} s on {context.runtime.world} rank(s) of {context.runtime.device.type}"
+        )
         say(f"  {found[name]['finding']}", flush=True)
     if not found:
         raise UserError("none of the audits can run here", "see the reasons above")

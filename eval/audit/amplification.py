@@ -14,12 +14,22 @@ import numpy as np
 
 from eval.audit.checkpoint_weights import adapter_weights, checkpoint_folders, set_adapter
 from eval.audit.context import Audit, AuditContext, Cost, result
-from eval.audit.inference import Estimate, bootstrap, entropy, exposure, permutation_p, probabilities, top_lists
+from eval.audit.inference import (
+    Estimate,
+    bootstrap,
+    entropy,
+    exposure,
+    permutation_p,
+    probabilities,
+    top_lists,
+)
 from eval.metrics.inputs import popularity_groups
-from gdrt_ds.prompt_cache import PromptReader
+from gdrt_ds.inference.prompt_reader import PromptReader
 
 TITLE = "Amplification during training"
-QUESTION = "Does exposure move towards popular items, or towards the base model's favourites, as training goes on?"
+QUESTION = (
+    "Does exposure move towards popular items, or towards the base model's favourites, as training goes on?"
+)
 DEFAULT_USERS, K, MAX_STEPS, GROUPS, PERMUTATIONS = 16, 10, 6, 5, 200
 
 
@@ -37,7 +47,9 @@ def favourites(base_scores: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def measure_step(scores: np.ndarray, base_mean: np.ndarray, data: np.ndarray, membership: np.ndarray, favoured: np.ndarray) -> dict:
+def measure_step(
+    scores: np.ndarray, base_mean: np.ndarray, data: np.ndarray, membership: np.ndarray, favoured: np.ndarray
+) -> dict:
     """Scores [U, I] of one step -> group shares [G], entropy, KL to base and data, and per-user share on the base's favourites [U]."""
     lists = top_lists(scores, min(K, scores.shape[1] - 1))
     counts, mean = exposure(lists, scores.shape[1]), probabilities(scores).mean(axis=0)
@@ -50,11 +62,19 @@ def measure_step(scores: np.ndarray, base_mean: np.ndarray, data: np.ndarray, me
     }
 
 
-def measure_change(first: np.ndarray, last: np.ndarray, num_bootstrap: int, seed: int) -> tuple[Estimate, float, np.ndarray]:
+def measure_change(
+    first: np.ndarray, last: np.ndarray, num_bootstrap: int, seed: int
+) -> tuple[Estimate, float, np.ndarray]:
     """Per-user shares at the first and last step -> difference, two-sided p of sign flips, null values."""
     difference, rng = last - first, np.random.default_rng(seed)
-    null = np.array([(difference * rng.choice([-1, 1], size=len(difference))).mean() for _ in range(PERMUTATIONS)])
-    return bootstrap(difference, num=num_bootstrap, seed=seed), permutation_p(abs(difference.mean()), np.abs(null)), null
+    null = np.array(
+        [(difference * rng.choice([-1, 1], size=len(difference))).mean() for _ in range(PERMUTATIONS)]
+    )
+    return (
+        bootstrap(difference, num=num_bootstrap, seed=seed),
+        permutation_p(abs(difference.mean()), np.abs(null)),
+        null,
+    )
 
 
 def chosen_steps(context: AuditContext) -> list:
@@ -87,7 +107,9 @@ def run(context: AuditContext) -> dict:
     membership, data = grouping.membership.toarray(), (popularity + 1) / (popularity + 1).sum()
     base_mean, favoured = probabilities(steps[0][1]).mean(axis=0), favourites(steps[0][1])
     found = [(step, measure_step(scores, base_mean, data, membership, favoured)) for step, scores in steps]
-    effect, p, null = measure_change(found[0][1]["favoured"], found[-1][1]["favoured"], options.num_bootstrap, options.seed)
+    effect, p, null = measure_change(
+        found[0][1]["favoured"], found[-1][1]["favoured"], options.num_bootstrap, options.seed
+    )
     popular = bootstrap(
         np.array([membership[row, 0].mean() for row in top_lists(steps[-1][1], min(K, len(data) - 1))])
         - np.array([membership[row, 0].mean() for row in top_lists(steps[0][1], min(K, len(data) - 1))]),
@@ -112,7 +134,10 @@ def run(context: AuditContext) -> dict:
             "percent": True,
             "ordered": True,
             "caption": "A band that grows is amplified; step 0 is the base model.",
-            "series": [{"name": name, "y": [f["groups"][g] for _, f in found]} for g, name in enumerate(grouping.names)],
+            "series": [
+                {"name": name, "y": [f["groups"][g] for _, f in found]}
+                for g, name in enumerate(grouping.names)
+            ],
         },
         {
             "kind": "line",
@@ -123,11 +148,18 @@ def run(context: AuditContext) -> dict:
             "reference": {"value": entropy(data), "label": "entropy of the data"},
             "series": [
                 {"name": name, "x": x, "y": [f[key] for _, f in found]}
-                for name, key in (("entropy of lists", "entropy"), ("KL to base", "kl_base"), ("KL to data", "kl_data"))
+                for name, key in (
+                    ("entropy of lists", "entropy"),
+                    ("KL to base", "kl_base"),
+                    ("KL to data", "kl_data"),
+                )
             ],
         },
     ]
-    rows = [[step, float(f["favoured"].mean()), f["entropy"], f["kl_base"], f["kl_data"], *f["groups"]] for step, f in found]
+    rows = [
+        [step, float(f["favoured"].mean()), f["entropy"], f["kl_base"], f["kl_data"], *f["groups"]]
+        for step, f in found
+    ]
     return result(
         TITLE,
         QUESTION,
@@ -136,7 +168,7 @@ def run(context: AuditContext) -> dict:
         effect_name="change of the share on the base's top decile",
         better=None,
         speaks=p <= 0.05 and not effect.spans_null,
-        control=f"step labels permuted within users: change {null.mean():.3g} (95 % within {np.quantile(np.abs(null), .95):.3g})",
+        control=f"step labels permuted within users: change {null.mean():.3g} (95 % within {np.quantile(np.abs(null), 0.95):.3g})",
         measures={"change on the base's top decile": effect, "change on the most popular fifth": popular},
         table={
             "columns": [
@@ -157,7 +189,10 @@ def lacks(context: AuditContext) -> tuple[str, str] | None:
     if context.subject.run is None or not context.has_adapter:
         return "it follows the checkpoints of a run with an adapter", "give --run RUN_DIR without --base"
     if not chosen_steps(context):
-        return f"{context.subject.run} holds no checkpoint", "train with train.save_every and a large train.keep_checkpoints"
+        return (
+            f"{context.subject.run} holds no checkpoint",
+            "train with train.save_every and a large train.keep_checkpoints",
+        )
     return None
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gdrt_ds.prompts import SEGMENTS, EncodedPrompt
+from gdrt_ds.data.prompts import SEGMENTS, EncodedPrompt
 
 PARTS = ("instruction", "template", "history", "generated prefix")
 AUXILIARY = (0, 1, 3)
@@ -67,7 +67,9 @@ def baseline_token(tokenizer) -> int:
     return 0
 
 
-def attribute(context, samples, objective: str, baseline: int | None = None, what: str = "attribution") -> list[Attribution]:
+def attribute(
+    context, samples, objective: str, baseline: int | None = None, what: str = "attribution"
+) -> list[Attribution]:
     """Attribution of every sample's target to instruction, template, history and generated prefix: five passes each.
 
     Args:
@@ -79,7 +81,9 @@ def attribute(context, samples, objective: str, baseline: int | None = None, wha
     baseline = baseline_token(tokenizer) if baseline is None else baseline
     rows, labels, sizes = [], [], []
     for sample in samples:
-        encoded = encoder.encode([catalogue.text_of(i) for i in sample.history], catalogue.text_of(sample.target))
+        encoded = encoder.encode(
+            [catalogue.text_of(i) for i in sample.history], catalogue.text_of(sample.target)
+        )
         cut = len(encoded.input_ids) - encoded.num_target
         prompt, target = encoded.input_ids[:cut].tolist(), encoded.input_ids[cut:].tolist()
         masks = part_masks(encoded, set(tokenizer.all_special_ids))

@@ -1,7 +1,7 @@
 """Adapter weights of a published checkpoint, without DeepSpeed: the ranks' slices of RUN/checkpoints/step_N put together.
 
     weights = adapter_weights(RUN / "checkpoints" / "step_40");  set_adapter(model, weights)
-Slice names are gdrt_ds.engine_state's: `<parameter>|<offset>|weight`, float32, 1-D, of any world size.
+Slice names are gdrt_ds.training.engine_state's: `<parameter>|<offset>|weight`, float32, 1-D, of any world size.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gdrt_ds.checkpoint import STEP_PATTERN, verify
-from gdrt_ds.engine_state import WEIGHT
+from gdrt_ds.training.checkpoint import STEP_PATTERN, verify
+from gdrt_ds.training.engine_state import WEIGHT
 from gdrt_ds.errors import UserError
 
 
@@ -40,9 +40,13 @@ def adapter_weights(folder: Path) -> dict[str, Tensor]:
                 name, _, rest = key.partition("|")
                 offset, _, kind = rest.partition("|")
                 if kind == WEIGHT:
-                    parts.setdefault(name.removeprefix("model."), []).append((int(offset), stored.get_tensor(key)))
+                    parts.setdefault(name.removeprefix("model."), []).append(
+                        (int(offset), stored.get_tensor(key))
+                    )
     if not parts:
-        raise UserError(f"checkpoint {folder} holds no weights", "give a checkpoint that this project's trainer wrote")
+        raise UserError(
+            f"checkpoint {folder} holds no weights", "give a checkpoint that this project's trainer wrote"
+        )
     whole = {}
     for name, pieces in parts.items():
         position = 0
@@ -76,6 +80,7 @@ def set_adapter(model: nn.Module, weights: dict[str, Tensor]) -> None:
         target = parameters[name]
         if target.numel() != values.numel():
             raise UserError(
-                f"checkpoint weight {name} has {values.numel()} values, the adapter {target.numel()}", "use the checkpoints of the same run"
+                f"checkpoint weight {name} has {values.numel()} values, the adapter {target.numel()}",
+                "use the checkpoints of the same run",
             )
         target.copy_(values.view(target.shape).to(target.dtype).to(target.device))

@@ -15,7 +15,7 @@ from typing import Any, Callable, Sequence
 import numpy as np
 import torch.distributed as dist
 
-from gdrt_ds.corpus import Sample
+from gdrt_ds.data.corpus import Sample
 from gdrt_ds.errors import UserError
 
 NLL_BATCH, SCORE_BATCH = 8, 8
@@ -143,9 +143,14 @@ class AuditContext:
         samples = [s for s in self.subject.samples if where(s)]
         order = np.random.default_rng(self.options.seed).permutation(len(samples))
         seen: set[str] = set()
-        chosen = [i for i in order.tolist() if not (samples[i].user_id in seen or seen.add(samples[i].user_id))]
+        chosen = [
+            i for i in order.tolist() if not (samples[i].user_id in seen or seen.add(samples[i].user_id))
+        ]
         if len(chosen) < 2:
-            raise UserError(f"the {self.subject.split} split has {len(chosen)} user(s); an audit needs at least 2", "choose another split")
+            raise UserError(
+                f"the {self.subject.split} split has {len(chosen)} user(s); an audit needs at least 2",
+                "choose another split",
+            )
         return [samples[i] for i in sorted(chosen[:wanted])]
 
     def num_users(self, default: int) -> int:
@@ -162,7 +167,7 @@ class AuditContext:
 
     def score_prompts(self, prompts: list[list[int]]) -> np.ndarray:
         """The same for token lists that start with the constant head."""
-        from gdrt_ds.scoring import CatalogueScorer
+        from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 
         if self._scorer is None:
             self._scorer = CatalogueScorer(self.recommender.reader, self.recommender.trie)
@@ -174,14 +179,18 @@ class AuditContext:
         """(prompt tokens, fed target tokens) and true targets -> losses per target token; see eval.audit.target_loss."""
         from eval.audit.target_loss import token_losses
 
-        return token_losses(self.recommender.reader, None if full_only else self.recommender.trie, rows, labels)
+        return token_losses(
+            self.recommender.reader, None if full_only else self.recommender.trie, rows, labels
+        )
 
     def scores(self, histories: Sequence[tuple[str, ...]], what: str) -> np.ndarray:
         """Scores of many histories, each computed once per context. float64 [B, I]."""
         keys = [tuple(h) for h in histories]
         missing = list(dict.fromkeys(k for k in keys if k not in self._rows))
         missing.sort(key=len)
-        for key, row in zip(missing, self.each(missing, lambda part: list(self.score_batch(part)), what, SCORE_BATCH)):
+        for key, row in zip(
+            missing, self.each(missing, lambda part: list(self.score_batch(part)), what, SCORE_BATCH)
+        ):
             self._rows[key] = row
         return np.stack([self._rows[k] for k in keys])
 
@@ -215,7 +224,11 @@ class AuditContext:
         self._rows, self._scorer = {}, None
 
     def losses(
-        self, rows: Sequence[tuple[list[int], list[int]]], what: str, labels: Sequence[list[int]] | None = None, full_only: bool = False
+        self,
+        rows: Sequence[tuple[list[int], list[int]]],
+        what: str,
+        labels: Sequence[list[int]] | None = None,
+        full_only: bool = False,
     ) -> list[dict[str, np.ndarray]]:
         """`loss_batch` over many rows, similar lengths together; equal rows are computed once.
 
@@ -230,7 +243,9 @@ class AuditContext:
         distinct = sorted(dict.fromkeys(keys), key=lambda key: (len(key[0]) + len(key[1]), key))
 
         def compute(part):
-            return self.loss_batch([(list(p), list(t)) for p, t, _ in part], [list(label) for _, _, label in part], full_only)
+            return self.loss_batch(
+                [(list(p), list(t)) for p, t, _ in part], [list(label) for _, _, label in part], full_only
+            )
 
         found = dict(zip(distinct, self.each(distinct, compute, what, NLL_BATCH)))
         return [found[key] for key in keys]
@@ -265,7 +280,9 @@ class AuditContext:
             return self
         if self._base is None:
             self._base = AuditContext(
-                replace(self.subject, recommender=self.variant(adapter=None), name=f"{self.subject.name} (base)"),
+                replace(
+                    self.subject, recommender=self.variant(adapter=None), name=f"{self.subject.name} (base)"
+                ),
                 self.runtime,
                 self.options,
             )
@@ -273,11 +290,18 @@ class AuditContext:
 
     def variant(self, adapter, merge: bool = True):
         """Another Recommender with this one's base model, prompt and catalogue."""
-        from gdrt_ds.recommender import assemble
+        from gdrt_ds.inference.recommender import assemble
 
         mine = self.recommender
         return assemble(
-            mine.config, self.runtime, mine.loaded.path, adapter, mine.encoder.template, mine.encoder.template.domain, mine.catalogue, merge
+            mine.config,
+            self.runtime,
+            mine.loaded.path,
+            adapter,
+            mine.encoder.template,
+            mine.encoder.template.domain,
+            mine.catalogue,
+            merge,
         )
 
     def title_log_probs(self, which: str) -> np.ndarray:
@@ -312,7 +336,9 @@ class AuditContext:
     def encoded(self, sample: Sample) -> tuple[list[int], list[int]]:
         """(prompt tokens, target tokens) of a sample."""
         encoder = self.recommender.encoder
-        return self.recommender.prompt_of(sample.history), list(encoder.target_ids(self.catalogue.text_of(sample.target)))
+        return self.recommender.prompt_of(sample.history), list(
+            encoder.target_ids(self.catalogue.text_of(sample.target))
+        )
 
     def describe_cost(self, cost: Cost) -> str:
         parts = [

@@ -50,7 +50,10 @@ def bias_vectors(runs: list[Evaluation]) -> tuple[list[str], np.ndarray]:
     for name in METRICS:
         columns[name] = [(run.results.get("metrics", {}).get(name) or {}).get("value") for run in runs]
     for audit in {name for run in runs for name in run.results.get("audits") or {}}:
-        columns[f"audit: {audit}"] = [((run.results.get("audits") or {}).get(audit, {}).get("effect") or {}).get("value") for run in runs]
+        columns[f"audit: {audit}"] = [
+            ((run.results.get("audits") or {}).get(audit, {}).get("effect") or {}).get("value")
+            for run in runs
+        ]
     kept = {
         n: np.array(v, dtype=float)
         for n, v in sorted(columns.items())
@@ -72,7 +75,10 @@ def silhouette(vectors: np.ndarray, labels: np.ndarray) -> float:
         if not same.any():
             values.append(0.0)
             continue
-        a, b = distance[i, same].mean(), min(distance[i, labels == other].mean() for other in set(labels.tolist()) - {own})
+        a, b = (
+            distance[i, same].mean(),
+            min(distance[i, labels == other].mean() for other in set(labels.tolist()) - {own}),
+        )
         values.append((b - a) / max(a, b, 1e-12))
     return float(np.mean(values))
 
@@ -80,7 +86,11 @@ def silhouette(vectors: np.ndarray, labels: np.ndarray) -> float:
 def jackknife(vectors: np.ndarray, labels: np.ndarray) -> Estimate:
     """Silhouette with an interval from leaving one run out."""
     value, n = silhouette(vectors, labels), len(labels)
-    left = [silhouette(np.delete(vectors, i, 0), np.delete(labels, i)) for i in range(n) if len(set(np.delete(labels, i).tolist())) > 1]
+    left = [
+        silhouette(np.delete(vectors, i, 0), np.delete(labels, i))
+        for i in range(n)
+        if len(set(np.delete(labels, i).tolist())) > 1
+    ]
     error = (
         1.96 * float(np.sqrt((len(left) - 1) / len(left) * ((np.array(left) - np.mean(left)) ** 2).sum()))
         if len(left) > 1
@@ -92,7 +102,9 @@ def jackknife(vectors: np.ndarray, labels: np.ndarray) -> Estimate:
 def variance_shares(vectors: np.ndarray, factors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Factor -> share of each column's variance [F], and `seed and rest`; they sum to one."""
     centred, total = vectors - vectors.mean(axis=0), ((vectors - vectors.mean(axis=0)) ** 2).sum(axis=0)
-    dummies = {name: (np.unique(labels)[None] == labels[:, None]).astype(float) for name, labels in factors.items()}
+    dummies = {
+        name: (np.unique(labels)[None] == labels[:, None]).astype(float) for name, labels in factors.items()
+    }
 
     def explained(names: tuple[str, ...]) -> np.ndarray:
         if not names:
@@ -103,7 +115,10 @@ def variance_shares(vectors: np.ndarray, factors: dict[str, np.ndarray]) -> dict
 
     orders = list(permutations(factors))
     shares = {
-        name: np.mean([explained(o[: o.index(name) + 1]) - explained(o[: o.index(name)]) for o in orders], axis=0) for name in factors
+        name: np.mean(
+            [explained(o[: o.index(name) + 1]) - explained(o[: o.index(name)]) for o in orders], axis=0
+        )
+        for name in factors
     }
     shares["seed and rest"] = 1 - sum(shares.values(), np.zeros(vectors.shape[1]))
     return shares
@@ -136,7 +151,10 @@ def compare_runs(paths, options: AuditOptions = AuditOptions()) -> dict:
     runs = load_evaluations(paths, AT_LEAST)
     names, values = bias_vectors(runs)
     if len(names) < 2:
-        raise UserError("the runs share fewer than two bias metrics that vary", "evaluate all of them with the same metrics and audits")
+        raise UserError(
+            "the runs share fewer than two bias metrics that vary",
+            "evaluate all of them with the same metrics and audits",
+        )
     vectors = standardised(values)
     labels = {name: np.array([run.setting(key) for run in runs]) for name, key in LABELS.items()}
     found = measure(vectors, labels, options.seed)
@@ -164,7 +182,12 @@ def compare_runs(paths, options: AuditOptions = AuditOptions()) -> dict:
             "y_label": f"second component ({part[1] if len(part) > 1 else 0:.0%})",
             "caption": f"Colours are the {best}: clusters mean that biases go with it.",
             "points": [
-                {"x": float(p[0]), "y": float(p[1]) if len(p) > 1 else 0.0, "label": run.label, "series": str(label)}
+                {
+                    "x": float(p[0]),
+                    "y": float(p[1]) if len(p) > 1 else 0.0,
+                    "label": run.label,
+                    "series": str(label),
+                }
                 for p, run, label in zip(places, runs, labels[best])
             ],
         },
@@ -202,11 +225,21 @@ def compare_runs(paths, options: AuditOptions = AuditOptions()) -> dict:
         effect_name=f"silhouette by {best}",
         speaks=speaks,
         better=None,
-        control="labels permuted over runs: " + ", ".join(f"{n} {e['null']:.2f}" for n, e in found["labels"].items()),
+        control="labels permuted over runs: "
+        + ", ".join(f"{n} {e['null']:.2f}" for n, e in found["labels"].items()),
         measures={f"silhouette: {n}": e["silhouette"] for n, e in found["labels"].items()},
         figures=figures,
         table={
-            "columns": ["label", "silhouette", "low", "high", "permuted", "p (Holm)", "share of variance", "share by chance"],
+            "columns": [
+                "label",
+                "silhouette",
+                "low",
+                "high",
+                "permuted",
+                "p (Holm)",
+                "share of variance",
+                "share by chance",
+            ],
             "rows": rows,
         },
     )

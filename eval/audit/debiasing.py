@@ -37,10 +37,18 @@ def badness(run: Evaluation) -> dict[str, tuple[float, float, float]]:
             found[name] = (value, abs(value - targets[name]["value"]), error)
     for name, audit in (run.results.get("audits") or {}).items():
         effect = audit.get("effect") or {}
-        if effect.get("better") is None or None in (effect.get("value"), effect.get("ci_low"), effect.get("ci_high")):
+        if effect.get("better") is None or None in (
+            effect.get("value"),
+            effect.get("ci_low"),
+            effect.get("ci_high"),
+        ):
             continue
         value, error, kind = effect["value"], (effect["ci_high"] - effect["ci_low"]) / 3.92, effect["better"]
-        found[f"audit: {name}"] = (value, {"null": abs(value - (effect["null"] or 0.0)), "higher": -value, "lower": value}[kind], error)
+        found[f"audit: {name}"] = (
+            value,
+            {"null": abs(value - (effect["null"] or 0.0)), "higher": -value, "lower": value}[kind],
+            error,
+        )
     return found
 
 
@@ -60,7 +68,8 @@ def compare_runs(paths, options: AuditOptions = AuditOptions()) -> dict:
     names = [n for n in values[0] if all(n in v for v in values)]
     if len(names) < 2:
         raise UserError(
-            "the folders share fewer than two measures with a direction", "evaluate all of them with the same metrics and audits"
+            "the folders share fewer than two measures with a direction",
+            "evaluate all of them with the same metrics and audits",
         )
     rng, effects, sentences = np.random.default_rng(options.seed), {}, []
     z = {run.label: z_scores(value, values[0]) for run, value in zip(runs[1:], values[1:])}
@@ -75,8 +84,19 @@ def compare_runs(paths, options: AuditOptions = AuditOptions()) -> dict:
             f"{int((own > 1.96).sum())} worse"
         )
     last = runs[-1].label
-    rows = [[n, values[0][n][0], *(cell for run, v in zip(runs[1:], values[1:]) for cell in (v[n][0], z[run.label][n]))] for n in names]
-    columns = ["measure", f"{runs[0].label} (baseline)", *(c for run in runs[1:] for c in (run.label, f"z of {run.label}"))]
+    rows = [
+        [
+            n,
+            values[0][n][0],
+            *(cell for run, v in zip(runs[1:], values[1:]) for cell in (v[n][0], z[run.label][n])),
+        ]
+        for n in names
+    ]
+    columns = [
+        "measure",
+        f"{runs[0].label} (baseline)",
+        *(c for run in runs[1:] for c in (run.label, f"z of {run.label}")),
+    ]
     figure = {
         "kind": "bar",
         "title": "Change against the baseline, in standard errors",
@@ -84,7 +104,10 @@ def compare_runs(paths, options: AuditOptions = AuditOptions()) -> dict:
         "y_label": "z (left of zero: less bias)",
         "categories": names,
         "caption": "Bars to the left are biases that went down; bars within two of zero may be noise.",
-        "series": [{"name": run.label, "values": [float(np.clip(z[run.label][n], -10, 10)) for n in names]} for run in runs[1:]],
+        "series": [
+            {"name": run.label, "values": [float(np.clip(z[run.label][n], -10, 10)) for n in names]}
+            for run in runs[1:]
+        ],
     }
     return result(
         TITLE,
@@ -97,7 +120,7 @@ def compare_runs(paths, options: AuditOptions = AuditOptions()) -> dict:
         measures={f"mean z: {n}": e for n, e in effects.items()},
         figures=[figure],
         control="signs of z flipped: mean z within "
-        + ", ".join(f"{np.quantile(np.abs(n), .95):.2g}" for n in nulls)
+        + ", ".join(f"{np.quantile(np.abs(n), 0.95):.2g}" for n in nulls)
         + " in 95 % of the draws",
         table={"columns": columns, "rows": rows},
     )

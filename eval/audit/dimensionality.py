@@ -61,7 +61,10 @@ def measure(
     error = 1.96 * float(halves.std(ddof=1))
     lists = top_lists(scores, min(K, scores.shape[1] - 1))
     distinct = len({frozenset(row) for row in lists.tolist()}) / users
-    relative, in_head = (target_ranks(scores, targets) - 1) / max(scores.shape[1] - 1, 1), head_items(popularity)[targets]
+    relative, in_head = (
+        (target_ranks(scores, targets) - 1) / max(scores.shape[1] - 1, 1),
+        head_items(popularity)[targets],
+    )
 
     def gap(rows: np.ndarray) -> float:
         tail, head = rows[rows[:, 1] == 0, 0], rows[rows[:, 1] == 1, 0]
@@ -71,7 +74,9 @@ def measure(
         "effective rank / control": Estimate(value, value - error, value + error, users, 1.0),
         "effective rank": Estimate(effective_rank(scores), float("nan"), float("nan"), users, None),
         "distinct top-10 lists per user": Estimate(distinct, float("nan"), float("nan"), users, None),
-        "head-tail gap of relative rank": bootstrap(np.stack([relative, in_head.astype(float)], axis=1), gap, num=num_bootstrap, seed=seed),
+        "head-tail gap of relative rank": bootstrap(
+            np.stack([relative, in_head.astype(float)], axis=1), gap, num=num_bootstrap, seed=seed
+        ),
     }
 
 
@@ -83,9 +88,19 @@ def over_runs(paths) -> tuple[list[list], list[dict]]:
         accuracy = (run.results.get("metrics", {}).get("ndcg@10") or {}).get("value")
         if measures is None or accuracy is None:
             continue
-        rank, distinct = measures["effective rank"]["value"], measures["distinct top-10 lists per user"]["value"]
+        rank, distinct = (
+            measures["effective rank"]["value"],
+            measures["distinct top-10 lists per user"]["value"],
+        )
         rows.append([run.label, run.setting("model.lora.r"), accuracy, rank, distinct])
-        points.append({"x": rank, "y": accuracy, "label": run.label, "series": f"LoRA r = {run.setting('model.lora.r')}"})
+        points.append(
+            {
+                "x": rank,
+                "y": accuracy,
+                "label": run.label,
+                "series": f"LoRA r = {run.setting('model.lora.r')}",
+            }
+        )
     return rows, points
 
 
@@ -101,7 +116,9 @@ def run(context: AuditContext) -> dict:
         f"{distinct:.0%} of the users' top-10 sets are distinct; tail targets rank {gap.text()} of the catalogue below head targets."
     )
     sigma = np.linalg.svd(centred(scores), compute_uv=False)
-    broken = np.linalg.svd(shuffled_columns(centred(scores), np.random.default_rng(options.seed)), compute_uv=False)
+    broken = np.linalg.svd(
+        shuffled_columns(centred(scores), np.random.default_rng(options.seed)), compute_uv=False
+    )
     count = min(len(sigma), 40)
     figures = [
         {
@@ -111,7 +128,11 @@ def run(context: AuditContext) -> dict:
             "y_label": "share of the sum",
             "caption": "A steep start is few directions shared by all users; the control has the same columns, permuted.",
             "series": [
-                {"name": name, "x": list(range(1, count + 1)), "y": values[:count] / values.sum() if values.sum() else values[:count]}
+                {
+                    "name": name,
+                    "x": list(range(1, count + 1)),
+                    "y": values[:count] / values.sum() if values.sum() else values[:count],
+                }
                 for name, values in (("this model", sigma), ("control", broken))
             ],
         }
@@ -128,7 +149,10 @@ def run(context: AuditContext) -> dict:
                 "caption": "Runs up and to the right are accurate and personal; colours are LoRA ranks.",
             }
         )
-    table = {"columns": ["measure", "value", "low", "high"], "rows": [[n, e.value, e.low, e.high] for n, e in found.items()]}
+    table = {
+        "columns": ["measure", "value", "low", "high"],
+        "rows": [[n, e.value, e.low, e.high] for n, e in found.items()],
+    }
     return result(
         TITLE,
         QUESTION,
@@ -144,4 +168,6 @@ def run(context: AuditContext) -> dict:
     )
 
 
-AUDIT = Audit("dimensionality", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS)))
+AUDIT = Audit(
+    "dimensionality", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS))
+)

@@ -41,7 +41,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})", "evaluate the run again: python -m eval.run --run RUN_DIR") from None
+        raise UserError(
+            f"{path}: cannot be read ({error})", "evaluate the run again: python -m eval.run --run RUN_DIR"
+        ) from None
 
 
 def find_evaluation(folder: Path) -> Path:
@@ -58,7 +60,10 @@ def find_evaluation(folder: Path) -> Path:
         if not p.parent.name.endswith("-base")
     ]
     if not found:
-        raise UserError(f"{folder} holds no evaluation (no results.json)", f"evaluate it first: python -m eval.run --run {folder}")
+        raise UserError(
+            f"{folder} holds no evaluation (no results.json)",
+            f"evaluate it first: python -m eval.run --run {folder}",
+        )
     return found[-1]
 
 
@@ -71,14 +76,17 @@ def load_evaluations(paths: Sequence[str | Path], at_least: int) -> list[Evaluat
     folders = list(dict.fromkeys(find_evaluation(Path(p)).resolve() for p in paths))
     if len(folders) < at_least:
         raise UserError(
-            f"{len(folders)} folder(s) given, this audit compares at least {at_least}", "give --runs DIR DIR ... of evaluated runs"
+            f"{len(folders)} folder(s) given, this audit compares at least {at_least}",
+            "give --runs DIR DIR ... of evaluated runs",
         )
     found = []
     for folder, label in zip(folders, _labels(folders)):
         try:
             results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder}/results.json: cannot be read ({error})", "evaluate the run again") from None
+            raise UserError(
+                f"{folder}/results.json: cannot be read ({error})", "evaluate the run again"
+            ) from None
         found.append(Evaluation(folder, label, results))
     return found
 
@@ -100,4 +108,7 @@ def needs_runs(context, at_least: int) -> tuple[str, str] | None:
     """For Audit.lacks: whether --runs names enough folders."""
     if len(context.options.runs) >= at_least:
         return None
-    return f"it compares at least {at_least} runs, --runs names {len(context.options.runs)}", "give --runs DIR DIR ... of evaluated runs"
+    return (
+        f"it compares at least {at_least} runs, --runs names {len(context.options.runs)}",
+        "give --runs DIR DIR ... of evaluated runs",
+    )

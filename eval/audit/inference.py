@@ -31,11 +31,19 @@ class Estimate:
     def text(self, digits: int = 3) -> str:
         """`0.41 [0.30, 0.52]`, and says so when the interval spans the null value."""
         plain = f"{self.value:.{digits}g} [{self.low:.{digits}g}, {self.high:.{digits}g}]"
-        return plain + (f" (the interval spans {self.null:g})" if self.null is not None and self.spans_null else "")
+        return plain + (
+            f" (the interval spans {self.null:g})" if self.null is not None and self.spans_null else ""
+        )
 
     def as_dict(self) -> dict[str, float | int | None]:
         keep = lambda x: float(x) if x is not None and np.isfinite(x) else None  # noqa: E731
-        return {"value": keep(self.value), "ci_low": keep(self.low), "ci_high": keep(self.high), "n": self.n, "null": keep(self.null)}
+        return {
+            "value": keep(self.value),
+            "ci_low": keep(self.low),
+            "ci_high": keep(self.high),
+            "n": self.n,
+            "null": keep(self.null),
+        }
 
 
 def bootstrap(
@@ -62,14 +70,19 @@ def bootstrap(
     if statistic is None:
         value, replicates = np.mean(rows, axis=0), rows[draws].mean(axis=1)
     else:
-        value, replicates = np.asarray(statistic(rows), float), np.array([statistic(rows[d]) for d in draws], dtype=float)
+        value, replicates = (
+            np.asarray(statistic(rows), float),
+            np.array([statistic(rows[d]) for d in draws], dtype=float),
+        )
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     if np.ndim(value) == 0:
         return _estimate(float(value), replicates, tails, n, null)
     return [_estimate(float(v), replicates[:, j], tails, n, null) for j, v in enumerate(value)]
 
 
-def _estimate(value: float, replicates: np.ndarray, tails: list[float], n: int, null: float | None) -> Estimate:
+def _estimate(
+    value: float, replicates: np.ndarray, tails: list[float], n: int, null: float | None
+) -> Estimate:
     finite = replicates[np.isfinite(replicates)]
     low, high = np.quantile(finite, tails) if len(finite) else (np.nan, np.nan)
     return Estimate(value, float(low), float(high), n, null)

@@ -19,7 +19,7 @@ from eval.audit.context import Audit, AuditContext, Cost, result
 from eval.audit.inference import Estimate, bootstrap
 from eval.audit.sensitivity import stands_in
 from eval.metrics.calibration import TEMPERATURES, log_sums, lowest
-from gdrt_ds.corpus import Sample
+from gdrt_ds.data.corpus import Sample
 
 TITLE = "Information about the target"
 QUESTION = "How much do the scores know about the next item, and does that come from the user's history?"
@@ -27,7 +27,9 @@ DEFAULT_USERS = 64
 EFFECT = "known through the history"
 
 
-def side_curves(scores: np.ndarray, targets: np.ndarray, clean: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def side_curves(
+    scores: np.ndarray, targets: np.ndarray, clean: np.ndarray, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """-ln p_T(target of u) with u's own history, averaged over all clean partners' histories, and with one of them: float64 [U, T] each.
 
     Args:
@@ -37,9 +39,13 @@ def side_curves(scores: np.ndarray, targets: np.ndarray, clean: np.ndarray, seed
     normalisers = np.stack([log_sums(row) for row in scores])  # [v, T]
     sides: tuple[list, list, list] = ([], [], [])
     for u, target in enumerate(targets):
-        curves = normalisers - scores[:, target, None] / TEMPERATURES  # [v, T]: u's target behind the history of every v
+        curves = (
+            normalisers - scores[:, target, None] / TEMPERATURES
+        )  # [v, T]: u's target behind the history of every v
         partners = np.flatnonzero(clean[u])
-        for side, values in zip(sides, (curves[u], curves[partners].mean(axis=0), curves[rng.choice(partners)])):
+        for side, values in zip(
+            sides, (curves[u], curves[partners].mean(axis=0), curves[rng.choice(partners)])
+        ):
             side.append(values)
     return tuple(np.stack(side) for side in sides)
 
@@ -51,7 +57,14 @@ def clean_pairs(samples: list[Sample]) -> np.ndarray:
     return np.where(found.any(axis=1, keepdims=True), found, other)
 
 
-def measure(own: np.ndarray, other: np.ndarray, one: np.ndarray, num_items: int, num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Estimate]:
+def measure(
+    own: np.ndarray,
+    other: np.ndarray,
+    one: np.ndarray,
+    num_items: int,
+    num_bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
     """own, other, one: [U, T] of side_curves. num_items: I."""
     at_one = int(np.argmin(np.abs(TEMPERATURES - 1)))
 
@@ -59,18 +72,45 @@ def measure(own: np.ndarray, other: np.ndarray, one: np.ndarray, num_items: int,
         means = rows.mean(axis=0).reshape(3, TEMPERATURES.size)
         (low_own, low_other, low_one), (t_own, t_other, _) = lowest(means)
         ceiling = np.log(num_items)
-        return np.array([low_other - low_own, ceiling - low_own, ceiling - low_other, low_other - low_one, low_own, means[0, at_one],
-                         means[1, at_one] - means[0, at_one], t_own, t_other])
+        return np.array(
+            [
+                low_other - low_own,
+                ceiling - low_own,
+                ceiling - low_other,
+                low_other - low_one,
+                low_own,
+                means[0, at_one],
+                means[1, at_one] - means[0, at_one],
+                t_own,
+                t_other,
+            ]
+        )
 
-    names = [(EFFECT, 0.0), ("known about the target", 0.0), ("known without the history", 0.0), ("control: one other user's history", 0.0),
-             ("calibrated NLL", None), ("NLL as scored", None), ("NLL as scored: other histories - own", 0.0), ("temperature", 1.0),
-             ("temperature, other histories", 1.0)]
-    found = bootstrap(np.concatenate([own, other, one], axis=1), statistic, null=None, num=num_bootstrap, seed=seed)
+    names = [
+        (EFFECT, 0.0),
+        ("known about the target", 0.0),
+        ("known without the history", 0.0),
+        ("control: one other user's history", 0.0),
+        ("calibrated NLL", None),
+        ("NLL as scored", None),
+        ("NLL as scored: other histories - own", 0.0),
+        ("temperature", 1.0),
+        ("temperature, other histories", 1.0),
+    ]
+    found = bootstrap(
+        np.concatenate([own, other, one], axis=1), statistic, null=None, num=num_bootstrap, seed=seed
+    )
     return {name: Estimate(e.value, e.low, e.high, e.n, null) for (name, null), e in zip(names, found)}
 
 
 def sureness(temperature: Estimate) -> str:
-    return "too sure" if temperature.low > 1 else "not sure enough" if temperature.high < 1 else "as sure as they should be"
+    return (
+        "too sure"
+        if temperature.low > 1
+        else "not sure enough"
+        if temperature.high < 1
+        else "as sure as they should be"
+    )
 
 
 def run(context: AuditContext) -> dict:
@@ -79,7 +119,11 @@ def run(context: AuditContext) -> dict:
     own, other, one = side_curves(scores, context.targets(samples), clean_pairs(samples), options.seed)
     num_items = scores.shape[1]
     found = measure(own, other, one, num_items, options.num_bootstrap, options.seed)
-    effect, known, control = found[EFFECT], found["known about the target"], found["control: one other user's history"]
+    effect, known, control = (
+        found[EFFECT],
+        found["known about the target"],
+        found["control: one other user's history"],
+    )
     finding = (
         f"Of the ln {num_items:,} = {np.log(num_items):.2f} nats that name a target, the scores give {known.text()} over {effect.n} users: "
         f"{effect.text()} through the user's history, {found['known without the history'].text()} without it. "
@@ -110,9 +154,14 @@ def run(context: AuditContext) -> dict:
         better="higher",
         speaks=not effect.low > 0,
         measures=found,
-        table={"columns": ["measure", "value", "low", "high"], "rows": [[n, e.value, e.low, e.high] for n, e in found.items()]},
+        table={
+            "columns": ["measure", "value", "low", "high"],
+            "rows": [[n, e.value, e.low, e.high] for n, e in found.items()],
+        },
         figures=[figure],
     )
 
 
-AUDIT = Audit("information", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS)))
+AUDIT = Audit(
+    "information", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS))
+)

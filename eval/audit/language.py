@@ -17,7 +17,7 @@ from eval.audit import attribution as attr
 from eval.audit.context import Audit, AuditContext, Cost, result
 from eval.audit.inference import Estimate, bootstrap, ndcg, target_ranks
 from eval.audit.sensitivity import partners
-from gdrt_ds.prompts import SEGMENTS
+from gdrt_ds.data.prompts import SEGMENTS
 
 TITLE = "Language bias: auxiliary against interaction tokens"
 QUESTION = "Does the target's probability hang on the prompt's words and the title's own beginning, or on the user's history?"
@@ -44,9 +44,18 @@ def measure(found: list[attr.Attribution], num_bootstrap: int, seed: int) -> dic
         strength = rows[:, :num_parts].sum(axis=0) / rows[:, num_parts].sum()
         size = rows[:, num_parts + 1 :].mean(axis=0)
         ratio = (strength[list(attr.AUXILIARY)].sum() + tiny) / (strength[attr.INTERACTION] + tiny)
-        return np.concatenate([strength, strength / max(strength.sum(), tiny), strength / np.maximum(size, tiny), [ratio, np.log2(ratio)]])
+        return np.concatenate(
+            [
+                strength,
+                strength / max(strength.sum(), tiny),
+                strength / np.maximum(size, tiny),
+                [ratio, np.log2(ratio)],
+            ]
+        )
 
-    values = bootstrap(np.hstack([sums, counts[:, None], sizes]), statistic, null=None, num=num_bootstrap, seed=seed)
+    values = bootstrap(
+        np.hstack([sums, counts[:, None], sizes]), statistic, null=None, num=num_bootstrap, seed=seed
+    )
     names = [f"{what}: {part}" for what in ("strength", "share", "density") for part in attr.PARTS] + [
         "auxiliary:interaction",
         "log2 ratio",
@@ -57,7 +66,9 @@ def measure(found: list[attr.Attribution], num_bootstrap: int, seed: int) -> dic
     return estimates
 
 
-def change(before: list[attr.Attribution], after: list[attr.Attribution], num_bootstrap: int, seed: int) -> Estimate:
+def change(
+    before: list[attr.Attribution], after: list[attr.Attribution], num_bootstrap: int, seed: int
+) -> Estimate:
     """Ratio after over ratio before, paired over users; null 1."""
     columns = []
     for found in (before, after):
@@ -79,7 +90,9 @@ def group_table(
     for group in sorted(set(groups.tolist())):
         members = groups == group
         value = bootstrap(nll[members], null=None, num=num_bootstrap, seed=seed)
-        accuracy = bootstrap(gain[members], null=None, num=num_bootstrap, seed=seed) if gain is not None else None
+        accuracy = (
+            bootstrap(gain[members], null=None, num=num_bootstrap, seed=seed) if gain is not None else None
+        )
         rows.append(
             [
                 f"group {group}",
@@ -97,7 +110,9 @@ def group_table(
         per_group = [rows[rows[:, 0] == g, 1].mean() for g in present if (rows[:, 0] == g).any()]
         return np.array([max(per_group), max(per_group) - min(per_group)])
 
-    worst, gap = bootstrap(np.stack([groups.astype(float), nll], axis=1), spread, null=None, num=num_bootstrap, seed=seed)
+    worst, gap = bootstrap(
+        np.stack([groups.astype(float), nll], axis=1), spread, null=None, num=num_bootstrap, seed=seed
+    )
     return rows, {"worst group NLL": worst, "relevance group NLL gap": gap}
 
 
@@ -107,20 +122,34 @@ def example_prompts(context: AuditContext, samples) -> list[dict]:
     tokenizer = encoder.tokenizer
     baseline = attr.baseline_token(tokenizer)
     for sample in samples:
-        encoded = encoder.encode([catalogue.text_of(i) for i in sample.history], catalogue.text_of(sample.target))
+        encoded = encoder.encode(
+            [catalogue.text_of(i) for i in sample.history], catalogue.text_of(sample.target)
+        )
         cut = len(encoded.input_ids) - encoded.num_target
         prompt, target = encoded.input_ids[:cut].tolist(), encoded.input_ids[cut:].tolist()
-        edges = np.flatnonzero((np.diff(encoded.segments[:cut]) != 0) | (np.diff(encoded.item_slot[:cut]) != 0)) + 1
+        edges = (
+            np.flatnonzero((np.diff(encoded.segments[:cut]) != 0) | (np.diff(encoded.item_slot[:cut]) != 0))
+            + 1
+        )
         bounds = [0, *edges.tolist(), cut]
         masks = [(np.arange(cut) >= low) & (np.arange(cut) < high) for low, high in zip(bounds, bounds[1:])]
         rows, labels = attr.attribution_rows(prompt, target, masks, baseline, prefix=False)
         losses = [found[OBJECTIVE] for found in context.losses(rows, "example prompts", labels)]
         tokens = [
-            {"text": tokenizer.decode(prompt[low:high]), "segment": SEGMENTS[encoded.segments[low]], "weight": float(weight)}
+            {
+                "text": tokenizer.decode(prompt[low:high]),
+                "segment": SEGMENTS[encoded.segments[low]],
+                "weight": float(weight),
+            }
             for low, high, weight in zip(bounds, bounds[1:], attr.effects_of(losses).sum(axis=1))
         ]
         tokens.append({"text": tokenizer.decode(target), "segment": "target"})
-        prompts.append({"title": f"user {sample.user_id}: log-probability of the target, {-losses[0].sum():.1f} nats", "tokens": tokens})
+        prompts.append(
+            {
+                "title": f"user {sample.user_id}: log-probability of the target, {-losses[0].sum():.1f} nats",
+                "tokens": tokens,
+            }
+        )
     return prompts
 
 
@@ -150,7 +179,9 @@ def run(context: AuditContext) -> dict:
     words = (
         "auxiliary tokens weigh more"
         if verdict.low > 0
-        else "neither side is shown to weigh more" if verdict.spans_null else "the history weighs more"
+        else "neither side is shown to weigh more"
+        if verdict.spans_null
+        else "the history weighs more"
     )
     finding = f"Auxiliary to interaction attribution is {ratio.text()} over {ratio.n} users ({words}){before_after}."
     nll = np.array([a.loss.sum() for a in found])
@@ -182,7 +213,10 @@ def run(context: AuditContext) -> dict:
             "percent": True,
             "categories": list(models),
             "caption": "Shares of feature-ablation attribution; the history is the only part that differs between users.",
-            "series": [{"name": part, "values": [m[f"share: {part}"].value for m in models.values()]} for part in attr.PARTS],
+            "series": [
+                {"name": part, "values": [m[f"share: {part}"].value for m in models.values()]}
+                for part in attr.PARTS
+            ],
         },
         {
             "kind": "tokens",
@@ -224,17 +258,25 @@ def run(context: AuditContext) -> dict:
         measures=measures,
         table={"columns": columns, "rows": rows},
         figures=figures,
-        relevance_groups={"columns": ["group", "users", "NLL", "low", "high", "NDCG@10", "low", "high"], "rows": group_rows},
+        relevance_groups={
+            "columns": ["group", "users", "NLL", "low", "high", "NDCG@10", "low", "high"],
+            "rows": group_rows,
+        },
     )
 
 
-def _relevance(context: AuditContext, samples, nll: np.ndarray, measures: dict, settings: dict) -> tuple[list, str]:
+def _relevance(
+    context: AuditContext, samples, nll: np.ndarray, measures: dict, settings: dict
+) -> tuple[list, str]:
     if context.subject.group_of_entry is None:
         return [], " Relevance groups: the run has no relevance table."
     targets = context.targets(samples)
     scores = context.scores([s.history for s in samples], "catalogue scores")
     rows, spread = group_table(
-        context.subject.group_of_entry[targets], -scores[np.arange(len(targets)), targets], ndcg(target_ranks(scores, targets)), **settings
+        context.subject.group_of_entry[targets],
+        -scores[np.arange(len(targets)), targets],
+        ndcg(target_ranks(scores, targets)),
+        **settings,
     )
     measures |= spread
     return (
@@ -246,7 +288,10 @@ def _relevance(context: AuditContext, samples, nll: np.ndarray, measures: dict, 
 def cost(context: AuditContext) -> Cost:
     users = context.num_users(DEFAULT_USERS)
     passes = (len(attr.PARTS) + 1) * users * (3 if context.has_adapter else 2) + EXAMPLES * 20
-    return Cost(losses=passes, scorings=context.unscored(DEFAULT_USERS) if context.subject.group_of_entry is not None else 0)
+    return Cost(
+        losses=passes,
+        scorings=context.unscored(DEFAULT_USERS) if context.subject.group_of_entry is not None else 0,
+    )
 
 
 AUDIT = Audit("language", TITLE, QUESTION, run, cost)

@@ -16,10 +16,18 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from eval.audit.context import Audit, AuditContext, Cost, result
-from eval.audit.inference import Estimate, bootstrap, ndcg, permutation_p, probabilities, target_ranks, top_lists
+from eval.audit.inference import (
+    Estimate,
+    bootstrap,
+    ndcg,
+    permutation_p,
+    probabilities,
+    target_ranks,
+    top_lists,
+)
 from eval.audit.sensitivity import partners
 from eval.metrics.robustness import jaccard, rank_biased_overlap
-from gdrt_ds.corpus import Sample
+from gdrt_ds.data.corpus import Sample
 
 TITLE = "Order of the history"
 QUESTION = "Does the order of the history change the list, and which places count most?"
@@ -31,23 +39,40 @@ def agreement(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     k = min(DEPTH, len(first))
     lists = top_lists(np.stack([first, second]), k).tolist()
     tau = kendalltau(first, second).statistic
-    return np.array([tau if np.isfinite(tau) else 1.0, rank_biased_overlap(*lists), jaccard(lists[0][:10], lists[1][:10])])
+    return np.array(
+        [tau if np.isfinite(tau) else 1.0, rank_biased_overlap(*lists), jaccard(lists[0][:10], lists[1][:10])]
+    )
 
 
 def measure_orders(
-    true: np.ndarray, permuted: np.ndarray, other: np.ndarray, targets: np.ndarray, num_bootstrap: int, seed: int
+    true: np.ndarray,
+    permuted: np.ndarray,
+    other: np.ndarray,
+    targets: np.ndarray,
+    num_bootstrap: int,
+    seed: int,
 ) -> dict[str, Estimate]:
     """Scores of the true order [U, I], of P orders [U, P, I] and of another user's history [U, I]."""
     users, count, _ = permuted.shape
-    orders = np.array([[agreement(true[u], permuted[u, p]) for p in range(count)] for u in range(users)]).mean(axis=1)
+    orders = np.array(
+        [[agreement(true[u], permuted[u, p]) for p in range(count)] for u in range(users)]
+    ).mean(axis=1)
     others = np.array([agreement(true[u], other[u]) for u in range(users)])
     gains = np.stack([ndcg(target_ranks(permuted[:, p], targets)) for p in range(count)], axis=1)
     settings = {"null": None, "num": num_bootstrap, "seed": seed}
-    found = {f"{name}, other orders": bootstrap(orders[:, j], **settings) for j, name in enumerate(("Kendall tau", "RBO", "Jaccard@10"))}
-    found |= {f"{name}, another user": bootstrap(others[:, j], **settings) for j, name in enumerate(("Kendall tau", "RBO", "Jaccard@10"))}
+    found = {
+        f"{name}, other orders": bootstrap(orders[:, j], **settings)
+        for j, name in enumerate(("Kendall tau", "RBO", "Jaccard@10"))
+    }
+    found |= {
+        f"{name}, another user": bootstrap(others[:, j], **settings)
+        for j, name in enumerate(("Kendall tau", "RBO", "Jaccard@10"))
+    }
     found["NDCG@10 spread over orders"] = bootstrap(gains.std(axis=1), **settings)
     change = bootstrap(
-        np.stack([1 - orders[:, 1], 1 - others[:, 1]], axis=1), lambda r: r[:, 0].mean() / max(r[:, 1].mean(), 1e-12), **settings
+        np.stack([1 - orders[:, 1], 1 - others[:, 1]], axis=1),
+        lambda r: r[:, 0].mean() / max(r[:, 1].mean(), 1e-12),
+        **settings,
     )
     found["change by order / change by another user (1 - RBO)"] = change
     return found
@@ -58,16 +83,28 @@ def spread(curve: np.ndarray) -> float:
     return float((curve.max() - curve.min()) / curve.mean()) if curve.mean() > 1e-12 else 0.0
 
 
-def measure_probe(influence: np.ndarray, num_bootstrap: int, seed: int) -> tuple[Estimate, float, np.ndarray, list[Estimate]]:
+def measure_probe(
+    influence: np.ndarray, num_bootstrap: int, seed: int
+) -> tuple[Estimate, float, np.ndarray, list[Estimate]]:
     """Influence [U, S] -> spread (null = mean of permuted slots), p, null values, the curve with intervals."""
     rng = np.random.default_rng(seed)
     null = np.array([spread(rng.permuted(influence, axis=1).mean(axis=0)) for _ in range(PERMUTATIONS)])
-    observed = bootstrap(influence, lambda rows: spread(rows.mean(axis=0)), null=float(null.mean()), num=num_bootstrap, seed=seed)
-    curve = [bootstrap(influence[:, s], null=None, num=num_bootstrap, seed=seed) for s in range(influence.shape[1])]
+    observed = bootstrap(
+        influence,
+        lambda rows: spread(rows.mean(axis=0)),
+        null=float(null.mean()),
+        num=num_bootstrap,
+        seed=seed,
+    )
+    curve = [
+        bootstrap(influence[:, s], null=None, num=num_bootstrap, seed=seed) for s in range(influence.shape[1])
+    ]
     return observed, permutation_p(observed.value, null), null, curve
 
 
-def probe_histories(context: AuditContext, samples: list[Sample]) -> tuple[list[list[tuple[str, ...]]], list[tuple[str, ...]]]:
+def probe_histories(
+    context: AuditContext, samples: list[Sample]
+) -> tuple[list[list[tuple[str, ...]]], list[tuple[str, ...]]]:
     """Per user the history with the probe at SLOTS places, oldest first, and without it. The oldest item makes room: the length stays."""
     rng = np.random.default_rng([context.options.seed, 3])
     order = np.argsort(-context.popularity, kind="stable")
@@ -78,7 +115,9 @@ def probe_histories(context: AuditContext, samples: list[Sample]) -> tuple[list[
         candidates = [i for i in head if context.catalogue.index_of[i] not in used] or head
         probe = candidates[int(rng.integers(len(candidates)))]
         rest = sample.history[1:]
-        moved.append([rest[:s] + (probe,) + rest[s:] for s in np.linspace(0, len(rest), SLOTS).round().astype(int)])
+        moved.append(
+            [rest[:s] + (probe,) + rest[s:] for s in np.linspace(0, len(rest), SLOTS).round().astype(int)]
+        )
         without.append(rest)
     return moved, without
 
@@ -86,18 +125,33 @@ def probe_histories(context: AuditContext, samples: list[Sample]) -> tuple[list[
 def run(context: AuditContext) -> dict:
     options, samples = context.options, eligible(context)
     rng = np.random.default_rng([options.seed, 2])
-    orders = [[tuple(s.history[i] for i in rng.permutation(len(s.history))) for _ in range(options.permutations)] for s in samples]
+    orders = [
+        [tuple(s.history[i] for i in rng.permutation(len(s.history))) for _ in range(options.permutations)]
+        for s in samples
+    ]
     moved, without = probe_histories(context, samples)
     other = [samples[p].history for p in partners(samples, 1)]
     histories = (
-        [s.history for s in samples] + [h for group in orders for h in group] + other + [h for group in moved for h in group] + without
+        [s.history for s in samples]
+        + [h for group in orders for h in group]
+        + other
+        + [h for group in moved for h in group]
+        + without
     )
     scores, users = context.scores(histories, "orders of the history"), len(samples)
     true, rest = scores[:users], scores[users:]
-    permuted, rest = rest[: users * options.permutations].reshape(users, options.permutations, -1), rest[users * options.permutations :]
-    found = measure_orders(true, permuted, rest[:users], context.targets(samples), options.num_bootstrap, options.seed)
+    permuted, rest = (
+        rest[: users * options.permutations].reshape(users, options.permutations, -1),
+        rest[users * options.permutations :],
+    )
+    found = measure_orders(
+        true, permuted, rest[:users], context.targets(samples), options.num_bootstrap, options.seed
+    )
     rest = probabilities(rest[users:])
-    influence = np.abs(rest[: users * SLOTS].reshape(users, SLOTS, -1) - rest[users * SLOTS :][:, None]).sum(axis=2) / 2
+    influence = (
+        np.abs(rest[: users * SLOTS].reshape(users, SLOTS, -1) - rest[users * SLOTS :][:, None]).sum(axis=2)
+        / 2
+    )
     effect, p, null, curve = measure_probe(influence, options.num_bootstrap, options.seed)
     found["probe: spread over slots"] = effect
     speaks = p <= 0.05
@@ -134,7 +188,10 @@ def run(context: AuditContext) -> dict:
             }
         ],
     }
-    table = {"columns": ["measure", "value", "low", "high"], "rows": [[name, e.value, e.low, e.high] for name, e in found.items()]}
+    table = {
+        "columns": ["measure", "value", "low", "high"],
+        "rows": [[name, e.value, e.low, e.high] for name, e in found.items()],
+    }
     return result(
         TITLE,
         QUESTION,
@@ -144,7 +201,7 @@ def run(context: AuditContext) -> dict:
         better=None,
         speaks=speaks,
         measures=found,
-        control=f"slots permuted within users: spread {null.mean():.3g} (95 % below {np.quantile(null, .95):.3g}); another "
+        control=f"slots permuted within users: spread {null.mean():.3g} (95 % below {np.quantile(null, 0.95):.3g}); another "
         f"user's history keeps "
         f"{found['Jaccard@10, another user'].text()} of the top 10",
         table=table,
@@ -159,7 +216,11 @@ def eligible(context: AuditContext) -> list[Sample]:
 
 def lacks(context: AuditContext) -> tuple[str, str] | None:
     ordered = {s.user_id for s in context.subject.samples if len(s.history) >= MIN_HISTORY}
-    return None if len(ordered) > 1 else (f"fewer than 2 users have {MIN_HISTORY} or more history items", "choose another split")
+    return (
+        None
+        if len(ordered) > 1
+        else (f"fewer than 2 users have {MIN_HISTORY} or more history items", "choose another split")
+    )
 
 
 def cost(context: AuditContext) -> Cost:

@@ -12,7 +12,15 @@ from __future__ import annotations
 import numpy as np
 
 from eval.audit.context import Audit, AuditContext, Cost, result
-from eval.audit.inference import Estimate, bootstrap, exposure, least_squares, probabilities, spearman, top_lists
+from eval.audit.inference import (
+    Estimate,
+    bootstrap,
+    exposure,
+    least_squares,
+    probabilities,
+    spearman,
+    top_lists,
+)
 from eval.audit.title_prior import content_free_prompt, title_tokens
 
 TITLE = "Pretraining popularity"
@@ -34,7 +42,9 @@ def measure(
 
     def statistic(rows: np.ndarray) -> np.ndarray:
         betas, partial, _ = least_squares(rows[:, 1:], rows[:, 0])
-        return np.array([*betas[:2], *partial[:2], spearman(rows[:, 1], rows[:, 2]), spearman(rows[:, 1], rows[:, 0])])
+        return np.array(
+            [*betas[:2], *partial[:2], spearman(rows[:, 1], rows[:, 2]), spearman(rows[:, 1], rows[:, 0])]
+        )
 
     found = bootstrap(np.stack([log_exposure, *columns], axis=1), statistic, num=num_bootstrap, seed=seed)
     return dict(
@@ -142,7 +152,9 @@ def run(context: AuditContext) -> dict:
 
 
 def cost(context: AuditContext) -> Cost:
-    titles = sum(len(t) for t in title_tokens(context)) + len(context.catalogue) * len(content_free_prompt(context))
+    titles = sum(len(t) for t in title_tokens(context)) + len(context.catalogue) * len(
+        content_free_prompt(context)
+    )
     return Cost(scorings=context.unscored(DEFAULT_USERS), tokens=2 * titles)
 
 

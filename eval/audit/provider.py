@@ -33,12 +33,24 @@ def shares(values: np.ndarray, provider_of: np.ndarray, num: int) -> np.ndarray:
 
 
 def measure(
-    rows: np.ndarray, popularity: np.ndarray, provider_of: np.ndarray, num_bootstrap: int = 1000, seed: int = 0
+    rows: np.ndarray,
+    popularity: np.ndarray,
+    provider_of: np.ndarray,
+    num_bootstrap: int = 1000,
+    seed: int = 0,
 ) -> tuple[dict[str, Estimate], float, np.ndarray]:
     """Exposure rows [U, I] -> estimates, permutation p, null values of D [PERMUTATIONS]."""
     num = int(provider_of.max()) + 1
-    by_provider = np.stack([np.bincount(provider_of[provider_of >= 0], weights=row[provider_of >= 0], minlength=num) for row in rows])
-    reference, catalogue = shares(popularity, provider_of, num), shares(np.ones(len(popularity)), provider_of, num)
+    by_provider = np.stack(
+        [
+            np.bincount(provider_of[provider_of >= 0], weights=row[provider_of >= 0], minlength=num)
+            for row in rows
+        ]
+    )
+    reference, catalogue = (
+        shares(popularity, provider_of, num),
+        shares(np.ones(len(popularity)), provider_of, num),
+    )
 
     def statistic(sample: np.ndarray) -> np.ndarray:
         mean = sample.mean(axis=0)
@@ -53,10 +65,18 @@ def measure(
         null.append(np.abs(shares(mean, shuffled, num) - shares(popularity, shuffled, num)).sum())
     null = np.array(null)
     excess = Estimate(
-        interactions.value - null.mean(), interactions.low - null.mean(), interactions.high - null.mean(), interactions.n, 0.0
+        interactions.value - null.mean(),
+        interactions.low - null.mean(),
+        interactions.high - null.mean(),
+        interactions.n,
+        0.0,
     )
     return (
-        {"L1 to interaction share": interactions, "L1 to catalogue share": items, "excess over permuted labels": excess},
+        {
+            "L1 to interaction share": interactions,
+            "L1 to catalogue share": items,
+            "excess over permuted labels": excess,
+        },
         permutation_p(interactions.value, null),
         null,
     )
@@ -67,9 +87,15 @@ def run(context: AuditContext) -> dict:
     names = sorted({str(e.provider) for e in entries if e.provider})
     provider_of = np.array([names.index(str(e.provider)) if e.provider else -1 for e in entries])
     _, scores = context.matrix(DEFAULT_USERS)
-    rows, popularity = discounted(top_lists(scores, min(K, scores.shape[1])), scores.shape[1]), context.popularity
+    rows, popularity = (
+        discounted(top_lists(scores, min(K, scores.shape[1])), scores.shape[1]),
+        context.popularity,
+    )
     found, p, null = measure(rows, popularity, provider_of, options.num_bootstrap, options.seed)
-    shown, chosen = shares(rows.mean(axis=0), provider_of, len(names)), shares(popularity, provider_of, len(names))
+    shown, chosen = (
+        shares(rows.mean(axis=0), provider_of, len(names)),
+        shares(popularity, provider_of, len(names)),
+    )
     order = np.argsort(-np.abs(shown - chosen))[:SHOWN]
     excess = found["excess over permuted labels"]
     speaks = p <= 0.05 and not excess.spans_null
@@ -86,25 +112,37 @@ def run(context: AuditContext) -> dict:
         "percent": True,
         "categories": [names[i] for i in order],
         "caption": "A provider is favoured where exposure is above its share of the choices.",
-        "series": [{"name": "exposure", "values": shown[order]}, {"name": "share of train interactions", "values": chosen[order]}],
+        "series": [
+            {"name": "exposure", "values": shown[order]},
+            {"name": "share of train interactions", "values": chosen[order]},
+        ],
     }
     return result(
         TITLE,
         QUESTION,
         finding=finding,
-        control=f"provider labels permuted over items: L1 {null.mean():.3g} (95 % below {np.quantile(null, .95):.3g})",
+        control=f"provider labels permuted over items: L1 {null.mean():.3g} (95 % below {np.quantile(null, 0.95):.3g})",
         effect=excess,
         effect_name="L1 to interaction share beyond permuted labels",
         speaks=speaks,
         measures=found,
-        table={"columns": ["provider", "exposure", "share of choices"], "rows": [[names[i], shown[i], chosen[i]] for i in order]},
+        table={
+            "columns": ["provider", "exposure", "share of choices"],
+            "rows": [[names[i], shown[i], chosen[i]] for i in order],
+        },
         figures=[figure],
     )
 
 
 def lacks(context: AuditContext) -> tuple[str, str] | None:
     known = {e.provider for e in context.catalogue.entries if e.provider}
-    return None if len(known) > 1 else ("the catalogue names no providers", "give the item table a provider column")
+    return (
+        None
+        if len(known) > 1
+        else ("the catalogue names no providers", "give the item table a provider column")
+    )
 
 
-AUDIT = Audit("provider", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS)), lacks)
+AUDIT = Audit(
+    "provider", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS)), lacks
+)

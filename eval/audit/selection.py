@@ -55,7 +55,9 @@ def fit_tower(log_mass: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         logits, prior = log_mass + b, np.log(share) + b
         total, prior_total = np.logaddexp.reduce(logits, axis=1), np.logaddexp.reduce(prior)
         value = total.sum() - counts @ b + num * (prior_total - share @ b)
-        gradient = np.exp(logits - total[:, None]).sum(axis=0) - counts + num * (np.exp(prior - prior_total) - share)
+        gradient = (
+            np.exp(logits - total[:, None]).sum(axis=0) - counts + num * (np.exp(prior - prior_total) - share)
+        )
         return float(value), gradient
 
     b = minimize(loss, np.zeros(num), jac=True, method="L-BFGS-B", bounds=[(-12, 12)] * num).x
@@ -95,7 +97,14 @@ def measure(fit, slots: np.ndarray, rank: np.ndarray, num_bootstrap: int, seed: 
         return np.array([*plain, *weighed, *(weighed - plain)])
 
     values = bootstrap(columns, metrics, num=num_bootstrap, seed=seed)
-    names = ["HR@10", "NDCG@10", "HR@10, inverse propensity", "NDCG@10, inverse propensity", "HR@10, change", "NDCG@10, change"]
+    names = [
+        "HR@10",
+        "NDCG@10",
+        "HR@10, inverse propensity",
+        "NDCG@10, inverse propensity",
+        "HR@10, change",
+        "NDCG@10, change",
+    ]
     return {"tower": tower, **dict(zip(names, values))}
 
 
@@ -117,7 +126,10 @@ def run(context: AuditContext) -> dict:
         slot_of_target = slots[targets]
         log_mass = slot_mass(scores, slots)
         fit = lambda rows: fit_tower(log_mass[rows], slot_of_target[rows])  # noqa: E731
-        permuted = [fit_tower(slot_mass(scores, s), s[targets]) for s in (rng.permutation(slots) for _ in range(PERMUTATIONS))]
+        permuted = [
+            fit_tower(slot_mass(scores, s), s[targets])
+            for s in (rng.permutation(slots) for _ in range(PERMUTATIONS))
+        ]
         source = "the slots of a most-popular list, since the logs name none"
         names = [f"slot {s + 1} ({int((slots == s).sum())} items)" for s in range(int(slots.max()) + 1)]
     found = measure(fit, slot_of_target, rank, options.num_bootstrap, options.seed)
@@ -140,7 +152,9 @@ def run(context: AuditContext) -> dict:
         "legend": False,
         "categories": names[: len(tower)],
         "caption": "Above zero: chosen more often than the main score says, as if the slot itself drew choices.",
-        "series": [{"name": "b", "values": b, "low": [t.low for t in tower], "high": [t.high for t in tower]}],
+        "series": [
+            {"name": "b", "values": b, "low": [t.low for t in tower], "high": [t.high for t in tower]}
+        ],
     }
     rows = [[n, e.value, e.low, e.high] for n, e in [*zip(names, tower), *found.items()]]
     return result(
@@ -150,7 +164,7 @@ def run(context: AuditContext) -> dict:
         effect=effect,
         effect_name="log-odds term of the top slot",
         speaks=speaks,
-        control=f"slots permuted: spread {null.mean():.3g} (95 % below {np.quantile(null, .95):.3g}), here {b.std():.3g}",
+        control=f"slots permuted: spread {null.mean():.3g} (95 % below {np.quantile(null, 0.95):.3g}), here {b.std():.3g}",
         measures={**found, "b: top slot": effect},
         table={"columns": ["slot or metric", "value", "low", "high"], "rows": rows},
         figures=[figure],
@@ -170,4 +184,6 @@ def labelled(samples) -> str | None:
     return None
 
 
-AUDIT = Audit("selection", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS)))
+AUDIT = Audit(
+    "selection", TITLE, QUESTION, run, lambda context: Cost(scorings=context.unscored(DEFAULT_USERS))
+)

@@ -12,7 +12,7 @@ import numpy as np
 from eval.audit.context import Audit, AuditContext, Cost, result
 from eval.audit.inference import Estimate, bootstrap
 from eval.audit.target_loss import TargetNll, target_nll
-from gdrt_ds.corpus import Sample
+from gdrt_ds.data.corpus import Sample
 
 TITLE = "History sensitivity"
 QUESTION = "Does the model read the user's history, or does the prompt alone decide?"
@@ -22,7 +22,11 @@ VARIANTS = ("true history", "swapped history", "no history", "no instruction", "
 
 def stands_in(other: Sample, sample: Sample) -> bool:
     """Whether the history of `other` can replace that of `sample`: another user, another history, and the target is not in it."""
-    return other.user_id != sample.user_id and sample.target not in other.history and other.history != sample.history
+    return (
+        other.user_id != sample.user_id
+        and sample.target not in other.history
+        and other.history != sample.history
+    )
 
 
 def partners(samples: list[Sample], shift: int) -> list[int]:
@@ -58,7 +62,9 @@ def measure(nll: dict[str, np.ndarray], num_bootstrap: int, seed: int) -> dict[s
     found = {name: bootstrap(values, null=None, num=num_bootstrap, seed=seed) for name, values in nll.items()}
     for name in ("swapped history", "no history", "no instruction"):
         found[f"{name} - true"] = bootstrap(nll[name] - nll["true history"], num=num_bootstrap, seed=seed)
-    found["control: second swap - swapped"] = bootstrap(nll["second swap"] - nll["swapped history"], num=num_bootstrap, seed=seed)
+    found["control: second swap - swapped"] = bootstrap(
+        nll["second swap"] - nll["swapped history"], num=num_bootstrap, seed=seed
+    )
     return found
 
 
@@ -76,13 +82,19 @@ def run(context: AuditContext) -> dict:
     losses = losses_of(context, samples)
     options = context.options
     both = {
-        objective: measure({n: getattr(v, objective) for n, v in losses.items()}, options.num_bootstrap, options.seed)
+        objective: measure(
+            {n: getattr(v, objective) for n, v in losses.items()}, options.num_bootstrap, options.seed
+        )
         for objective in ("renormalised", "full")
     }
     found = both["renormalised"]
     effect = found["swapped history - true"]
     verdict = (
-        "the history is read" if effect.low > 0 else "no use of the history is shown" if effect.spans_null else "the true history misleads"
+        "the history is read"
+        if effect.low > 0
+        else "no use of the history is shown"
+        if effect.spans_null
+        else "the true history misleads"
     )
     finding = (
         f"Another user's history changes the target's NLL by {effect.text()} nats over {effect.n} users ({verdict}); "
@@ -94,12 +106,21 @@ def run(context: AuditContext) -> dict:
             *(
                 cell
                 for objective in ("renormalised", "full")
-                for cell in (both[objective][name].value, both[objective][name].low, both[objective][name].high)
+                for cell in (
+                    both[objective][name].value,
+                    both[objective][name].low,
+                    both[objective][name].high,
+                )
             ),
         ]
         for name in found
     ]
-    bars = ["swapped history - true", "no history - true", "no instruction - true", "control: second swap - swapped"]
+    bars = [
+        "swapped history - true",
+        "no history - true",
+        "no instruction - true",
+        "control: second swap - swapped",
+    ]
     figure = {
         "kind": "bar",
         "title": "What the target's NLL pays without its context",
@@ -128,9 +149,26 @@ def run(context: AuditContext) -> dict:
         better="higher",
         speaks=not effect.low > 0,
         measures={**found, **{f"full: {k}": v for k, v in both["full"].items()}},
-        table={"columns": ["prompt", "NLL over the catalogue", "low", "high", "NLL over the vocabulary", "low", "high"], "rows": rows},
+        table={
+            "columns": [
+                "prompt",
+                "NLL over the catalogue",
+                "low",
+                "high",
+                "NLL over the vocabulary",
+                "low",
+                "high",
+            ],
+            "rows": rows,
+        },
         figures=[figure],
     )
 
 
-AUDIT = Audit("sensitivity", TITLE, QUESTION, run, lambda context: Cost(losses=len(VARIANTS) * context.num_users(DEFAULT_USERS)))
+AUDIT = Audit(
+    "sensitivity",
+    TITLE,
+    QUESTION,
+    run,
+    lambda context: Cost(losses=len(VARIANTS) * context.num_users(DEFAULT_USERS)),
+)

@@ -37,17 +37,29 @@ def environments(samples, targets: np.ndarray, popularity: np.ndarray) -> dict[s
     """Axis -> label of every user [U]; axes with a single label are left out."""
     axes: dict[str, np.ndarray] = {}
     if all(s.timestamp is not None for s in samples):
-        names = ["time 1 (first)"] + [f"time {i + 1}" for i in range(1, TIME_BINS - 1)] + [f"time {TIME_BINS} (last)"]
+        names = (
+            ["time 1 (first)"]
+            + [f"time {i + 1}" for i in range(1, TIME_BINS - 1)]
+            + [f"time {TIME_BINS} (last)"]
+        )
         axes["time"] = quantile_labels(np.array([s.timestamp for s in samples], float), TIME_BINS, names)
     rank = np.argsort(np.argsort(-popularity, kind="stable"), kind="stable") / len(popularity)
     axes["target popularity"] = np.array(
         [
-            "cold (not in train)" if popularity[t] == 0 else "head fifth" if rank[t] < 0.2 else "middle" if rank[t] < 0.5 else "tail half"
+            "cold (not in train)"
+            if popularity[t] == 0
+            else "head fifth"
+            if rank[t] < 0.2
+            else "middle"
+            if rank[t] < 0.5
+            else "tail half"
             for t in targets
         ]
     )
     axes["history length"] = quantile_labels(
-        np.array([len(s.history) for s in samples], float), 3, ["short history", "medium history", "long history"]
+        np.array([len(s.history) for s in samples], float),
+        3,
+        ["short history", "medium history", "long history"],
     )
     return {name: labels for name, labels in axes.items() if len(set(labels.tolist())) > 1}
 
@@ -84,7 +96,9 @@ def measure(
                 }
             )
     corrected, _ = holm([p for *_, p in tests.values()])
-    return rows, {axis: (value, null, float(p)) for (axis, (value, null, _)), p in zip(tests.items(), corrected)}
+    return rows, {
+        axis: (value, null, float(p)) for (axis, (value, null, _)), p in zip(tests.items(), corrected)
+    }
 
 
 def noisy(title: str) -> str:
@@ -102,15 +116,23 @@ def popularity_shift(targets: np.ndarray, popularity: np.ndarray, seed: int) -> 
     share = popularity / popularity.sum()
     distance = lambda t: np.abs(np.bincount(t, minlength=len(share)) / len(t) - share).sum() / 2  # noqa: E731
     rng = np.random.default_rng(seed)
-    null = np.array([distance(rng.choice(len(share), size=len(targets), p=share)) for _ in range(PERMUTATIONS)])
+    null = np.array(
+        [distance(rng.choice(len(share), size=len(targets), p=share)) for _ in range(PERMUTATIONS)]
+    )
     return float(distance(targets)), float(null.mean()), permutation_p(distance(targets), null)
 
 
 def noise_cost(context: AuditContext, samples, targets: np.ndarray) -> Estimate:
     """NLL with noisy titles minus clean, paired over users."""
     encoder, text = context.recommender.encoder, context.catalogue.text_of
-    prompts = [encoder.encode([change(text(i)) for i in s.history]).input_ids.tolist() for change in (str, noisy) for s in samples]
-    both = target_nll(context, prompts, np.tile(targets, 2), "noisy titles").renormalised.reshape(2, len(samples))
+    prompts = [
+        encoder.encode([change(text(i)) for i in s.history]).input_ids.tolist()
+        for change in (str, noisy)
+        for s in samples
+    ]
+    both = target_nll(context, prompts, np.tile(targets, 2), "noisy titles").renormalised.reshape(
+        2, len(samples)
+    )
     return bootstrap(both[1] - both[0], num=context.options.num_bootstrap, seed=context.options.seed)
 
 
@@ -119,7 +141,9 @@ def run(context: AuditContext) -> dict:
     samples, scores = context.matrix(DEFAULT_USERS)
     targets, popularity = context.targets(samples), context.popularity
     nll, gain = -scores[np.arange(len(samples)), targets], ndcg(target_ranks(scores, targets))
-    rows, tests = measure(nll, gain, environments(samples, targets, popularity), options.num_bootstrap, options.seed)
+    rows, tests = measure(
+        nll, gain, environments(samples, targets, popularity), options.num_bootstrap, options.seed
+    )
     noise = noise_cost(context, samples, targets)
     moved, drawn, moved_p = popularity_shift(targets, popularity, options.seed)
     solid = {r["name"]: r["nll"].value for r in rows if r["users"] > 1}
@@ -152,7 +176,17 @@ def run(context: AuditContext) -> dict:
         ],
     }
     table = [
-        [r["axis"], r["name"], r["users"], r["nll"].value, r["drop"].value, r["drop"].low, r["drop"].high, r["ndcg"].value] for r in rows
+        [
+            r["axis"],
+            r["name"],
+            r["users"],
+            r["nll"].value,
+            r["drop"].value,
+            r["drop"].low,
+            r["drop"].high,
+            r["ndcg"].value,
+        ]
+        for r in rows
     ]
     table.append(
         [
@@ -165,7 +199,8 @@ def run(context: AuditContext) -> dict:
         ]
     )
     control = "labels permuted over users: " + "; ".join(
-        f"{axis}: spread {value:.3g} against {null:.3g}, p = {p:.2g}" for axis, (value, null, p) in tests.items()
+        f"{axis}: spread {value:.3g} against {null:.3g}, p = {p:.2g}"
+        for axis, (value, null, p) in tests.items()
     )
     return result(
         TITLE,
@@ -177,7 +212,10 @@ def run(context: AuditContext) -> dict:
         control=control,
         measures={"worst environment": effect, "noisy titles, nats": noise},
         figures=[figure],
-        table={"columns": ["axis", "environment", "users", "NLL", "relative drop", "low", "high", "NDCG@10"], "rows": table},
+        table={
+            "columns": ["axis", "environment", "users", "NLL", "relative drop", "low", "high", "NDCG@10"],
+            "rows": table,
+        },
         axes=found_axes,
     )
 
@@ -187,5 +225,7 @@ AUDIT = Audit(
     TITLE,
     QUESTION,
     run,
-    lambda context: Cost(scorings=context.unscored(DEFAULT_USERS), losses=2 * context.num_users(DEFAULT_USERS)),
+    lambda context: Cost(
+        scorings=context.unscored(DEFAULT_USERS), losses=2 * context.num_users(DEFAULT_USERS)
+    ),
 )

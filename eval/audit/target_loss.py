@@ -15,8 +15,8 @@ from typing import Sequence
 import numpy as np
 import torch
 
-from gdrt_ds.catalogue import TokenTrie
-from gdrt_ds.prompt_cache import PromptReader
+from gdrt_ds.data.trie import TokenTrie
+from gdrt_ds.inference.prompt_reader import PromptReader
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class TargetNll:
     renormalised: np.ndarray
 
 
-def target_nll(context, prompts: Sequence[Sequence[int]], targets: Sequence[int], what: str = "target losses") -> TargetNll:
+def target_nll(
+    context, prompts: Sequence[Sequence[int]], targets: Sequence[int], what: str = "target losses"
+) -> TargetNll:
     """-log P(target | prompt) under both objectives.
 
     Args:
@@ -37,12 +39,17 @@ def target_nll(context, prompts: Sequence[Sequence[int]], targets: Sequence[int]
     encoder, entries = context.recommender.encoder, context.catalogue.entries
     rows = [(list(prompt), list(encoder.target_ids(entries[t].text))) for prompt, t in zip(prompts, targets)]
     found = context.losses(rows, what)
-    return TargetNll(np.array([f["full"].sum() for f in found]), np.array([f["renormalised"].sum() for f in found]))
+    return TargetNll(
+        np.array([f["full"].sum() for f in found]), np.array([f["renormalised"].sum() for f in found])
+    )
 
 
 @torch.inference_mode()
 def token_losses(
-    reader: PromptReader, trie: TokenTrie | None, rows: list[tuple[list[int], list[int]]], labels: list[list[int]] | None = None
+    reader: PromptReader,
+    trie: TokenTrie | None,
+    rows: list[tuple[list[int], list[int]]],
+    labels: list[list[int]] | None = None,
 ) -> list[dict[str, np.ndarray]]:
     """Losses per target token.
 
@@ -81,10 +88,19 @@ def _read_once(reader: PromptReader, tokens: list[int]):
     """Keys and values [1, K, P, D] per layer of a shared beginning."""
     count, device = len(tokens), reader.device
     causal = torch.ones(count, count, dtype=torch.bool, device=device).tril()[None]
-    return reader.run(torch.tensor([tokens], device=device), torch.arange(count, device=device)[None], causal, None, None, record=True)[1]
+    return reader.run(
+        torch.tensor([tokens], device=device),
+        torch.arange(count, device=device)[None],
+        causal,
+        None,
+        None,
+        record=True,
+    )[1]
 
 
-def _pass(reader: PromptReader, trie: TokenTrie | None, rows, labels, skip: int) -> list[dict[str, np.ndarray]]:
+def _pass(
+    reader: PromptReader, trie: TokenTrie | None, rows, labels, skip: int
+) -> list[dict[str, np.ndarray]]:
     device = reader.device
     sequences = [list(prompt) + list(target[:-1]) for prompt, target in rows]
     reader.check_length(max(map(len, sequences)))
@@ -104,7 +120,11 @@ def _pass(reader: PromptReader, trie: TokenTrie | None, rows, labels, skip: int)
     past_positions = torch.arange(skip, device=device)[None] if skip else None
     visible = torch.cat([own.new_ones(batch, width, skip), own], dim=2)
     hidden, _ = reader.run(tokens, positions, visible, past, past_positions)
-    places = [(row, len(prompt) - 1 - skip + t) for row, (prompt, _) in enumerate(rows) for t in range(len(labels[row]))]
+    places = [
+        (row, len(prompt) - 1 - skip + t)
+        for row, (prompt, _) in enumerate(rows)
+        for t in range(len(labels[row]))
+    ]
     index = torch.tensor(places, device=device)
     states = hidden[index[:, 0], index[:, 1]]  # [N, H]
     truth = torch.tensor([token for target in labels for token in target], device=device)
@@ -115,15 +135,25 @@ def _pass(reader: PromptReader, trie: TokenTrie | None, rows, labels, skip: int)
         logits = reader.rows.vocabulary_logits(states[start : start + step]).double()
         own_logit = logits.gather(1, truth[start : start + step, None])[:, 0]
         full.append((logits.logsumexp(1) - own_logit).cpu().numpy())
-        allowed = [torch.from_numpy(trie.token[trie.children(n)].astype(np.int64)).to(device) for n in nodes[start : start + step]]
+        allowed = [
+            torch.from_numpy(trie.token[trie.children(n)].astype(np.int64)).to(device)
+            for n in nodes[start : start + step]
+        ]
         if trie is not None:
             renormalised.append(
-                np.array([float(row[a].logsumexp(0) - own) if len(a) > 1 else 0.0 for row, a, own in zip(logits, allowed, own_logit)])
+                np.array(
+                    [
+                        float(row[a].logsumexp(0) - own) if len(a) > 1 else 0.0
+                        for row, a, own in zip(logits, allowed, own_logit)
+                    ]
+                )
             )
     bounds = np.cumsum([len(target) for target in labels])[:-1]
     if trie is None:
         return [{"full": f} for f in np.split(np.concatenate(full), bounds)]
     return [
         {"full": f, "renormalised": r}
-        for f, r in zip(np.split(np.concatenate(full), bounds), np.split(np.concatenate(renormalised), bounds))
+        for f, r in zip(
+            np.split(np.concatenate(full), bounds), np.split(np.concatenate(renormalised), bounds)
+        )
     ]

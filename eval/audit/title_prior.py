@@ -23,7 +23,9 @@ def content_free_prompt(context) -> list[int]:
 
 def title_tokens(context) -> list[list[int]]:
     """Target tokens of every entry without the terminator."""
-    return [list(context.recommender.encoder.target_ids(entry.text))[:-1] for entry in context.catalogue.entries]
+    return [
+        list(context.recommender.encoder.target_ids(entry.text))[:-1] for entry in context.catalogue.entries
+    ]
 
 
 def title_log_probs(context, which: str) -> np.ndarray:
@@ -31,24 +33,35 @@ def title_log_probs(context, which: str) -> np.ndarray:
     titles = title_tokens(context)
     prompt = content_free_prompt(context)
     if which == "base":
-        found = context.base().losses([(prompt, t) for t in titles], "title log-probabilities", full_only=True)
+        found = context.base().losses(
+            [(prompt, t) for t in titles], "title log-probabilities", full_only=True
+        )
         return -np.array([f["full"].sum() for f in found])
     from eval.audit.target_loss import token_losses
-    from gdrt_ds.prompt_cache import PromptReader
+    from gdrt_ds.inference.prompt_reader import PromptReader
 
     reader = PromptReader(random_model(context))
     compute = lambda part: token_losses(reader, None, part)  # noqa: E731
-    return -np.array([f["full"].sum() for f in context.each([(prompt, t) for t in titles], compute, "control: random initialisation", 16)])
+    return -np.array(
+        [
+            f["full"].sum()
+            for f in context.each(
+                [(prompt, t) for t in titles], compute, "control: random initialisation", 16
+            )
+        ]
+    )
 
 
 def random_model(context):
     """The base's architecture with fresh weights; two layers of it where the base is large. float32."""
     from transformers import AutoModelForCausalLM
 
-    from gdrt_ds.model import read_model_config, unwrap
+    from gdrt_ds.models.load import read_model_config, unwrap
 
     loaded = context.recommender.loaded
-    config = read_model_config(loaded.path, trust_remote_code=context.recommender.config.model.trust_remote_code)
+    config = read_model_config(
+        loaded.path, trust_remote_code=context.recommender.config.model.trust_remote_code
+    )
     if sum(p.numel() for p in unwrap(loaded.model).parameters()) > FULL_DEPTH_PARAMETERS:
         config.num_hidden_layers = 2
         if getattr(config, "layer_types", None):

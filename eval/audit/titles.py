@@ -39,7 +39,12 @@ def measure(
     num_items, top = len(popularity), min(TOP, max(1, len(popularity) // 5))
     data = top_share(popularity, top)
     rng = np.random.default_rng(seed)
-    null = np.array([top_share(exposure(drawn_lists(popularity, *lists.shape, rng), num_items), top) for _ in range(DRAWS)])
+    null = np.array(
+        [
+            top_share(exposure(drawn_lists(popularity, *lists.shape, rng), num_items), top)
+            for _ in range(DRAWS)
+        ]
+    )
 
     def statistic(rows: np.ndarray) -> np.ndarray:
         counts = exposure(rows.astype(int), num_items)
@@ -72,7 +77,9 @@ def across_runs(paths) -> tuple[list[str], np.ndarray, np.ndarray]:
         index = {entry["item_id"]: i for i, entry in enumerate(entries)}
         counts = Counter(item for row in run.lists() for item in row[:K])
         texts = [entry["text"] for entry in entries]
-        shown.append(top_titles(texts, np.array([counts[entry["item_id"]] for entry in entries], dtype=float)))
+        shown.append(
+            top_titles(texts, np.array([counts[entry["item_id"]] for entry in entries], dtype=float))
+        )
         chosen.append(top_titles(texts, np.array([entry["train_count"] for entry in entries], dtype=float)))
         assert set(counts) <= set(index), f"{run.folder}: lists name items outside their catalogue"
     pairs = lambda sets: np.array([[jaccard(a, b) for b in sets] for a in sets])  # noqa: E731
@@ -86,7 +93,10 @@ def run(context: AuditContext) -> dict:
     found, p, null = measure(lists, popularity, options.num_bootstrap, options.seed)
     counts, texts = exposure(lists, scores.shape[1]), [e.text for e in context.catalogue.entries]
     order = np.argsort(-counts, kind="stable")[:SHOWN]
-    effect, share = found["exposure share - popularity-drawn lists"], found["exposure share of the most shown"]
+    effect, share = (
+        found["exposure share - popularity-drawn lists"],
+        found["exposure share of the most shown"],
+    )
     top = min(TOP, max(1, len(popularity) // 5))
     speaks = p <= 0.05 and not effect.spans_null
     finding = (
@@ -104,7 +114,10 @@ def run(context: AuditContext) -> dict:
             "caption": "Exposure far above a title's share of the choices is concentration that the data do not ask for.",
             "series": [
                 {"name": "share of list places", "values": counts[order] / counts.sum()},
-                {"name": "share of train interactions", "values": popularity[order] / max(popularity.sum(), 1)},
+                {
+                    "name": "share of train interactions",
+                    "values": popularity[order] / max(popularity.sum(), 1),
+                },
             ],
         }
     ]
@@ -134,7 +147,7 @@ def run(context: AuditContext) -> dict:
         effect=effect,
         effect_name="exposure share of the most shown beyond popularity-drawn lists",
         speaks=speaks,
-        control=f"lists drawn from train popularity: {null.mean():.3g} (95 % below {np.quantile(null, .95):.3g})",
+        control=f"lists drawn from train popularity: {null.mean():.3g} (95 % below {np.quantile(null, 0.95):.3g})",
         measures=found,
         table={"columns": ["title", "share of list places", "share of train interactions"], "rows": rows},
         figures=figures,

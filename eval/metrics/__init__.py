@@ -57,7 +57,9 @@ def evaluate(
     result = _figures(nested, samples)
     no_provider = int((inputs.provider_of_item < 0).sum())
     if inputs.provider_names and no_provider:
-        notes.append(f"{no_provider} of {inputs.num_items} items have no provider; provider metrics are over the others")
+        notes.append(
+            f"{no_provider} of {inputs.num_items} items have no provider; provider metrics are over the others"
+        )
     return {"metrics": metrics, "breakdowns": result, "notes": [*inputs.notes, *notes]}
 
 
@@ -83,7 +85,10 @@ def evaluate_targets(
 def figure(sample: Resampled, higher_is_better: bool | None) -> dict[str, Any]:
     """One figure of results.json; NaN and infinity become None."""
     low, high = interval(sample)
-    numbers = {key: (x if math.isfinite(x) else None) for key, x in (("value", sample.value), ("ci_low", low), ("ci_high", high))}
+    numbers = {
+        key: (x if math.isfinite(x) else None)
+        for key, x in (("value", sample.value), ("ci_low", low), ("ci_high", high))
+    }
     return {**numbers, "n": sample.n, "higher_is_better": higher_is_better}
 
 

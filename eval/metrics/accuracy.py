@@ -40,7 +40,9 @@ def gains(inputs: Inputs, k: int) -> np.ndarray:
 def reciprocal_ranks(inputs: Inputs) -> np.ndarray:
     """[N] 1 / r over the whole catalogue, no cut-off."""
     size = inputs.num_items
-    return np.where(_untied(inputs), 1 / inputs.rank, _expected_gain(inputs, 1 / np.arange(1, size + 1), size))
+    return np.where(
+        _untied(inputs), 1 / inputs.rank, _expected_gain(inputs, 1 / np.arange(1, size + 1), size)
+    )
 
 
 def hr(inputs: Inputs, k: int) -> Statistic:

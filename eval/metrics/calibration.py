@@ -19,7 +19,9 @@ from eval.metrics.inputs import Inputs
 from eval.metrics.user_side import pool_small
 
 STEPS_PER_OCTAVE = 8
-TEMPERATURES = 2.0 ** (np.arange(-2 * STEPS_PER_OCTAVE, 6 * STEPS_PER_OCTAVE + 1) / STEPS_PER_OCTAVE)  # 1/4 to 64
+TEMPERATURES = 2.0 ** (
+    np.arange(-2 * STEPS_PER_OCTAVE, 6 * STEPS_PER_OCTAVE + 1) / STEPS_PER_OCTAVE
+)  # 1/4 to 64
 
 
 def log_sums(scores: np.ndarray) -> np.ndarray:
@@ -34,7 +36,7 @@ def log_sums(scores: np.ndarray) -> np.ndarray:
     powers = np.exp((scores - highest) / TEMPERATURES[-STEPS_PER_OCTAVE:, None])
     sums = np.empty(TEMPERATURES.size)
     for start in range(TEMPERATURES.size - STEPS_PER_OCTAVE, 0, -STEPS_PER_OCTAVE):
-        sums[start:start + STEPS_PER_OCTAVE] = powers.sum(axis=1)
+        sums[start : start + STEPS_PER_OCTAVE] = powers.sum(axis=1)
         powers *= powers
     sums[0] = powers[-1].sum()  # 1/4, the end of its own octave
     return np.log(sums) + highest / TEMPERATURES
@@ -54,16 +56,25 @@ def _fit(mean_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     place = np.argmin(np.where(np.isfinite(mean_BT), mean_BT, np.inf), axis=1)
     inner = (place > 0) & (place < mean_BT.shape[1] - 1)
     place_in = np.clip(place, 1, mean_BT.shape[1] - 2)
-    low, middle, high = (np.take_along_axis(mean_BT, place_in[:, None] + shift, axis=1)[:, 0] for shift in (-1, 0, 1))
+    low, middle, high = (
+        np.take_along_axis(mean_BT, place_in[:, None] + shift, axis=1)[:, 0] for shift in (-1, 0, 1)
+    )
     bend = low - 2 * middle + high
-    return place, np.where(inner & (bend > 0), np.clip((low - high) / (2 * np.where(bend > 0, bend, 1)), -0.5, 0.5), 0.0)
+    return place, np.where(
+        inner & (bend > 0), np.clip((low - high) / (2 * np.where(bend > 0, bend, 1)), -0.5, 0.5), 0.0
+    )
 
 
 def _at(curve_BT: np.ndarray, place: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """Curves at place + offset, by the parabola through three points; [B]."""
     last = curve_BT.shape[1] - 1
-    low, middle, high = (np.take_along_axis(curve_BT, np.clip(place + shift, 0, last)[:, None], axis=1)[:, 0] for shift in (-1, 0, 1))
-    return np.where(offset == 0, middle, middle + offset * (high - low) / 2 + offset**2 * (low - 2 * middle + high) / 2)
+    low, middle, high = (
+        np.take_along_axis(curve_BT, np.clip(place + shift, 0, last)[:, None], axis=1)[:, 0]
+        for shift in (-1, 0, 1)
+    )
+    return np.where(
+        offset == 0, middle, middle + offset * (high - low) / 2 + offset**2 * (low - 2 * middle + high) / 2
+    )
 
 
 def lowest(mean_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,17 +89,26 @@ def _temperature(place: np.ndarray, offset: np.ndarray) -> np.ndarray:
 
 def _features(inputs: Inputs) -> np.ndarray | None:
     """[N, (1 + G) (T + 1)]: the curve and a one, for all samples and then for each relevance group; G = 0 without two groups."""
+
     def make() -> np.ndarray | None:
-        if inputs.nll_curve.shape[1] != TEMPERATURES.size:  # scored without the whole catalogue, or on other temperatures
+        if (
+            inputs.nll_curve.shape[1] != TEMPERATURES.size
+        ):  # scored without the whole catalogue, or on other temperatures
             return None
         known = np.isfinite(inputs.nll_curve).all(axis=1)
         if not known.any():
             return None
-        block = np.concatenate([np.where(known[:, None], inputs.nll_curve, 0.0), known[:, None].astype(np.float64)], axis=1)
-        parts, group = [block], pool_small(np.where(inputs.relevance_group >= 0, inputs.relevance_group.astype(str), None))
+        block = np.concatenate(
+            [np.where(known[:, None], inputs.nll_curve, 0.0), known[:, None].astype(np.float64)], axis=1
+        )
+        parts, group = (
+            [block],
+            pool_small(np.where(inputs.relevance_group >= 0, inputs.relevance_group.astype(str), None)),
+        )
         names = sorted({g for g, k in zip(group, known) if g is not None and k})
         parts += [block * np.array([g == name for g in group])[:, None] for name in names if len(names) > 1]
         return np.concatenate(parts, axis=1)
+
     return inputs.cached("calibration", make)
 
 
@@ -100,18 +120,28 @@ def _means(totals_BF: np.ndarray) -> np.ndarray:
 
 def _statistic(inputs: Inputs, finish, smooth: bool, bounds: tuple[float, float]) -> Statistic | None:
     features = _features(inputs)
-    return None if features is None else Statistic(features, finish, int(features[:, TEMPERATURES.size].sum()), smooth, bounds)
+    return (
+        None
+        if features is None
+        else Statistic(features, finish, int(features[:, TEMPERATURES.size].sum()), smooth, bounds)
+    )
 
 
 def calibrated_nll(inputs: Inputs, k: int | None = None) -> Statistic | None:
     def finish(totals_BF: np.ndarray) -> np.ndarray:
         return lowest(_means(totals_BF)[:, 0])[0]
+
     return _statistic(inputs, finish, True, (0, np.inf))
 
 
 def best_temperature(inputs: Inputs, k: int | None = None) -> Statistic | None:
     """Above 1: the scores are surer than they should be; an end of TEMPERATURES means that or beyond."""
-    return _statistic(inputs, lambda totals: lowest(_means(totals)[:, 0])[1], True, (float(TEMPERATURES[0]), float(TEMPERATURES[-1])))
+    return _statistic(
+        inputs,
+        lambda totals: lowest(_means(totals)[:, 0])[1],
+        True,
+        (float(TEMPERATURES[0]), float(TEMPERATURES[-1])),
+    )
 
 
 def calibrated_worst_relevance(inputs: Inputs, k: int | None = None) -> Statistic | None:
@@ -123,5 +153,8 @@ def calibrated_worst_relevance(inputs: Inputs, k: int | None = None) -> Statisti
     def finish(totals_BF: np.ndarray) -> np.ndarray:
         means = _means(totals_BF)
         place, offset = _fit(means[:, 0])
-        return np.nanmax(np.stack([_at(means[:, g], place, offset) for g in range(1, means.shape[1])]), axis=0)
+        return np.nanmax(
+            np.stack([_at(means[:, g], place, offset) for g in range(1, means.shape[1])]), axis=0
+        )
+
     return _statistic(inputs, finish, False, (0, np.inf))

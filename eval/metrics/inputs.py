@@ -85,7 +85,10 @@ class Inputs:
     def groups(self, name: str) -> ItemGroups | None:
         """A grouping by name: popularity_<bins>, or a label of the catalogue such as genres; None if the catalogue lacks it."""
         if name.startswith("popularity_"):
-            return self.cached(("groups", name), lambda: popularity_groups(self.train_count, self.item_ids, int(name.split("_")[1])))
+            return self.cached(
+                ("groups", name),
+                lambda: popularity_groups(self.train_count, self.item_ids, int(name.split("_")[1])),
+            )
         return self.label_groups.get(name)
 
     def as_targets(self) -> Inputs:
@@ -95,7 +98,9 @@ class Inputs:
     def _listed(self, weights: np.ndarray, k: int) -> sparse.csr_matrix:
         top = self.top[:, :k]
         sample, position = np.nonzero(top >= 0)
-        return sparse.csr_matrix((weights[position], (sample, top[sample, position])), shape=(self.num_samples, self.num_items))
+        return sparse.csr_matrix(
+            (weights[position], (sample, top[sample, position])), shape=(self.num_samples, self.num_items)
+        )
 
     def cached(self, key: Any, make: Any) -> Any:
         if key not in self.cache:
@@ -115,14 +120,18 @@ def popularity_groups(train_count: np.ndarray, item_ids: Sequence[str], num_bins
     bin_of = np.full(len(item_ids), num_bins - 1)
     for index, members in enumerate(np.array_split(seen, num_bins)):
         bin_of[members] = index
-    membership = sparse.csr_matrix((np.ones(bin_of.size), (np.arange(bin_of.size), bin_of)), shape=(bin_of.size, num_bins))
+    membership = sparse.csr_matrix(
+        (np.ones(bin_of.size), (np.arange(bin_of.size), bin_of)), shape=(bin_of.size, num_bins)
+    )
     names = [f"{i + 1}" for i in range(num_bins)]
     names[0], names[-1] = "1 (most)", f"{num_bins} (least)"
     return ItemGroups(tuple(names), membership)
 
 
 def build_inputs(
-    predictions: Sequence[Mapping[str, Any]], catalogue_entries: Sequence[Any], history_item_counts: Mapping[str, float] | None = None
+    predictions: Sequence[Mapping[str, Any]],
+    catalogue_entries: Sequence[Any],
+    history_item_counts: Mapping[str, float] | None = None,
 ) -> Inputs:
     """Check predictions against the catalogue and turn both into arrays.
 
@@ -132,17 +141,26 @@ def build_inputs(
     Raises UserError for an empty split, an id outside the catalogue, a repeated sample or a rank below 1.
     """
     if not predictions:
-        raise UserError("there are no predictions to evaluate: the split is empty", "evaluate a split that has samples (--split)")
+        raise UserError(
+            "there are no predictions to evaluate: the split is empty",
+            "evaluate a split that has samples (--split)",
+        )
     if not catalogue_entries:
         raise UserError("the catalogue is empty", "build the catalogue from the item table first")
     index_of: dict[str, int] = {}
     for index, entry in enumerate(catalogue_entries):
         for item_id in {entry.item_id, *(entry.merged_ids or ())}:
             if index_of.setdefault(item_id, index) != index:
-                raise UserError(f"item id {item_id!r} is in two catalogue entries", "merge duplicate items once, in the catalogue")
+                raise UserError(
+                    f"item id {item_id!r} is in two catalogue entries",
+                    "merge duplicate items once, in the catalogue",
+                )
     ids = [p.get("sample_id", n) for n, p in enumerate(predictions)]
     if len(set(ids)) != len(ids):
-        raise UserError(f"sample_id is repeated in the predictions ({len(ids) - len(set(ids))} repeats)", "give each test sample once")
+        raise UserError(
+            f"sample_id is repeated in the predictions ({len(ids) - len(set(ids))} repeats)",
+            "give each test sample once",
+        )
     notes: list[str] = []
     item_ids = tuple(str(entry.item_id) for entry in catalogue_entries)
     rank, missing, tied = _ranks(predictions, len(item_ids), notes)
@@ -158,7 +176,9 @@ def build_inputs(
         for item_id, count in history_item_counts.items():
             history_count[_lookup(index_of, item_id, "history_item_counts")] += count
     users = {u: i for i, u in enumerate(dict.fromkeys(str(p["user_id"]) for p in predictions))}
-    providers = {p: i for i, p in enumerate(sorted({str(e.provider) for e in catalogue_entries if e.provider}))}
+    providers = {
+        p: i for i, p in enumerate(sorted({str(e.provider) for e in catalogue_entries if e.provider}))
+    }
     groups = [p.get("relevance_group") for p in predictions]
     return Inputs(
         item_ids,
@@ -191,23 +211,31 @@ def _number(value: Any) -> float:
 def _curves(predictions: Sequence[Mapping[str, Any]]) -> np.ndarray:
     found = [p.get("nll_at_temperatures") or () for p in predictions]
     width = max(map(len, found))
-    return np.array([[_number(v) for v in values] if len(values) == width else [float("nan")] * width for values in found]).reshape(len(found), width)
+    return np.array(
+        [[_number(v) for v in values] if len(values) == width else [float("nan")] * width for values in found]
+    ).reshape(len(found), width)
 
 
 def _lookup(index_of: Mapping[str, int], item_id: str, where: str) -> int:
     if item_id not in index_of:
         raise UserError(
-            f"{where} names item {item_id!r}, which is not in the catalogue", "evaluate with the catalogue that scored the items"
+            f"{where} names item {item_id!r}, which is not in the catalogue",
+            "evaluate with the catalogue that scored the items",
         )
     return index_of[item_id]
 
 
-def _ranks(predictions: Sequence[Mapping[str, Any]], num_items: int, notes: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _ranks(
+    predictions: Sequence[Mapping[str, Any]], num_items: int, notes: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rank = np.array([_number(p.get("rank")) for p in predictions])
     missing = ~np.isfinite(rank)
     if np.any(rank[~missing] < 1) or np.any(rank[~missing] > num_items):
         bad = float(rank[~missing][(rank[~missing] < 1) | (rank[~missing] > num_items)][0])
-        raise UserError(f"rank {bad:g} is outside 1..{num_items} (the catalogue)", "ranks are 1-based; check the scorer and the catalogue")
+        raise UserError(
+            f"rank {bad:g} is outside 1..{num_items} (the catalogue)",
+            "ranks are 1-based; check the scorer and the catalogue",
+        )
     if missing.any():
         notes.append(
             f"{int(missing.sum())} of {rank.size} targets have no rank (not found, or NaN scores): counted at the worst rank {num_items}"
@@ -222,14 +250,19 @@ def _ranks(predictions: Sequence[Mapping[str, Any]], num_items: int, notes: list
     return np.where(missing, float(num_items), rank), missing, tied
 
 
-def _lists(predictions: Sequence[Mapping[str, Any]], index_of: Mapping[str, int], notes: list[str]) -> np.ndarray:
+def _lists(
+    predictions: Sequence[Mapping[str, Any]], index_of: Mapping[str, int], notes: list[str]
+) -> np.ndarray:
     lists = [p.get("top_ids") or () for p in predictions]
     length = max(len(ids) for ids in lists)
     top = np.full((len(lists), length), -1)
     for row, ids in enumerate(lists):
         indices = [_lookup(index_of, item_id, "top_ids") for item_id in ids]
         if len(set(indices)) != len(indices):
-            raise UserError(f"top_ids of sample {row} names an item twice", "lists hold each catalogue entry once (merge duplicate ids)")
+            raise UserError(
+                f"top_ids of sample {row} names an item twice",
+                "lists hold each catalogue entry once (merge duplicate ids)",
+            )
         top[row, : len(indices)] = indices
     short = int(sum(len(ids) < length for ids in lists))
     if short:
@@ -237,7 +270,9 @@ def _lists(predictions: Sequence[Mapping[str, Any]], index_of: Mapping[str, int]
     return top
 
 
-def _histories(predictions: Sequence[Mapping[str, Any]], index_of: Mapping[str, int], num_items: int) -> sparse.csr_matrix:
+def _histories(
+    predictions: Sequence[Mapping[str, Any]], index_of: Mapping[str, int], num_items: int
+) -> sparse.csr_matrix:
     rows, columns = [], []
     for row, p in enumerate(predictions):
         for item_id in p.get("history_ids") or ():
@@ -270,5 +305,7 @@ def _label_groups(catalogue_entries: Sequence[Any]) -> dict[str, ItemGroups]:
         rows = [r for r, values in enumerate(labels) for _ in values]
         data = [1 / len(values) for values in labels for _ in values]
         columns = [names[v] for values in labels for v in values]
-        result[key] = ItemGroups(tuple(names), sparse.csr_matrix((data, (rows, columns)), shape=(len(labels), len(names))))
+        result[key] = ItemGroups(
+            tuple(names), sparse.csr_matrix((data, (rows, columns)), shape=(len(labels), len(names)))
+        )
     return result

@@ -33,7 +33,12 @@ def _group_features(inputs: Inputs, k: int, groups: str, histories: bool) -> np.
 
 
 def _group_unfairness(
-    inputs: Inputs, k: int, groups: str, histories: bool, summary: Callable[[np.ndarray], np.ndarray], bounds: tuple[float, float]
+    inputs: Inputs,
+    k: int,
+    groups: str,
+    histories: bool,
+    summary: Callable[[np.ndarray], np.ndarray],
+    bounds: tuple[float, float],
 ) -> Statistic | None:
     grouping = inputs.groups(groups)
     if grouping is None:
@@ -63,7 +68,9 @@ def mgu(inputs: Inputs, k: int, groups: str = "popularity_8", histories: bool = 
 
 def dgu(inputs: Inputs, k: int, groups: str = "popularity_8", histories: bool = False) -> Statistic | None:
     """Disparity of group unfairness: max over groups of (GP_g - GH_g) minus their min."""
-    return _group_unfairness(inputs, k, groups, histories, lambda gap: gap.max(axis=1) - gap.min(axis=1), (0, 2))
+    return _group_unfairness(
+        inputs, k, groups, histories, lambda gap: gap.max(axis=1) - gap.min(axis=1), (0, 2)
+    )
 
 
 def coverage_of(totals: np.ndarray) -> np.ndarray:
@@ -85,7 +92,9 @@ def coverage(inputs: Inputs, k: int) -> Statistic:
 def gini_of(totals: np.ndarray) -> np.ndarray:
     """Gini index of each row, zeros included: sum_j (2j - n - 1) x_(j) / (n sum x), x sorted ascending. [B, n] -> [B]"""
     size = totals.shape[1]
-    ordered = np.sort(totals.astype(np.float32), axis=1)  # counts below 2^24 are exact, and float32 sorts twice as fast
+    ordered = np.sort(
+        totals.astype(np.float32), axis=1
+    )  # counts below 2^24 are exact, and float32 sorts twice as fast
     return ordered.astype(np.float64) @ (2 * np.arange(1, size + 1) - size - 1) / (size * totals.sum(axis=1))
 
 
@@ -118,7 +127,8 @@ def entropy_influence(features: sparse.csr_matrix, totals: np.ndarray) -> np.nda
 
     with_user = totals[features.indices]
     change = sparse.csr_matrix(
-        (weigh(with_user) - weigh(with_user - features.data), features.indices, features.indptr), shape=features.shape
+        (weigh(with_user) - weigh(with_user - features.data), features.indices, features.indptr),
+        shape=features.shape,
     )
     left = totals.sum() - np.asarray(features.sum(axis=1)).ravel()
     terms = weigh(totals).sum() - np.asarray(change.sum(axis=1)).ravel()
@@ -127,7 +137,9 @@ def entropy_influence(features: sparse.csr_matrix, totals: np.ndarray) -> np.nda
 
 
 def entropy(inputs: Inputs, k: int) -> Statistic:
-    return Statistic(inputs.exposure(k), entropy_of, inputs.num_samples, False, (0, np.inf), entropy_influence)
+    return Statistic(
+        inputs.exposure(k), entropy_of, inputs.num_samples, False, (0, np.inf), entropy_influence
+    )
 
 
 def _mean_over_list(inputs: Inputs, k: int, item_values: np.ndarray) -> np.ndarray:
@@ -148,7 +160,9 @@ def arp(inputs: Inputs, k: int) -> Statistic:
 def long_tail(inputs: Inputs) -> np.ndarray:
     """[I] True for items outside the most popular fifth of the catalogue (ceil(0.2 I) items)."""
     tail = np.ones(inputs.num_items, dtype=bool)
-    tail[popularity_order(inputs.train_count, inputs.item_ids)[: int(np.ceil(HEAD_SHARE * inputs.num_items))]] = False
+    tail[
+        popularity_order(inputs.train_count, inputs.item_ids)[: int(np.ceil(HEAD_SHARE * inputs.num_items))]
+    ] = False
     return tail
 
 
@@ -159,7 +173,10 @@ def aplt(inputs: Inputs, k: int) -> Statistic:
 
 def popularity_lift(inputs: Inputs, k: int) -> Statistic | None:
     """(GAP_lists - GAP_profiles) / GAP_profiles, GAP = mean over samples of the mean train count; samples with a history only."""
-    shown, profile = _mean_over_list(inputs, k, inputs.train_count), _mean_over(inputs.history, inputs.train_count)
+    shown, profile = (
+        _mean_over_list(inputs, k, inputs.train_count),
+        _mean_over(inputs.history, inputs.train_count),
+    )
     valid = np.isfinite(shown) & np.isfinite(profile)
     if not valid.any():
         return None
@@ -216,6 +233,8 @@ def reo(inputs: Inputs, k: int, groups: str = "popularity_8") -> Statistic | Non
 
     def finish(totals: np.ndarray) -> np.ndarray:
         hits, targets = totals[:, :num_groups], totals[:, num_groups:]
-        return _relative_deviation(np.divide(hits, targets, out=np.full_like(hits, np.nan), where=targets > 0))
+        return _relative_deviation(
+            np.divide(hits, targets, out=np.full_like(hits, np.nan), where=targets > 0)
+        )
 
     return Statistic(features, finish, inputs.num_samples, False, (0, np.inf))

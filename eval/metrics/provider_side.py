@@ -24,13 +24,16 @@ def _provider_matrix(inputs: Inputs) -> sparse.csr_matrix:
     """[I, P] 1 where the item is the provider's."""
     items = np.flatnonzero(inputs.provider_of_item >= 0)
     return sparse.csr_matrix(
-        (np.ones(items.size), (items, inputs.provider_of_item[items])), shape=(inputs.num_items, len(inputs.provider_names))
+        (np.ones(items.size), (items, inputs.provider_of_item[items])),
+        shape=(inputs.num_items, len(inputs.provider_names)),
     )
 
 
 def provider_exposure(inputs: Inputs, k: int) -> sparse.csr_matrix:
     """[N, P] CSR discounted exposure that each sample's list gives to each provider."""
-    return inputs.cached(("provider_exposure", k), lambda: (inputs.discounted_exposure(k) @ _provider_matrix(inputs)).tocsr())
+    return inputs.cached(
+        ("provider_exposure", k), lambda: (inputs.discounted_exposure(k) @ _provider_matrix(inputs)).tocsr()
+    )
 
 
 def catalogue_share(inputs: Inputs) -> np.ndarray:
@@ -56,7 +59,9 @@ def size_bins(inputs: Inputs) -> np.ndarray:
     middle = np.cumsum(share[order]) - share[order] / 2
     bins = np.empty(share.size, dtype=int)
     bins[order] = np.minimum((middle * NUM_SIZE_BINS).astype(int), NUM_SIZE_BINS - 1)
-    return np.unique(bins, return_inverse=True)[1]  # one huge provider may leave a bin empty: number the filled ones
+    return np.unique(bins, return_inverse=True)[
+        1
+    ]  # one huge provider may leave a bin empty: number the filled ones
 
 
 def _statistic(
@@ -84,7 +89,12 @@ def provider_l1_interactions(inputs: Inputs, k: int) -> Statistic | None:
 def _l1(inputs: Inputs, k: int, reference: Callable[[Inputs], np.ndarray]) -> Statistic | None:
     if len(inputs.provider_names) < 2 or not np.isfinite(share := reference(inputs)).all():
         return None
-    return _statistic(inputs, k, lambda totals: np.abs(totals / totals.sum(axis=1, keepdims=True) - share).sum(axis=1), (0, 2))
+    return _statistic(
+        inputs,
+        k,
+        lambda totals: np.abs(totals / totals.sum(axis=1, keepdims=True) - share).sum(axis=1),
+        (0, 2),
+    )
 
 
 def provider_minmax(inputs: Inputs, k: int) -> Statistic | None:

@@ -40,7 +40,9 @@ def kendall_tau(first: Sequence, second: Sequence) -> float:
     place = {item: position for position, item in enumerate(second)}
     order = np.array([place[item] for item in first if item in place])
     pairs = order.size * (order.size - 1) / 2
-    return float(np.triu(np.sign(order[None, :] - order[:, None]), 1).sum() / pairs) if pairs else float("nan")
+    return (
+        float(np.triu(np.sign(order[None, :] - order[:, None]), 1).sum() / pairs) if pairs else float("nan")
+    )
 
 
 def relative_drop(before: float, after: float) -> float:

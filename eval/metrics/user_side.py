@@ -29,7 +29,9 @@ def tail_mean(values_N: np.ndarray, higher_is_better: bool, tail: float = TAIL) 
     valid = np.flatnonzero(np.isfinite(values))
     order = valid[np.argsort(values[valid] if higher_is_better else -values[valid], kind="stable")]
     ordered = values[order]
-    one_hot = sparse.csr_matrix((np.ones(order.size), (order, np.arange(order.size))), shape=(values.size, order.size))
+    one_hot = sparse.csr_matrix(
+        (np.ones(order.size), (order, np.arange(order.size))), shape=(values.size, order.size)
+    )
 
     def finish(counts: np.ndarray) -> np.ndarray:  # [B, N] how often each sample, worst first, is drawn
         mass = tail * counts.sum(axis=1, keepdims=True)
@@ -40,7 +42,9 @@ def tail_mean(values_N: np.ndarray, higher_is_better: bool, tail: float = TAIL) 
 
 
 def cvar_nll(inputs: Inputs, k: int | None = None) -> Statistic | None:
-    return tail_mean(inputs.target_nll, higher_is_better=False) if np.isfinite(inputs.target_nll).any() else None
+    return (
+        tail_mean(inputs.target_nll, higher_is_better=False) if np.isfinite(inputs.target_nll).any() else None
+    )
 
 
 def cvar_rank_share(inputs: Inputs, k: int | None = None) -> Statistic:
@@ -68,21 +72,33 @@ def _over_relevance(inputs: Inputs, summary: str) -> Statistic | None:
 
 def measures(inputs: Inputs) -> dict[str, tuple[np.ndarray, bool]]:
     """The per-sample measures that breakdowns show: name -> ([N] values, higher_is_better)."""
-    found = {"ndcg@10": (gains(inputs, 10), True), "hr@10": (hit_rates(inputs, 10), True), "mrr": (reciprocal_ranks(inputs), True)}
+    found = {
+        "ndcg@10": (gains(inputs, 10), True),
+        "hr@10": (hit_rates(inputs, 10), True),
+        "mrr": (reciprocal_ranks(inputs), True),
+    }
     if np.isfinite(inputs.target_nll).any():
         found["nll"] = (inputs.target_nll, False)
     return found
 
 
-def group_statistics(values_N: np.ndarray, groups_N: np.ndarray, bounds: tuple[float, float] = (-np.inf, np.inf)) -> dict[str, Statistic]:
+def group_statistics(
+    values_N: np.ndarray, groups_N: np.ndarray, bounds: tuple[float, float] = (-np.inf, np.inf)
+) -> dict[str, Statistic]:
     """One mean per group, all from one feature matrix [N, 2G]. groups_N: strings, None where the sample has no group."""
     features, names, counts = _group_features(values_N, groups_N)
     size = len(names)
-    return {name: Statistic(features, lambda t, g=g: _rates(t, size)[:, g], int(counts[g]), True, bounds) for g, name in enumerate(names)}
+    return {
+        name: Statistic(features, lambda t, g=g: _rates(t, size)[:, g], int(counts[g]), True, bounds)
+        for g, name in enumerate(names)
+    }
 
 
 def summary_statistics(
-    values_N: np.ndarray, groups_N: np.ndarray, higher_is_better: bool, bounds: tuple[float, float] = (-np.inf, np.inf)
+    values_N: np.ndarray,
+    groups_N: np.ndarray,
+    higher_is_better: bool,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
 ) -> dict[str, Statistic]:
     """worst, best, gap (max - min) and ratio (min / max) over the groups' means."""
     features, names, counts = _group_features(values_N, groups_N)
@@ -118,7 +134,11 @@ def group_names(groups_N: np.ndarray) -> list[str]:
 
     def key(name: str) -> tuple[bool, float, str]:
         number = name.split("-")[0].rstrip("+").split(" ")[0]
-        return (name.startswith("("), float(number) if number.replace(".", "", 1).isdigit() else float("inf"), name)
+        return (
+            name.startswith("("),
+            float(number) if number.replace(".", "", 1).isdigit() else float("inf"),
+            name,
+        )
 
     return sorted({g for g in groups_N if g is not None}, key=key)
 
@@ -138,9 +158,13 @@ def dimensions(inputs: Inputs) -> dict[str, np.ndarray]:
     """All ways in which breakdowns cut the samples: name -> [N] group names (None = not known)."""
     found: dict[str, np.ndarray] = {}
     if (inputs.relevance_group >= 0).any():
-        found["relevance_group"] = np.array([None if g < 0 else str(g) for g in inputs.relevance_group], dtype=object)
+        found["relevance_group"] = np.array(
+            [None if g < 0 else str(g) for g in inputs.relevance_group], dtype=object
+        )
     bins = inputs.groups("popularity_5")
-    found["target_popularity"] = np.array(bins.names, dtype=object)[np.asarray(bins.membership[inputs.target].argmax(axis=1)).ravel()]
+    found["target_popularity"] = np.array(bins.names, dtype=object)[
+        np.asarray(bins.membership[inputs.target].argmax(axis=1)).ravel()
+    ]
     warm = inputs.train_count[inputs.target] > 0
     found["target_in_train"] = np.where(warm, "warm", "cold").astype(object)
     found["history_length"] = length_buckets(np.asarray(inputs.history.sum(axis=1)).ravel())
@@ -169,7 +193,9 @@ def bin_numbers(values: np.ndarray) -> np.ndarray:
     edges = np.unique(np.nanquantile(numbers, [0, 0.25, 0.5, 0.75, 1]))
     place = np.clip(np.searchsorted(edges, numbers, side="right") - 1, 0, max(0, len(edges) - 2))
     last = len(edges) - 2
-    names = [f"{a:g}-{b:g}{'' if i == last else ' (excl.)'}" for i, (a, b) in enumerate(zip(edges, edges[1:]))]
+    names = [
+        f"{a:g}-{b:g}{'' if i == last else ' (excl.)'}" for i, (a, b) in enumerate(zip(edges, edges[1:]))
+    ]
     return np.array([None if np.isnan(x) else names[p] for x, p in zip(numbers, place)], dtype=object)
 
 

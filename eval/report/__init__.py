@@ -64,7 +64,11 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     page = build_sections(
-        results, predictions, catalogue_entries, training=read_training(run_folder), history_item_counts=history_item_counts
+        results,
+        predictions,
+        catalogue_entries,
+        training=read_training(run_folder),
+        history_item_counts=history_item_counts,
     )
     return [
         _write(folder / "report.md", render_markdown(page)),
@@ -73,7 +77,9 @@ def write_report(
     ]
 
 
-def write_catalogue(path: Path, catalogue_entries: Sequence[Any], history_item_counts: Mapping[str, float] | None = None) -> Path:
+def write_catalogue(
+    path: Path, catalogue_entries: Sequence[Any], history_item_counts: Mapping[str, float] | None = None
+) -> Path:
     """The run folder's catalogue.jsonl plus, where known, history_count (occurrences in train histories) per entry."""
     lines = []
     for entry in catalogue_entries:
@@ -86,7 +92,9 @@ def write_catalogue(path: Path, catalogue_entries: Sequence[Any], history_item_c
             "groups": entry.groups or {},
         }
         if history_item_counts is not None:
-            row["history_count"] = sum(history_item_counts.get(i, 0) for i in {entry.item_id, *(entry.merged_ids or ())})
+            row["history_count"] = sum(
+                history_item_counts.get(i, 0) for i in {entry.item_id, *(entry.merged_ids or ())}
+            )
         lines.append(json.dumps(row, ensure_ascii=False))
     return _write(path, "\n".join(lines) + "\n")
 

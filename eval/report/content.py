@@ -14,7 +14,17 @@ from eval.metrics import METRICS, row_of
 from eval.metrics.inputs import build_inputs
 from eval.report import figures
 
-HEADLINE = ("ndcg@10", "hr@10", "mrr", "nll", "nll_calibrated", "mgu@5", "dgu@5", "coverage@10", "nll_worst_relevance_group")
+HEADLINE = (
+    "ndcg@10",
+    "hr@10",
+    "mrr",
+    "nll",
+    "nll_calibrated",
+    "mgu@5",
+    "dgu@5",
+    "coverage@10",
+    "nll_worst_relevance_group",
+)
 TERMINAL = (
     *HEADLINE,
     "gini@10",
@@ -58,14 +68,20 @@ LABELS = {
     "provider_gini": "Provider Gini",
 }
 SIDES = {
-    "accuracy": ("Accuracy", "How well the held-out item of each sample is found. Chance and the two floors need no language model."),
+    "accuracy": (
+        "Accuracy",
+        "How well the held-out item of each sample is found. Chance and the two floors need no language model.",
+    ),
     "item": (
         "Item side",
         "Which items the lists show. MGU and DGU compare with the histories; the test targets themselves are "
         "shown beside them, because they too drift away from the histories.",
     ),
     "provider": ("Provider side", "How exposure falls on brands, authors, directors or publishers."),
-    "user": ("User side", "The worst served tenth of the samples, and the relevance group that Group DRO looks at."),
+    "user": (
+        "User side",
+        "The worst served tenth of the samples, and the relevance group that Group DRO looks at.",
+    ),
 }
 DIMENSIONS = {
     "relevance_group": "relevance group of the target",
@@ -162,7 +178,9 @@ def label(name: str) -> str:
 
 
 def direction(higher_is_better: bool | None) -> str:
-    return {True: "higher is better", False: "lower is better", None: "read beside the targets"}[higher_is_better]
+    return {True: "higher is better", False: "lower is better", None: "read beside the targets"}[
+        higher_is_better
+    ]
 
 
 def arrow(higher_is_better: bool | None) -> str:
@@ -201,14 +219,27 @@ def build_sections(
     ]
     trained = config.get("objective")
     subtitle = ", ".join(
-        str(x) for x in (name.rstrip("/").split("/")[-1], f"trained with {trained}" if isinstance(trained, str) else "") if x
+        str(x)
+        for x in (
+            name.rstrip("/").split("/")[-1],
+            f"trained with {trained}" if isinstance(trained, str) else "",
+        )
+        if x
     )
-    return Page("Evaluation report", subtitle, warning, [(k, str(v)) for k, v in facts if v not in (None, "")], sections)
+    return Page(
+        "Evaluation report",
+        subtitle,
+        warning,
+        [(k, str(v)) for k, v in facts if v not in (None, "")],
+        sections,
+    )
 
 
 def _floors(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """name -> metrics; accepts {"metrics": {...}} as well."""
-    return {name: floor.get("metrics", floor) for name, floor in (results.get("floors") or {}).items() if floor}
+    return {
+        name: floor.get("metrics", floor) for name, floor in (results.get("floors") or {}).items() if floor
+    }
 
 
 def _headline(results: Mapping[str, Any], num_samples: int, num_users: int, num_items: int) -> Section:
@@ -218,7 +249,11 @@ def _headline(results: Mapping[str, Any], num_samples: int, num_users: int, num_
             continue
         figure, row = metrics[name], row_of(name)
         marks = [("this run", figure["value"])]
-        marks += [(floor, values[name]["value"]) for floor, values in floors.items() if (values.get(name) or {}).get("value") is not None]
+        marks += [
+            (floor, values[name]["value"])
+            for floor, values in floors.items()
+            if (values.get(name) or {}).get("value") is not None
+        ]
         cards.append(
             Card(
                 label(name),
@@ -234,7 +269,9 @@ def _headline(results: Mapping[str, Any], num_samples: int, num_users: int, num_
     return Section("In short", [_sentence(metrics, floors, num_samples, num_users, num_items)], cards)
 
 
-def _sentence(metrics: Mapping[str, Any], floors: Mapping[str, Any], num_samples: int, num_users: int, num_items: int) -> str:
+def _sentence(
+    metrics: Mapping[str, Any], floors: Mapping[str, Any], num_samples: int, num_users: int, num_items: int
+) -> str:
     text = f"{num_samples:,} test samples of {num_users:,} users, a catalogue of {num_items:,} items."
     hit = metrics.get("hr@10")
     if not hit or hit["value"] is None:
@@ -242,7 +279,11 @@ def _sentence(metrics: Mapping[str, Any], floors: Mapping[str, Any], num_samples
     text += f" The held-out item is in the top 10 for {percent(hit['value'])} of the samples"
     text += f" (95 % interval {percent(hit['ci_low'])} to {percent(hit['ci_high'])})"
     rates = {"chance": 10 / num_items}
-    rates |= {name: values["hr@10"]["value"] for name, values in floors.items() if (values.get("hr@10") or {}).get("value") is not None}
+    rates |= {
+        name: values["hr@10"]["value"]
+        for name, values in floors.items()
+        if (values.get("hr@10") or {}).get("value") is not None
+    }
     best = max(rates, key=rates.get)
     if hit["ci_low"] > rates[best]:
         verdict = f"; that is above every floor, of which {best} is the highest with {percent(rates[best])}."
@@ -256,7 +297,9 @@ def _sentence(metrics: Mapping[str, Any], floors: Mapping[str, Any], num_samples
 def _metric_sections(results: Mapping[str, Any], inputs: Any) -> list[Section]:
     sections, floors = [], _floors(results)
     for side, (title, text) in SIDES.items():
-        names = [name for name in results["metrics"] if (row_of(name).side if row_of(name) else "accuracy") == side]
+        names = [
+            name for name in results["metrics"] if (row_of(name).side if row_of(name) else "accuracy") == side
+        ]
         if not names:
             continue
         shown = [floor for floor, values in floors.items() if any(name in values for name in names)]
@@ -297,7 +340,11 @@ def _breakdowns(results: Mapping[str, Any]) -> list[Section]:
         title = DIMENSIONS.get(dimension, dimension.replace(":", " ").replace("_", " "))
         measures = list(next(iter(groups.values())))
         rows = [
-            [group, max(f["n"] for f in values.values()), *(f"{number(values[m]['value'])} ({span(values[m])})" for m in measures)]
+            [
+                group,
+                max(f["n"] for f in values.values()),
+                *(f"{number(values[m]['value'])} ({span(values[m])})" for m in measures),
+            ]
             for group, values in groups.items()
         ]
         for part in ("worst", "gap", "ratio"):
@@ -341,10 +388,15 @@ def audit_section(name: str, audit: Mapping[str, Any]) -> Section:
     table = audit.get("table")
     if table:
         section.tables.append(
-            Table([str(c) for c in table["columns"]], [[c if isinstance(c, str) else number(c) for c in row] for row in table["rows"]])
+            Table(
+                [str(c) for c in table["columns"]],
+                [[c if isinstance(c, str) else number(c) for c in row] for row in table["rows"]],
+            )
         )
     section.figures = [figures.checked(f) for f in audit.get("figures") or ()]
-    section.paragraphs += [f"**{key.capitalize()}.** {audit[key]}" for key in ("control", "cost") if audit.get(key)]
+    section.paragraphs += [
+        f"**{key.capitalize()}.** {audit[key]}" for key in ("control", "cost") if audit.get(key)
+    ]
     section.paragraphs = [p for p in section.paragraphs if p]
     return section
 
@@ -353,7 +405,10 @@ def _examples(predictions: Sequence[Mapping[str, Any]], catalogue_entries: Seque
     """A few users spread over the ranks, from best to worst, chosen by rank alone."""
     title_of = {i: e.text for e in catalogue_entries for i in (e.item_id, *(e.merged_ids or ()))}
     with_lists = [p for p in predictions if p.get("top_ids")]
-    ordered = sorted(with_lists, key=lambda p: (p["rank"] if p.get("rank") is not None else math.inf, str(p.get("sample_id"))))
+    ordered = sorted(
+        with_lists,
+        key=lambda p: (p["rank"] if p.get("rank") is not None else math.inf, str(p.get("sample_id"))),
+    )
     places = sorted({round(q * (len(ordered) - 1)) for q in (0, 0.1, 0.3, 0.5, 0.7, 0.95)}) if ordered else []
     examples = [
         {
@@ -361,7 +416,10 @@ def _examples(predictions: Sequence[Mapping[str, Any]], catalogue_entries: Seque
             "rank": rank_text(p.get("rank")),
             "target": title_of[p["target_id"]],
             "history": [title_of[i] for i in p.get("history_ids") or ()],
-            "top": [(title_of[i], i == p["target_id"], i in set(p.get("history_ids") or ())) for i in p["top_ids"][:10]],
+            "top": [
+                (title_of[i], i == p["target_id"], i in set(p.get("history_ids") or ()))
+                for i in p["top_ids"][:10]
+            ],
         }
         for p in (ordered[i] for i in places[:EXAMPLES])
     ]
@@ -379,7 +437,9 @@ def _conventions(results: Mapping[str, Any]) -> Section:
         "MGU). Formulas and conventions: docs/evaluation.md."
     ]
     text += [f"Note: {note}." for note in results.get("notes") or ()]
-    tables = [Table(["package", "version"], [[str(k), str(v)] for k, v in versions.items()])] if versions else []
+    tables = (
+        [Table(["package", "version"], [[str(k), str(v)] for k, v in versions.items()])] if versions else []
+    )
     return Section("Conventions and notes", text, tables=tables, folded=True)
 
 
@@ -387,7 +447,9 @@ def terminal_table(results: Mapping[str, Any], every: bool = False) -> RichTable
     """The report's main table for a terminal (rich); `every` shows all metrics instead of the usual cut-offs."""
     floors = _floors(results)
     limit = results.get("limit")
-    title = " ".join(dict.fromkeys(str(results[key]) for key in ("name", "objective", "mode") if results.get(key)))
+    title = " ".join(
+        dict.fromkeys(str(results[key]) for key in ("name", "objective", "mode") if results.get(key))
+    )
     table = RichTable(
         title=Text(f"NOT A RESULT (limit {limit}): {title}" if limit else title) if title or limit else None,
         title_justify="left",
@@ -395,7 +457,9 @@ def terminal_table(results: Mapping[str, Any], every: bool = False) -> RichTable
         pad_edge=False,
     )
     for column in ("metric", "value", "95 % interval", *floors):
-        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=column != "metric")
+        table.add_column(
+            column, justify="left" if column == "metric" else "right", no_wrap=column != "metric"
+        )
     order = [m.name_at(k) for m in METRICS for k in ((None,) if m.ks is None else (1, 5, 10, 20, 50))]
     for name in [n for n in order if n in results["metrics"] and (every or n in TERMINAL)]:
         figure = results["metrics"][name]

@@ -20,7 +20,9 @@ def checked(figure: Mapping[str, Any]) -> dict[str, Any]:
     """The figure, once it fits the schema; raises UserError that names the figure and what is wrong with it."""
 
     def wrong(problem: str) -> UserError:
-        return UserError(f"figure {figure.get('title')!r}: {problem}", "see the figure schema in eval/report/__init__.py")
+        return UserError(
+            f"figure {figure.get('title')!r}: {problem}", "see the figure schema in eval/report/__init__.py"
+        )
 
     kind = figure.get("kind")
     if kind not in KINDS:
@@ -33,9 +35,13 @@ def checked(figure: Mapping[str, Any]) -> dict[str, Any]:
             _same_length(wrong, series, len(figure["categories"]), "values", "low", "high")
     elif kind in ("line", "stacked_area"):
         for series in figure["series"]:
-            _same_length(wrong, series, len(figure["x"] if kind == "stacked_area" else series["x"]), "y", "low", "high")
+            _same_length(
+                wrong, series, len(figure["x"] if kind == "stacked_area" else series["x"]), "y", "low", "high"
+            )
     elif kind == "heatmap":
-        if len(figure["values"]) != len(figure["rows"]) or any(len(r) != len(figure["columns"]) for r in figure["values"]):
+        if len(figure["values"]) != len(figure["rows"]) or any(
+            len(r) != len(figure["columns"]) for r in figure["values"]
+        ):
             raise wrong("values are not rows x columns")
     elif kind == "tokens":
         bad = {t.get("segment") for p in figure["prompts"] for t in p["tokens"]} - set(SEGMENTS)
@@ -51,7 +57,9 @@ def _same_length(wrong: Any, series: Mapping[str, Any], length: int, *keys: str)
 
 
 def accuracy_by_cutoff(metrics: Mapping[str, Any], floors: Mapping[str, Any]) -> dict[str, Any] | None:
-    ks = sorted(int(name[5:]) for name in metrics if name.startswith("ndcg@") and metrics[name]["value"] is not None)
+    ks = sorted(
+        int(name[5:]) for name in metrics if name.startswith("ndcg@") and metrics[name]["value"] is not None
+    )
     if len(ks) < 2:
         return None
     series = [
@@ -84,7 +92,12 @@ def exposure_figures(inputs: Inputs) -> list[dict[str, Any]]:
         return []
     for groups, title, measure, what in (
         ("popularity_8", "Exposure by item popularity", "MGU", "popularity bins of equal item count"),
-        ("genres", "Exposure by genre", "MGU over genres", "genres, an item with m of them counts 1/m in each"),
+        (
+            "genres",
+            "Exposure by genre",
+            "MGU over genres",
+            "genres, an item with m of them counts 1/m in each",
+        ),
     ):
         grouping = inputs.groups(groups)
         if grouping is None:
@@ -99,8 +112,16 @@ def exposure_figures(inputs: Inputs) -> list[dict[str, Any]]:
             f"top-{k} lists": share(inputs.exposure(k).sum(axis=0)),
             "test targets": share(np.bincount(inputs.target, minlength=inputs.num_items)),
         }
-        keep = np.argsort(-parts["train histories"], kind="stable")[:14] if len(grouping.names) > 8 else np.arange(len(grouping.names))
-        left_out = f" (the {len(grouping.names) - len(keep)} smallest are left out here)" if len(keep) < len(grouping.names) else ""
+        keep = (
+            np.argsort(-parts["train histories"], kind="stable")[:14]
+            if len(grouping.names) > 8
+            else np.arange(len(grouping.names))
+        )
+        left_out = (
+            f" (the {len(grouping.names) - len(keep)} smallest are left out here)"
+            if len(keep) < len(grouping.names)
+            else ""
+        )
         found.append(
             {
                 "kind": "bar",
@@ -132,7 +153,9 @@ def provider_figures(inputs: Inputs) -> list[dict[str, Any]]:
             "kind": "bar",
             "title": "Exposure by provider size",
             "categories": [f"{r['providers']}\n({r['num_providers']})" for r in rows],
-            "series": [{"name": name, "values": [_finite(r[key]) for r in rows]} for key, name in names.items()],
+            "series": [
+                {"name": name, "values": [_finite(r[key]) for r in rows]} for key, name in names.items()
+            ],
             "y_label": "share",
             "percent": True,
             "caption": "Providers from the largest to the smallest (number in brackets): "
@@ -143,13 +166,21 @@ def provider_figures(inputs: Inputs) -> list[dict[str, Any]]:
 
 
 def by_group(title: str, groups: Mapping[str, Mapping[str, Any]], measure: str) -> dict[str, Any] | None:
-    shown = {name: values[measure] for name, values in groups.items() if (values.get(measure) or {}).get("value") is not None}
+    shown = {
+        name: values[measure]
+        for name, values in groups.items()
+        if (values.get(measure) or {}).get("value") is not None
+    }
     if len(shown) < 2:
         return None
     name = {"ndcg@10": "NDCG@10", "nll": "Target NLL"}.get(measure, measure)
     high, low = max(shown, key=lambda g: shown[g]["value"]), min(shown, key=lambda g: shown[g]["value"])
     apart = (shown[high]["ci_low"] or 0) > (shown[low]["ci_high"] or 0)
-    overlap = "their intervals do not overlap" if apart else "their intervals overlap, so this test set hardly tells them apart"
+    overlap = (
+        "their intervals do not overlap"
+        if apart
+        else "their intervals overlap, so this test set hardly tells them apart"
+    )
     return {
         "kind": "bar",
         "title": f"{name} by {title}",
@@ -184,12 +215,19 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "One line per group (0 = least tied to the auxiliary tokens): GDRT pulls the upper lines down; moving averages.",
             0,
         ),
-        ("group_weight", "Group weights q", "The share of the gradient that each group gets: groups with a high loss are given more.", 1),
+        (
+            "group_weight",
+            "Group weights q",
+            "The share of the gradient that each group gets: groups with a high loss are given more.",
+            1,
+        ),
     ):
         num_groups = max((len(row.get(key) or ()) for row in rows), default=0)
         if num_groups < 2:
             continue
-        columns = np.array([[_nan(row.get(key)[g]) if row.get(key) else math.nan for g in range(num_groups)] for row in rows])
+        columns = np.array(
+            [[_nan(row.get(key)[g]) if row.get(key) else math.nan for g in range(num_groups)] for row in rows]
+        )
         thin_steps, thin = _thin(steps, columns)
         names = [str(g) for g in range(num_groups)]
         if reading and np.isfinite(thin).all():
@@ -214,7 +252,10 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "x_label": "step",
                     "y_label": "weight" if reading else "loss, nats",
                     "smooth": True,
-                    "series": [{"name": n, "x": thin_steps, "y": [_finite(v) for v in thin[:, g]]} for g, n in enumerate(names)],
+                    "series": [
+                        {"name": n, "x": thin_steps, "y": [_finite(v) for v in thin[:, g]]}
+                        for g, n in enumerate(names)
+                    ],
                     "caption": caption,
                 }
             )
@@ -225,8 +266,18 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "nats per token",
             "Mean loss of the target tokens of each global batch; the bold line is a moving average.",
         ),
-        ("tokens_per_s", "Speed", "tokens / s", "Tokens per second over all ranks; the bold line is a moving average."),
-        ("grad_norm", "Gradient norm", "norm", "Norm before clipping; spikes point at unusual batches, the bold line is a moving average."),
+        (
+            "tokens_per_s",
+            "Speed",
+            "tokens / s",
+            "Tokens per second over all ranks; the bold line is a moving average.",
+        ),
+        (
+            "grad_norm",
+            "Gradient norm",
+            "norm",
+            "Norm before clipping; spikes point at unusual batches, the bold line is a moving average.",
+        ),
     ):
         values = np.array([_nan(row.get(key)) for row in rows])
         if np.isfinite(values).sum() >= 2:
@@ -235,7 +286,9 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "kind": "line",
                     "title": title,
-                    "series": [{"name": title.lower(), "x": thin_steps, "y": [_finite(v) for v in thin[:, 0]]}],
+                    "series": [
+                        {"name": title.lower(), "x": thin_steps, "y": [_finite(v) for v in thin[:, 0]]}
+                    ],
                     "x_label": "step",
                     "y_label": unit,
                     "caption": caption,
@@ -252,7 +305,15 @@ def _thin(steps: np.ndarray, columns: np.ndarray) -> tuple[list[float], np.ndarr
     parts = np.array_split(np.arange(steps.size), MAX_POINTS)
     valid = np.isfinite(columns)
     sums, counts = np.where(valid, columns, 0), valid
-    means = [np.divide(sums[p].sum(0), counts[p].sum(0), out=np.full(columns.shape[1], np.nan), where=counts[p].sum(0) > 0) for p in parts]
+    means = [
+        np.divide(
+            sums[p].sum(0),
+            counts[p].sum(0),
+            out=np.full(columns.shape[1], np.nan),
+            where=counts[p].sum(0) > 0,
+        )
+        for p in parts
+    ]
     return [float(steps[p].mean()) for p in parts], np.array(means)
 
 

@@ -22,7 +22,7 @@ def render_html(page: Page) -> str:
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n<title>{title}</title>\n'
-        f'<style>{STYLE}</style>\n</head>\n<body>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n"
         f'<header><p class="kicker">{escape(page.title)}</p><h1>{escape(page.subtitle or page.title)}</h1>'
         f'{warning}<p class="facts">{facts}</p>'
         f"<nav>{contents}</nav></header>\n<main>\n{body}</main>\n</body>\n</html>\n"
@@ -35,7 +35,9 @@ def _anchor(title: str) -> str:
 
 def _own(text: str) -> str:
     """A paragraph: **bold** lead words, everything escaped."""
-    return "".join(f"<b>{escape(part)}</b>" if n % 2 else escape(part) for n, part in enumerate(text.split("**")))
+    return "".join(
+        f"<b>{escape(part)}</b>" if n % 2 else escape(part) for n, part in enumerate(text.split("**"))
+    )
 
 
 def _section(section: Section, counter: list[int]) -> str:
@@ -44,7 +46,9 @@ def _section(section: Section, counter: list[int]) -> str:
     if section.cards:
         parts.append('<div class="cards">' + "".join(_card(card) for card in section.cards) + "</div>")
     if section.figures:
-        parts.append('<div class="figures">' + "".join(_figure(f, counter) for f in section.figures) + "</div>")
+        parts.append(
+            '<div class="figures">' + "".join(_figure(f, counter) for f in section.figures) + "</div>"
+        )
     tables = "".join(_table(t) for t in section.tables)
     if tables and section.folded:
         rows = sum(len(t.rows) for t in section.tables)
@@ -63,10 +67,13 @@ def _card(card: Card) -> str:
     strip = ""
     if card.low is not None and card.high is not None:
         strip += f'<i class="span" style="left:{place(card.low)};right:calc(100% - {place(card.high)})"></i>'
-    strip += "".join(f'<i class="tick t{n % 4}" style="left:{place(v)}"></i>' for n, (_, v) in enumerate(card.marks[1:], 1))
+    strip += "".join(
+        f'<i class="tick t{n % 4}" style="left:{place(v)}"></i>' for n, (_, v) in enumerate(card.marks[1:], 1)
+    )
     strip += f'<i class="dot" style="left:{place(card.marks[0][1])}"></i>'
     beside = "".join(
-        f'<li><i class="key t{n % 4}"></i>{escape(name)} <b>{number(v)}</b></li>' for n, (name, v) in enumerate(card.marks[1:], 1)
+        f'<li><i class="key t{n % 4}"></i>{escape(name)} <b>{number(v)}</b></li>'
+        for n, (name, v) in enumerate(card.marks[1:], 1)
     )
     return (
         f'<div class="card"><h3>{escape(card.label)}</h3><p class="value">{escape(card.value)}</p>'
@@ -78,17 +85,24 @@ def _card(card: Card) -> str:
 def _table(table: Table) -> str:
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
     numeric = [all(_is_number(row[c]) for row in table.rows) for c in range(len(table.columns))]
-    head = "".join(f"<th{_class(numeric[c] and c)}>{escape(str(name))}</th>" for c, name in enumerate(table.columns))
+    head = "".join(
+        f"<th{_class(numeric[c] and c)}>{escape(str(name))}</th>" for c, name in enumerate(table.columns)
+    )
     rows = []
     for row in table.rows:
-        cells = [f"<td{_class(numeric[c] and c, v)}>{escape(v if isinstance(v, str) else number(v))}</td>" for c, v in enumerate(row)]
+        cells = [
+            f"<td{_class(numeric[c] and c, v)}>{escape(v if isinstance(v, str) else number(v))}</td>"
+            for c, v in enumerate(row)
+        ]
         cells[0] = cells[0].replace("<td", '<th scope="row"', 1).replace("</td>", "</th>")
         rows.append("<tr>" + "".join(cells) + "</tr>")
     return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _is_number(value: Any) -> bool:
-    return not isinstance(value, str) or bool(re.fullmatch(r"[-–+]?[\d,.]*(e-?\d+)?( %)?( to [-–+]?[\d,.e-]+)?( \(.*\))?", value))
+    return not isinstance(value, str) or bool(
+        re.fullmatch(r"[-–+]?[\d,.]*(e-?\d+)?( %)?( to [-–+]?[\d,.e-]+)?( \(.*\))?", value)
+    )
 
 
 def _class(numeric: Any, value: Any = "") -> str:
@@ -105,10 +119,14 @@ def _figure(figure: Mapping[str, Any], counter: list[int]) -> str:
 
 def _tokens(figure: Mapping[str, Any]) -> str:
     """Prompts as coloured text: target tokens by group, input tokens by attribution, segments by their underline."""
-    num_groups = figure.get("num_groups") or 1 + max((t.get("group") or 0 for p in figure["prompts"] for t in p["tokens"]), default=0)
+    num_groups = figure.get("num_groups") or 1 + max(
+        (t.get("group") or 0 for p in figure["prompts"] for t in p["tokens"]), default=0
+    )
     prompts = []
     for prompt in figure["prompts"]:
-        largest = max((abs(t["weight"]) for t in prompt["tokens"] if t.get("weight") is not None), default=0) or 1
+        largest = (
+            max((abs(t["weight"]) for t in prompt["tokens"] if t.get("weight") is not None), default=0) or 1
+        )
         spans = "".join(_token(t, largest, num_groups) for t in prompt["tokens"])
         title = f"<h4>{escape(str(prompt['title']))}</h4>" if prompt.get("title") else ""
         prompts.append(f'{title}<p class="tokens">{spans}</p>')
@@ -118,7 +136,9 @@ def _tokens(figure: Mapping[str, Any]) -> str:
     )
     has_group = any(t.get("group") is not None for p in figure["prompts"] for t in p["tokens"])
     has_weight = any(t.get("weight") is not None for p in figure["prompts"] for t in p["tokens"])
-    legend = "".join(f'<span class="seg {s}">{s}</span>' for s in ("instruction", "template", "history", "target"))
+    legend = "".join(
+        f'<span class="seg {s}">{s}</span>' for s in ("instruction", "template", "history", "target")
+    )
     if has_group:
         legend += f'<span class="scale">group {groups}</span>'
     if has_weight:
@@ -146,11 +166,14 @@ def _token(token: Mapping[str, Any], largest: float, num_groups: int) -> str:
 
 
 def _example(example: Mapping[str, Any]) -> str:
-    top = "".join(f'<li class="{"hit" if hit else "seen" if seen else ""}">{escape(title)}</li>' for title, hit, seen in example["top"])
+    top = "".join(
+        f'<li class="{"hit" if hit else "seen" if seen else ""}">{escape(title)}</li>'
+        for title, hit, seen in example["top"]
+    )
     history = "".join(f"<li>{escape(title)}</li>" for title in example["history"]) or "<li>(empty)</li>"
     return (
         f"<article><h3>{escape(example['user'])} <small>rank {escape(example['rank'])}</small></h3>"
         f"<p>held out: <b>{escape(example['target'])}</b></p>"
         f'<div class="lists"><div><h4>history, oldest first</h4><ul>{history}</ul></div>'
-        f'<div><h4>top 10</h4><ol>{top}</ol></div></div></article>'
+        f"<div><h4>top 10</h4><ol>{top}</ol></div></div></article>"
     )

@@ -10,14 +10,18 @@ from eval.report.content import Page, Section, Table, number
 
 def escape(text: Any) -> str:
     """Text that Markdown and HTML both leave alone (titles come from outside)."""
-    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")).replace(
-        "\n", " "
-    )
+    return re.sub(
+        r"([\\`*_{}\[\]#|~$])",
+        r"\\\1",
+        str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"),
+    ).replace("\n", " ")
 
 
 def _own(text: str) -> str:
     """A paragraph: **bold** lead words stay bold, everything else is escaped."""
-    return "".join(f"**{escape(part)}**" if n % 2 else escape(part) for n, part in enumerate(text.split("**")))
+    return "".join(
+        f"**{escape(part)}**" if n % 2 else escape(part) for n, part in enumerate(text.split("**"))
+    )
 
 
 def render_markdown(page: Page) -> str:
@@ -36,7 +40,14 @@ def _section(section: Section) -> list[str]:
         lines += [_own(paragraph), ""]
     if section.cards:
         rows = [
-            [c.label, c.value, c.interval, ", ".join(f"{n} {number(v)}" for n, v in c.marks[1:]) or "–", c.direction] for c in section.cards
+            [
+                c.label,
+                c.value,
+                c.interval,
+                ", ".join(f"{n} {number(v)}" for n, v in c.marks[1:]) or "–",
+                c.direction,
+            ]
+            for c in section.cards
         ]
         lines += _table(Table(["metric", "value", "95 % interval", "beside it", "direction"], rows))
     for table in section.tables:
@@ -58,5 +69,8 @@ def _table(table: Table) -> list[str]:
         "| " + " | ".join(escape(c) for c in table.columns) + " |",
         "|" + "|".join("---" if n == 0 else "---:" for n in range(len(table.columns))) + "|",
     ]
-    lines += ["| " + " | ".join(escape(c if isinstance(c, str) else number(c)) for c in row) + " |" for row in table.rows]
+    lines += [
+        "| " + " | ".join(escape(c if isinstance(c, str) else number(c)) for c in row) + " |"
+        for row in table.rows
+    ]
     return [*lines, ""]

@@ -66,12 +66,19 @@ def draw(figure: Mapping[str, Any], number: int) -> str:
         drawing.patch.set_alpha(0)
         axes = drawing.add_subplot()
         axes.patch.set_alpha(0)
-        {"bar": _bar, "line": _line, "stacked_area": _stacked_area, "scatter": _scatter, "heatmap": _heatmap}[figure["kind"]](axes, figure)
+        {"bar": _bar, "line": _line, "stacked_area": _stacked_area, "scatter": _scatter, "heatmap": _heatmap}[
+            figure["kind"]
+        ](axes, figure)
         if figure["kind"] != "heatmap":
             _finish(axes, figure)
         _legend(drawing, axes, figure)
         buffer = io.StringIO()
-        drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        drawing.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     return _inline(buffer.getvalue(), f"{figure['title']}. {figure['caption']}", number)
 
 
@@ -80,7 +87,12 @@ def _height(figure: Mapping[str, Any]) -> float:
         return 0.9 + 0.32 * len(figure["rows"])
     if figure["kind"] == "bar" and figure.get("horizontal"):
         bars = 1 if figure.get("stacked") else len(figure["series"])
-        return max(2.4, 0.8 + len(figure["categories"]) * (0.16 + 0.1 * bars + 0.12 * max(c.count("\n") for c in figure["categories"])))
+        return max(
+            2.4,
+            0.8
+            + len(figure["categories"])
+            * (0.16 + 0.1 * bars + 0.12 * max(c.count("\n") for c in figure["categories"])),
+        )
     return 3.0
 
 
@@ -95,7 +107,11 @@ def _numbers(values: Any) -> np.ndarray:
 
 
 def _bar(axes: Any, figure: Mapping[str, Any]) -> None:
-    series, horizontal, stacked = figure["series"], bool(figure.get("horizontal")), bool(figure.get("stacked"))
+    series, horizontal, stacked = (
+        figure["series"],
+        bool(figure.get("horizontal")),
+        bool(figure.get("stacked")),
+    )
     places = np.arange(len(figure["categories"]))
     width = 0.62 if stacked or len(series) == 1 else 0.8 / len(series)
     base = np.zeros(places.size)
@@ -130,7 +146,12 @@ def _bar(axes: Any, figure: Mapping[str, Any]) -> None:
         axes.grid(axis="y", visible=False)
     else:
         lengthy = max(len(line) for c in names for line in c.split("\n")) * len(names) > 62
-        axes.set_xticks(places, [_short(c, 22) for c in names], rotation=35 if lengthy else 0, ha="right" if lengthy else "center")
+        axes.set_xticks(
+            places,
+            [_short(c, 22) for c in names],
+            rotation=35 if lengthy else 0,
+            ha="right" if lengthy else "center",
+        )
         axes.grid(axis="x", visible=False)
     if not horizontal and places.size < 5:  # few bars stay slim
         axes.set_xlim(-0.5 - (5 - places.size) * 0.3, places.size - 0.5 + (5 - places.size) * 0.3)
@@ -148,14 +169,21 @@ def _line(axes: Any, figure: Mapping[str, Any]) -> None:
             y = _moving_average(y, max(3, x.size // 25))
         axes.plot(x, y, color=colour, label=one["name"], marker="o" if x.size <= 12 else None, markersize=4)
         if one.get("low") is not None:
-            axes.fill_between(x, _numbers(one["low"]), _numbers(one["high"]), color=colour, alpha=0.18, linewidth=0)
+            axes.fill_between(
+                x, _numbers(one["low"]), _numbers(one["high"]), color=colour, alpha=0.18, linewidth=0
+            )
 
 
 def _moving_average(y: np.ndarray, width: int) -> np.ndarray:
     """Centred mean over `width` points, shorter at the ends; absent points are left out of it."""
     kernel, valid = np.ones(width), np.isfinite(y)
     counts = np.convolve(valid, kernel, "same")
-    return np.divide(np.convolve(np.where(valid, y, 0), kernel, "same"), counts, out=np.full(y.size, np.nan), where=counts > 0)
+    return np.divide(
+        np.convolve(np.where(valid, y, 0), kernel, "same"),
+        counts,
+        out=np.full(y.size, np.nan),
+        where=counts > 0,
+    )
 
 
 def _stacked_area(axes: Any, figure: Mapping[str, Any]) -> None:
@@ -180,7 +208,10 @@ def _scatter(axes: Any, figure: Mapping[str, Any]) -> None:
         for axis in "xy":
             if any(f"{axis}_low" in p for p in points):
                 middle = x if axis == "x" else y
-                low, high = _numbers([p.get(f"{axis}_low") for p in points]), _numbers([p.get(f"{axis}_high") for p in points])
+                low, high = (
+                    _numbers([p.get(f"{axis}_low") for p in points]),
+                    _numbers([p.get(f"{axis}_high") for p in points]),
+                )
                 axes.errorbar(
                     x,
                     y,
@@ -190,7 +221,16 @@ def _scatter(axes: Any, figure: Mapping[str, Any]) -> None:
                     alpha=0.7,
                     **{f"{axis}err": np.abs(np.stack([middle - low, high - middle]))},
                 )
-        axes.scatter(x, y, s=9 if many else 44, color=palette[name], alpha=0.55 if many else 1, linewidth=0, label=name or None, zorder=3)
+        axes.scatter(
+            x,
+            y,
+            s=9 if many else 44,
+            color=palette[name],
+            alpha=0.55 if many else 1,
+            linewidth=0,
+            label=name or None,
+            zorder=3,
+        )
     for point in figure["points"]:
         if point.get("label"):
             axes.annotate(
@@ -214,10 +254,23 @@ def _heatmap(axes: Any, figure: Mapping[str, Any]) -> None:
         colour = SERIES[0] if value >= 0 else SERIES[1]
         axes.add_patch(
             matplotlib.patches.Rectangle(
-                (column - 0.48, row - 0.46), 0.96, 0.92, color=colour, alpha=0.06 + 0.5 * abs(value) / (largest or 1), linewidth=0
+                (column - 0.48, row - 0.46),
+                0.96,
+                0.92,
+                color=colour,
+                alpha=0.06 + 0.5 * abs(value) / (largest or 1),
+                linewidth=0,
             )
         )
-        axes.text(column, row, f"{value:.2g}" if abs(value) < 1000 else f"{value:,.0f}", ha="center", va="center", fontsize=9, color=INK)
+        axes.text(
+            column,
+            row,
+            f"{value:.2g}" if abs(value) < 1000 else f"{value:,.0f}",
+            ha="center",
+            va="center",
+            fontsize=9,
+            color=INK,
+        )
     axes.set_xlim(-0.5, values.shape[1] - 0.5)
     axes.set_ylim(values.shape[0] - 0.5, -0.5)
     lengthy = max(len(str(c)) for c in figure["columns"]) * len(figure["columns"]) > 50
@@ -252,7 +305,11 @@ def _finish(axes: Any, figure: Mapping[str, Any]) -> None:
     reference = figure.get("reference")
     if reference:
         (axes.axvline if horizontal else axes.axhline)(
-            reference["value"], color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label=reference.get("label")
+            reference["value"],
+            color=MUTED,
+            linestyle=(0, (4, 3)),
+            linewidth=1.1,
+            label=reference.get("label"),
         )
 
 
@@ -260,7 +317,9 @@ def _legend(drawing: Figure, axes: Any, figure: Mapping[str, Any]) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if figure.get("legend") is False or (len(labels) < 2 and not figure.get("reference")):
         return
-    columns = len(labels) if figure.get("ordered") and len(labels) <= 8 else 3 if max(map(len, labels)) < 22 else 2
+    columns = (
+        len(labels) if figure.get("ordered") and len(labels) <= 8 else 3 if max(map(len, labels)) < 22 else 2
+    )
     drawing.legend(
         handles,
         [_short(name, 34) for name in labels],

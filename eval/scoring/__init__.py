@@ -1,4 +1,4 @@
-"""Scoring beside the exact tree pass of `gdrt_ds.scoring` (which recommending needs too, so it lives there).
+"""Scoring beside the exact tree pass of `gdrt_ds.inference.catalogue_scoring` (which recommending needs too, so it lives there).
 
 per_item    the reference: one plain forward pass per item
 best_first  certified exact top-K of large catalogues
@@ -12,4 +12,13 @@ from eval.scoring.node_cache import path_scores
 from eval.scoring.per_item import per_item_scores
 from eval.scoring.ranking import expected_rank, num_tied, top_entries
 
-__all__ = ["BestFirst", "SearchResult", "beam_search", "expected_rank", "num_tied", "path_scores", "per_item_scores", "top_entries"]
+__all__ = [
+    "BestFirst",
+    "SearchResult",
+    "beam_search",
+    "expected_rank",
+    "num_tied",
+    "path_scores",
+    "per_item_scores",
+    "top_entries",
+]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from eval.scoring.node_cache import NextTokens, NodeCache
-from gdrt_ds.catalogue import TokenTrie
-from gdrt_ds.prompt_cache import PromptReader, PromptState
+from gdrt_ds.data.trie import TokenTrie
+from gdrt_ds.inference.prompt_reader import PromptReader, PromptState
 
 
 class _Beams:
@@ -27,23 +27,33 @@ class _Beams:
         self.finished: list[tuple[float, float, int]] = []
 
     def score(self, log_prob: float, tokens: int) -> float:
-        return log_prob / tokens ** self.penalty
+        return log_prob / tokens**self.penalty
 
     def step(self, candidates: list[tuple[float, int, int]], depth: int) -> None:
         """candidates: (log-prob, node, entry or -1) one token longer; `depth` tokens generated."""
-        best = sorted(candidates, key=lambda c: (-c[0], c[1]))[:2 * self.width]
+        best = sorted(candidates, key=lambda c: (-c[0], c[1]))[: 2 * self.width]
         for place, (log_prob, _, entry) in enumerate(best):
             if entry >= 0 and place < self.width:
                 self.finished.append((self.score(log_prob, depth), log_prob, entry))
-        self.finished = sorted(self.finished, key=lambda f: (-f[0], f[2]))[:self.width]
-        self.open = [(node, log_prob) for log_prob, node, entry in best if entry < 0][:self.width]
-        if self.open and len(self.finished) == self.width and self.finished[-1][0] >= self.score(self.open[0][1], depth):
+        self.finished = sorted(self.finished, key=lambda f: (-f[0], f[2]))[: self.width]
+        self.open = [(node, log_prob) for log_prob, node, entry in best if entry < 0][: self.width]
+        if (
+            self.open
+            and len(self.finished) == self.width
+            and self.finished[-1][0] >= self.score(self.open[0][1], depth)
+        ):
             self.open = []
 
 
 @torch.inference_mode()
-def beam_search(reader: PromptReader, trie: TokenTrie, state: PromptState, beams: int = 10, objective: str = "renormalised",
-                length_penalty: float = 0.0) -> list[tuple[np.ndarray, np.ndarray]]:
+def beam_search(
+    reader: PromptReader,
+    trie: TokenTrie,
+    state: PromptState,
+    beams: int = 10,
+    objective: str = "renormalised",
+    length_penalty: float = 0.0,
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Beam search for a batch of prompts.
 
     Returns:
@@ -69,9 +79,18 @@ def beam_search(reader: PromptReader, trie: TokenTrie, state: PromptState, beams
                 continue
             nodes = [node for node, _ in search.open]
             candidates = []
-            for (node, log_prob), values in zip(search.open, step.log_probs(hidden[row, :len(nodes)], nodes)):
-                candidates += [(log_prob + value, child, int(trie.entry[child]))
-                               for child, value in zip(step.children(node).tolist(), values.tolist())]
+            for (node, log_prob), values in zip(
+                search.open, step.log_probs(hidden[row, : len(nodes)], nodes)
+            ):
+                candidates += [
+                    (log_prob + value, child, int(trie.entry[child]))
+                    for child, value in zip(step.children(node).tolist(), values.tolist())
+                ]
             search.step(candidates, depth)
-    return [(np.array([entry for _, _, entry in search.finished], np.int64), np.array([score for score, _, _ in search.finished]))
-            for search in users]
+    return [
+        (
+            np.array([entry for _, _, entry in search.finished], np.int64),
+            np.array([score for score, _, _ in search.finished]),
+        )
+        for search in users
+    ]

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from eval.scoring.node_cache import NextTokens, NodeCache
-from gdrt_ds.catalogue import TokenTrie
-from gdrt_ds.prompt_cache import PromptReader, PromptState
+from gdrt_ds.data.trie import TokenTrie
+from gdrt_ds.inference.prompt_reader import PromptReader, PromptState
 
 # Nodes forwarded per pass over all users: below this a pass costs the reading of the weights, above it arithmetic.
 NODES_PER_PASS = 48
@@ -45,7 +45,11 @@ class _Search:
     """Frontier of one user. Heap items: (-log-prob, node)."""
 
     def __init__(self, k: int):
-        self.k, self.frontier, self.found = k, [(0.0, 0)], []  # the root is open with log-prob 0; found: min-heap of the k best
+        self.k, self.frontier, self.found = (
+            k,
+            [(0.0, 0)],
+            [],
+        )  # the root is open with log-prob 0; found: min-heap of the k best
 
     def bound(self) -> float:
         return -self.frontier[0][0] if self.frontier else -np.inf
@@ -69,7 +73,9 @@ def _chains(trie: TokenTrie) -> np.ndarray:
     children = np.diff(trie.child_offsets)
     last = np.arange(n)
     single = np.flatnonzero(children == 1)
-    order = np.argsort(-trie.depth[single], kind="stable")  # deepest first: a child's chain is known before its parent's
+    order = np.argsort(
+        -trie.depth[single], kind="stable"
+    )  # deepest first: a child's chain is known before its parent's
     for nodes in np.split(single[order], np.flatnonzero(np.diff(trie.depth[single[order]])) + 1):
         last[nodes] = last[trie.child_nodes[trie.child_offsets[nodes]]]
     return last
@@ -82,8 +88,14 @@ class BestFirst:
         max_nodes: per user; the search ends there, certified as far as proven. None = until certified.
     """
 
-    def __init__(self, reader: PromptReader, trie: TokenTrie, objective: str = "renormalised", max_nodes: int | None = None,
-                 nodes_per_pass: int = NODES_PER_PASS):
+    def __init__(
+        self,
+        reader: PromptReader,
+        trie: TokenTrie,
+        objective: str = "renormalised",
+        max_nodes: int | None = None,
+        nodes_per_pass: int = NODES_PER_PASS,
+    ):
         self.reader, self.trie, self.full = reader, trie, objective == "full"
         self.max_nodes, self.nodes_per_pass = max_nodes, nodes_per_pass
         self.chain_end = _chains(trie)
@@ -164,5 +176,10 @@ class BestFirst:
         scores = np.array([score for score, _ in found])
         bound = search.bound()
         certified = int((scores >= bound).sum())
-        return SearchResult(np.array([-entry for _, entry in found], np.int64), scores, certified,
-                            max(bound, scores[-1] if len(scores) == search.k else -np.inf), expanded)
+        return SearchResult(
+            np.array([-entry for _, entry in found], np.int64),
+            scores,
+            certified,
+            max(bound, scores[-1] if len(scores) == search.k else -np.inf),
+            expanded,
+        )

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdrt_ds.catalogue import TokenTrie
-from gdrt_ds.prompt_cache import HeadRows, PromptReader, PromptState
+from gdrt_ds.data.trie import TokenTrie
+from gdrt_ds.inference.prompt_reader import HeadRows, PromptReader, PromptState
 
 _PADDING = -1
 
@@ -29,7 +29,12 @@ class NodeCache:
     def __init__(self, reader: PromptReader, trie: TokenTrie, state: PromptState):
         self.reader, self.trie = reader, trie
         self.past = list(state.past)
-        self.visible, self.positions, self.lengths, self.root_hidden = state.visible, state.positions, state.lengths, state.hidden
+        self.visible, self.positions, self.lengths, self.root_hidden = (
+            state.visible,
+            state.positions,
+            state.lengths,
+            state.hidden,
+        )
         self.nodes = np.empty((state.batch, 0), np.int64)
         self.users = list(range(state.batch))
         self.num_expanded, self.num_passes = [0] * state.batch, 0
@@ -52,7 +57,7 @@ class NodeCache:
         width = max(map(len, chosen))
         new = np.full((batch, width), _PADDING, np.int64)
         for row, nodes in enumerate(chosen):
-            new[row, :len(nodes)] = nodes
+            new[row, : len(nodes)] = nodes
             self.num_expanded[self.users[row]] += len(nodes)
         self.num_passes += 1
         real = new >= 0
@@ -61,11 +66,21 @@ class NodeCache:
         positions = self.lengths[:, None] + depth - 1
         keys = np.concatenate([self.nodes, new], axis=1)
         key_end = np.where(keys >= 0, trie.end[keys], _PADDING)
-        seen = (keys[:, None, :] <= new[:, :, None]) & (new[:, :, None] < key_end[:, None, :]) & real[:, :, None]
-        seen[:, np.arange(width), self.nodes.shape[1] + np.arange(width)] = True  # itself; padding sees nothing else
+        seen = (
+            (keys[:, None, :] <= new[:, :, None]) & (new[:, :, None] < key_end[:, None, :]) & real[:, :, None]
+        )
+        seen[:, np.arange(width), self.nodes.shape[1] + np.arange(width)] = (
+            True  # itself; padding sees nothing else
+        )
         prompt = self.visible[:, None, :].expand(-1, width, -1)
-        hidden, _ = self.reader.run(tokens, positions, torch.cat([prompt, torch.from_numpy(seen).to(device)], 2), self.past,
-                                    self._key_positions(), grow=True)
+        hidden, _ = self.reader.run(
+            tokens,
+            positions,
+            torch.cat([prompt, torch.from_numpy(seen).to(device)], 2),
+            self.past,
+            self._key_positions(),
+            grow=True,
+        )
         self.nodes = keys
         return hidden
 
@@ -81,7 +96,7 @@ class NextTokens:
         self.head, self.trie, self.full = head, trie, full
 
     def children(self, node: int) -> np.ndarray:
-        return self.trie.child_nodes[self.trie.child_offsets[node]:self.trie.child_offsets[node + 1]]
+        return self.trie.child_nodes[self.trie.child_offsets[node] : self.trie.child_offsets[node + 1]]
 
     def log_probs(self, hidden: Tensor, nodes: list[int]) -> list[np.ndarray]:
         """hidden [N, H] of N nodes -> per node float64 log-probabilities of its children, in the trie's order."""
@@ -95,16 +110,19 @@ class NextTokens:
             rows = max(1, (128 << 20) // (8 * self.head.weight.shape[0]))
             parts = []
             for low in range(0, len(nodes), rows):
-                logits = self.head.vocabulary_logits(hidden[low:low + rows])
+                logits = self.head.vocabulary_logits(hidden[low : low + rows])
                 mine = (owner >= low) & (owner < low + rows)
-                value = logits[owner[mine] - low, tokens[mine]].double() - logits.logsumexp(-1).double()[owner[mine] - low]
+                value = (
+                    logits[owner[mine] - low, tokens[mine]].double()
+                    - logits.logsumexp(-1).double()[owner[mine] - low]
+                )
                 parts.append(value.cpu().numpy())
             flat = np.concatenate(parts)
             return np.split(flat, np.cumsum(counts)[:-1])
         result, offsets = [], np.concatenate([[0], np.cumsum(counts)])
         hidden = hidden.float()
         for i in range(len(nodes)):
-            weight, bias = self.head.rows(tokens[offsets[i]:offsets[i + 1]])
+            weight, bias = self.head.rows(tokens[offsets[i] : offsets[i + 1]])
             logits = weight @ hidden[i]
             logits = self.head.finish(logits if bias is None else logits + bias).double()
             result.append((logits - logits.logsumexp(-1)).cpu().numpy())
@@ -112,7 +130,9 @@ class NextTokens:
 
 
 @torch.inference_mode()
-def path_scores(reader: PromptReader, trie: TokenTrie, state: PromptState, entries: list[int], objective: str) -> np.ndarray:
+def path_scores(
+    reader: PromptReader, trie: TokenTrie, state: PromptState, entries: list[int], objective: str
+) -> np.ndarray:
     """Exact log-probability of one entry per user (e.g. its target), one pass. float64 [B]."""
     leaves = np.flatnonzero(trie.entry >= 0)
     leaf_of = dict(zip(trie.entry[leaves].tolist(), leaves.tolist()))
@@ -124,12 +144,14 @@ def path_scores(reader: PromptReader, trie: TokenTrie, state: PromptState, entri
             node = int(trie.parent[node])
         paths.append(path[::-1])
     cache, step = NodeCache(reader, trie, state), NextTokens(reader.rows, trie, objective == "full")
-    inner = [path[:-1] or path for path in paths]  # the leaf's own hidden state is not needed, a pass needs a token
+    inner = [
+        path[:-1] or path for path in paths
+    ]  # the leaf's own hidden state is not needed, a pass needs a token
     hidden = cache.expand(inner)
     scores = np.zeros(len(entries))
     for user, path in enumerate(paths):
         nodes = [0] + path[:-1]
-        states = torch.cat([state.hidden[user][None], hidden[user, :len(path) - 1]])
+        states = torch.cat([state.hidden[user][None], hidden[user, : len(path) - 1]])
         for node, after, values in zip(nodes, path, step.log_probs(states, nodes)):
             scores[user] += values[np.flatnonzero(step.children(node) == after)[0]]
     return scores

@@ -9,12 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gdrt_ds.catalogue import TokenTrie
+from gdrt_ds.data.trie import TokenTrie
 
 
 @torch.inference_mode()
-def per_item_scores(model: nn.Module, trie: TokenTrie, prompt: list[int], entries: list[int] | None = None,
-                    objective: str = "renormalised") -> Tensor:
+def per_item_scores(
+    model: nn.Module,
+    trie: TokenTrie,
+    prompt: list[int],
+    entries: list[int] | None = None,
+    objective: str = "renormalised",
+) -> Tensor:
     """Log-probabilities of items behind one prompt.
 
     Args:
@@ -39,8 +44,12 @@ def per_item_scores(model: nn.Module, trie: TokenTrie, prompt: list[int], entrie
         total, above = 0.0, 0
         for step, node in enumerate(path):
             row = logits[len(prompt) - 1 + step]
-            allowed = trie.child_nodes[trie.child_offsets[above]:trie.child_offsets[above + 1]]
-            pool = row if objective == "full" else row[torch.as_tensor(trie.token[allowed].astype(np.int64), device=device)]
+            allowed = trie.child_nodes[trie.child_offsets[above] : trie.child_offsets[above + 1]]
+            pool = (
+                row
+                if objective == "full"
+                else row[torch.as_tensor(trie.token[allowed].astype(np.int64), device=device)]
+            )
             total += float(row[int(trie.token[node])] - pool.logsumexp(-1))
             above = node
         scores.append(total)

@@ -47,13 +47,18 @@ class AllowedPlan:
     single_tokens: torch.Tensor  # [S] long: that child
 
 
-def plan_allowed(allowed: AllowedTokens, num_rows: int, vocabulary: int, chunk_bytes: int, bytes_per_logit: int, device) -> AllowedPlan:
+def plan_allowed(
+    allowed: AllowedTokens, num_rows: int, vocabulary: int, chunk_bytes: int, bytes_per_logit: int, device
+) -> AllowedPlan:
     """Cuts N rows into chunks of similar allowed sizes. Raises UserError for shapes, nodes or tokens out of range and empty nodes."""
     node = allowed.node.detach().cpu().numpy().astype(np.int64)
     offsets = allowed.offsets.detach().cpu().numpy().astype(np.int64)
     tokens = allowed.tokens.detach().cpu().numpy().astype(np.int64)
     if node.shape != (num_rows,):
-        raise UserError(f"allowed.node has shape {node.shape}, but there are {num_rows} rows", "give one trie node per supervised token")
+        raise UserError(
+            f"allowed.node has shape {node.shape}, but there are {num_rows} rows",
+            "give one trie node per supervised token",
+        )
     if num_rows and (node.min() < 0 or node.max() >= len(offsets) - 1):
         raise UserError(
             f"allowed.node holds nodes {node.min()}..{node.max()}, but offsets describe nodes 0..{len(offsets) - 2}",
@@ -94,7 +99,9 @@ def plan_allowed(allowed: AllowedTokens, num_rows: int, vocabulary: int, chunk_b
     return AllowedPlan(chunks, to_device(single), to_device(tokens[offsets[node[single]]]))
 
 
-def _chunk(rows: np.ndarray, node: np.ndarray, offsets: np.ndarray, tokens: np.ndarray, device) -> AllowedChunk:
+def _chunk(
+    rows: np.ndarray, node: np.ndarray, offsets: np.ndarray, tokens: np.ndarray, device
+) -> AllowedChunk:
     nodes, node_slot = np.unique(node[rows], return_inverse=True)
     parts = [tokens[offsets[n] : offsets[n + 1]] for n in nodes]
     union = np.unique(np.concatenate(parts))

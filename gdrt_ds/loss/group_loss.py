@@ -35,10 +35,14 @@ CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 CPU_CHUNK_ROWS = 512
 
 
-def default_chunk_bytes(device_type: str, vocabulary: int, bytes_per_logit: int, one_pass: bool = True) -> int:
+def default_chunk_bytes(
+    device_type: str, vocabulary: int, bytes_per_logit: int, one_pass: bool = True
+) -> int:
     """The budget for logits when the caller names none."""
     least = CHUNK_BYTES.get(device_type, 256 * 2**20)
-    return least + CPU_CHUNK_ROWS * vocabulary * bytes_per_logit if device_type == "cpu" and one_pass else least
+    return (
+        least + CPU_CHUNK_ROWS * vocabulary * bytes_per_logit if device_type == "cpu" and one_pass else least
+    )
 
 
 class GroupLoss(NamedTuple):
@@ -106,13 +110,22 @@ def group_cross_entropy(
     Raises: UserError for shapes, labels, groups or settings that do not fit.
     """
     _check_shapes(hidden, weight, labels, groups, num_groups, bias, lora)
-    for name, value in (("temperature", temperature), ("softcap", 1.0 if softcap is None else softcap), ("logit_scale", logit_scale)):
+    for name, value in (
+        ("temperature", temperature),
+        ("softcap", 1.0 if softcap is None else softcap),
+        ("logit_scale", logit_scale),
+    ):
         if not value > 0:
             raise UserError(f"{name} is {value}, but must be positive", f"set {name} to a positive number")
     if implementation not in ("auto", "torch", "triton", "reference"):
         raise UserError(f"implementation is {implementation!r}", "use one of auto, torch, triton, reference")
     labels, groups = labels.long(), groups.long()
-    _check_range("labels", labels, weight.shape[0], "pass supervised positions only: the op has no ignore index such as -100")
+    _check_range(
+        "labels",
+        labels,
+        weight.shape[0],
+        "pass supervised positions only: the op has no ignore index such as -100",
+    )
     _check_range("groups", groups, num_groups, "give every token a group in [0, num_groups)")
     if implementation == "reference":
         sums, losses = reference_group_cross_entropy(
@@ -129,7 +142,9 @@ def group_cross_entropy(
     others_frozen = not any(t is not None and t.requires_grad for t in (bias, a_rH, b_Vr))
     one_pass = frozen and others_frozen and hidden.requires_grad and torch.is_grad_enabled()
     if chunk_bytes is None:
-        chunk_bytes = default_chunk_bytes(weight.device.type, weight.shape[0], weight.element_size(), one_pass and allowed is None)
+        chunk_bytes = default_chunk_bytes(
+            weight.device.type, weight.shape[0], weight.element_size(), one_pass and allowed is None
+        )
     settings = Settings(
         num_groups=num_groups, logit_scale=float(logit_scale), softcap=None if softcap is None else float(softcap),
         temperature=float(temperature), lora_scale=float(lora_scale), chunk_bytes=chunk_bytes, implementation=implementation, one_pass=one_pass,
@@ -139,7 +154,9 @@ def group_cross_entropy(
         plan = plan_allowed(allowed, len(labels), weight.shape[0], settings.chunk_bytes, 12, weight.device)
     # Autocast would cast the operands of each product again; the dtypes are decided here.
     with torch.autocast(weight.device.type, enabled=False):
-        sums, losses = _GroupCrossEntropy.apply(hidden.to(weight.dtype), weight, bias, a_rH, b_Vr, labels, groups, plan, settings)
+        sums, losses = _GroupCrossEntropy.apply(
+            hidden.to(weight.dtype), weight, bias, a_rH, b_Vr, labels, groups, plan, settings
+        )
     return GroupLoss(sums, losses)
 
 
@@ -188,7 +205,9 @@ class _GroupCrossEntropy(torch.autograd.Function):
 
 def _tools(hidden, weight, bias, a_rH, b_Vr, settings: Settings):
     if settings.implementation == "triton":
-        from gdrt_ds.loss.kernels import TritonRowwise as Rowwise  # imported here: triton is absent from CPU builds of torch
+        from gdrt_ds.loss.kernels import (
+            TritonRowwise as Rowwise,
+        )  # imported here: triton is absent from CPU builds of torch
     else:
         Rowwise = TorchRowwise
     rowwise = Rowwise(settings, product_dtype(weight.dtype, weight.device.type)[0])
@@ -217,14 +236,24 @@ def _forward_streaming(head: Head, rowwise, hidden_NH, labels_N, losses_N, norma
         losses_N[rows], normaliser_2N[:, rows] = rowwise.end_rows(state)
 
 
-def _forward_allowed(head: Head, rowwise, plan: AllowedPlan, hidden_NH, labels_N, losses_N, normaliser_2N, unit_NH) -> None:
-    _require(labels_N[plan.single_rows] == plan.single_tokens, "a label is not the single allowed token of its trie node", _ALLOWED_FIX)
+def _forward_allowed(
+    head: Head, rowwise, plan: AllowedPlan, hidden_NH, labels_N, losses_N, normaliser_2N, unit_NH
+) -> None:
+    _require(
+        labels_N[plan.single_rows] == plan.single_tokens,
+        "a label is not the single allowed token of its trie node",
+        _ALLOWED_FIX,
+    )
     for chunk in plan.chunks:
         part, columns_C, buffer_CV = _allowed_logits(head, rowwise, chunk, hidden_NH, labels_N)
-        losses_N[chunk.rows], normaliser_2N[:, chunk.rows] = rowwise.finish_rows_(buffer_CV, columns_C, _forbidden(chunk))
+        losses_N[chunk.rows], normaliser_2N[:, chunk.rows] = rowwise.finish_rows_(
+            buffer_CV, columns_C, _forbidden(chunk)
+        )
         if unit_NH is not None:
             unit_CH = torch.empty_like(hidden_NH[chunk.rows])
-            part.backproject(buffer_CV, slice(0, len(chunk.tokens)), unit_CH, add=False, slope=rowwise.gradient_slope)
+            part.backproject(
+                buffer_CV, slice(0, len(chunk.tokens)), unit_CH, add=False, slope=rowwise.gradient_slope
+            )
             unit_NH[chunk.rows] = unit_CH
 
 
@@ -249,10 +278,14 @@ def _scale_rows(unit_NH: torch.Tensor, coefficient_N: torch.Tensor) -> torch.Ten
     """Row i times coefficient i, in place unless the caller keeps the graph for another backward; products in float32."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
     out_NH = torch.empty_like(unit_NH) if keeps_graph else unit_NH
-    scale_N1 = coefficient_N.to(torch.float64 if unit_NH.dtype == torch.float64 else torch.float32).view(-1, 1)
+    scale_N1 = coefficient_N.to(torch.float64 if unit_NH.dtype == torch.float64 else torch.float32).view(
+        -1, 1
+    )
     if unit_NH.dtype in (torch.float32, torch.float64) or unit_NH.device.type != "cpu":
         return torch.mul(unit_NH, scale_N1, out=out_NH)
-    for start in range(0, len(unit_NH), 1024):  # torch on CPUs converts whole operands: bounded by blocks of rows
+    for start in range(
+        0, len(unit_NH), 1024
+    ):  # torch on CPUs converts whole operands: bounded by blocks of rows
         part = slice(start, start + 1024)
         torch.mul(unit_NH[part], scale_N1[part], out=out_NH[part])
     return out_NH
@@ -264,12 +297,16 @@ def _backward_recompute(ctx, saved, coefficient_N: torch.Tensor):
     settings, plan, wants = ctx.settings, ctx.plan, ctx.needs_input_grad
     head, rowwise = _tools(hidden_NH, weight, bias, a_rH, b_Vr, settings)
     row_blocks = list(rowwise.row_blocks(len(hidden_NH)))
-    grads = _HeadGradients(head, hidden_NH, wants, rowwise.accumulate, once=plan is None and len(row_blocks) == 1)
+    grads = _HeadGradients(
+        head, hidden_NH, wants, rowwise.accumulate, once=plan is None and len(row_blocks) == 1
+    )
     scaled_N = (coefficient_N * settings.slope).to(rowwise.accumulate)
     if plan is not None:
         for chunk in plan.chunks:
             part, columns_C, buffer_CV = _allowed_logits(head, rowwise, chunk, hidden_NH, labels_N)
-            rowwise.gradient_(buffer_CV, columns_C, 0, normaliser_2N[:, chunk.rows], scaled_N[chunk.rows], _forbidden(chunk))
+            rowwise.gradient_(
+                buffer_CV, columns_C, 0, normaliser_2N[:, chunk.rows], scaled_N[chunk.rows], _forbidden(chunk)
+            )
             grads.add(part, buffer_CV, chunk.rows, slice(0, len(chunk.tokens)), chunk.tokens)
         return grads.finish()
     widest = max((r.stop - r.start for r in row_blocks), default=0)
@@ -278,7 +315,9 @@ def _backward_recompute(ctx, saved, coefficient_N: torch.Tensor):
         for rows, rows_prepared in zip(row_blocks, prepared):
             part_CV = buffer_CV[: rows.stop - rows.start]
             rows_prepared.logits(columns, part_CV)
-            rowwise.gradient_(part_CV, labels_N[rows], columns.start, normaliser_2N[:, rows], scaled_N[rows], None)
+            rowwise.gradient_(
+                part_CV, labels_N[rows], columns.start, normaliser_2N[:, rows], scaled_N[rows], None
+            )
             grads.add(head, part_CV, rows, columns, columns)
     return grads.finish()
 
@@ -289,7 +328,9 @@ class _HeadGradients:
     def __init__(self, head: Head, hidden_NH, wants, accumulate, once: bool):
         self.head, self.hidden_NH, self.accumulate = head, hidden_NH, accumulate
         hidden, weight, bias, a_rH, b_Vr = wants[:5]
-        zeros = lambda like, wanted: torch.zeros(like.shape, dtype=accumulate, device=like.device) if wanted else None  # noqa: E731
+        zeros = lambda like, wanted: (
+            torch.zeros(like.shape, dtype=accumulate, device=like.device) if wanted else None
+        )  # noqa: E731
         self.d_hidden = zeros(hidden_NH, hidden)
         # Without `scattered` or several row blocks each row of dW is made by one product: no accumulation, no wider copy.
         self.weight_once = weight and once
@@ -325,7 +366,9 @@ class _HeadGradients:
         if self.has_lora:
             a_rH, b_Vr, scale = part.lora
             if self.low_Nr is not None:
-                self.low_Nr[rows] += (gradient_CV @ b_Vr[part_columns].to(part.dtype)).to(self.accumulate) * scale
+                self.low_Nr[rows] += (gradient_CV @ b_Vr[part_columns].to(part.dtype)).to(
+                    self.accumulate
+                ) * scale
             if self.d_b is not None:
                 low_rank_Cr = (x_CH.to(self.accumulate) @ a_rH.to(self.accumulate).T) * scale
                 self._into(self.d_b, target, gradient_CV.T @ low_rank_Cr.to(part.dtype))
@@ -334,7 +377,9 @@ class _HeadGradients:
         if isinstance(target, slice):
             whole[target] += value
         else:
-            whole.index_add_(0, target, value.to(whole.dtype))  # ids are distinct within a chunk: no collision, a fixed order
+            whole.index_add_(
+                0, target, value.to(whole.dtype)
+            )  # ids are distinct within a chunk: no collision, a fixed order
 
     def finish(self):
         d_a = None
@@ -347,10 +392,18 @@ class _HeadGradients:
         like = lambda gradient, tensor: None if gradient is None else gradient.to(tensor.dtype)  # noqa: E731
         head = self.head
         d_b = None if not self.has_lora else like(self.d_b, head.lora[1])
-        return like(self.d_hidden, self.hidden_NH), like(self.d_weight, head.weight), like(self.d_bias, head.bias), d_a, d_b
+        return (
+            like(self.d_hidden, self.hidden_NH),
+            like(self.d_weight, head.weight),
+            like(self.d_bias, head.bias),
+            d_a,
+            d_b,
+        )
 
 
-_ALLOWED_FIX = "the label must be a child of its trie node; build the trie and the labels from the same target_ids"
+_ALLOWED_FIX = (
+    "the label must be a child of its trie node; build the trie and the labels from the same target_ids"
+)
 
 
 def _require(holds: torch.Tensor, problem: str, fix: str) -> None:
@@ -366,13 +419,17 @@ def _check_range(name: str, values: torch.Tensor, stop: int, fix: str) -> None:
     if values.device.type != "cpu":
         torch._assert_async(((values >= 0) & (values < stop)).all(), f"{name} must lie in [0, {stop}); {fix}")
     elif len(values) and (int(values.min()) < 0 or int(values.max()) >= stop):
-        raise UserError(f"{name} holds values {int(values.min())}..{int(values.max())}, but must lie in [0, {stop})", fix)
+        raise UserError(
+            f"{name} holds values {int(values.min())}..{int(values.max())}, but must lie in [0, {stop})", fix
+        )
 
 
 def _check_shapes(hidden, weight, labels, groups, num_groups, bias, lora) -> None:
     def expect(name, tensor, shape):
         if tuple(tensor.shape) != shape:
-            expected = f"with hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} it must be {shape}"
+            expected = (
+                f"with hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} it must be {shape}"
+            )
             raise UserError(f"{name} has shape {tuple(tensor.shape)}", expected)
 
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -404,11 +461,18 @@ def _choose(implementation: str, device_type: str, dtype: torch.dtype) -> tuple[
         problem = f"triton cannot be imported ({error})"
     if implementation == "triton":
         if problem:
-            raise UserError(f"implementation='triton' cannot be used: {problem}", "use implementation='auto' or install triton")
+            raise UserError(
+                f"implementation='triton' cannot be used: {problem}",
+                "use implementation='auto' or install triton",
+            )
         return "triton", "asked for"
     if device_type == "cpu":
         return "torch", "CPU tensors"
-    return ("torch", f"slower than the Triton kernels, but {problem}") if problem else ("triton", f"{device_type} tensors")
+    return (
+        ("torch", f"slower than the Triton kernels, but {problem}")
+        if problem
+        else ("triton", f"{device_type} tensors")
+    )
 
 
 @lru_cache(maxsize=None)
@@ -419,6 +483,8 @@ def _announce(implementation: str, why: str, device_type: str, dtype: torch.dtyp
     return line
 
 
-def describe(device_type: str = "cpu", dtype: torch.dtype = torch.float32, implementation: str = "auto") -> str:
+def describe(
+    device_type: str = "cpu", dtype: torch.dtype = torch.float32, implementation: str = "auto"
+) -> str:
     """One line: which implementation and product dtype a head of `dtype` on this kind of device gets, and why."""
     return _announce(*_choose(implementation, device_type, dtype), device_type, dtype)

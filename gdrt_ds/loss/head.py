@@ -25,7 +25,10 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, st
         return dtype, "the head's dtype"
     if dtype == torch.bfloat16 and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return dtype, "this CPU multiplies bfloat16 natively (AVX512_BF16)"
-    return torch.float32, f"this CPU has no fast {str(dtype).removeprefix('torch.')} product: blocks of the head are converted"
+    return (
+        torch.float32,
+        f"this CPU has no fast {str(dtype).removeprefix('torch.')} product: blocks of the head are converted",
+    )
 
 
 class Head:
@@ -36,13 +39,19 @@ class Head:
         self.lora = lora  # (A[r, H], B[V, r], scale) or None
         self.dtype = product_dtype(weight.dtype, weight.device.type)[0]
         self.converts = self.dtype != weight.dtype
-        self.blockwise = weight.device.type == "cpu" and not self.converts and self.dtype.itemsize < 4  # back-projection in blocks
+        self.blockwise = (
+            weight.device.type == "cpu" and not self.converts and self.dtype.itemsize < 4
+        )  # back-projection in blocks
         # One block's product, its float32 copy and the float32 sum.
         self.scratch_per_row = (self.dtype.itemsize + 8) * weight.shape[1] if self.blockwise else 0
 
     def gathered(self, tokens_V: torch.Tensor) -> "Head":
         """The head restricted to some tokens: its rows are copied once and serve both products."""
-        lora = None if self.lora is None else (self.lora[0], self.lora[1].index_select(0, tokens_V), self.lora[2])
+        lora = (
+            None
+            if self.lora is None
+            else (self.lora[0], self.lora[1].index_select(0, tokens_V), self.lora[2])
+        )
         bias = None if self.bias is None else self.bias.index_select(0, tokens_V)
         return Head(self.weight.index_select(0, tokens_V), bias, lora, self.gain, self.accumulate)
 
@@ -53,7 +62,9 @@ class Head:
         """Slices of `columns` whose head rows fit a CPU's cache; on other devices one slice."""
         step = columns.stop - columns.start
         if self.weight.device.type == "cpu" and (self.converts or self.dtype != torch.bfloat16):
-            step = max(256, CPU_BLOCK_BYTES * torch.get_num_threads() // (self.weight.shape[1] * 4) // 64 * 64)
+            step = max(
+                256, CPU_BLOCK_BYTES * torch.get_num_threads() // (self.weight.shape[1] * 4) // 64 * 64
+            )
         for start in range(columns.start, columns.stop, max(step, 1)):
             yield slice(start, min(start + step, columns.stop))
 
@@ -61,10 +72,16 @@ class Head:
         part_VH = self.weight[columns]
         return part_VH.to(self.dtype) if self.converts else part_VH
 
-    def backproject(self, gradient_CV: torch.Tensor, columns: slice, into_CH: torch.Tensor, add: bool, slope: float = 1.0) -> None:
+    def backproject(
+        self, gradient_CV: torch.Tensor, columns: slice, into_CH: torch.Tensor, add: bool, slope: float = 1.0
+    ) -> None:
         """into (+)= slope * gradient @ W[columns], accumulated in `into`'s dtype across calls."""
         if self.converts or self.blockwise:  # block by block into a float32 sum
-            sum_CH = into_CH if into_CH.dtype == self.accumulate else torch.zeros(into_CH.shape, dtype=self.accumulate)
+            sum_CH = (
+                into_CH
+                if into_CH.dtype == self.accumulate
+                else torch.zeros(into_CH.shape, dtype=self.accumulate)
+            )
             if not add:
                 sum_CH.zero_()
             for block in self.blocks(columns) if self.converts else ():
@@ -77,7 +94,9 @@ class Head:
                 into_CH.add_(sum_CH) if add else into_CH.copy_(sum_CH)
         elif into_CH.dtype == self.dtype:
             into_CH.addmm_(gradient_CV, self.weight[columns], beta=1.0 if add else 0.0, alpha=slope)
-        elif into_CH.device.type == "cuda":  # float32 out of the product: blocks of the vocabulary add up without rounding to bfloat16
+        elif (
+            into_CH.device.type == "cuda"
+        ):  # float32 out of the product: blocks of the vocabulary add up without rounding to bfloat16
             product_CH = torch.mm(gradient_CV, self.weight[columns], out_dtype=torch.float32)
             into_CH.add_(product_CH, alpha=slope) if add else torch.mul(product_CH, slope, out=into_CH)
         elif add:
@@ -108,7 +127,9 @@ class Rows:
                 torch.mm(self.x_CH, head.block(block).T, out=local_CV)
             else:  # inside the product: one rounding for a narrow dtype
                 bias_V = head.bias[block].to(head.dtype)
-                torch.addmm(bias_V * gain if self.fold else bias_V, self.x_CH, head.block(block).T, out=local_CV)
+                torch.addmm(
+                    bias_V * gain if self.fold else bias_V, self.x_CH, head.block(block).T, out=local_CV
+                )
         if head.lora is not None:
             low_rank_Cr, b_Vr = self.low_rank_Cr.to(head.dtype), head.lora[1][columns].to(head.dtype)
             out_CV.addmm_(low_rank_Cr, b_Vr.T, alpha=gain if self.fold else 1.0)

@@ -170,7 +170,11 @@ class TritonRowwise(TorchRowwise):
         return torch.empty(rows, columns, dtype=self.buffer_dtype, device=device)
 
     def _options(self, columns: int) -> dict:
-        return {"HAS_CAP": self.softcap is not None, "BLOCK": min(COLUMN_BLOCK, triton.next_power_of_2(columns)), "num_warps": NUM_WARPS}
+        return {
+            "HAS_CAP": self.softcap is not None,
+            "BLOCK": min(COLUMN_BLOCK, triton.next_power_of_2(columns)),
+            "num_warps": NUM_WARPS,
+        }
 
     def finish_rows_(self, buffer_CV, columns_C, forbidden_CV):
         rows, columns = buffer_CV.shape

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import torch
 
-SCRATCH_BYTES = 4 * 2**20  # float32 rows being finished for a 2-byte head: within a CPU's second- and third-level caches
+SCRATCH_BYTES = (
+    4 * 2**20
+)  # float32 rows being finished for a 2-byte head: within a CPU's second- and third-level caches
 
 
 def soft_cap_(logits_CV: torch.Tensor, gain: float, keep_CV: torch.Tensor | None) -> None:
@@ -50,7 +52,11 @@ def extend_log_sum_exp_(logits_CV: torch.Tensor, highest_C: torch.Tensor, total_
 
 
 def gradient_(
-    logits_CV: torch.Tensor, columns_C: torch.Tensor, inside_C: torch.Tensor, normaliser_2C: torch.Tensor, coefficient_C: torch.Tensor
+    logits_CV: torch.Tensor,
+    columns_C: torch.Tensor,
+    inside_C: torch.Tensor,
+    normaliser_2C: torch.Tensor,
+    coefficient_C: torch.Tensor,
 ) -> None:
     """A block of columns: logits <- coefficient * (softmax - onehot), from the normaliser of the forward.
 
@@ -61,7 +67,9 @@ def gradient_(
     logits_CV.mul_(coefficient_C.view(-1, 1))
 
 
-def _subtract_at_label_(buffer_CV: torch.Tensor, columns_C1: torch.Tensor, inside_C: torch.Tensor | None) -> None:
+def _subtract_at_label_(
+    buffer_CV: torch.Tensor, columns_C1: torch.Tensor, inside_C: torch.Tensor | None
+) -> None:
     # One index per row: scatter_add_ meets no collision and is deterministic on every device.
     ones = torch.full(columns_C1.shape, -1.0, dtype=buffer_CV.dtype, device=buffer_CV.device)
     if inside_C is not None:
@@ -92,7 +100,9 @@ class TorchRowwise:
         gain = settings.slope if self.softcap is None else settings.logit_scale / self.softcap
         self.head_gain, self.scratch_gain = (1.0, gain) if self.narrow else (gain, 1.0)
         self.cap_gain = None if self.softcap is None else self.softcap / settings.temperature
-        with_keep = 1 if self.softcap is None else 2  # tanh's derivative lies beside the logits (or beside the scratch)
+        with_keep = (
+            1 if self.softcap is None else 2
+        )  # tanh's derivative lies beside the logits (or beside the scratch)
         self.scratch_bytes = min(SCRATCH_BYTES, settings.chunk_bytes // 4) if self.narrow else 0
         self.chunk_bytes = settings.chunk_bytes - with_keep * self.scratch_bytes
         self.bytes_per_logit = product_dtype.itemsize * (1 if self.narrow else with_keep)
@@ -143,7 +153,10 @@ class TorchRowwise:
         for start in range(0, rows, size):
             part = buffer_CV[start : start + size]
             wide = self.scratch[: part.numel()].view(part.shape).copy_(part)
-            yield slice(start, start + len(part)), wide if self.scratch_gain == 1.0 else wide.mul_(self.scratch_gain)
+            yield (
+                slice(start, start + len(part)),
+                wide if self.scratch_gain == 1.0 else wide.mul_(self.scratch_gain),
+            )
             if write_back:
                 part.copy_(wide)
 
@@ -168,7 +181,11 @@ class TorchRowwise:
 
     def start_rows(self, labels_C):
         empty = torch.full(labels_C.shape, -torch.inf, dtype=self.accumulate, device=labels_C.device)
-        return empty, torch.zeros_like(empty), torch.zeros_like(empty)  # maximum, sum of exponentials, target logit
+        return (
+            empty,
+            torch.zeros_like(empty),
+            torch.zeros_like(empty),
+        )  # maximum, sum of exponentials, target logit
 
     def extend_rows_(self, buffer_CV, labels_C, first: int, state) -> None:
         for rows, wide_CV in self._wide(buffer_CV, write_back=False):

@@ -36,10 +36,18 @@ def get_objective(name: str) -> Objective:
         try:
             found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"objective = {name!r} cannot be imported: {error}", "write package.module:ATTRIBUTE of an importable module") from None
+            raise UserError(
+                f"objective = {name!r} cannot be imported: {error}",
+                "write package.module:ATTRIBUTE of an importable module",
+            ) from None
         if isinstance(found, Objective):
             return found
-        raise UserError(f"objective = {name!r} is a {type(found).__name__}, not a gdrt_ds.objectives.Objective", "see docs/method.md")
+        raise UserError(
+            f"objective = {name!r} is a {type(found).__name__}, not a gdrt_ds.objectives.Objective",
+            "see docs/method.md",
+        )
     near = difflib.get_close_matches(name, objectives(), n=1)
-    raise UserError(f"objective = {name!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else ""),
-                    f"one of {', '.join(sorted(objectives()))}, or package.module:ATTRIBUTE")
+    raise UserError(
+        f"objective = {name!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else ""),
+        f"one of {', '.join(sorted(objectives()))}, or package.module:ATTRIBUTE",
+    )

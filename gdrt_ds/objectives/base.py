@@ -91,8 +91,10 @@ class Objective:
     source: str
     formula: str
     aggregate: Callable[[GroupView], tuple[Tensor, Tensor | None]] = mean
-    needs_losses: bool = field(default=False)      # aggregate looks at losses: exact with estimate=batch, one step late with ema
-    remember: Callable[[GroupView], None] | None = None   # after the step: what else the state should learn
+    needs_losses: bool = field(
+        default=False
+    )  # aggregate looks at losses: exact with estimate=batch, one step late with ema
+    remember: Callable[[GroupView], None] | None = None  # after the step: what else the state should learn
     token_term: Callable[[TokenView], Tensor] | None = None
     token_weights: Callable[[TokenTable], np.ndarray] | None = None
     masked_softmax: bool = False
@@ -101,4 +103,6 @@ class Objective:
 
     def is_late(self, section: DroSection) -> bool:
         """True when weights need the losses of the same global batch (a no-grad first pass under accumulation)."""
-        return self.per_token(section) or (self.needs_losses and section.estimate == "batch" and section.frozen_weights is None)
+        return self.per_token(section) or (
+            self.needs_losses and section.estimate == "batch" and section.frozen_weights is None
+        )

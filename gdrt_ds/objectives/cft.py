@@ -16,6 +16,10 @@ def counterfactual_term(view: TokenView):
     return view.losses + view.options.cft_alpha * weight * view.counterfactual
 
 
-OBJECTIVE = Objective(name="cft", source="CFT, Causality-Enhanced Behavior Sequence Modeling in LLMs for Recommendation, arXiv 2410.22809",
-                      formula="F = mean_i l_i + alpha w_i CE(logits - logits_without_history)",
-                      token_term=counterfactual_term, history_free_pass=True)
+OBJECTIVE = Objective(
+    name="cft",
+    source="CFT, Causality-Enhanced Behavior Sequence Modeling in LLMs for Recommendation, arXiv 2410.22809",
+    formula="F = mean_i l_i + alpha w_i CE(logits - logits_without_history)",
+    token_term=counterfactual_term,
+    history_free_pass=True,
+)

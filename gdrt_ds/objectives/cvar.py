@@ -8,6 +8,11 @@ def worst_share(view: GroupView):
     return dro.cvar_weights(view.losses, view.prior(), view.dro.alpha)
 
 
-OBJECTIVE = Objective(name="cvar", source="Rockafellar & Uryasev 2000; Williamson & Menon, Fairness Risk Measures, ICML 2019",
-                      formula="F = max_q sum q l, 0 <= q <= p / alpha", aggregate=worst_share, needs_losses=True,
-                      per_token=lambda section: section.cvar_over == "tokens")
+OBJECTIVE = Objective(
+    name="cvar",
+    source="Rockafellar & Uryasev 2000; Williamson & Menon, Fairness Risk Measures, ICML 2019",
+    formula="F = max_q sum q l, 0 <= q <= p / alpha",
+    aggregate=worst_share,
+    needs_losses=True,
+    per_token=lambda section: section.cvar_over == "tokens",
+)

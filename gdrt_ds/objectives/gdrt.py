@@ -11,6 +11,10 @@ def closed_form(view: GroupView):
     return dro.closed_form_weights(view.losses, view.prior(), view.dro.tau)
 
 
-OBJECTIVE = Objective(name="gdrt", source="GDRT, WWW 2026, arXiv 2510.10978",
-                      formula="F = tau log sum_g p_g exp(L_g / tau); q_g = p_g exp(L_g / tau) / Z",
-                      aggregate=closed_form, needs_losses=True)
+OBJECTIVE = Objective(
+    name="gdrt",
+    source="GDRT, WWW 2026, arXiv 2510.10978",
+    formula="F = tau log sum_g p_g exp(L_g / tau); q_g = p_g exp(L_g / tau) / Z",
+    aggregate=closed_form,
+    needs_losses=True,
+)

@@ -17,5 +17,11 @@ def remember(view: GroupView) -> None:
     view.state.q = dro.exponentiated_gradient(view.state.q, view.losses, view.present, view.dro.eta)
 
 
-OBJECTIVE = Objective(name="group_dro", source="Sagawa et al., Distributionally Robust Neural Networks, ICLR 2020",
-                      formula="q <- q exp(eta L) / Z; F = sum_g q_g L_g", aggregate=weights, needs_losses=True, remember=remember)
+OBJECTIVE = Objective(
+    name="group_dro",
+    source="Sagawa et al., Distributionally Robust Neural Networks, ICLR 2020",
+    formula="q <- q exp(eta L) / Z; F = sum_g q_g L_g",
+    aggregate=weights,
+    needs_losses=True,
+    remember=remember,
+)

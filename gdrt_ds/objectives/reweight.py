@@ -10,5 +10,9 @@ def inverse_popularity(table: TokenTable) -> np.ndarray:
     return weights / weights.mean()
 
 
-OBJECTIVE = Objective(name="reweight", source="inverse-propensity weighting, e.g. Schnabel et al., ICML 2016",
-                      formula="F = sum_i w_i l_i / sum_i w_i, w = train_count(target)^-power", token_weights=inverse_popularity)
+OBJECTIVE = Objective(
+    name="reweight",
+    source="inverse-propensity weighting, e.g. Schnabel et al., ICML 2016",
+    formula="F = sum_i w_i l_i / sum_i w_i, w = train_count(target)^-power",
+    token_weights=inverse_popularity,
+)

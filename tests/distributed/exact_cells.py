@@ -15,18 +15,25 @@ import torch
 
 from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import RunConfig
-from gdrt_ds.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
+from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
 from gdrt_ds.dro import DroState
-from gdrt_ds.embedded import make_tiny_model
-from gdrt_ds.fused_model import FusedLossModel
-from gdrt_ds.model import LoadedModel, load_model
+from gdrt_ds.models.built_in import make_tiny_model
+from gdrt_ds.training.model_with_loss import FusedLossModel
+from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.objectives import get_objective
-from gdrt_ds.prompts import TokenStore
+from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.runtime import Runtime
-from gdrt_ds.step import StepRunner, TrainTokens
+from gdrt_ds.training.step import StepRunner, TrainTokens
 
 GLOBAL_BATCH, NUM_SAMPLES, NUM_GROUPS, HEAD_LENGTH, STEPS, LR = 48, 60, 6, 5, 5, 0.2
-TEXTS = ["The Matrix (1999)", "Toy Story (1995)", "Heat (1995)", "Alien (1979)", "Fargo (1996)", "Brazil (1985)"]
+TEXTS = [
+    "The Matrix (1999)",
+    "Toy Story (1995)",
+    "Heat (1995)",
+    "Alien (1979)",
+    "Fargo (1996)",
+    "Brazil (1985)",
+]
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,33 @@ class Cell:
 
     def reference_key(self) -> "Cell":
         """Cells that differ in the way of computing only share one reference."""
-        return Cell(1, 0, self.objective, self.estimate, self.base, "none", self.tied, self.train_head, False, True, self.excess, self.options)
+        return Cell(
+            1,
+            0,
+            self.objective,
+            self.estimate,
+            self.base,
+            "none",
+            self.tied,
+            self.train_head,
+            False,
+            True,
+            self.excess,
+            self.options,
+        )
 
     def name(self) -> str:
         flags = [f for f in ("tied", "train_head", "checkpointing", "excess") if getattr(self, f)]
-        return " ".join([self.objective, self.estimate, self.base, self.packing, *flags, *(f"{k}={v}" for k, v in self.options)])
+        return " ".join(
+            [
+                self.objective,
+                self.estimate,
+                self.base,
+                self.packing,
+                *flags,
+                *(f"{k}={v}" for k, v in self.options),
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +94,10 @@ class UnevenPlan(BatchPlan):
         layout = super().step(step)
         if self.starve and self.world > 1 and step % 2 == 1:
             for slots in layout:
-                slots[0], slots[-1] = np.sort(np.concatenate([slots[0], slots[-1]])), np.zeros(0, dtype=np.int64)
+                slots[0], slots[-1] = (
+                    np.sort(np.concatenate([slots[0], slots[-1]])),
+                    np.zeros(0, dtype=np.int64),
+                )
         return layout
 
 
@@ -89,7 +121,11 @@ def make_stores() -> tuple[TokenStore, TokenStore]:
     head = rng.integers(3, 250, HEAD_LENGTH)
     bodies, free, targets = [], [], []
     for index in range(NUM_SAMPLES):
-        history, tail, target = rng.integers(3, 250, rng.integers(0, 13)), rng.integers(3, 250, 2), rng.integers(3, 250, 1 + index % 6)
+        history, tail, target = (
+            rng.integers(3, 250, rng.integers(0, 13)),
+            rng.integers(3, 250, 2),
+            rng.integers(3, 250, 1 + index % 6),
+        )
         bodies.append(np.concatenate([head, history, tail, target]))
         free.append(np.concatenate([head, tail, target]))
         targets.append(len(target))
@@ -99,7 +135,13 @@ def make_stores() -> tuple[TokenStore, TokenStore]:
 def _store(rows: list[np.ndarray], targets: list[int]) -> TokenStore:
     sums = lambda values: np.concatenate([[0], np.cumsum(values)]).astype(np.int64)
     ids = np.concatenate(rows).astype(np.int32)
-    return TokenStore(ids, sums([len(r) for r in rows]), np.zeros(len(ids), np.int8), np.array(targets, np.int32), sums(targets))
+    return TokenStore(
+        ids,
+        sums([len(r) for r in rows]),
+        np.zeros(len(ids), np.int8),
+        np.array(targets, np.int32),
+        sums(targets),
+    )
 
 
 def make_tokens(cell: Cell) -> TrainTokens:
@@ -117,22 +159,44 @@ def make_tokens(cell: Cell) -> TrainTokens:
     if objective.history_free_pass:
         tokens.history_free = history_free
     if objective.masked_softmax:
-        labels = np.concatenate([store.input_ids[store.offsets[s + 1] - n:store.offsets[s + 1]] for s, n in enumerate(store.num_target)])
+        labels = np.concatenate(
+            [
+                store.input_ids[store.offsets[s + 1] - n : store.offsets[s + 1]]
+                for s, n in enumerate(store.num_target)
+            ]
+        )
         allowed = [np.unique(np.append(rng.integers(3, 250, k % 9), label)) for k, label in enumerate(labels)]
         tokens.trie_node = np.arange(len(owner), dtype=np.int32)
-        tokens.trie_offsets = torch.from_numpy(np.concatenate([[0], np.cumsum([len(a) for a in allowed])]).astype(np.int64))
+        tokens.trie_offsets = torch.from_numpy(
+            np.concatenate([[0], np.cumsum([len(a) for a in allowed])]).astype(np.int64)
+        )
         tokens.trie_tokens = torch.from_numpy(np.concatenate(allowed).astype(np.int64))
     return tokens
 
 
 def make_config(cell: Cell, folder: Path, world: int) -> RunConfig:
     path = tiny_model(folder, cell.tied)
-    config = RunConfig.model_validate({
-        "objective": cell.objective, "dro": {"estimate": cell.estimate, "tau": 0.2, "excess": cell.excess},
-        "model": {"path": str(path), "quantization": cell.base, "train_head": cell.train_head, "gradient_checkpointing": cell.checkpointing,
-                  "lora": {"r": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj", "down_proj"]}},
-        "train": {"global_batch": GLOBAL_BATCH, "micro_batch": GLOBAL_BATCH // (world * cell.accumulation), "packing": cell.packing,
-                  "optimizer": "sgd", "lr": LR, "grad_clip": 0.0}})
+    config = RunConfig.model_validate(
+        {
+            "objective": cell.objective,
+            "dro": {"estimate": cell.estimate, "tau": 0.2, "excess": cell.excess},
+            "model": {
+                "path": str(path),
+                "quantization": cell.base,
+                "train_head": cell.train_head,
+                "gradient_checkpointing": cell.checkpointing,
+                "lora": {"r": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj", "down_proj"]},
+            },
+            "train": {
+                "global_batch": GLOBAL_BATCH,
+                "micro_batch": GLOBAL_BATCH // (world * cell.accumulation),
+                "packing": cell.packing,
+                "optimizer": "sgd",
+                "lr": LR,
+                "grad_clip": 0.0,
+            },
+        }
+    )
     for key, value in cell.options:
         section, leaf = key.split(".")
         setattr(getattr(config, section), leaf, value)
@@ -140,8 +204,16 @@ def make_config(cell: Cell, folder: Path, world: int) -> RunConfig:
 
 
 def tiny_model(folder: Path, tied: bool) -> Path:
-    return make_tiny_model(Path(folder) / ("tied" if tied else "untied"), TEXTS, 0, hidden=32, num_heads=2, num_key_value_heads=1, intermediate=64,
-                           tie_embeddings=tied)
+    return make_tiny_model(
+        Path(folder) / ("tied" if tied else "untied"),
+        TEXTS,
+        0,
+        hidden=32,
+        num_heads=2,
+        num_key_value_heads=1,
+        intermediate=64,
+        tie_embeddings=tied,
+    )
 
 
 def set_adapter(loaded: LoadedModel) -> None:
@@ -154,40 +226,87 @@ def set_adapter(loaded: LoadedModel) -> None:
 
 
 def deepspeed_settings(cell: Cell, config: RunConfig, plan: BatchPlan) -> dict:
-    raw = {"zero_optimization": {"stage": 0}} if cell.stage == 0 else read_deepspeed_config(f"ds_configs/zero{cell.stage}.json")
+    raw = (
+        {"zero_optimization": {"stage": 0}}
+        if cell.stage == 0
+        else read_deepspeed_config(f"ds_configs/zero{cell.stage}.json")
+    )
     if cell.stage == 3:
-        raw["zero_optimization"]["stage3_param_persistence_threshold"] = 40  # the norms stay whole, everything else is sharded
+        raw["zero_optimization"]["stage3_param_persistence_threshold"] = (
+            40  # the norms stay whole, everything else is sharded
+        )
     return fill_deepspeed_config(raw, config, plan, torch.float32, 32)
 
 
-def start_runner(cell: Cell, rank: int, world: int, folder: Path, config: RunConfig | None = None, optimizer=torch.optim.SGD) -> StepRunner:
+def start_runner(
+    cell: Cell,
+    rank: int,
+    world: int,
+    folder: Path,
+    config: RunConfig | None = None,
+    optimizer=torch.optim.SGD,
+) -> StepRunner:
     """Model, engine and runner, as the trainer builds them. `runner.engine.destroy()` when done."""
     import deepspeed
+
     config = config or make_config(cell, folder, world)
     tokens = make_tokens(cell)
-    plan = UnevenPlan(tokens.store.lengths, GLOBAL_BATCH, int(config.train.micro_batch), world, 0, cell.packing != "none", cell.starve)
+    plan = UnevenPlan(
+        tokens.store.lengths,
+        GLOBAL_BATCH,
+        int(config.train.micro_batch),
+        world,
+        0,
+        cell.packing != "none",
+        cell.starve,
+    )
     settings = deepspeed_settings(cell, config, plan)
     runtime = Runtime(rank=rank, local_rank=rank, world=world, local_world=world)
     attention = "gdrt_tree" if cell.packing != "none" else None
-    loaded = load_model(config.model, runtime, train=True, path=Path(config.model.path), seed=0, attention=attention, deepspeed_config=settings)
+    loaded = load_model(
+        config.model,
+        runtime,
+        train=True,
+        path=Path(config.model.path),
+        seed=0,
+        attention=attention,
+        deepspeed_config=settings,
+    )
     set_adapter(loaded)
     module = FusedLossModel(loaded.model)
     trainable = [p for p in module.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=trainable, optimizer=optimizer(trainable, lr=LR), config=settings,
-                                      dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=trainable,
+        optimizer=optimizer(trainable, lr=LR),
+        config=settings,
+        dist_init_required=False,
+    )
     engine.train()
-    return StepRunner(engine, plan, tokens, get_objective(cell.objective), config, DroState(NUM_GROUPS), runtime, packing=cell.packing,
-                      head_length=HEAD_LENGTH, pad_id=2)
+    return StepRunner(
+        engine,
+        plan,
+        tokens,
+        get_objective(cell.objective),
+        config,
+        DroState(NUM_GROUPS),
+        runtime,
+        packing=cell.packing,
+        head_length=HEAD_LENGTH,
+        pad_id=2,
+    )
 
 
 def full_gradients(engine) -> dict[str, np.ndarray]:
     from deepspeed.utils import safe_get_full_grad
+
     gradients = {n: safe_get_full_grad(p) for n, p in engine.module.named_parameters() if p.requires_grad}
     return {n.removeprefix("model."): g.detach().double().numpy().copy() for n, g in gradients.items()}
 
 
 def full_parameters(engine) -> dict[str, np.ndarray]:
     import deepspeed
+
     values = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
@@ -215,6 +334,8 @@ def run_cell(cell: Cell, rank: int, world: int, folder: Path, steps: int = STEPS
     runner.engine.destroy()
     del runner
     gc.collect()
-    if rank != 0:  # only rank 0's tensors travel back; the others' steps are compared through q and the parameters
+    if (
+        rank != 0
+    ):  # only rank 0's tensors travel back; the others' steps are compared through q and the parameters
         result.gradients = []
     return result

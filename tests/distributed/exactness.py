@@ -37,12 +37,30 @@ from tests.distributed.ranks import run_ranks  # noqa: E402
 LOSS_TOLERANCE, TENSOR_TOLERANCE = 1e-6, 1e-5
 
 VARIANTS = [
-    dict(estimate="ema"), dict(base="none"), dict(base="none", estimate="ema", packing="packed"), dict(packing="none"), dict(packing="packed"),
-    dict(tied=True), dict(train_head=True), dict(train_head=True, tied=True, base="none"), dict(checkpointing=True), dict(excess=True),
-    dict(checkpointing=True, train_head=True, packing="none"), dict(options=(("dro.prior", "uniform"),)), dict(starve=False, estimate="ema"),
-    dict(objective="sft"), dict(objective="group_dro"), dict(objective="group_dro", estimate="ema"), dict(objective="cvar", options=(("dro.alpha", 0.3),)),
-    dict(objective="cvar", options=(("dro.alpha", 0.3), ("dro.cvar_over", "groups"))), dict(objective="focal"), dict(objective="msl"),
-    dict(objective="gdrt+msl"), dict(objective="cft"), dict(objective="igd"), dict(objective="reweight"),
+    dict(estimate="ema"),
+    dict(base="none"),
+    dict(base="none", estimate="ema", packing="packed"),
+    dict(packing="none"),
+    dict(packing="packed"),
+    dict(tied=True),
+    dict(train_head=True),
+    dict(train_head=True, tied=True, base="none"),
+    dict(checkpointing=True),
+    dict(excess=True),
+    dict(checkpointing=True, train_head=True, packing="none"),
+    dict(options=(("dro.prior", "uniform"),)),
+    dict(starve=False, estimate="ema"),
+    dict(objective="sft"),
+    dict(objective="group_dro"),
+    dict(objective="group_dro", estimate="ema"),
+    dict(objective="cvar", options=(("dro.alpha", 0.3),)),
+    dict(objective="cvar", options=(("dro.alpha", 0.3), ("dro.cvar_over", "groups"))),
+    dict(objective="focal"),
+    dict(objective="msl"),
+    dict(objective="gdrt+msl"),
+    dict(objective="cft"),
+    dict(objective="igd"),
+    dict(objective="reweight"),
 ]
 
 
@@ -65,16 +83,40 @@ class Row:
 
 
 def all_cells() -> list[tuple[int, Cell]]:
-    main = [(world, Cell(accumulation, stage)) for world in (1, 2, 3, 4) for accumulation in (1, 2, 4) for stage in (0, 1, 2, 3)]
-    variants = [(world, Cell(accumulation, stage, **v)) for world, accumulation, stage in ((2, 2, 3), (3, 1, 2)) for v in VARIANTS]
+    main = [
+        (world, Cell(accumulation, stage))
+        for world in (1, 2, 3, 4)
+        for accumulation in (1, 2, 4)
+        for stage in (0, 1, 2, 3)
+    ]
+    variants = [
+        (world, Cell(accumulation, stage, **v))
+        for world, accumulation, stage in ((2, 2, 3), (3, 1, 2))
+        for v in VARIANTS
+    ]
     return main + variants
 
 
 def subset_cells() -> list[tuple[int, Cell]]:
     """Every stage, accumulation and world at least once, and the variants that take another way through the code."""
-    main = [(1, Cell(2, 3)), (2, Cell(1, 0)), (2, Cell(2, 1)), (2, Cell(4, 2)), (2, Cell(4, 3)), (3, Cell(2, 3)), (4, Cell(1, 3))]
-    chosen = [dict(estimate="ema"), dict(train_head=True, tied=True, base="none"), dict(checkpointing=True, train_head=True, packing="none"),
-              dict(objective="group_dro"), dict(objective="cvar", options=(("dro.alpha", 0.3),)), dict(objective="gdrt+msl"), dict(objective="cft")]
+    main = [
+        (1, Cell(2, 3)),
+        (2, Cell(1, 0)),
+        (2, Cell(2, 1)),
+        (2, Cell(4, 2)),
+        (2, Cell(4, 3)),
+        (3, Cell(2, 3)),
+        (4, Cell(1, 3)),
+    ]
+    chosen = [
+        dict(estimate="ema"),
+        dict(train_head=True, tied=True, base="none"),
+        dict(checkpointing=True, train_head=True, packing="none"),
+        dict(objective="group_dro"),
+        dict(objective="cvar", options=(("dro.alpha", 0.3),)),
+        dict(objective="gdrt+msl"),
+        dict(objective="cft"),
+    ]
     return main + [(2, Cell(2, 3, **v)) for v in chosen]
 
 
@@ -99,20 +141,44 @@ def relative_norm(found: dict, wanted: dict) -> float:
 
 def compare(world: int, cell: Cell, wanted, ranks: list, seconds: float) -> Row:
     """ranks: the CellResult of every rank."""
+
     def furthest(name):
         pairs = [(getattr(r, name), getattr(wanted, name)) for r in ranks]
         if any(not np.array_equal(np.isnan(a), np.isnan(b)) for a, b in pairs):
             return float("inf")
         return max(float(np.nanmax(np.abs(np.array(a) - np.array(b)))) for a, b in pairs)
 
-    loss, weight = max(furthest("group_loss"), furthest("loss")), max(furthest("group_weight"), furthest("group_count"))
+    loss, weight = (
+        max(furthest("group_loss"), furthest("loss")),
+        max(furthest("group_weight"), furthest("group_count")),
+    )
     gradient = max(relative_norm(f, w) for f, w in zip(ranks[0].gradients, wanted.gradients, strict=True))
     parameter = max(relative_norm(r.parameters, wanted.parameters) for r in ranks)
-    bitwise = len({np.array(r.group_weight).tobytes() for r in ranks}) == 1 and len({np.array(r.group_loss).tobytes() for r in ranks}) == 1
+    bitwise = (
+        len({np.array(r.group_weight).tobytes() for r in ranks}) == 1
+        and len({np.array(r.group_loss).tobytes() for r in ranks}) == 1
+    )
     bitwise = bitwise and len({b"".join(r.state[k].tobytes() for k in sorted(r.state)) for r in ranks}) == 1
     objective = furthest("objective")
-    ok = bitwise and max(loss, weight, objective) <= LOSS_TOLERANCE and max(gradient, parameter) <= TENSOR_TOLERANCE
-    return Row(world, cell.accumulation, cell.stage, cell.name(), loss, weight, objective, gradient, parameter, bitwise, ok, seconds)
+    ok = (
+        bitwise
+        and max(loss, weight, objective) <= LOSS_TOLERANCE
+        and max(gradient, parameter) <= TENSOR_TOLERANCE
+    )
+    return Row(
+        world,
+        cell.accumulation,
+        cell.stage,
+        cell.name(),
+        loss,
+        weight,
+        objective,
+        gradient,
+        parameter,
+        bitwise,
+        ok,
+        seconds,
+    )
 
 
 def run_table(cells: list[tuple[int, Cell]], folder: Path, report=lambda row: None) -> list[Row]:
@@ -134,19 +200,34 @@ def run_table(cells: list[tuple[int, Cell]], folder: Path, report=lambda row: No
 def markdown(rows: list[Row]) -> str:
     """The two tables of the docs: the grid with the default choices, and the variants."""
     default = Cell().name()
-    lines = ["| ranks | accumulation | largest of ZeRO stages 0, 1, 2, 3: group loss | weight q | gradient | parameters after 5 steps | q bitwise equal |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| ranks | accumulation | largest of ZeRO stages 0, 1, 2, 3: group loss | weight q | gradient | parameters after 5 steps | q bitwise equal |",
+        "|---|---|---|---|---|---|---|",
+    ]
     grid = [r for r in rows if r.name == default]
     for world, accumulation in dict.fromkeys((r.world, r.accumulation) for r in grid):
-        lines.append(_line([f"{world}", f"{accumulation}"], [r for r in grid if (r.world, r.accumulation) == (world, accumulation)]))
-    lines += ["", "| variant (objective, estimate, base, packing, ...) | group loss | weight q | gradient | parameters | q bitwise equal |", "|---|---|---|---|---|---|"]
+        lines.append(
+            _line(
+                [f"{world}", f"{accumulation}"],
+                [r for r in grid if (r.world, r.accumulation) == (world, accumulation)],
+            )
+        )
+    lines += [
+        "",
+        "| variant (objective, estimate, base, packing, ...) | group loss | weight q | gradient | parameters | q bitwise equal |",
+        "|---|---|---|---|---|---|",
+    ]
     rest = [r for r in rows if r.name != default]
-    lines += [_line([name], [r for r in rest if r.name == name]) for name in dict.fromkeys(r.name for r in rest)]
+    lines += [
+        _line([name], [r for r in rest if r.name == name]) for name in dict.fromkeys(r.name for r in rest)
+    ]
     return "\n".join(lines)
 
 
 def _line(first: list[str], rows: list[Row]) -> str:
-    worst = [f"{max(getattr(r, field) for r in rows):.1e}" for field in ("loss", "weight", "gradient", "parameter")]
+    worst = [
+        f"{max(getattr(r, field) for r in rows):.1e}" for field in ("loss", "weight", "gradient", "parameter")
+    ]
     return "| " + " | ".join([*first, *worst, "yes" if all(r.bitwise for r in rows) else "NO"]) + " |"
 
 
@@ -159,6 +240,7 @@ def main() -> int:
     quiet_libraries()
     warnings.simplefilter("ignore")
     import bitsandbytes, deepspeed, peft, transformers  # noqa: E401, F401 imported once, before the ranks are forked
+
     started = time.perf_counter()
 
     def report(row: Row) -> None:

@@ -23,9 +23,18 @@ def nan_stop(site: Site, quick: bool) -> str:
         run = site.fresh("nan_stop")
         done = site.play(run, WORLD, nan_loss(victim, step=2))
         need(done.statuses == [2, 2], f"ended with {done.statuses}\n{done.text[-2000:]}")
-        need(all("step 3: NaN or inf in the loss of some rank" in text for text in done.outputs), "not every rank names the step")
-        need(all(text.count("an optimizer step") == 2 for text in done.outputs), f"optimizer steps: {[t.count('an optimizer step') for t in done.outputs]}")
-        need(newest(run) == 2 and [m["step"] for m in metrics(run)] == [1, 2], f"newest checkpoint {newest(run)}")
+        need(
+            all("step 3: NaN or inf in the loss of some rank" in text for text in done.outputs),
+            "not every rank names the step",
+        )
+        need(
+            all(text.count("an optimizer step") == 2 for text in done.outputs),
+            f"optimizer steps: {[t.count('an optimizer step') for t in done.outputs]}",
+        )
+        need(
+            newest(run) == 2 and [m["step"] for m in metrics(run)] == [1, 2],
+            f"newest checkpoint {newest(run)}",
+        )
         need(summary(run) == "failed", f"summary says {summary(run)}")
     return "both ranks stop in step 3, before the optimizer; step 2 is the newest checkpoint; status 2"
 
@@ -34,7 +43,10 @@ def nan_in_gradient(site: Site, quick: bool) -> str:
     run = site.fresh("nan_gradient")
     done = site.play(run, WORLD, nan_gradient(1, step=2))
     need(done.statuses == [2, 2], f"ended with {done.statuses}\n{done.text[-2500:]}")
-    need(all("step 3: NaN or inf in the gradients of some rank" in text for text in done.outputs), done.text[-2500:])
+    need(
+        all("step 3: NaN or inf in the gradients of some rank" in text for text in done.outputs),
+        done.text[-2500:],
+    )
     need(newest(run) == 2 and [m["step"] for m in metrics(run)] == [1, 2], f"newest checkpoint {newest(run)}")
     site.finish(run, WORLD)
     need_same(run, site.straight(WORLD), "resumed after a NaN gradient")
@@ -42,20 +54,44 @@ def nan_in_gradient(site: Site, quick: bool) -> str:
 
 
 def nan_skip(site: Site, quick: bool) -> str:
-    cases = [{"objective": "gdrt"}] if quick else [{"objective": "gdrt"}, {"objective": "sft"}, {"objective": "gdrt", "model__quantization": "none", "dro__estimate": "ema"}]
+    cases = (
+        [{"objective": "gdrt"}]
+        if quick
+        else [
+            {"objective": "gdrt"},
+            {"objective": "sft"},
+            {"objective": "gdrt", "model__quantization": "none", "dro__estimate": "ema"},
+        ]
+    )
     for changes in cases:
         skipped, left_out = site.fresh("nan_skip"), site.fresh("left_out")
         done = site.play(skipped, WORLD, nan_loss(1, step=2), train__on_nonfinite="skip", **changes)
         need(done.statuses == [0, 0], f"{changes}: ended with {done.statuses}\n{done.text[-2000:]}")
-        need(all(text.count("an optimizer step") == 7 for text in done.outputs), f"{changes}: optimizer steps {[t.count('an optimizer step') for t in done.outputs]}")
+        need(
+            all(text.count("an optimizer step") == 7 for text in done.outputs),
+            f"{changes}: optimizer steps {[t.count('an optimizer step') for t in done.outputs]}",
+        )
         other = site.play(left_out, WORLD, left_out_step(2), **changes)
-        need(other.statuses == [0, 0], f"the run without step 3 ended with {other.statuses}\n{other.text[-2000:]}")
+        need(
+            other.statuses == [0, 0],
+            f"the run without step 3 ended with {other.statuses}\n{other.text[-2000:]}",
+        )
         rows = metrics(skipped)
-        need(rows[2]["skipped"] and rows[2]["loss"] is None and not any(r["skipped"] for r in rows[:2] + rows[3:]), f"metrics of step 3: {rows[2]}")
+        need(
+            rows[2]["skipped"]
+            and rows[2]["loss"] is None
+            and not any(r["skipped"] for r in rows[:2] + rows[3:]),
+            f"metrics of step 3: {rows[2]}",
+        )
         for a, b in list(zip(rows, metrics(left_out), strict=True))[3:]:
-            need((a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"]), f"{changes}: step {a['step']}: {a['loss']} against {b['loss']}")
+            need(
+                (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"]),
+                f"{changes}: step {a['step']}: {a['loss']} against {b['loss']}",
+            )
         name = "adapter/adapter_model.safetensors"
-        need((skipped / name).read_bytes() == (left_out / name).read_bytes(), f"{changes}: the adapters differ")
+        need(
+            (skipped / name).read_bytes() == (left_out / name).read_bytes(), f"{changes}: the adapters differ"
+        )
     return f"{len(cases)} objectives: every rank skips step 3; the rest equals, to the bit, a run without that step"
 
 
@@ -65,14 +101,21 @@ def hung_rank(site: Site, quick: bool) -> str:
         run = site.fresh("hung")
         job = site.start(run, WORLD, pause(phase) if phase else None, train__timeout_s=limit)
         marker = f"PHASE {phase}" if phase else "step 2/"
-        need(job.until(marker, rank=rank if phase else 0), f"`{marker}` did not come: {job.output(0)[-2000:]}")
+        need(
+            job.until(marker, rank=rank if phase else 0), f"`{marker}` did not come: {job.output(0)[-2000:]}"
+        )
         job.signal(signal.SIGSTOP, rank)
         struck, other = time.monotonic(), 1 - rank
-        wait_for(lambda: job.poll() or job.statuses[other] is not None, limit + 20, "the live rank did not end")
+        wait_for(
+            lambda: job.poll() or job.statuses[other] is not None, limit + 20, "the live rank did not end"
+        )
         waited.append(time.monotonic() - struck)
         job.signal(signal.SIGKILL, rank)
         done = job.wait(10)
-        need(done.statuses[other] == 70, f"the live rank ended with {done.statuses[other]}\n{done.outputs[other][-1500:]}")
+        need(
+            done.statuses[other] == 70,
+            f"the live rank ended with {done.statuses[other]}\n{done.outputs[other][-1500:]}",
+        )
         stacks = (run / "logs" / f"stacks_rank_{other}.txt").read_text()
         need("trainer.py" in stacks, f"the stacks do not show the trainer: {stacks[:500]}")
     return f"status 70 and stacks after {max(waited):.1f} s (train.timeout_s={limit})"
@@ -107,9 +150,21 @@ def out_of_memory(site: Site, quick: bool) -> str:
     run = site.fresh("memory")
     done = site.play(run, WORLD, no_memory(1, step=2))
     need(done.statuses == [70, 2], f"ended with {done.statuses}\n{done.text[-2500:]}")
-    line = next((line for line in done.outputs[1].splitlines() if line.startswith("error: rank 1: out of memory")), "")
-    need(line and all(knob in done.outputs[1] for knob in ("train.micro_batch", "gradient_checkpointing", "zero3_offload.json")), done.outputs[1][-1500:])
-    need("Traceback" not in done.text and newest(run) == 2, f"newest checkpoint {newest(run)}\n{done.text[-2000:]}")
+    line = next(
+        (line for line in done.outputs[1].splitlines() if line.startswith("error: rank 1: out of memory")), ""
+    )
+    need(
+        line
+        and all(
+            knob in done.outputs[1]
+            for knob in ("train.micro_batch", "gradient_checkpointing", "zero3_offload.json")
+        ),
+        done.outputs[1][-1500:],
+    )
+    need(
+        "Traceback" not in done.text and newest(run) == 2,
+        f"newest checkpoint {newest(run)}\n{done.text[-2000:]}",
+    )
     return "the rank says out of memory and names the knobs, its peer ends too; the last checkpoint stands"
 
 
@@ -139,8 +194,14 @@ def full_disk(site: Site, quick: bool) -> str:
 
 def _full(done, run: Path, at_least: int = 2) -> None:
     need(done.statuses == [74, 74], f"ended with {done.statuses}\n{done.text[-2500:]}")
-    need(all("was not published" in text for text in done.outputs) and "free disk space" in done.outputs[0], done.text[-2000:])
-    need(newest(run) >= at_least and not list((run / "checkpoints").glob(".step_*")), f"newest checkpoint {newest(run)}, leftovers in {run}")
+    need(
+        all("was not published" in text for text in done.outputs) and "free disk space" in done.outputs[0],
+        done.text[-2000:],
+    )
+    need(
+        newest(run) >= at_least and not list((run / "checkpoints").glob(".step_*")),
+        f"newest checkpoint {newest(run)}, leftovers in {run}",
+    )
 
 
 def _mount(folder: Path, size: str, prefix: str = "") -> bool:
@@ -161,7 +222,10 @@ def late_process(site: Site, quick: bool) -> str:
     kept = _contents(run)
     old.signal(signal.SIGCONT)
     done = old.wait(120)
-    need(all(status not in (0, None) for status in done.statuses), f"the late process ended with {done.statuses}")
+    need(
+        all(status not in (0, None) for status in done.statuses),
+        f"the late process ended with {done.statuses}",
+    )
     need(any("was taken over by start number 2" in text for text in done.outputs), done.text[-2000:])
     now = _contents(run)
     changed = [name for name in kept if now.get(name) != kept[name] and not name.startswith("logs/")]
@@ -171,19 +235,36 @@ def late_process(site: Site, quick: bool) -> str:
 
 
 def _contents(run: Path) -> dict[str, str]:
-    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in run.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in run.rglob("*")
+        if p.is_file()
+    }
 
 
 def launcher(site: Site, quick: bool) -> str:
     run = site.fresh("launched")
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    command = [str(Path(sys.executable).parent / "torchrun"), "--nnodes", "1", "--nproc_per_node", str(WORLD), "--master_port", str(free_port()),
-               str(ROOT / "gdrt_ds" / "train.py"), *site.arguments(run, train__max_steps=2000, train__save_every=50, train__keep_checkpoints=1)]
+    command = [
+        str(Path(sys.executable).parent / "torchrun"),
+        "--nnodes",
+        "1",
+        "--nproc_per_node",
+        str(WORLD),
+        "--master_port",
+        str(free_port()),
+        str(ROOT / "gdrt_ds" / "train.py"),
+        *site.arguments(run, train__max_steps=2000, train__save_every=50, train__keep_checkpoints=1),
+    ]
     with open(site.folder / "launcher.log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            wait_for(lambda: (run / "metrics.jsonl").is_file() or process.poll() is not None, 240, "no training")
-            ranks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+            wait_for(
+                lambda: (run / "metrics.jsonl").is_file() or process.poll() is not None, 240, "no training"
+            )
+            ranks = subprocess.run(
+                ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+            ).stdout.split()
             need(len(ranks) >= WORLD, f"torchrun has the children {ranks}")
             os.kill(int(ranks[-1]), signal.SIGKILL)
             struck = time.monotonic()
@@ -195,12 +276,22 @@ def launcher(site: Site, quick: bool) -> str:
     return f"torchrun ends with status {status} after {time.monotonic() - struck:.1f} s"
 
 
-ROWS = [Row("nan-stop", "NaN on one rank: all ranks stop in that step, before the optimizer", nan_stop),
-        Row("nan-gradient", "a finite loss with NaN gradients on one rank: all ranks stop in that step, before the optimizer", nan_in_gradient),
-        Row("nan-skip", "train.on_nonfinite=skip: all ranks skip that step", nan_skip),
-        Row("hung-rank", "a rank stopped with SIGSTOP: the job ends non-zero within train.timeout_s with stacks", hung_rank),
-        Row("signals", "SIGTERM, SIGUSR1, Ctrl-C in data loading, relevance scoring, training, saving", signals),
-        Row("out-of-memory", "one line that says which knob to turn", out_of_memory),
-        Row("full-disk", "disk full while saving: a clear message, the previous checkpoint stands", full_disk),
-        Row("late-process", "an old process that wakes up publishes nothing", late_process),
-        Row("launcher", "a rank of a launched job killed -9: the launcher ends non-zero", launcher)]
+ROWS = [
+    Row("nan-stop", "NaN on one rank: all ranks stop in that step, before the optimizer", nan_stop),
+    Row(
+        "nan-gradient",
+        "a finite loss with NaN gradients on one rank: all ranks stop in that step, before the optimizer",
+        nan_in_gradient,
+    ),
+    Row("nan-skip", "train.on_nonfinite=skip: all ranks skip that step", nan_skip),
+    Row(
+        "hung-rank",
+        "a rank stopped with SIGSTOP: the job ends non-zero within train.timeout_s with stacks",
+        hung_rank,
+    ),
+    Row("signals", "SIGTERM, SIGUSR1, Ctrl-C in data loading, relevance scoring, training, saving", signals),
+    Row("out-of-memory", "one line that says which knob to turn", out_of_memory),
+    Row("full-disk", "disk full while saving: a clear message, the previous checkpoint stands", full_disk),
+    Row("late-process", "an old process that wakes up publishes nothing", late_process),
+    Row("launcher", "a rank of a launched job killed -9: the launcher ends non-zero", launcher),
+]

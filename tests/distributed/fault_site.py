@@ -14,9 +14,21 @@ from tests.distributed.launch import SMOKE, Job, Outcome, play
 
 STEPS, SAVE_POINTS = 8, (1, 2, 3, 4, 5, 6)
 # 28 samples in batches of 8: the first epoch ends inside step 4, the second at the end of step 7. Dropout is on: the random masks count too.
-BASE = {"data.planted": "{num_train: 28, num_valid: 4, num_test: 4}", "train.global_batch": 8, "train.micro_batch": 2, "train.max_steps": STEPS,
-        "train.warmup_steps": 2, "train.save_every": 1, "train.keep_checkpoints": 20, "train.eval_every": 3, "train.log_every": 1,
-        "train.timeout_s": 60, "model.lora.dropout": 0.1, "model.lora.r": 4, "groups.num": 3}
+BASE = {
+    "data.planted": "{num_train: 28, num_valid: 4, num_test: 4}",
+    "train.global_batch": 8,
+    "train.micro_batch": 2,
+    "train.max_steps": STEPS,
+    "train.warmup_steps": 2,
+    "train.save_every": 1,
+    "train.keep_checkpoints": 20,
+    "train.eval_every": 3,
+    "train.log_every": 1,
+    "train.timeout_s": 60,
+    "model.lora.dropout": 0.1,
+    "model.lora.r": 4,
+    "groups.num": 3,
+}
 UNTIMED = ("step_s", "tokens_per_s")
 
 
@@ -43,10 +55,16 @@ class Site:
 
     def __init__(self, folder: Path):
         self.folder, self._plays, self._straight = folder, 0, {}
-        os.environ["GDRT_CACHE"] = str(folder / "cache")  # relevance tables are shared between runs: here each fresh run scores again
+        os.environ["GDRT_CACHE"] = str(
+            folder / "cache"
+        )  # relevance tables are shared between runs: here each fresh run scores again
 
     def arguments(self, run: Path, **changes) -> list[str]:
-        settings = {**BASE, "run.dir": run, **{key.replace("__", "."): value for key, value in changes.items()}}
+        settings = {
+            **BASE,
+            "run.dir": run,
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        }
         return ["--config", SMOKE, *(f"{key}={value}" for key, value in settings.items())]
 
     def logs(self) -> Path:
@@ -71,7 +89,10 @@ class Site:
         if key not in self._straight:
             run = self.folder / f"straight_{len(self._straight)}"
             done = self.play(run, world, **changes)
-            need(done.statuses == [0] * world, f"the undisturbed run ended with {done.statuses}\n{done.text[-3000:]}")
+            need(
+                done.statuses == [0] * world,
+                f"the undisturbed run ended with {done.statuses}\n{done.text[-3000:]}",
+            )
             self._straight[key] = run
         return self._straight[key]
 
@@ -102,12 +123,33 @@ def metrics(run: Path) -> list[dict]:
 def differences(run: Path, straight: Path) -> list[str]:
     """What is not the same to the bit: every figure of every step, the adapter, the last checkpoint's weights, moments, generators and DRO state."""
     found, wanted = metrics(run), metrics(straight)
-    problems = [] if [m["step"] for m in found] == [m["step"] for m in wanted] else [f"steps in metrics.jsonl: {[m['step'] for m in found]}"]
-    problems += [f"step {a['step']}: {key} {a[key]} instead of {b[key]}" for a, b in zip(found, wanted) for key in b if a.get(key) != b[key]]
+    problems = (
+        []
+        if [m["step"] for m in found] == [m["step"] for m in wanted]
+        else [f"steps in metrics.jsonl: {[m['step'] for m in found]}"]
+    )
+    problems += [
+        f"step {a['step']}: {key} {a[key]} instead of {b[key]}"
+        for a, b in zip(found, wanted)
+        for key in b
+        if a.get(key) != b[key]
+    ]
     last = max((straight / "checkpoints").glob("step_*"), key=lambda p: int(p.name.split("_")[1])).name
-    files = ["adapter/adapter_model.safetensors", "groups.json", "validation.jsonl", *(f"checkpoints/{last}/{p.name}" for p in (straight / "checkpoints" / last).iterdir()
-             if p.name.startswith("rank_") or p.name in ("state.json", "client.safetensors"))]
-    return problems + [name for name in files if not (run / name).is_file() or (run / name).read_bytes() != (straight / name).read_bytes()]
+    files = [
+        "adapter/adapter_model.safetensors",
+        "groups.json",
+        "validation.jsonl",
+        *(
+            f"checkpoints/{last}/{p.name}"
+            for p in (straight / "checkpoints" / last).iterdir()
+            if p.name.startswith("rank_") or p.name in ("state.json", "client.safetensors")
+        ),
+    ]
+    return problems + [
+        name
+        for name in files
+        if not (run / name).is_file() or (run / name).read_bytes() != (straight / name).read_bytes()
+    ]
 
 
 def need_same(run: Path, straight: Path, words: str) -> None:
@@ -117,7 +159,8 @@ def need_same(run: Path, straight: Path, words: str) -> None:
 
 def newest(run: Path) -> int:
     """Step of the newest valid checkpoint, 0 if there is none."""
-    from gdrt_ds import checkpoint
+    from gdrt_ds.training import checkpoint
+
     path = checkpoint.find_latest_valid(run)
     return int(path.name.split("_")[1]) if path is not None else 0
 

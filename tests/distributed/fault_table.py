@@ -28,10 +28,18 @@ ROWS = [*fault_rows_resume.ROWS, *fault_rows_kill.ROWS, *fault_rows_process.ROWS
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a few moments of each kind")
-    parser.add_argument("--rows", default="", help="comma-separated names; default: all of " + ", ".join(row.name for row in ROWS))
-    parser.add_argument("--keep", type=Path, help="folder for runs and outputs, kept (default: a temporary one)")
+    parser.add_argument(
+        "--rows",
+        default="",
+        help="comma-separated names; default: all of " + ", ".join(row.name for row in ROWS),
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="folder for runs and outputs, kept (default: a temporary one)"
+    )
     parser.add_argument("--json", action="store_true", help="JSON lines instead of the table")
     arguments = parser.parse_args()
     wanted = [name.strip() for name in arguments.rows.split(",") if name.strip()]
@@ -51,16 +59,30 @@ def main() -> int:
             seen = row.check(site, arguments.quick)
         except Failed as error:
             problem, seen = str(error), str(error).splitlines()[0][:300]
-        results.append({"row": row.name, "claim": row.claim, "seen": seen, "seconds": round(time.monotonic() - started, 1), "ok": problem is None})
+        results.append(
+            {
+                "row": row.name,
+                "claim": row.claim,
+                "seen": seen,
+                "seconds": round(time.monotonic() - started, 1),
+                "ok": problem is None,
+            }
+        )
         if arguments.json:
             print(json.dumps(results[-1]), flush=True)
         else:
-            print(f"| {row.name} | {row.claim} | {seen} | {results[-1]['seconds']:.0f} | {'ok' if problem is None else 'FAILED'} |", flush=True)
+            print(
+                f"| {row.name} | {row.claim} | {seen} | {results[-1]['seconds']:.0f} | {'ok' if problem is None else 'FAILED'} |",
+                flush=True,
+            )
         if problem:
             print(problem, file=sys.stderr, flush=True)
     failed = [result["row"] for result in results if not result["ok"]]
     if not arguments.json:
-        print(f"\n{len(results)} rows, {len(failed)} failed, {sum(r['seconds'] for r in results):.0f} s", flush=True)
+        print(
+            f"\n{len(results)} rows, {len(failed)} failed, {sum(r['seconds'] for r in results):.0f} s",
+            flush=True,
+        )
     if not arguments.keep and not failed:
         shutil.rmtree(folder, ignore_errors=True)
     elif failed:

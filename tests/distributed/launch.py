@@ -29,7 +29,7 @@ def preload() -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
     import gdrt_ds.train  # noqa: F401
-    import gdrt_ds.trainer  # noqa: F401
+    import gdrt_ds.training.trainer  # noqa: F401
 
 
 @dataclass
@@ -49,7 +49,14 @@ class Outcome:
 class Job:
     """A started job. `fault(rank)` runs in every rank before the training command."""
 
-    def __init__(self, world: int, arguments: list[str], logs: Path, fault: Callable[[int], None] | None = None, stdin_world: bool = True):
+    def __init__(
+        self,
+        world: int,
+        arguments: list[str],
+        logs: Path,
+        fault: Callable[[int], None] | None = None,
+        stdin_world: bool = True,
+    ):
         self.world, self.started = world, time.monotonic()
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank_{rank}.log" for rank in range(world)]
@@ -72,8 +79,15 @@ class Job:
             sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
             if self.world > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                os.environ.update(
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(self.world),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                )
             from gdrt_ds import train
+
             if fault is not None:
                 fault(rank)
             code = train.main(arguments)
@@ -102,7 +116,9 @@ class Job:
                 os.kill(self.pids[rank], number)
 
     def output(self, rank: int = 0) -> str:
-        return self.logs[rank].read_text(encoding="utf-8", errors="replace") if self.logs[rank].is_file() else ""
+        return (
+            self.logs[rank].read_text(encoding="utf-8", errors="replace") if self.logs[rank].is_file() else ""
+        )
 
     def until(self, text: str, timeout_s: float = 120.0, rank: int = 0) -> bool:
         """Waits until a rank has printed the text; False when it ended or the time is over."""
@@ -124,11 +140,18 @@ class Job:
         for rank, status in enumerate(statuses):
             if status is None:
                 with open(self.logs[rank], "a", encoding="utf-8") as stream:
-                    stream.write(f"[killed after {timeout_s} s; its threads: {threads_of(self.pids[rank])}]\n")
+                    stream.write(
+                        f"[killed after {timeout_s} s; its threads: {threads_of(self.pids[rank])}]\n"
+                    )
                 os.kill(self.pids[rank], signal.SIGKILL)
                 os.waitpid(self.pids[rank], 0)
                 self.statuses[rank] = -9
-        return Outcome(statuses, [self.output(rank) for rank in range(self.world)], time.monotonic() - self.started, self.ended)
+        return Outcome(
+            statuses,
+            [self.output(rank) for rank in range(self.world)],
+            time.monotonic() - self.started,
+            self.ended,
+        )
 
 
 def threads_of(pid: int) -> str:
@@ -136,7 +159,11 @@ def threads_of(pid: int) -> str:
     found = []
     for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
         with contextlib.suppress(OSError):
-            state = next(line.split(None, 1)[1].strip() for line in (task / "status").read_text().splitlines() if line.startswith("State:"))
+            state = next(
+                line.split(None, 1)[1].strip()
+                for line in (task / "status").read_text().splitlines()
+                if line.startswith("State:")
+            )
             found.append(f"{(task / 'comm').read_text().strip()} {state} {(task / 'wchan').read_text()}")
     return "; ".join(found) or "none"
 

@@ -15,12 +15,21 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from gdrt_ds import checkpoint
-from gdrt_ds.groups import GroupPlan
+from gdrt_ds.training import checkpoint
+from gdrt_ds.dro.groups import GroupPlan
 from gdrt_ds.runtime import Runtime
-from gdrt_ds.telemetry import Telemetry
-from gdrt_ds.trainer import Trainer
-from tests.distributed.exact_cells import LR, NUM_GROUPS, Cell, make_config, make_stores, run_cell, start_runner, tiny_model
+from gdrt_ds.training.telemetry import Telemetry
+from gdrt_ds.training.trainer import Trainer
+from tests.distributed.exact_cells import (
+    LR,
+    NUM_GROUPS,
+    Cell,
+    make_config,
+    make_stores,
+    run_cell,
+    start_runner,
+    tiny_model,
+)
 from tests.distributed.exactness import relative_norm
 from tests.distributed.plain_reference import run_reference
 from tests.distributed.ranks import run_ranks
@@ -44,8 +53,12 @@ def training(folder: Path, cell: Cell, steps: int = 2, world: int = 2) -> dict:
     wanted = run_ranks(1, _reference, cell.reference_key(), steps, folder)[0]
     plain = lambda result: {name: np.array(getattr(result, name)[:steps]).tolist() for name in FIELDS}
     gradient = max(relative_norm(f, w) for f, w in zip(ranks[0].gradients, wanted.gradients))
-    return {"ranks": [plain(r) for r in ranks], "wanted": plain(wanted), "gradient": gradient,
-            "states": [{k: v.tolist() for k, v in r.state.items()} for r in ranks]}
+    return {
+        "ranks": [plain(r) for r in ranks],
+        "wanted": plain(wanted),
+        "gradient": gradient,
+        "states": [{k: v.tolist() for k, v in r.state.items()} for r in ranks],
+    }
 
 
 def error_01(folder):
@@ -86,8 +99,20 @@ def _log(rank, world, folder):
     config = make_config(Cell(), folder, world)
     telemetry = Telemetry(folder, config, runtime, 3, 0)
     for step in (1, 2, 3):
-        telemetry.step({"step": step, "loss": torch.tensor(1.0), "lr": 0.1, "grad_norm": 1.0, "tokens": 7, "objective": torch.tensor(1.0), "skipped": False,
-                        "group_loss": torch.tensor([1.0, float("nan")]), "group_weight": torch.tensor([1.0, float("nan")]), "group_count": torch.tensor([7.0, 0.0])})
+        telemetry.step(
+            {
+                "step": step,
+                "loss": torch.tensor(1.0),
+                "lr": 0.1,
+                "grad_norm": 1.0,
+                "tokens": 7,
+                "objective": torch.tensor(1.0),
+                "skipped": False,
+                "group_loss": torch.tensor([1.0, float("nan")]),
+                "group_weight": torch.tensor([1.0, float("nan")]),
+                "group_count": torch.tensor([7.0, 0.0]),
+            }
+        )
     telemetry.close()
     return runtime.is_main
 
@@ -98,7 +123,10 @@ def error_09(folder):
     (target / "metrics.jsonl").unlink(missing_ok=True)
     tiny_model(target, False)
     mains = run_ranks(2, _log, target)
-    return {"mains": mains, "steps": [json.loads(line)["step"] for line in (target / "metrics.jsonl").read_text().splitlines()]}
+    return {
+        "mains": mains,
+        "steps": [json.loads(line)["step"] for line in (target / "metrics.jsonl").read_text().splitlines()],
+    }
 
 
 def error_10(folder):
@@ -109,8 +137,17 @@ def _resume(rank, world, cell, folder):
     """(weights of steps 3 and 4 of a straight run, the same after a checkpoint was read into a fresh engine)."""
     straight, resumed = start_runner(cell, rank, world, folder), None
     trainer = object.__new__(Trainer)
-    trainer.best, trainer.bad_validations, trainer.config, trainer.table, trainer.state = None, 0, straight.config, None, straight.state
-    trainer.prepared, trainer.group_plan = SimpleNamespace(stores={"train": make_stores()[0]}), GroupPlan("relevance", NUM_GROUPS)
+    trainer.best, trainer.bad_validations, trainer.config, trainer.table, trainer.state = (
+        None,
+        0,
+        straight.config,
+        None,
+        straight.state,
+    )
+    trainer.prepared, trainer.group_plan = (
+        SimpleNamespace(stores={"train": make_stores()[0]}),
+        GroupPlan("relevance", NUM_GROUPS),
+    )
     for step in (0, 1):
         straight.run(step, LR)
     run = Path(folder) / f"resume_{cell.objective}"
@@ -134,9 +171,15 @@ def error_11(folder):
         run = Path(folder) / f"resume_{objective}"
         if run.exists():
             import shutil
+
             shutil.rmtree(run)
         run.mkdir()
-        report[objective] = run_ranks(2, _resume, Cell(1, **PLAIN, estimate="ema", objective=objective, options=(("dro.eta", 1.0),)), folder)
+        report[objective] = run_ranks(
+            2,
+            _resume,
+            Cell(1, **PLAIN, estimate="ema", objective=objective, options=(("dro.eta", 1.0),)),
+            folder,
+        )
     return report
 
 
@@ -145,9 +188,12 @@ MEASUREMENTS = {name: function for name, function in list(globals().items()) if 
 
 def main(output, folder):
     tiny_model(Path(folder), False)
-    Path(output).write_text(json.dumps({name: function(Path(folder)) for name, function in MEASUREMENTS.items()}))
+    Path(output).write_text(
+        json.dumps({name: function(Path(folder)) for name, function in MEASUREMENTS.items()})
+    )
 
 
 if __name__ == "__main__":
     import deepspeed  # noqa: F401 imported once, before the ranks are forked
+
     main(*sys.argv[1:])

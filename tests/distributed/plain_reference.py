@@ -11,9 +11,19 @@ import numpy as np
 import torch
 from scipy.special import logsumexp
 
-from gdrt_ds.model import load_model
+from gdrt_ds.models.load import load_model
 from gdrt_ds.runtime import Runtime
-from tests.distributed.exact_cells import GLOBAL_BATCH, LR, NUM_GROUPS, STEPS, Cell, CellResult, make_config, make_tokens, set_adapter
+from tests.distributed.exact_cells import (
+    GLOBAL_BATCH,
+    LR,
+    NUM_GROUPS,
+    STEPS,
+    Cell,
+    CellResult,
+    make_config,
+    make_tokens,
+    set_adapter,
+)
 
 
 def plain_model(cell: Cell, folder: Path) -> torch.nn.Module:
@@ -24,6 +34,7 @@ def plain_model(cell: Cell, folder: Path) -> torch.nn.Module:
     model = loaded.model
     if cell.base == "nf4":
         import bitsandbytes as bnb
+
         for name, module in list(model.named_modules()):
             if isinstance(module, bnb.nn.Linear4bit):
                 weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
@@ -35,11 +46,19 @@ def plain_model(cell: Cell, folder: Path) -> torch.nn.Module:
     return model.double().train()
 
 
-def token_losses(model, row: np.ndarray, num_target: int, temperature: float = 1.0, allowed: list | None = None, minus: np.ndarray | None = None):
+def token_losses(
+    model,
+    row: np.ndarray,
+    num_target: int,
+    temperature: float = 1.0,
+    allowed: list | None = None,
+    minus: np.ndarray | None = None,
+):
     """[num_target] losses of one sample from full logits; `minus`: the row whose logits are subtracted (no history)."""
+
     def logits(tokens):
         ids = torch.from_numpy(tokens.astype(np.int64))[None]
-        return model(input_ids=ids, use_cache=False).logits[0, -num_target - 1:-1].double()
+        return model(input_ids=ids, use_cache=False).logits[0, -num_target - 1 : -1].double()
 
     scores = logits(row) if minus is None else logits(row) - logits(minus)
     scores = scores / temperature
@@ -54,32 +73,61 @@ def token_losses(model, row: np.ndarray, num_target: int, temperature: float = 1
 
 def batch_samples(step: int, count: int) -> list[int]:
     """The global batch as the documentation of batches.py defines it: positions k*B .. (k+1)*B-1 of seeded permutations."""
-    stream = np.concatenate([np.random.Generator(np.random.PCG64([0, epoch])).permutation(count) for epoch in range(1 + (step + 1) * GLOBAL_BATCH // count)])
-    return sorted(stream[step * GLOBAL_BATCH:(step + 1) * GLOBAL_BATCH].tolist())
+    stream = np.concatenate(
+        [
+            np.random.Generator(np.random.PCG64([0, epoch])).permutation(count)
+            for epoch in range(1 + (step + 1) * GLOBAL_BATCH // count)
+        ]
+    )
+    return sorted(stream[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH].tolist())
 
 
 def run_reference(cell: Cell, folder: Path, steps: int = STEPS) -> CellResult:
     tokens, config = make_tokens(cell), make_config(cell, folder, 1)
     model, store, result = plain_model(cell, folder), tokens.store, CellResult()
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    memory = {"ema": np.zeros(NUM_GROUPS), "weight": np.zeros(NUM_GROUPS), "q": np.full(NUM_GROUPS, 1 / NUM_GROUPS)}
+    memory = {
+        "ema": np.zeros(NUM_GROUPS),
+        "weight": np.zeros(NUM_GROUPS),
+        "q": np.full(NUM_GROUPS, 1 / NUM_GROUPS),
+    }
     for step in range(steps):
         values, groups, weights, reference = [], [], [], []
         for sample in batch_samples(step, len(store)):
             span = slice(store.target_offsets[sample], store.target_offsets[sample + 1])
             values.append(_sample_values(model, tokens, config, sample))
             groups.append(tokens.groups[span])
-            weights.append(np.ones(span.stop - span.start) if tokens.weights is None else tokens.weights[span])
-            reference.append(np.zeros(span.stop - span.start) if tokens.reference is None else tokens.reference[span].astype(np.float64))
-        values, groups, weights, reference = torch.cat(values), np.concatenate(groups), np.concatenate(weights), np.concatenate(reference)
+            weights.append(
+                np.ones(span.stop - span.start) if tokens.weights is None else tokens.weights[span]
+            )
+            reference.append(
+                np.zeros(span.stop - span.start)
+                if tokens.reference is None
+                else tokens.reference[span].astype(np.float64)
+            )
+        values, groups, weights, reference = (
+            torch.cat(values),
+            np.concatenate(groups),
+            np.concatenate(weights),
+            np.concatenate(reference),
+        )
         member = torch.from_numpy((groups[None] == np.arange(NUM_GROUPS)[:, None]) * weights[None])
         counts = member.sum(1).numpy()
         present = counts > 0
         group_loss = (member @ values)[present] / torch.from_numpy(counts[present])
         plain_excess = torch.from_numpy(((member.numpy() @ reference)[present]) / counts[present])
-        scalar, q = _objective(cell, config, values, group_loss - plain_excess, counts, present, groups, memory)
-        own_value = cell.objective == "cvar" and config.dro.cvar_over == "tokens" or cell.objective.startswith("gdrt") and cell.estimate == "batch"
-        objective = float(scalar.detach()) if own_value else float(q @ (group_loss.detach() - plain_excess).numpy())
+        scalar, q = _objective(
+            cell, config, values, group_loss - plain_excess, counts, present, groups, memory
+        )
+        own_value = (
+            cell.objective == "cvar"
+            and config.dro.cvar_over == "tokens"
+            or cell.objective.startswith("gdrt")
+            and cell.estimate == "batch"
+        )
+        objective = (
+            float(scalar.detach()) if own_value else float(q @ (group_loss.detach() - plain_excess).numpy())
+        )
         gradients = torch.autograd.grad(scalar, list(trainable.values()))
         result.group_loss.append(_full(group_loss.detach().numpy(), present))
         result.group_weight.append(_full(q, present))
@@ -103,18 +151,30 @@ def _full(values: np.ndarray, present: np.ndarray) -> np.ndarray:
 
 def _sample_values(model, tokens, config, sample: int) -> torch.Tensor:
     store, objective, options = tokens.store, config.objective, config.options
-    row = store.input_ids[store.offsets[sample]:store.offsets[sample + 1]]
+    row = store.input_ids[store.offsets[sample] : store.offsets[sample + 1]]
     num_target, start = int(store.num_target[sample]), int(store.target_offsets[sample])
     if objective in ("msl", "gdrt+msl"):
         offsets, flat = tokens.trie_offsets.tolist(), tokens.trie_tokens.tolist()
-        return token_losses(model, row, num_target, options.msl_temperature, [flat[offsets[start + k]:offsets[start + k + 1]] for k in range(num_target)])
+        return token_losses(
+            model,
+            row,
+            num_target,
+            options.msl_temperature,
+            [flat[offsets[start + k] : offsets[start + k + 1]] for k in range(num_target)],
+        )
     losses = token_losses(model, row, num_target)
     if objective == "focal":
         return (1 - torch.exp(-losses)) ** options.focal_gamma * losses
     if objective == "cft":
         free = tokens.history_free
-        second = token_losses(model, row, num_target, minus=free.input_ids[free.offsets[sample]:free.offsets[sample + 1]])
-        weight = torch.linspace(1.0, options.cft_beta, num_target).double() if num_target > 1 else torch.ones(1).double()
+        second = token_losses(
+            model, row, num_target, minus=free.input_ids[free.offsets[sample] : free.offsets[sample + 1]]
+        )
+        weight = (
+            torch.linspace(1.0, options.cft_beta, num_target).double()
+            if num_target > 1
+            else torch.ones(1).double()
+        )
         return losses + options.cft_alpha * weight * second
     return losses
 
@@ -146,7 +206,9 @@ def _objective(cell, config, values, losses, counts, present, groups, memory):
     elif name in ("gdrt", "gdrt+msl"):
         p = share if dro.prior == "token_share" else np.full(len(share), 1 / len(share))
         if cell.estimate == "batch":
-            scalar = dro.tau * torch.logsumexp(torch.from_numpy(np.log(p)) + losses / dro.tau, 0)  # autograd finds q by itself
+            scalar = dro.tau * torch.logsumexp(
+                torch.from_numpy(np.log(p)) + losses / dro.tau, 0
+            )  # autograd finds q by itself
             exponent = np.log(p) + current / dro.tau
             return scalar, np.exp(exponent - logsumexp(exponent))
         seen = memory["weight"][present] > 0

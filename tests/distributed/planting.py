@@ -13,7 +13,14 @@ import signal
 import time
 from pathlib import Path
 
-KINDS = {"save_file": "write", "_write_text": "write", "save": "write", "fsync": "fsync", "replace": "rename", "rmtree": "remove"}
+KINDS = {
+    "save_file": "write",
+    "_write_text": "write",
+    "save": "write",
+    "fsync": "fsync",
+    "replace": "rename",
+    "rmtree": "remove",
+}
 
 
 def _wrap(owner, name: str, make) -> None:
@@ -31,12 +38,14 @@ def file_operations(log: Path, victim: int, die_at: int | None = None, when: str
 
     when: before, after, or torn (the write is cut in half). Every operation goes to `log`_rank as a line `index kind function file`.
     """
+
     def fault(rank: int) -> None:
         import shutil
 
         from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-        from gdrt_ds import checkpoint
+        from gdrt_ds.training import checkpoint
+
         armed, counter = [False], [0]
 
         def arm(save):
@@ -48,6 +57,7 @@ def file_operations(log: Path, victim: int, die_at: int | None = None, when: str
                     armed[0] = False
                     with open(f"{log}_{rank}", "a") as stream:
                         stream.write("end of a save\n")
+
             return armed_save
 
         def watch(name):
@@ -68,22 +78,32 @@ def file_operations(log: Path, victim: int, die_at: int | None = None, when: str
                     if mine:
                         os.kill(os.getpid(), signal.SIGKILL)
                     return result
+
                 return operation
+
             return make
 
         _wrap(checkpoint, "save", arm)
-        for owner, name in ((checkpoint, "save_file"), (checkpoint, "_write_text"), (os, "fsync"), (os, "replace"), (shutil, "rmtree"),
-                            (TorchCheckpointEngine, "save")):
+        for owner, name in (
+            (checkpoint, "save_file"),
+            (checkpoint, "_write_text"),
+            (os, "fsync"),
+            (os, "replace"),
+            (shutil, "rmtree"),
+            (TorchCheckpointEngine, "save"),
+        ):
             _wrap(owner, name, watch(name))
+
     return fault
 
 
 def nan_loss(victim: int, step: int):
     """The losses of one rank are NaN in one step (0-based); every optimizer step of every rank is printed."""
+
     def fault(rank: int) -> None:
         import deepspeed
 
-        from gdrt_ds.step import StepRunner
+        from gdrt_ds.training.step import StepRunner
 
         def poison(forward):
             def poisoned(self, samples, at, index):
@@ -91,79 +111,102 @@ def nan_loss(victim: int, step: int):
                 if rank == victim and at == step:
                     return sums * float("nan"), values * float("nan"), groups, micro
                 return sums, values, groups, micro
+
             return poisoned
 
         def told(engine_step):
             def stepping(self, *args, **kwargs):
                 print("an optimizer step", flush=True)
                 return engine_step(self, *args, **kwargs)
+
             return stepping
 
         _wrap(StepRunner, "_forward", poison)
         _wrap(deepspeed.DeepSpeedEngine, "step", told)
+
     return fault
 
 
 def nan_gradient(victim: int, step: int):
     """The losses of a step are finite, the gradients of one rank are not."""
+
     def fault(rank: int) -> None:
-        from gdrt_ds.step import StepRunner
+        from gdrt_ds.training.step import StepRunner
 
         def remember(run):
             def running(self, at, lr):
                 self.planted_step = at
                 return run(self, at, lr)
+
             return running
 
         def poison(backward):
             def poisoned(self, sums, values, coefficients, token_coefficients):
                 bad = rank == victim and self.planted_step == step
-                return backward(self, sums, values, coefficients * float("nan") if bad else coefficients, token_coefficients)
+                return backward(
+                    self,
+                    sums,
+                    values,
+                    coefficients * float("nan") if bad else coefficients,
+                    token_coefficients,
+                )
+
             return poisoned
 
         _wrap(StepRunner, "run", remember)
         _wrap(StepRunner, "_backward", poison)
+
     return fault
 
 
 def left_out_step(step: int):
     """The step is never run: what a skipped step must be equal to."""
+
     def fault(rank: int) -> None:
-        from gdrt_ds.step import StepResult, StepRunner
+        from gdrt_ds.training.step import StepResult, StepRunner
 
         def leave_out(run):
             def running(self, at, lr):
                 if at != step:
                     return run(self, at, lr)
                 import torch
+
                 nothing = torch.full((self.tokens.num_groups,), float("nan"), dtype=torch.float64)
                 return StepResult(nothing.sum(), nothing.sum(), nothing, nothing, nothing, 0, False, True)
+
             return running
+
         _wrap(StepRunner, "run", leave_out)
+
     return fault
 
 
 def no_memory(victim: int, step: int):
     """One rank asks the real allocator for more than the machine has."""
+
     def fault(rank: int) -> None:
         import torch
 
-        from gdrt_ds.step import StepRunner
+        from gdrt_ds.training.step import StepRunner
 
         def greedy(forward):
             def forwarding(self, samples, at, index):
                 if rank == victim and at == step:
                     torch.empty(2**50, dtype=torch.uint8)
                 return forward(self, samples, at, index)
+
             return forwarding
+
         _wrap(StepRunner, "_forward", greedy)
+
     return fault
 
 
 def small_files(victim: int, step: int, limit: int = 3000):
     """From the save of `step` on, this rank cannot write a file beyond `limit` bytes (EFBIG, as a quota would)."""
+
     def fault(rank: int) -> None:
-        from gdrt_ds import checkpoint
+        from gdrt_ds.training import checkpoint
 
         def limited(save):
             def saving(engine, run_dir, at, *args, **kwargs):
@@ -174,28 +217,43 @@ def small_files(victim: int, step: int, limit: int = 3000):
                     return save(engine, run_dir, at, *args, **kwargs)
                 finally:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
             return saving
+
         _wrap(checkpoint, "save", limited)
+
     return fault
 
 
 def pause(phase: str, seconds: float = 1.0, step: int = 2):
     """Prints `PHASE <phase>` and waits there, so that a signal can be sent in the middle of it. step: 0-based, for training and saving."""
+
     def fault(rank: int) -> None:
-        from gdrt_ds import checkpoint, relevance, trainer
-        from gdrt_ds.step import StepRunner
-        where = {"data loading": (trainer, "prepare"), "relevance scoring": (relevance, "score_entries"), "training": (StepRunner, "run"),
-                 "saving": (checkpoint, "_write_own")}[phase]
+        from gdrt_ds.training import checkpoint, trainer
+        from gdrt_ds.dro import relevance
+        from gdrt_ds.training.step import StepRunner
+
+        where = {
+            "data loading": (trainer, "prepare"),
+            "relevance scoring": (relevance, "score_entries"),
+            "training": (StepRunner, "run"),
+            "saving": (checkpoint, "_write_own"),
+        }[phase]
 
         def slow(original):
             def waiting(*args, **kwargs):
-                now = {"training": lambda: args[1] == step, "saving": lambda: args[3] == step + 1}.get(phase, lambda: True)
+                now = {"training": lambda: args[1] == step, "saving": lambda: args[3] == step + 1}.get(
+                    phase, lambda: True
+                )
                 if now():
                     print(f"PHASE {phase}", flush=True)
                     limit = time.monotonic() + seconds
                     while time.monotonic() < limit:  # Python-level signal handlers run between the naps
                         time.sleep(0.05)
                 return original(*args, **kwargs)
+
             return waiting
+
         _wrap(*where, slow)
+
     return fault

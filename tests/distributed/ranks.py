@@ -27,11 +27,19 @@ def free_port() -> int:
 
 
 def _child(function, rank, world, port, queue, args):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     try:
         import deepspeed
+
         deepspeed.init_distributed("gloo", verbose=False)
         from gdrt_ds.runtime import unname_shared_memory
+
         unname_shared_memory(rank, world)
         queue.put((rank, "ok", pickle.dumps(function(rank, world, *args))))
     except BaseException as error:  # the parent must hear of everything, UserError included
@@ -48,7 +56,10 @@ def run_ranks(world: int, function, *args, timeout_s: float = 300.0, may_die: bo
     """
     context = multiprocessing.get_context("fork")
     queue, port = context.Queue(), free_port()
-    processes = [context.Process(target=_child, args=(function, rank, world, port, queue, args)) for rank in range(world)]
+    processes = [
+        context.Process(target=_child, args=(function, rank, world, port, queue, args))
+        for rank in range(world)
+    ]
     for process in processes:
         process.start()
     results, deadline, problem = {}, time.monotonic() + timeout_s, None
@@ -65,7 +76,9 @@ def run_ranks(world: int, function, *args, timeout_s: float = 300.0, may_die: bo
                     break
                 problem = f"rank {dead[0]} ended without a result (exit {processes[dead[0]].exitcode})"
         if time.monotonic() > deadline:
-            problem = f"ranks {[r for r in range(world) if r not in results]} did not finish within {timeout_s} s"
+            problem = (
+                f"ranks {[r for r in range(world) if r not in results]} did not finish within {timeout_s} s"
+            )
     for process in processes:
         process.join(timeout=0.0 if may_die or problem else 10.0)
         if process.is_alive():
@@ -79,12 +92,24 @@ def run_ranks(world: int, function, *args, timeout_s: float = 300.0, may_die: bo
 def run_scenario(script: str, folder: Path, timeout_s: float = 550.0) -> dict:
     """Runs tests/distributed/<script> in a fresh interpreter; returns the JSON it wrote."""
     output = folder / (Path(script).stem + ".json")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                   "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": "cpu",
+    }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "distributed" / script), str(output), str(folder)], env=environment,
-                          capture_output=True, text=True, timeout=timeout_s)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "distributed" / script), str(output), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
     if done.returncode != 0 or not output.is_file():
-        raise AssertionError(f"{script} failed ({done.returncode})\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
+        raise AssertionError(
+            f"{script} failed ({done.returncode})\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        )
     return json.loads(output.read_text())

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 
-from gdrt_ds import checkpoint
+from gdrt_ds.training import checkpoint
 from gdrt_ds.errors import UserError
 from tests.distributed import engines
 from tests.distributed.ranks import run_ranks
 
-CLIENT = {"dro": {"ema": torch.arange(3, dtype=torch.float64) / 7, "steps": 3}, "data": {"position": 17, "order": [3, 1, 2]}}
+CLIENT = {
+    "dro": {"ema": torch.arange(3, dtype=torch.float64) / 7, "steps": 3},
+    "data": {"position": 17, "order": [3, 1, 2]},
+}
 
 
 def straight(rank, world, stage, model, run, total, save_at, dtype="float32"):
@@ -37,8 +40,17 @@ def resumed(rank, world, stage, model, run, total, dtype="float32"):
     before = engines.trainable_state(engine)
     losses = engines.train_steps(engine, rank, world, restored.step, total)
     client = restored.client_state
-    return dict(losses=losses, state=engines.trainable_state(engine), lr=engine.lr_scheduler.get_last_lr(), before=before, same=restored.same_world,
-                client_ok=bool(torch.equal(client["dro"]["ema"], CLIENT["dro"]["ema"]) and client["data"] == CLIENT["data"]), steps=engine.global_steps)
+    return dict(
+        losses=losses,
+        state=engines.trainable_state(engine),
+        lr=engine.lr_scheduler.get_last_lr(),
+        before=before,
+        same=restored.same_world,
+        client_ok=bool(
+            torch.equal(client["dro"]["ema"], CLIENT["dro"]["ema"]) and client["data"] == CLIENT["data"]
+        ),
+        steps=engine.global_steps,
+    )
 
 
 def deepspeed_resumed(rank, world, stage, model, run):
@@ -88,19 +100,29 @@ def faults(rank, world, model, run):
         wrong = error.problem
     checkpoint.save_adapter(engine, Path(run) / "adapter")
     masters = engines.trainable_state(engine)
-    return messages, checkpoint.find_latest_valid(run).name, sorted(p.name for p in (Path(run) / "checkpoints").iterdir()), wrong, masters
+    return (
+        messages,
+        checkpoint.find_latest_valid(run).name,
+        sorted(p.name for p in (Path(run) / "checkpoints").iterdir()),
+        wrong,
+        masters,
+    )
 
 
 def adapter(model, folder, masters):
     """Opens the saved adapter with PEFT alone on the plain base."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder)
     weights = {name: value for name, value in loaded.named_parameters() if "lora_" in name}
     lora_b = {name: value for name, value in weights.items() if "lora_B" in name}
-    return {"lora_b": len(lora_b), "zero": sum(not bool(v.any()) for v in lora_b.values()),
-            "unexpected": sorted(set(weights) ^ {name for name in masters if "|" not in name}),
-            "equal_to_master_weights": all(torch.equal(weights[name], masters[name]) for name in weights)}
+    return {
+        "lora_b": len(lora_b),
+        "zero": sum(not bool(v.any()) for v in lora_b.values()),
+        "unexpected": sorted(set(weights) ^ {name for name in masters if "|" not in name}),
+        "equal_to_master_weights": all(torch.equal(weights[name], masters[name]) for name in weights),
+    }
 
 
 def equal(a, b):
@@ -121,17 +143,29 @@ def main(output, folder):
         report[f"stage{stage}_world{world}_{dtype}"] = {
             "losses_equal": all(w[0][3:] == p["losses"] for w, p in zip(whole, parts)),
             "state_equal": all(equal(w[1], p["state"]) for w, p in zip(whole, parts)),
-            "lr_equal": all(w[2] == p["lr"] for w, p in zip(whole, parts)), "steps_equal": all(w[3] == p["steps"] for w, p in zip(whole, parts)),
-            "client_ok": all(p["client_ok"] for p in parts), "moved": distance(parts[0]["before"], parts[0]["state"]),
+            "lr_equal": all(w[2] == p["lr"] for w, p in zip(whole, parts)),
+            "steps_equal": all(w[3] == p["steps"] for w, p in zip(whole, parts)),
+            "client_ok": all(p["client_ok"] for p in parts),
+            "moved": distance(parts[0]["before"], parts[0]["state"]),
         }
         if (stage, world, dtype) == (3, 2, "float32"):
             other = run_ranks(3, resumed, 3, model, run, 3)
-            report["other_world"] = {"state_equal": all(equal(parts[0]["before"], p["before"]) for p in other), "same": other[0]["same"]}
+            report["other_world"] = {
+                "state_equal": all(equal(parts[0]["before"], p["before"]) for p in other),
+                "same": other[0]["same"],
+            }
             other = run_ranks(1, resumed, 2, model, run, 3)
             report["other_stage_and_world"] = {"state_equal": equal(parts[0]["before"], other[0]["before"])}
-            report["deepspeed_reads_its_files"] = equal(parts[0]["before"], run_ranks(2, deepspeed_resumed, 3, model, run)[0])
+            report["deepspeed_reads_its_files"] = equal(
+                parts[0]["before"], run_ranks(2, deepspeed_resumed, 3, model, run)[0]
+            )
     messages = run_ranks(2, faults, model, folder / "run_faults")
-    report["faults"] = {"messages": [m[0] for m in messages], "latest": messages[0][1], "listing": messages[0][2], "wrong_base": messages[0][3]}
+    report["faults"] = {
+        "messages": [m[0] for m in messages],
+        "latest": messages[0][1],
+        "listing": messages[0][2],
+        "wrong_base": messages[0][3],
+    }
     report["adapter"] = adapter(model, folder / "run_faults" / "adapter", messages[0][4])
     Path(output).write_text(json.dumps(report))
 

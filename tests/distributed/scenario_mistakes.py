@@ -10,8 +10,14 @@ from pathlib import Path
 
 from tests.distributed.launch import SMOKE, play, preload
 
-SETTINGS = ["train.max_steps=6", "train.save_every=3", "train.eval_every=6", "train.log_every=1", "train.warmup_steps=1",
-            "data.planted={num_train: 160, num_valid: 20, num_test: 20}"]
+SETTINGS = [
+    "train.max_steps=6",
+    "train.save_every=3",
+    "train.eval_every=6",
+    "train.log_every=1",
+    "train.warmup_steps=1",
+    "data.planted={num_train: 160, num_valid: 20, num_test: 20}",
+]
 SMALL = ["--config", SMOKE, *SETTINGS]
 
 
@@ -20,7 +26,11 @@ COUNTED = ("life", "config.yaml", "logs/stacks_rank_0.txt")  # a start counts it
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def main(output: str, folder: str) -> None:
@@ -36,20 +46,30 @@ def main(output: str, folder: str) -> None:
         text = done.outputs[0]
         start = text.find("error: ")
         left = {p.name for p in (folder / "fresh").iterdir()} if (folder / "fresh").is_dir() else set()
-        report[case] = {"status": done.statuses[0], "output": text, "error": text[start:] if start >= 0 else "", "left": sorted(left - KEPT),
-                        "lost": [name for name in before if after.get(name) != before[name] and name not in COUNTED]}
+        report[case] = {
+            "status": done.statuses[0],
+            "output": text,
+            "error": text[start:] if start >= 0 else "",
+            "left": sorted(left - KEPT),
+            "lost": [name for name in before if after.get(name) != before[name] and name not in COUNTED],
+        }
         return report[case]
 
     finished, foreign = folder / "finished", folder / "foreign"
     first = play(1, [*SMALL, f"run.dir={finished}"], folder / "logs" / "first")
     assert first.statuses == [0], first.text[-4000:]
-    report["one rank"] = {"output": first.text, "metrics": [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]}
+    report["one rank"] = {
+        "output": first.text,
+        "metrics": [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()],
+    }
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("three years of work")
     (folder / "empty_model").mkdir()
     (folder / "a_file").write_text("")
     fresh = f"run.dir={folder / 'fresh'}"
-    (folder / "batch.json").write_text(json.dumps({"train_batch_size": 64, "zero_optimization": {"stage": 3}}))
+    (folder / "batch.json").write_text(
+        json.dumps({"train_batch_size": 64, "zero_optimization": {"stage": 3}})
+    )
 
     run("missing config", ["--config", "nowhere.yaml", fresh])
     run("unknown key", [*SMALL, fresh, "dro.taus=1"])
@@ -70,18 +90,31 @@ def main(output: str, folder: str) -> None:
     run("overwrite of other files", [*SMALL, f"run.dir={foreign}", "run.overwrite=true"], foreign)
     (finished / "summary.json").rename(folder / "summary.json")
     kept = contents(finished)
-    run("resume with other settings", [*SMALL, f"run.dir={finished}", "resume=auto", "train.lr=0.5"])["lost"] = _changed(kept, finished)
-    run("resume of a missing checkpoint", [*SMALL, f"run.dir={finished}", "resume=step_77"])["lost"] = _changed(kept, finished)
+    run("resume with other settings", [*SMALL, f"run.dir={finished}", "resume=auto", "train.lr=0.5"])[
+        "lost"
+    ] = _changed(kept, finished)
+    run("resume of a missing checkpoint", [*SMALL, f"run.dir={finished}", "resume=step_77"])["lost"] = (
+        _changed(kept, finished)
+    )
     run("more groups than tokens", [*SMALL, f"run.dir={folder / 'many_groups'}", "groups.num=5000"])
     (folder / "summary.json").rename(finished / "summary.json")
     wrong = [*SMALL, f"run.dir={finished}", "run.overwrite=true", f"data.path={folder / 'no_data_here.csv'}"]
-    run("overwrite with a mistake", wrong, finished)["hidden"] = [p.name for p in finished.iterdir() if p.name == ".overwritten"]
-    found = run("overwrite of a finished run", [*SMALL, f"run.dir={finished}", "run.overwrite=true", "train.max_steps=2"])
-    found["steps"] = [json.loads(line)["step"] for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    run("overwrite with a mistake", wrong, finished)["hidden"] = [
+        p.name for p in finished.iterdir() if p.name == ".overwritten"
+    ]
+    found = run(
+        "overwrite of a finished run",
+        [*SMALL, f"run.dir={finished}", "run.overwrite=true", "train.max_steps=2"],
+    )
+    found["steps"] = [
+        json.loads(line)["step"] for line in (finished / "metrics.jsonl").read_text().splitlines()
+    ]
     found["summary"] = json.loads((finished / "summary.json").read_text())["status"]
     found["checkpoints"] = sorted(p.name for p in (finished / "checkpoints").glob("step_*"))
     planned = folder / "planned"
-    run("plan", ["--plan", "--world", "4", *SMALL, f"run.dir={planned}"])["folder_made"] = (planned / "config.yaml").exists()
+    run("plan", ["--plan", "--world", "4", *SMALL, f"run.dir={planned}"])["folder_made"] = (
+        planned / "config.yaml"
+    ).exists()
     Path(output).write_text(json.dumps(report))
 
 

@@ -1,4 +1,4 @@
-"""Ranks behind test_sharded_nf4.py: every family loaded both ways at world 1, 2, 3 and compared to the bit; training both ways."""
+"""Ranks behind test_sharded_loading.py: every family loaded both ways at world 1, 2, 3 and compared to the bit; training both ways."""
 
 from __future__ import annotations
 
@@ -10,26 +10,47 @@ from types import SimpleNamespace
 import torch
 import transformers
 
-from gdrt_ds import model as models
-from gdrt_ds import sharded_nf4
+from gdrt_ds.models import load as models
+from gdrt_ds.models import sharded_loading
 from gdrt_ds.config import ModelSection
 from tests.distributed import engines
 from tests.distributed.ranks import run_ranks
 
-SIZES = dict(vocab_size=270, hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=64, initializer_range=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+SIZES = dict(
+    vocab_size=270,
+    hidden_size=40,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.1,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=2,
+)
 FAMILIES = {
-    "llama": ("LlamaConfig", {}), "llama_tied": ("LlamaConfig", {"tie_word_embeddings": True}),
-    "qwen2": ("Qwen2Config", {}), "qwen3": ("Qwen3Config", {"head_dim": 10}), "mistral": ("MistralConfig", {"sliding_window": 8}),
-    "gemma": ("GemmaConfig", {"head_dim": 12}), "gemma2": ("Gemma2Config", {"head_dim": 12, "query_pre_attn_scalar": 12}),
-    "phi": ("PhiConfig", {"num_attention_heads": 2}), "phi3": ("Phi3Config", {}),
+    "llama": ("LlamaConfig", {}),
+    "llama_tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 10}),
+    "mistral": ("MistralConfig", {"sliding_window": 8}),
+    "gemma": ("GemmaConfig", {"head_dim": 12}),
+    "gemma2": ("Gemma2Config", {"head_dim": 12, "query_pre_attn_scalar": 12}),
+    "phi": ("PhiConfig", {"num_attention_heads": 2}),
+    "phi3": ("Phi3Config", {}),
     "gpt2": ("GPT2Config", {"n_embd": 40, "n_layer": 2, "n_head": 4, "n_positions": 64}),
 }
 
 
 def make_family(name: str, folder: Path) -> Path:
     config_name, changes = FAMILIES[name]
-    sizes = {k: v for k, v in SIZES.items() if name != "gpt2" or k in ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {
+        k: v
+        for k, v in SIZES.items()
+        if name != "gpt2"
+        or k in ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
+    }
     config = getattr(transformers, config_name)(**{**sizes, **changes})
     torch.manual_seed(3)
     path = folder / name
@@ -43,14 +64,15 @@ def make_family(name: str, folder: Path) -> Path:
 def compare(rank, world, path, **changes):
     """Differences between the two ways, in words; empty = bitwise equal."""
     import deepspeed
+
     section = ModelSection(path=str(path), **changes)
     device, dtype = torch.device("cpu"), models.compute_dtype(section.dtype, torch.device("cpu"))
     config = models.read_model_config(path)
     attention, _ = models.choose_attention("auto", device, dtype, models.model_class(config))
     setup = engines.deepspeed_config(3, world, section.dtype if section.dtype != "auto" else "float32")
     try:
-        ours = sharded_nf4.load_sharded(path, config, section, dtype, attention, device, setup)
-    except sharded_nf4.CannotShard as reason:
+        ours = sharded_loading.load_sharded(path, config, section, dtype, attention, device, setup)
+    except sharded_loading.CannotShard as reason:
         return [f"cannot: {reason}"]
     stock = models.load_stock(path, config, section, dtype, attention, device)
     deepspeed.zero.Init(module=stock, config_dict_or_path=setup, dtype=dtype)
@@ -62,16 +84,28 @@ def compare(rank, world, path, **changes):
         a, b = mine[name], theirs[name]
         size = a.ds_tensor.numel()
         own = max(0, min(size, a.ds_numel - size * rank))
-        same = (a.dtype == b.dtype and a.ds_shape == b.ds_shape and a.ds_tensor.shape == b.ds_tensor.shape and a.data.numel() == 0
-                and torch.equal(a.ds_tensor[:own].view(torch.uint8), b.ds_tensor[:own].view(torch.uint8)) and type(a) is type(b) and a.ds_status == b.ds_status)
+        same = (
+            a.dtype == b.dtype
+            and a.ds_shape == b.ds_shape
+            and a.ds_tensor.shape == b.ds_tensor.shape
+            and a.data.numel() == 0
+            and torch.equal(a.ds_tensor[:own].view(torch.uint8), b.ds_tensor[:own].view(torch.uint8))
+            and type(a) is type(b)
+            and a.ds_status == b.ds_status
+        )
         state_a, state_b = getattr(a, "quant_state", None), getattr(b, "quant_state", None)
         if state_b is not None:
             dict_a, dict_b = state_a.as_dict(packed=True), state_b.as_dict(packed=True)
-            same = same and set(dict_a) == set(dict_b) and all(torch.equal(dict_a[k], dict_b[k]) for k in dict_b)
+            same = (
+                same and set(dict_a) == set(dict_b) and all(torch.equal(dict_a[k], dict_b[k]) for k in dict_b)
+            )
         if not same:
             differences.append(name)
     buffers_a, buffers_b = dict(ours.named_buffers()), dict(stock.named_buffers())
-    if set(buffers_a) != set(buffers_b) or any(not torch.equal(buffers_a[k], buffers_b[k]) or buffers_a[k].dtype != buffers_b[k].dtype for k in buffers_b):
+    if set(buffers_a) != set(buffers_b) or any(
+        not torch.equal(buffers_a[k], buffers_b[k]) or buffers_a[k].dtype != buffers_b[k].dtype
+        for k in buffers_b
+    ):
         differences.append("buffers")
     return differences
 
@@ -97,7 +131,9 @@ def train(rank, world, path, loading, dtype):
 
 def plain_loss(rank, world, path):
     """Without DeepSpeed, NF4 on one process: the loss of the same untouched model."""
-    loaded = models.load_model(engines.section(path), SimpleNamespace(device="cpu", rank=0, world=1), train=False)
+    loaded = models.load_model(
+        engines.section(path), SimpleNamespace(device="cpu", rank=0, world=1), train=False
+    )
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         return float(loaded.model(input_ids=ids, labels=ids).loss)
@@ -105,9 +141,13 @@ def plain_loss(rank, world, path):
 
 def sharded_loss(rank, world, path):
     import deepspeed
+
     loaded = engines.load(path, rank, world, 3)
-    engine, *_ = deepspeed.initialize(model=loaded.model, config=engines.deepspeed_config(3, world),
-                                      optimizer=torch.optim.AdamW([p for p in loaded.model.parameters() if p.requires_grad], lr=0.0))
+    engine, *_ = deepspeed.initialize(
+        model=loaded.model,
+        config=engines.deepspeed_config(3, world),
+        optimizer=torch.optim.AdamW([p for p in loaded.model.parameters() if p.requires_grad], lr=0.0),
+    )
     engine.eval()
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
@@ -117,8 +157,11 @@ def sharded_loss(rank, world, path):
 def main(output, folder):
     folder, report = Path(folder), {"families": {}}
     cases = [(name, make_family(name, folder), {}) for name in FAMILIES]
-    extra = [("llama_bf16_storage", folder / "llama", {"dtype": "bfloat16", "quant_storage": "bfloat16"}), ("llama_single_quant", folder / "llama", {"double_quant": False}),
-             ("llama_not_quantised", folder / "llama", {"quantization": "none"})]
+    extra = [
+        ("llama_bf16_storage", folder / "llama", {"dtype": "bfloat16", "quant_storage": "bfloat16"}),
+        ("llama_single_quant", folder / "llama", {"double_quant": False}),
+        ("llama_not_quantised", folder / "llama", {"quantization": "none"}),
+    ]
     for world in (1, 2, 3):
         chosen = {1: cases[:1], 2: [cases[0], cases[-1], *extra], 3: cases + extra[:1]}[world]
         for rank, result in enumerate(run_ranks(world, compare_all, chosen)):

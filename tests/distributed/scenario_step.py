@@ -12,12 +12,35 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gdrt_ds.step import NonFiniteLoss
-from tests.distributed.exact_cells import LR, Cell, full_gradients, full_parameters, make_config, start_runner, tiny_model
+from gdrt_ds.training.step import NonFiniteLoss
+from tests.distributed.exact_cells import (
+    LR,
+    Cell,
+    full_gradients,
+    full_parameters,
+    make_config,
+    start_runner,
+    tiny_model,
+)
 from tests.distributed.ranks import run_ranks
 
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce", "reduce_scatter", "reduce_scatter_tensor",
-               "broadcast", "broadcast_object_list", "barrier", "gather", "scatter", "all_to_all", "send", "recv")
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "broadcast",
+    "broadcast_object_list",
+    "barrier",
+    "gather",
+    "scatter",
+    "all_to_all",
+    "send",
+    "recv",
+)
 HOST_READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero")
 OTHERS = ("/deepspeed/", "/transformers/", "/peft/", "/bitsandbytes/", "/torch/")
 
@@ -37,7 +60,10 @@ class Watch:
 
     def __enter__(self):
         self.collectives, self.reads, self.undo = Counter(), Counter(), []
-        for owner, names, counter in ((dist, COLLECTIVES, self.collectives), (torch.Tensor, HOST_READS, self.reads)):
+        for owner, names, counter in (
+            (dist, COLLECTIVES, self.collectives),
+            (torch.Tensor, HOST_READS, self.reads),
+        ):
             for name in names:
                 original = getattr(owner, name, None)
                 if original is not None:
@@ -52,6 +78,7 @@ class Watch:
             if owner is not None:
                 counter[f"{owner}:{name}"] += 1
             return original(*args, **kwargs)
+
         return wrapper
 
     def __exit__(self, *exc):
@@ -67,7 +94,14 @@ def watch_steps(rank, world, cells, folder):
         runner.run(0, LR)
         with Watch() as watch:
             runner.run(1, LR)
-        report.append({"cell": cell.name(), "accumulation": cell.accumulation, "collectives": dict(watch.collectives), "reads": dict(watch.reads)})
+        report.append(
+            {
+                "cell": cell.name(),
+                "accumulation": cell.accumulation,
+                "collectives": dict(watch.collectives),
+                "reads": dict(watch.reads),
+            }
+        )
         _end(runner)
     return report
 
@@ -81,7 +115,11 @@ def _snapshot(runner) -> list[torch.Tensor]:
     """Everything that a step may change: master weights, moments, full parameters, DRO state; copies in a fixed order."""
     inner = runner.engine.basic_optimizer
     tensors = [p.detach().clone() for group in inner.param_groups for p in group["params"]]
-    tensors += [v.clone() if isinstance(v, torch.Tensor) else torch.tensor(v) for p in inner.state for _, v in sorted(inner.state[p].items())]
+    tensors += [
+        v.clone() if isinstance(v, torch.Tensor) else torch.tensor(v)
+        for p in inner.state
+        for _, v in sorted(inner.state[p].items())
+    ]
     tensors += [torch.from_numpy(v) for _, v in sorted(full_parameters(runner.engine).items())]
     return tensors + [v.clone() for _, v in sorted(runner.state.state_dict().items())]
 
@@ -131,8 +169,18 @@ def nonfinite(rank, world, cells, folder):
         control = start_runner(cell, rank, world, folder, config, adam)
         control.run(0, 0.01)
         control.run(2, 0.01)
-        report.append({"cell": cell.name(), "stage": cell.stage, "skipped": result.skipped, "untouched": _same(before, after), "moved": not _same(after, final),
-                       "as_if_never": _same(final, _snapshot(control)), "raised": raised, "stopped_untouched": _same(final, stopped)})
+        report.append(
+            {
+                "cell": cell.name(),
+                "stage": cell.stage,
+                "skipped": result.skipped,
+                "untouched": _same(before, after),
+                "moved": not _same(after, final),
+                "as_if_never": _same(final, _snapshot(control)),
+                "raised": raised,
+                "stopped_untouched": _same(final, stopped),
+            }
+        )
         _end(control)
     return report
 
@@ -156,10 +204,15 @@ def held_graphs(rank, world, folder):
                 runner.engine.set_gradient_accumulation_boundary(index == 1)
                 runner._backward(*graph, coefficients, None)
             found.append(full_gradients(runner.engine))
-            from gdrt_ds.step import discard_gradients
+            from gdrt_ds.training.step import discard_gradients
+
             discard_gradients(runner.engine)
-        norm = lambda gradients: float(sum((g ** 2).sum() for g in gradients.values()) ** 0.5)
-        report[str(stage)] = {"right": norm(found[0]), "held": norm(found[1]), "error": norm({n: found[1][n] - g for n, g in found[0].items()})}
+        norm = lambda gradients: float(sum((g**2).sum() for g in gradients.values()) ** 0.5)
+        report[str(stage)] = {
+            "right": norm(found[0]),
+            "held": norm(found[1]),
+            "error": norm({n: found[1][n] - g for n, g in found[0].items()}),
+        }
         _end(runner)
     return report
 
@@ -167,12 +220,29 @@ def held_graphs(rank, world, folder):
 def main(output, folder):
     folder = Path(folder)
     tiny_model(folder, False)
-    watched = [Cell(1, 3), Cell(4, 3), Cell(2, 3, estimate="ema"), Cell(2, 2, objective="sft"), Cell(2, 3, objective="cvar"), Cell(2, 1, objective="group_dro")]
-    report = {"watch": run_ranks(2, watch_steps, watched, folder), "held": run_ranks(2, held_graphs, folder)[0],
-              "nonfinite": run_ranks(2, nonfinite, [Cell(a, stage, estimate=e) for stage in (0, 1, 2, 3) for a, e in ((1, "batch"), (2, "ema"))], folder, timeout_s=400)}
+    watched = [
+        Cell(1, 3),
+        Cell(4, 3),
+        Cell(2, 3, estimate="ema"),
+        Cell(2, 2, objective="sft"),
+        Cell(2, 3, objective="cvar"),
+        Cell(2, 1, objective="group_dro"),
+    ]
+    report = {
+        "watch": run_ranks(2, watch_steps, watched, folder),
+        "held": run_ranks(2, held_graphs, folder)[0],
+        "nonfinite": run_ranks(
+            2,
+            nonfinite,
+            [Cell(a, stage, estimate=e) for stage in (0, 1, 2, 3) for a, e in ((1, "batch"), (2, "ema"))],
+            folder,
+            timeout_s=400,
+        ),
+    }
     Path(output).write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
     import deepspeed  # noqa: F401 imported once, before the ranks are forked
+
     main(*sys.argv[1:])

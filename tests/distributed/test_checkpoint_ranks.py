@@ -17,8 +17,9 @@ def report(tmp_path_factory):
 def test_a_resumed_run_is_bitwise_the_straight_run(report, case):
     found = report[case]
     assert found["moved"] > 1e-4, "the steps after the checkpoint changed the weights"
-    assert {key: found[key] for key in ("losses_equal", "state_equal", "lr_equal", "steps_equal", "client_ok")} == dict.fromkeys(
-        ("losses_equal", "state_equal", "lr_equal", "steps_equal", "client_ok"), True)
+    assert {
+        key: found[key] for key in ("losses_equal", "state_equal", "lr_equal", "steps_equal", "client_ok")
+    } == dict.fromkeys(("losses_equal", "state_equal", "lr_equal", "steps_equal", "client_ok"), True)
 
 
 def test_weights_and_moments_are_bitwise_the_same_on_another_world_size(report):
@@ -35,7 +36,10 @@ def test_deepspeed_itself_restores_the_same_state_from_its_own_files(report):
 
 def test_a_full_disk_on_one_rank_is_an_error_on_every_rank_and_nothing_is_published(report):
     for messages in report["faults"]["messages"]:
-        assert messages[0].startswith("checkpoint step_2 was not published: rank 1: ") and "too large" in messages[0].lower()
+        assert (
+            messages[0].startswith("checkpoint step_2 was not published: rank 1: ")
+            and "too large" in messages[0].lower()
+        )
         assert messages[1].startswith("checkpoint step_2 was not published: rank 1: ")
     assert report["faults"]["latest"] == "step_1"
     assert report["faults"]["listing"] == ["latest", "step_1"]

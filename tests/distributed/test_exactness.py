@@ -17,9 +17,16 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     output = tmp_path_factory.mktemp("exactness") / "rows.json"
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "tests/distributed/exactness.py"), "--subset", "--output", str(output)],
-                          capture_output=True, text=True, timeout=550, env=environment)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/distributed/exactness.py"), "--subset", "--output", str(output)],
+        capture_output=True,
+        text=True,
+        timeout=550,
+        env=environment,
+    )
     assert output.is_file(), done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(output.read_text())
 
@@ -38,4 +45,6 @@ def test_weights_are_bitwise_equal_on_all_ranks(rows):
 def test_every_gradient_and_parameter_is_that_of_one_process(rows):
     wrong = [row for row in rows if not max(row["gradient"], row["parameter"]) <= 1e-5]
     assert not wrong, wrong
-    assert all(row["gradient"] > 0 for row in rows)  # float32 against float64 never agrees to the bit: something was compared
+    assert all(
+        row["gradient"] > 0 for row in rows
+    )  # float32 against float64 never agrees to the bit: something was compared

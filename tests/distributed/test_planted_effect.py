@@ -30,7 +30,16 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 def launch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "gdrt_ds.study", "configs/studies/planted_small.yaml", "--dir", str(folder), "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "gdrt_ds.study",
+        "configs/studies/planted_small.yaml",
+        "--dir",
+        str(folder),
+        "--workers",
+        "2",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, json.loads((folder / "study.json").read_text(encoding="utf-8"))
@@ -72,10 +81,17 @@ def test_history_sensitivity_rises(block):
 
 def test_more_is_known_through_the_history_and_the_gain_is_not_flatter_scores(block):
     found = block["audits"][THROUGH_HISTORY]
-    assert t_interval([after - before for after, before in zip(found["gdrt"]["seeds"], found["sft"]["seeds"])])[1] > 0, found
+    assert (
+        t_interval([after - before for after, before in zip(found["gdrt"]["seeds"], found["sft"]["seeds"])])[
+            1
+        ]
+        > 0
+    ), found
     assert found["gdrt"]["ci_low"] > 0 and abs(found["blind"]["value"]) < 0.1 * found["gdrt"]["value"]
     for reference in ("sft", "random-groups"):  # at each run's best temperature
-        assert block["differences"][reference]["gdrt"]["nll_calibrated_worst_relevance_group"]["ci_high"] < 0, reference
+        assert (
+            block["differences"][reference]["gdrt"]["nll_calibrated_worst_relevance_group"]["ci_high"] < 0
+        ), reference
 
 
 def test_the_worst_relevance_group_gets_better_against_sft_and_against_random_groups(block):
@@ -94,7 +110,13 @@ def test_the_price_on_shortcut_targets_is_shown_and_real(block, launch):
 
 def test_a_very_large_tau_is_sft_to_rounding(launch):
     folder, _ = launch
-    lines = {row: [json.loads(line) for line in (folder / "runs" / f"limit-{row}-seed10" / "metrics.jsonl").read_text().splitlines()] for row in ("sft", "gdrt")}
+    lines = {
+        row: [
+            json.loads(line)
+            for line in (folder / "runs" / f"limit-{row}-seed10" / "metrics.jsonl").read_text().splitlines()
+        ]
+        for row in ("sft", "gdrt")
+    }
     assert len(lines["sft"]) == len(lines["gdrt"]) == 20
     for a, b in zip(lines["sft"], lines["gdrt"]):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

@@ -12,13 +12,19 @@ from safetensors.numpy import load_file
 
 from gdrt_ds.config import load_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.preparation import plan_batches, prepare
-from gdrt_ds.reference_model import adapter_folder, load_reference_adapters
+from gdrt_ds.training.preparation import plan_batches, prepare
+from gdrt_ds.models.reference_adapters import adapter_folder, load_reference_adapters
 from tests.distributed.ranks import free_port
 from tests.distributed.test_train_cli import lines, train
 
 pytestmark = pytest.mark.distributed
-COMMON = ["model.quantization=none", "model.train_head=true", "train.save_every=null", "train.eval_every=null", "train.warmup_steps=0"]
+COMMON = [
+    "model.quantization=none",
+    "model.train_head=true",
+    "train.save_every=null",
+    "train.eval_every=null",
+    "train.warmup_steps=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +32,23 @@ def runs(tmp_path_factory):
     """(auxiliary run, run that refers to it, run with excess over the base)."""
     folder = tmp_path_factory.mktemp("references")
     patch = pytest.MonkeyPatch()
-    patch.setenv("GDRT_CACHE", str(folder / "cache"))    # a table of an earlier run would hide what this code computes
+    patch.setenv(
+        "GDRT_CACHE", str(folder / "cache")
+    )  # a table of an earlier run would hide what this code computes
     auxiliary, both, base = (folder / name for name in ("auxiliary", "both", "base"))
     ranks = lambda: ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
     for launcher, run, extra in (
         (["python"], auxiliary, ["objective=sft", "prompt.history=mask", "train.lr=0.02"]),
-        (ranks(), both, ["train.max_steps=2", "groups.reference=auxiliary_sft", f"groups.reference_adapter={auxiliary}", f"dro.excess={auxiliary}"]),
+        (
+            ranks(),
+            both,
+            [
+                "train.max_steps=2",
+                "groups.reference=auxiliary_sft",
+                f"groups.reference_adapter={auxiliary}",
+                f"dro.excess={auxiliary}",
+            ],
+        ),
         (ranks(), base, ["train.max_steps=1", "dro.excess=true"]),
     ):
         done = train(launcher, run, *COMMON, *extra)
@@ -45,8 +62,11 @@ def plain(runs):
     """(losses of the next token for one row of ids under the auxiliary adapter, what the run prepared)."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
     auxiliary, both, _ = runs
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(both / "base", dtype=torch.float32), auxiliary / "adapter").eval()
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(both / "base", dtype=torch.float32), auxiliary / "adapter"
+    ).eval()
     assert any("lm_head.lora_B" in name and bool(p.any()) for name, p in model.named_parameters())
 
     @torch.no_grad()
@@ -63,22 +83,31 @@ def test_relevance_of_an_auxiliary_reference_is_that_of_plain_peft(runs, plain):
     saved = load_file(runs[1] / "groups.safetensors")
     for entry in range(0, len(prepared.catalogue.entries), 5):
         encoded = prepared.encoder.encode([], prepared.catalogue.entries[entry].text, mask_history=True)
-        mine = saved["entry_r"][saved["entry_offsets"][entry]:saved["entry_offsets"][entry + 1]]
+        mine = saved["entry_r"][saved["entry_offsets"][entry] : saved["entry_offsets"][entry + 1]]
         np.testing.assert_allclose(mine, -losses(encoded.input_ids, encoded.num_target), rtol=0, atol=2e-5)
 
 
 def test_relevance_under_the_base_is_that_of_the_plain_base(runs):
     from transformers import AutoModelForCausalLM
+
     run = runs[2]
-    model, saved = AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.float32).eval(), load_file(run / "groups.safetensors")
+    model, saved = (
+        AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.float32).eval(),
+        load_file(run / "groups.safetensors"),
+    )
     prepared = prepare(load_config(run / "config.yaml"))
     for entry in range(1, len(prepared.catalogue.entries), 7):
         encoded = prepared.encoder.encode([], prepared.catalogue.entries[entry].text, mask_history=True)
         row = torch.from_numpy(np.asarray(encoded.input_ids, dtype=np.int64))
         with torch.no_grad():
             scores = model(input_ids=row[None, :-1]).logits[0].log_softmax(-1)
-        expected = scores[-encoded.num_target:].gather(1, row[-encoded.num_target:, None])[:, 0].numpy()
-        np.testing.assert_allclose(saved["entry_r"][saved["entry_offsets"][entry]:saved["entry_offsets"][entry + 1]], expected, rtol=0, atol=2e-5)
+        expected = scores[-encoded.num_target :].gather(1, row[-encoded.num_target :, None])[:, 0].numpy()
+        np.testing.assert_allclose(
+            saved["entry_r"][saved["entry_offsets"][entry] : saved["entry_offsets"][entry + 1]],
+            expected,
+            rtol=0,
+            atol=2e-5,
+        )
 
 
 def test_weights_follow_losses_above_the_reference(runs, plain):
@@ -87,25 +116,35 @@ def test_weights_follow_losses_above_the_reference(runs, plain):
     groups = load_file(runs[1] / "groups.safetensors")["group"]
     total, count = np.zeros(config.groups.num), np.zeros(config.groups.num)
     for sample in plan_batches(config, store, 2).samples(0):
-        ids = store.input_ids[store.offsets[sample]:store.offsets[sample + 1]]
-        group = groups[store.target_offsets[sample]:store.target_offsets[sample + 1]]
+        ids = store.input_ids[store.offsets[sample] : store.offsets[sample + 1]]
+        group = groups[store.target_offsets[sample] : store.target_offsets[sample + 1]]
         np.add.at(total, group, losses(ids, int(store.num_target[sample])))
         np.add.at(count, group, 1)
     present = count > 0
     np.testing.assert_array_equal(count, np.array(step["group_count"]))
-    above = np.array([np.nan if v is None else v for v in step["group_loss"]])[present] - (total / np.maximum(count, 1))[present]
+    above = (
+        np.array([np.nan if v is None else v for v in step["group_loss"]])[present]
+        - (total / np.maximum(count, 1))[present]
+    )
     q = count[present] / count.sum() * np.exp((above - above.max()) / config.dro.tau)
     share = count[present] / count.sum()
     weight = np.array([np.nan if v is None else v for v in step["group_weight"]])[present]
     np.testing.assert_allclose(weight, q / q.sum(), rtol=0, atol=1e-5)
-    assert np.abs(weight - share).max() > 0.02      # the reference matters: with none of it the weights would be others
+    assert (
+        np.abs(weight - share).max() > 0.02
+    )  # the reference matters: with none of it the weights would be others
 
 
 def test_excess_over_the_base_is_nothing_at_the_first_step(runs):
     """A fresh adapter is the base model: nobody is above it, so q is the share of the tokens."""
     step = lines(runs[2])[0]
     count = np.array(step["group_count"])
-    np.testing.assert_allclose(np.array(step["group_weight"], dtype=float)[count > 0], (count / count.sum())[count > 0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        np.array(step["group_weight"], dtype=float)[count > 0],
+        (count / count.sum())[count > 0],
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 def test_the_reference_is_neither_trained_nor_saved(runs):
@@ -114,7 +153,9 @@ def test_the_reference_is_neither_trained_nor_saved(runs):
     assert set(mine) == set(theirs)
     assert all(not np.array_equal(mine[name], theirs[name]) for name in mine)
     started = {name: value for name, value in mine.items() if "lora_B" in name}
-    assert started and all(0 < np.abs(value).max() < 0.02 for value in started.values())    # two steps of its own from zero, lr .003
+    assert started and all(
+        0 < np.abs(value).max() < 0.02 for value in started.values()
+    )  # two steps of its own from zero, lr .003
     assert not list((both / "adapter").rglob("*auxiliary*"))
 
 
@@ -122,12 +163,15 @@ def test_an_adapter_with_other_names_is_refused(runs, tmp_path):
     from peft import PeftModel
     from safetensors.numpy import save_file
     from transformers import AutoModelForCausalLM
+
     auxiliary, both, _ = runs
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(both / "base"), both / "adapter")
     shutil.copytree(auxiliary / "adapter", tmp_path / "renamed")
     file = tmp_path / "renamed" / "adapter_model.safetensors"
     save_file({name.replace("q_proj", "query"): value for name, value in load_file(file).items()}, file)
-    config = load_config(both / "config.yaml", ["groups.reference=base", f"dro.excess={tmp_path / 'renamed'}"])
+    config = load_config(
+        both / "config.yaml", ["groups.reference=base", f"dro.excess={tmp_path / 'renamed'}"]
+    )
     with pytest.raises(UserError, match="weights that this base model does not have, e.g. .*query"):
         load_reference_adapters(model, config, "")
 

@@ -16,10 +16,14 @@ def report(tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_rank_holds_bitwise_the_stock_slice_and_quant_state_at_world_3(report, family):
     found = report["families"][family]
-    assert {key: found[key] for key in ("world3_rank0", "world3_rank1", "world3_rank2")} == {f"world3_rank{r}": [] for r in range(3)}
+    assert {key: found[key] for key in ("world3_rank0", "world3_rank1", "world3_rank2")} == {
+        f"world3_rank{r}": [] for r in range(3)
+    }
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2", "llama_bf16_storage", "llama_single_quant", "llama_not_quantised"])
+@pytest.mark.parametrize(
+    "case", ["llama", "gpt2", "llama_bf16_storage", "llama_single_quant", "llama_not_quantised"]
+)
 def test_storage_types_and_single_quantisation_are_bitwise_equal_at_world_2(report, case):
     assert report["families"][case]["world2_rank0"] == report["families"][case]["world2_rank1"] == []
 

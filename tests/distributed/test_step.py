@@ -49,5 +49,7 @@ def test_zero3_still_spoils_gradients_of_held_micro_batch_graphs(report):
     """The reason for the two-pass order of step.py. When this fails, DeepSpeed has been repaired: the second forward may go."""
     held = report["held"]
     assert held["2"]["error"] <= 1e-5 * held["2"]["right"]
-    assert held["3"]["error"] > 0.05 * held["3"]["right"], "DeepSpeed now keeps gradients of held graphs under ZeRO-3"
+    assert held["3"]["error"] > 0.05 * held["3"]["right"], (
+        "DeepSpeed now keeps gradients of held graphs under ZeRO-3"
+    )
     assert abs(held["2"]["right"] - held["3"]["right"]) <= 1e-5 * held["2"]["right"]

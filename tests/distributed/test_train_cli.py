@@ -16,16 +16,42 @@ from tests.distributed.ranks import ROOT, free_port, run_scenario
 from tests.distributed.scenario_mistakes import SETTINGS
 
 pytestmark = pytest.mark.distributed
-PUBLIC = ("config.yaml", "metrics.jsonl", "groups.json", "groups.safetensors", "catalogue.jsonl", "prompt.json", "summary.json",
-          "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/tokenizer.json", "checkpoints/latest",
-          "checkpoints/step_6/manifest.json", "validation.jsonl")
+PUBLIC = (
+    "config.yaml",
+    "metrics.jsonl",
+    "groups.json",
+    "groups.safetensors",
+    "catalogue.jsonl",
+    "prompt.json",
+    "summary.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/adapter_config.json",
+    "adapter/tokenizer.json",
+    "checkpoints/latest",
+    "checkpoints/step_6/manifest.json",
+    "validation.jsonl",
+)
 
 
 def train(launcher: list[str], run: Path, *extra: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"}
-    command = [*launcher, str(ROOT / "gdrt_ds" / "train.py"), "--config", str(ROOT / "configs" / "smoke.yaml"), f"run.dir={run}", *SETTINGS, *extra]
-    return subprocess.run(command, env=environment, cwd=run.parent, capture_output=True, text=True, timeout=280)
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
+    }
+    command = [
+        *launcher,
+        str(ROOT / "gdrt_ds" / "train.py"),
+        "--config",
+        str(ROOT / "configs" / "smoke.yaml"),
+        f"run.dir={run}",
+        *SETTINGS,
+        *extra,
+    ]
+    return subprocess.run(
+        command, env=environment, cwd=run.parent, capture_output=True, text=True, timeout=280
+    )
 
 
 def lines(run: Path) -> list[dict]:
@@ -65,6 +91,7 @@ def test_the_deepspeed_launcher_leaves_a_complete_run_folder(by_deepspeed):
 
 def test_the_saved_config_starts_the_same_run_again(by_deepspeed):
     from gdrt_ds.config import load_config
+
     saved = yaml.safe_load((by_deepspeed[1] / "config.yaml").read_text())
     assert load_config(by_deepspeed[1] / "config.yaml").model_dump(mode="json") == saved
 
@@ -72,8 +99,11 @@ def test_the_saved_config_starts_the_same_run_again(by_deepspeed):
 def test_peft_opens_the_adapter_on_the_plain_base_and_merging_does_not_change_scores(by_deepspeed):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     run = by_deepspeed[1]
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.float32), run / "adapter").eval()
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.float32), run / "adapter"
+    ).eval()
     lora_b = {name: value for name, value in model.named_parameters() if "lora_B" in name}
     assert len(lora_b) == 14 and all(bool(value.any()) for value in lora_b.values())
     ids = AutoTokenizer.from_pretrained(run / "adapter")("The user watched", return_tensors="pt")["input_ids"]
@@ -89,11 +119,17 @@ def test_peft_opens_the_adapter_on_the_plain_base_and_merging_does_not_change_sc
 def test_torchrun_and_plain_python_give_the_losses_of_the_deepspeed_launcher(by_deepspeed, mistakes, folder):
     """The global batch is the same on one rank (without a launcher) and on two; so are losses, weights and gradient norms, up to rounding."""
     expected = lines(by_deepspeed[1])
-    torchrun = train(["torchrun", "--nnodes", "1", "--nproc_per_node", "2", "--master_port", str(free_port())], folder / "by_torchrun")
+    torchrun = train(
+        ["torchrun", "--nnodes", "1", "--nproc_per_node", "2", "--master_port", str(free_port())],
+        folder / "by_torchrun",
+    )
     assert torchrun.returncode == 0, torchrun.stderr[-4000:]
     assert "launcher: torchrun, 2 rank(s)" in torchrun.stdout
     assert "launcher: python, 1 rank(s)" in mistakes["one rank"]["output"]
-    for run, found in (("torchrun", lines(folder / "by_torchrun")), ("python", mistakes["one rank"]["metrics"])):
+    for run, found in (
+        ("torchrun", lines(folder / "by_torchrun")),
+        ("python", mistakes["one rank"]["metrics"]),
+    ):
         assert len(found) == len(expected)
         for a, b in zip(found, expected):
             for key in ("loss", "objective", "grad_norm", "lr"):
@@ -107,35 +143,55 @@ def test_plan_prints_config_batch_arithmetic_and_memory_and_makes_no_run(mistake
     plan = mistakes["plan"]
     assert plan["status"] == 0 and plan["folder_made"] is False
     assert "global batch 32 = 4 ranks x 1 accumulation x micro-batch 8" in plan["output"]
-    assert "--- resolved config" in plan["output"] and "tokens per step:" in plan["output"] and "per rank" in plan["output"]
+    assert (
+        "--- resolved config" in plan["output"]
+        and "tokens per step:" in plan["output"]
+        and "per rank" in plan["output"]
+    )
 
 
-@pytest.mark.parametrize("case, words", [
-    ("missing config", ["--config", "nowhere.yaml: no such file", "configs/smoke.yaml"]),
-    ("unknown key", ["unknown key `dro.taus`", "did you mean `dro.tau`?"]),
-    ("wrong type", ["train.lr = 'fast'", "number"]),
-    ("tau not positive", ["dro.tau = 0", "greater than 0"]),
-    ("unknown objective", ["gdrtt", "gdrt"]),
-    ("more groups than tokens", ["groups.num = 5000"]),
-    ("folder of a finished run", ["is in use: it holds a run", "resume=auto", "run.overwrite=true"]),
-    ("folder with other files", ["is in use: it holds files that are not a run"]),
-    ("overwrite of other files", ["holds files that are not a run; run.overwrite=true will not empty it"]),
-    ("folder not writable", ["not writable"]),
-    ("resume with other settings", ["the settings of", "train.lr: 0.003 -> 0.5"]),
-    ("resume of a missing checkpoint", ["no such checkpoint folder", "step_"]),
-    ("unreadable model folder", ["empty_model"]),
-    ("missing model folder", ["no_model_here"]),
-    ("missing data file", ["no_data_here"]),
-    ("missing deepspeed config", ["no such file", "did you mean ds_configs/zero3.json?"]),
-    ("batch sizes of the two configs", ["train_batch_size = 64", "global batch 32 = 1 ranks x 4 accumulation x micro-batch 8"]),
-    ("micro-batch over global batch", ["train.micro_batch = 24 x 2 ranks = 48", "train.global_batch = 32"]),
-    ("more ranks than batch", ["train.global_batch = 2", "4 ranks"]),
-])
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("missing config", ["--config", "nowhere.yaml: no such file", "configs/smoke.yaml"]),
+        ("unknown key", ["unknown key `dro.taus`", "did you mean `dro.tau`?"]),
+        ("wrong type", ["train.lr = 'fast'", "number"]),
+        ("tau not positive", ["dro.tau = 0", "greater than 0"]),
+        ("unknown objective", ["gdrtt", "gdrt"]),
+        ("more groups than tokens", ["groups.num = 5000"]),
+        ("folder of a finished run", ["is in use: it holds a run", "resume=auto", "run.overwrite=true"]),
+        ("folder with other files", ["is in use: it holds files that are not a run"]),
+        (
+            "overwrite of other files",
+            ["holds files that are not a run; run.overwrite=true will not empty it"],
+        ),
+        ("folder not writable", ["not writable"]),
+        ("resume with other settings", ["the settings of", "train.lr: 0.003 -> 0.5"]),
+        ("resume of a missing checkpoint", ["no such checkpoint folder", "step_"]),
+        ("unreadable model folder", ["empty_model"]),
+        ("missing model folder", ["no_model_here"]),
+        ("missing data file", ["no_data_here"]),
+        ("missing deepspeed config", ["no such file", "did you mean ds_configs/zero3.json?"]),
+        (
+            "batch sizes of the two configs",
+            ["train_batch_size = 64", "global batch 32 = 1 ranks x 4 accumulation x micro-batch 8"],
+        ),
+        (
+            "micro-batch over global batch",
+            ["train.micro_batch = 24 x 2 ranks = 48", "train.global_batch = 32"],
+        ),
+        ("more ranks than batch", ["train.global_batch = 2", "4 ranks"]),
+    ],
+)
 def test_a_mistake_is_one_clear_message_with_exit_status_2_and_loses_nothing(mistakes, case, words):
     found = mistakes[case]
     assert found["status"] == 2, found
     assert [word for word in words if word not in found["error"]] == [], found["error"]
-    assert found["error"].count("error: ") == 1 and "\n  fix: " in found["error"] and "Traceback" not in found["error"] + found["output"]
+    assert (
+        found["error"].count("error: ") == 1
+        and "\n  fix: " in found["error"]
+        and "Traceback" not in found["error"] + found["output"]
+    )
     assert found["lost"] == []
 
 
@@ -146,12 +202,22 @@ def test_resuming_a_finished_run_does_nothing_and_succeeds(mistakes):
 
 def test_overwrite_empties_a_finished_run_and_starts_at_step_one(mistakes):
     found = mistakes["overwrite of a finished run"]
-    assert found["status"] == 0 and found["steps"] == [1, 2] and found["summary"] == "completed" and found["checkpoints"] == ["step_2"]
+    assert (
+        found["status"] == 0
+        and found["steps"] == [1, 2]
+        and found["summary"] == "completed"
+        and found["checkpoints"] == ["step_2"]
+    )
 
 
 def test_overwrite_with_a_mistake_in_the_data_gives_the_old_run_back(mistakes):
     found = mistakes["overwrite with a mistake"]
-    assert found["status"] == 2 and "no_data_here" in found["error"] and found["lost"] == [] and found["hidden"] == []
+    assert (
+        found["status"] == 2
+        and "no_data_here" in found["error"]
+        and found["lost"] == []
+        and found["hidden"] == []
+    )
 
 
 def test_a_start_that_fails_in_its_data_or_model_leaves_the_folder_free_for_the_mended_command(mistakes):

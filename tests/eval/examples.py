@@ -28,7 +28,9 @@ def entry(
     )
 
 
-def prediction(sample_id: int, target: str, rank: float | None, top: list[str], **more: Any) -> dict[str, Any]:
+def prediction(
+    sample_id: int, target: str, rank: float | None, top: list[str], **more: Any
+) -> dict[str, Any]:
     return {
         "sample_id": sample_id,
         "user_id": f"u{sample_id}",
@@ -52,13 +54,21 @@ def world(
     rng = np.random.default_rng(seed)
     counts = np.sort(rng.zipf(1.5, num_items).clip(0, 400))[::-1] - 1
     entries = [
-        entry(f"i{i}", int(counts[i]), None if i % 11 == 0 else f"p{i % 7}", tuple(rng.choice(GENRES, rng.integers(1, 3), replace=False)))
+        entry(
+            f"i{i}",
+            int(counts[i]),
+            None if i % 11 == 0 else f"p{i % 7}",
+            tuple(rng.choice(GENRES, rng.integers(1, 3), replace=False)),
+        )
         for i in range(num_items)
     ]
     chance = (counts + 0.5) / (counts + 0.5).sum()
     predictions, all_scores = [], []
     for n in range(num_samples):
-        target, history = int(rng.choice(num_items, p=chance)), rng.choice(num_items, rng.integers(1, 9), p=chance)
+        target, history = (
+            int(rng.choice(num_items, p=chance)),
+            rng.choice(num_items, rng.integers(1, 9), p=chance),
+        )
         scores = np.log(chance) * 0.6 + rng.gumbel(size=num_items)
         user, kind, group = (
             {"gender": str(rng.choice(["F", "M"])), "age": int(rng.integers(18, 70))},

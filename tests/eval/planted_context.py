@@ -19,15 +19,21 @@ HONEST_DATA = "data.planted={num_items: 24, num_train: 200, num_valid: 20, num_t
 class PlantedContext(AuditContext):
     """plant: None, "position", "popularity", "provider" or "shortcut". `strength` is in nats (or weight per slot)."""
 
-    def __init__(self, subject, runtime, options, plant: str | None = None, strength: float = 3.0, seed: int = 0):
+    def __init__(
+        self, subject, runtime, options, plant: str | None = None, strength: float = 3.0, seed: int = 0
+    ):
         super().__init__(subject, runtime, options)
         self.plant, self.strength = plant, strength
         rng = np.random.default_rng(seed)
         entries = self.catalogue.entries
         classes = sorted({e.groups["genres"][0] for e in entries})
         self.class_of = np.array([classes.index(e.groups["genres"][0]) for e in entries])
-        self.taste = rng.normal(size=(len(classes), len(entries))) * 0.7 + 2.0 * (self.class_of[None] == np.arange(len(classes))[:, None])
-        self.prior = rng.normal(size=len(entries)) * 2 - 10  # what a pretrained model would think of each title
+        self.taste = rng.normal(size=(len(classes), len(entries))) * 0.7 + 2.0 * (
+            self.class_of[None] == np.arange(len(classes))[:, None]
+        )
+        self.prior = (
+            rng.normal(size=len(entries)) * 2 - 10
+        )  # what a pretrained model would think of each title
         self.noise = rng.normal(size=(len(entries), len(entries))) * 0.5
         self.favoured = sorted({e.provider for e in entries})[0]
         encoder = self.recommender.encoder
@@ -49,11 +55,16 @@ class PlantedContext(AuditContext):
             if self.plant == "position":
                 weights = np.exp(self.strength * np.arange(len(items)))
             weights = weights / max(weights.sum(), 1e-9)
-            row = sum((w * (self.taste[self.class_of[i]] + self.noise[i]) for w, i in zip(weights, items)), np.zeros(len(index_of)))
+            row = sum(
+                (w * (self.taste[self.class_of[i]] + self.noise[i]) for w, i in zip(weights, items)),
+                np.zeros(len(index_of)),
+            )
             if self.plant == "popularity":
                 row = row + self.strength * self.prior / self.prior.std()
             if self.plant == "provider":
-                row = row + self.strength * np.array([e.provider == self.favoured for e in self.catalogue.entries])
+                row = row + self.strength * np.array(
+                    [e.provider == self.favoured for e in self.catalogue.entries]
+                )
             rows.append(np.log(probabilities(row)))
         return np.array(rows)
 
@@ -61,10 +72,17 @@ class PlantedContext(AuditContext):
         """Each target token costs 6 nats, less what the instruction (a shortcut) or words of the history (honest) give."""
         found = []
         for (prompt, _), label in zip(rows, labels):
-            intact = np.mean([a == b for a, b in zip(prompt[self.place : self.place + len(self.instruction)], self.instruction)])
+            intact = np.mean(
+                [
+                    a == b
+                    for a, b in zip(prompt[self.place : self.place + len(self.instruction)], self.instruction)
+                ]
+            )
             shared = np.mean([token in prompt for token in label[:-1]])
             gain = 2.0 * intact if self.plant == "shortcut" else 2.0 * shared
-            found.append({"full": np.full(len(label), 6.0 - gain), "renormalised": np.full(len(label), 3.0 - gain)})
+            found.append(
+                {"full": np.full(len(label), 6.0 - gain), "renormalised": np.full(len(label), 3.0 - gain)}
+            )
         return found
 
     def title_log_probs(self, which: str) -> np.ndarray:

@@ -7,11 +7,16 @@ from pathlib import Path
 import torch
 
 from gdrt_ds.config import dump_config, load_config
-from gdrt_ds.model import load_model
-from gdrt_ds.preparation import prepare
+from gdrt_ds.models.load import load_model
+from gdrt_ds.training.preparation import prepare
 from gdrt_ds.runtime import Runtime
 
-TINY = ["data.path=planted", "data.planted={num_items: 24, num_train: 200, num_valid: 20, num_test: 40}", "model.path=tiny-random", "model.quantization=none"]
+TINY = [
+    "data.path=planted",
+    "data.planted={num_items: 24, num_train: 200, num_valid: 20, num_test: 40}",
+    "model.path=tiny-random",
+    "model.quantization=none",
+]
 
 
 def make_run(folder: Path, overrides: list[str] = (), *, zero: bool = False, seed: int = 0) -> Path:

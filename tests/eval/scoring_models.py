@@ -7,11 +7,21 @@ import random
 import torch
 import transformers
 
-from gdrt_ds.catalogue import TokenTrie
+from gdrt_ds.data.trie import TokenTrie
 
 VOCABULARY, TERMINATOR = 97, 2
-SIZES = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 WINDOW = 9  # shorter than the shared head of the prompts
 
 
@@ -26,14 +36,37 @@ def family(name: str) -> torch.nn.Module:
     elif name == "mistral":
         model = t.MistralForCausalLM(t.MistralConfig(**SIZES, sliding_window=WINDOW))
     elif name == "gemma3":
-        model = t.Gemma3ForCausalLM(t.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=WINDOW, layer_types=[
-            "sliding_attention", "full_attention", "sliding_attention"]))
+        model = t.Gemma3ForCausalLM(
+            t.Gemma3TextConfig(
+                **SIZES,
+                head_dim=8,
+                sliding_window=WINDOW,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            )
+        )
     elif name == "gemma2":  # soft-capped logits and attention
-        model = t.Gemma2ForCausalLM(t.Gemma2Config(**SIZES, head_dim=8, sliding_window=WINDOW, final_logit_softcapping=5.0,
-                                                   attn_implementation="eager"))
+        model = t.Gemma2ForCausalLM(
+            t.Gemma2Config(
+                **SIZES,
+                head_dim=8,
+                sliding_window=WINDOW,
+                final_logit_softcapping=5.0,
+                attn_implementation="eager",
+            )
+        )
     elif name == "gpt2":
-        model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, bos_token_id=1,
-                                               eos_token_id=2, pad_token_id=0))
+        model = t.GPT2LMHeadModel(
+            t.GPT2Config(
+                vocab_size=VOCABULARY,
+                n_embd=32,
+                n_layer=3,
+                n_head=4,
+                n_positions=128,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            )
+        )
     elif name == "granite":  # scaled logits
         model = t.GraniteForCausalLM(t.GraniteConfig(**SIZES, logits_scaling=4.0))
     else:

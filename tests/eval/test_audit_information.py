@@ -11,7 +11,7 @@ from eval.audit.information import EFFECT, clean_pairs, measure, side_curves
 from eval.loading import load_subject
 from eval.metrics.calibration import TEMPERATURES
 from eval.report import figures
-from gdrt_ds.corpus import Sample
+from gdrt_ds.data.corpus import Sample
 from gdrt_ds.runtime import Runtime
 
 OPTIONS = AuditOptions(users=40, num_bootstrap=200, permutations=3)
@@ -19,7 +19,9 @@ OPTIONS = AuditOptions(users=40, num_bootstrap=200, permutations=3)
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    return load_subject(Runtime(), run=str(make_run(tmp_path_factory.mktemp("planted") / "run", [HONEST_DATA])))
+    return load_subject(
+        Runtime(), run=str(make_run(tmp_path_factory.mktemp("planted") / "run", [HONEST_DATA]))
+    )
 
 
 def drawn(users: int = 150, items: int = 60, through: float = 1.5, without: float = 1.0, seed: int = 0):
@@ -48,10 +50,14 @@ def test_the_curves_equal_a_loop_over_pairs_and_temperatures():
 def test_a_right_scorer_knows_what_it_knows_and_the_parts_add_up():
     scores, targets = drawn(users=400)
     found = of(scores, targets)
-    truth = np.log(60) - float(-(np.exp(scores) * scores).sum(axis=1).mean())  # ln I minus the mean entropy of its own probabilities
+    truth = np.log(60) - float(
+        -(np.exp(scores) * scores).sum(axis=1).mean()
+    )  # ln I minus the mean entropy of its own probabilities
     assert found["known about the target"].value == pytest.approx(truth, abs=0.12)
     assert found["temperature"].low < 1 < found["temperature"].high
-    assert found[EFFECT].value + found["known without the history"].value == pytest.approx(found["known about the target"].value)
+    assert found[EFFECT].value + found["known without the history"].value == pytest.approx(
+        found["known about the target"].value
+    )
     assert found[EFFECT].low > 0.3 and found["known without the history"].low > 0.05
     assert found["control: one other user's history"].spans_null
 
@@ -64,7 +70,9 @@ def test_sharper_scores_know_no_more(scale):
         assert scaled[name].value == pytest.approx(plain[name].value, abs=2e-3)
     assert scaled["temperature"].value == pytest.approx(scale * plain["temperature"].value, rel=0.02)
     as_scored = "NLL as scored: other histories - own"
-    assert abs(scaled[as_scored].value - plain[as_scored].value) > 0.3  # what `sensitivity` measures does move
+    assert (
+        abs(scaled[as_scored].value - plain[as_scored].value) > 0.3
+    )  # what `sensitivity` measures does move
 
 
 def test_one_ranking_for_all_has_nothing_through_the_history_and_noise_knows_nothing():
@@ -77,9 +85,21 @@ def test_one_ranking_for_all_has_nothing_through_the_history_and_noise_knows_not
 
 def test_partners_are_other_users_whose_history_lacks_the_target():
     sample = lambda n, user, history, target: Sample(n, user, history, target)  # noqa: E731
-    samples = [sample(0, "a", ("x", "y"), "z"), sample(1, "a", ("y",), "q"), sample(2, "b", ("z",), "q"), sample(3, "c", ("w",), "x"), sample(4, "d", ("x", "y"), "v")]
+    samples = [
+        sample(0, "a", ("x", "y"), "z"),
+        sample(1, "a", ("y",), "q"),
+        sample(2, "b", ("z",), "q"),
+        sample(3, "c", ("w",), "x"),
+        sample(4, "d", ("x", "y"), "v"),
+    ]
     found = clean_pairs(samples)
-    assert found[0].tolist() == [False, False, False, True, False]  # same user, itself, holds z, clean, the same history
+    assert found[0].tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]  # same user, itself, holds z, clean, the same history
     assert found[3].tolist() == [False, True, True, False, False]
     nobody = clean_pairs([sample(0, "a", ("x",), "y"), sample(1, "b", ("y",), "x")])
     assert nobody.tolist() == [[False, True], [True, False]]  # no clean partner: any other user
@@ -87,7 +107,11 @@ def test_partners_are_other_users_whose_history_lacks_the_target():
 
 def test_it_speaks_when_the_history_is_not_read_and_draws_its_curves(subject):
     honest = run_audits(["information"], PlantedContext(subject, Runtime(), OPTIONS))["information"]
-    assert not honest["speaks"] and honest["effect"]["ci_low"] > 0 and all(figures.checked(f) for f in honest["figures"])
+    assert (
+        not honest["speaks"]
+        and honest["effect"]["ci_low"] > 0
+        and all(figures.checked(f) for f in honest["figures"])
+    )
 
     class Deaf(PlantedContext):
         def score_batch(self, histories):

@@ -18,7 +18,9 @@ OPTIONS = AuditOptions(users=40, num_bootstrap=200)
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    return load_subject(Runtime(), run=str(make_run(tmp_path_factory.mktemp("language") / "run", [HONEST_DATA])))
+    return load_subject(
+        Runtime(), run=str(make_run(tmp_path_factory.mktemp("language") / "run", [HONEST_DATA]))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -28,25 +30,45 @@ def context(subject):
 
 def logits_of(context, tokens):
     with torch.no_grad():
-        return context.recommender.loaded.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].double()
+        return (
+            context.recommender.loaded.model(input_ids=torch.tensor([tokens]), use_cache=False)
+            .logits[0]
+            .double()
+        )
 
 
 def test_target_losses_equal_a_plain_forward_and_exact_scores(context):
     samples = context.users(6)
     rows = [context.encoded(s) for s in samples]
-    blank = context.recommender.encoder.encode([], mask_history=True, blank_instruction=True).input_ids.tolist()  # has another head
-    rows += [(blank, rows[0][1]), (blank, rows[1][1]), (blank[:-2] + blank[-1:], rows[2][1])]  # their own shared beginning, read once
+    blank = context.recommender.encoder.encode(
+        [], mask_history=True, blank_instruction=True
+    ).input_ids.tolist()  # has another head
+    rows += [
+        (blank, rows[0][1]),
+        (blank, rows[1][1]),
+        (blank[:-2] + blank[-1:], rows[2][1]),
+    ]  # their own shared beginning, read once
     found = token_losses(context.recommender.reader, context.recommender.trie, rows)
     for (prompt, target), losses in zip(rows, found):
         logits = logits_of(context, prompt + target)
         places = torch.arange(len(target)) + len(prompt) - 1
         expected = -torch.log_softmax(logits[places], -1)[torch.arange(len(target)), torch.tensor(target)]
         assert np.allclose(losses["full"], expected.numpy(), atol=2e-5)
-    exact = -context.scores([s.history for s in samples], "scores")[np.arange(len(samples)), context.targets(samples)]
-    assert np.allclose([f["renormalised"].sum() for f in found[:len(samples)]], exact, atol=1e-4)
+    exact = -context.scores([s.history for s in samples], "scores")[
+        np.arange(len(samples)), context.targets(samples)
+    ]
+    assert np.allclose([f["renormalised"].sum() for f in found[: len(samples)]], exact, atol=1e-4)
     state = context.recommender.reader.read([rows[0][0]])
-    path = -path_scores(context.recommender.reader, context.recommender.trie, state, [int(context.targets(samples)[0])], "full")[0]
-    assert target_nll(context, [rows[0][0]], context.targets(samples)[:1]).full[0] == pytest.approx(path, abs=1e-4)
+    path = -path_scores(
+        context.recommender.reader,
+        context.recommender.trie,
+        state,
+        [int(context.targets(samples)[0])],
+        "full",
+    )[0]
+    assert target_nll(context, [rows[0][0]], context.targets(samples)[:1]).full[0] == pytest.approx(
+        path, abs=1e-4
+    )
 
 
 def test_losses_do_not_depend_on_the_batch_they_are_computed_in(context):
@@ -60,7 +82,9 @@ def test_losses_do_not_depend_on_the_batch_they_are_computed_in(context):
 
 
 def test_attribution_equals_captum_feature_ablation_and_adds_the_generated_prefix(context):
-    captum = pytest.importorskip("captum.attr", reason="captum is not installed (pip install captum==0.9.0 --no-deps)")
+    captum = pytest.importorskip(
+        "captum.attr", reason="captum is not installed (pip install captum==0.9.0 --no-deps)"
+    )
     sample, model = context.users(4)[0], context.recommender.loaded.model
     prompt, target = context.encoded(sample)
     encoded = context.recommender.encoder.encode(
@@ -79,13 +103,20 @@ def test_attribution_equals_captum_feature_ablation_and_adds_the_generated_prefi
         places = torch.arange(len(target)) + tokens.shape[1] - 1
         return torch.log_softmax(logits[:, places], -1)[:, torch.arange(len(target)), torch.tensor(target)]
 
-    theirs = captum.FeatureAblation(forward).attribute(torch.tensor([prompt]), baselines=baseline, feature_mask=torch.tensor(feature)[None])
+    theirs = captum.FeatureAblation(forward).attribute(
+        torch.tensor([prompt]), baselines=baseline, feature_mask=torch.tensor(feature)[None]
+    )
     ours = attribution.attribute(context, [sample], "full")[0]
     for part in range(3):
         assert np.allclose(theirs[:, np.flatnonzero(masks[part])[0]].numpy(), ours.effects[part], atol=5e-5)
-    for t in range(1, len(target)):  # the prefix, token by token: all earlier target tokens ablated, nothing else
+    for t in range(
+        1, len(target)
+    ):  # the prefix, token by token: all earlier target tokens ablated, nothing else
         tokens = prompt + [baseline] * t
-        expected = forward(torch.tensor([prompt]))[0, t] - torch.log_softmax(logits_of(context, tokens)[-1], -1)[target[t]]
+        expected = (
+            forward(torch.tensor([prompt]))[0, t]
+            - torch.log_softmax(logits_of(context, tokens)[-1], -1)[target[t]]
+        )
         assert ours.effects[3, t] == pytest.approx(float(expected), abs=5e-5)
     assert np.abs(ours.effects[3]).sum() > 0 and ours.effects[3, 0] == 0
 
@@ -100,12 +131,17 @@ def test_a_swapped_history_is_another_users_and_does_not_hold_the_target(context
     samples = context.users(30)
     for shift in (1, 9):
         for index, partner in enumerate(sensitivity.partners(samples, shift)):
-            assert samples[partner].user_id != samples[index].user_id and samples[index].target not in samples[partner].history
+            assert (
+                samples[partner].user_id != samples[index].user_id
+                and samples[index].target not in samples[partner].history
+            )
 
 
 def test_a_shortcut_prompt_is_heard_and_an_honest_model_is_not(subject):
     honest = run_audits(["sensitivity", "language"], PlantedContext(subject, Runtime(), OPTIONS))
-    shortcut = run_audits(["sensitivity", "information", "language"], PlantedContext(subject, Runtime(), OPTIONS, "shortcut"))
+    shortcut = run_audits(
+        ["sensitivity", "information", "language"], PlantedContext(subject, Runtime(), OPTIONS, "shortcut")
+    )
     assert not honest["sensitivity"]["speaks"] and not honest["language"]["speaks"]
     assert shortcut["sensitivity"]["speaks"] and shortcut["language"]["speaks"]
     assert shortcut["language"]["measures"]["share: instruction"]["value"] > 0.99
@@ -116,13 +152,20 @@ def test_a_shortcut_prompt_is_heard_and_an_honest_model_is_not(subject):
         < honest["sensitivity"]["measures"]["swapped history - true"]["ci_low"]
     )
     assert "spans 0" in shortcut["sensitivity"]["finding"]
-    assert shortcut["language"]["measures"]["ratio after / before tuning"]["ci_low"] > 100  # the honest base stands beside it
+    assert (
+        shortcut["language"]["measures"]["ratio after / before tuning"]["ci_low"] > 100
+    )  # the honest base stands beside it
     from eval.study import AUDITED  # a measure renamed here would leave a study's page silently
-    assert all(measure in shortcut[audit]["measures"] for audit, measure, _ in AUDITED.values()), list(AUDITED.values())
+
+    assert all(measure in shortcut[audit]["measures"] for audit, measure, _ in AUDITED.values()), list(
+        AUDITED.values()
+    )
 
 
 def test_two_wrong_histories_differ_from_each_other_by_nothing(subject):
-    found = run_audits(["sensitivity"], PlantedContext(subject, Runtime(), AuditOptions(users=40, num_bootstrap=400)))["sensitivity"]
+    found = run_audits(
+        ["sensitivity"], PlantedContext(subject, Runtime(), AuditOptions(users=40, num_bootstrap=400))
+    )["sensitivity"]
     control = found["measures"]["control: second swap - swapped"]
     assert control["ci_low"] <= 0 <= control["ci_high"] and found["effect"]["ci_low"] > 0
 

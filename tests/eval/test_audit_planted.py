@@ -19,19 +19,35 @@ from eval.audit import (
     titles,
 )
 from eval.audit.amplification import measure_change, measure_step
-from eval.audit.inference import bootstrap, exposure, least_squares, ndcg, probabilities, spearman, target_ranks, top_lists
+from eval.audit.inference import (
+    bootstrap,
+    exposure,
+    least_squares,
+    ndcg,
+    probabilities,
+    spearman,
+    target_ranks,
+    top_lists,
+)
 from eval.loading import load_subject
 from eval.report import figures
 from gdrt_ds.runtime import Runtime
 
 OPTIONS = AuditOptions(users=40, num_bootstrap=200, permutations=3)
-RIGHT = {"position": {"position"}, "popularity": {"pretraining"}, "provider": {"provider"}, "shortcut": {"sensitivity", "language"}}
+RIGHT = {
+    "position": {"position"},
+    "popularity": {"pretraining"},
+    "provider": {"provider"},
+    "shortcut": {"sensitivity", "language"},
+}
 DETECTORS = ["sensitivity", "language", "pretraining", "provider", "position"]
 
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    return load_subject(Runtime(), run=str(make_run(tmp_path_factory.mktemp("planted") / "run", [HONEST_DATA])))
+    return load_subject(
+        Runtime(), run=str(make_run(tmp_path_factory.mktemp("planted") / "run", [HONEST_DATA]))
+    )
 
 
 @pytest.mark.parametrize("plant", [None, *RIGHT])
@@ -60,7 +76,9 @@ def test_permuting_labels_kills_the_position_effect():
     rng = np.random.default_rng(1)
     rise = np.linspace(0.1, 0.5, 5)[None] + rng.normal(size=(40, 5)) * 0.05
     observed, p, null, curve = position.measure_probe(rise, 200, 0)
-    assert p < 0.01 and observed.low > null.max() and [c.value for c in curve] == sorted(c.value for c in curve)
+    assert (
+        p < 0.01 and observed.low > null.max() and [c.value for c in curve] == sorted(c.value for c in curve)
+    )
     _, p, _, _ = position.measure_probe(rng.permuted(rise, axis=1), 200, 0)
     assert p > 0.05
 
@@ -71,8 +89,13 @@ def test_orders_that_change_nothing_agree_perfectly_and_another_user_does_not():
     other, targets = rng.normal(size=(8, 60)), rng.integers(60, size=8)
     found = position.measure_orders(true, np.repeat(true[:, None], 3, axis=1), other, targets, 50, 0)
     assert found["Jaccard@10, other orders"].value == found["Kendall tau, other orders"].value == 1.0
-    assert found["RBO, other orders"].value == pytest.approx(1.0) and found["NDCG@10 spread over orders"].value == 0.0
-    assert found["Jaccard@10, another user"].value < 0.4 and abs(found["Kendall tau, another user"].value) < 0.2
+    assert (
+        found["RBO, other orders"].value == pytest.approx(1.0)
+        and found["NDCG@10 spread over orders"].value == 0.0
+    )
+    assert (
+        found["Jaccard@10, another user"].value < 0.4 and abs(found["Kendall tau, another user"].value) < 0.2
+    )
     assert found["change by order / change by another user (1 - RBO)"].value == pytest.approx(0.0, abs=1e-9)
 
 
@@ -85,7 +108,9 @@ def test_a_skewed_provider_is_found_whatever_the_items_popularity_and_permuted_l
     assert p <= 0.01 and found["excess over permuted labels"].low > 0
     _, p, _ = provider.measure(rows, popularity, rng.permutation(provider_of), 100)
     assert p > 0.05
-    assert np.allclose(rows.sum(axis=1), 1) and rows.max() == pytest.approx(1 / (1 / np.log2(np.arange(10) + 2)).sum())
+    assert np.allclose(rows.sum(axis=1), 1) and rows.max() == pytest.approx(
+        1 / (1 / np.log2(np.arange(10) + 2)).sum()
+    )
 
 
 def test_lists_drawn_from_the_data_are_not_called_concentrated_and_one_list_for_all_is():
@@ -95,7 +120,11 @@ def test_lists_drawn_from_the_data_are_not_called_concentrated_and_one_list_for_
     assert p > 0.05
     one = np.tile(np.arange(10), (60, 1))
     found, p, _ = titles.measure(one, popularity, 100)
-    assert p <= 0.01 and found["exposure share of the most shown"].value == 1.0 and found["Gini of exposure"].value > 0.9
+    assert (
+        p <= 0.01
+        and found["exposure share of the most shown"].value == 1.0
+        and found["Gini of exposure"].value > 0.9
+    )
     assert same["exposure share of the most shown"].value < 0.8
 
 
@@ -114,12 +143,21 @@ def test_slots_that_draw_choices_are_found_beside_the_main_score_and_permuted_sl
     moved = rng.permutation(slots)
     assert selection.fit_tower(selection.slot_mass(scores, moved), moved[targets]).std() < 0.6 * b.std()
     weights = selection.inverse_propensity(b, slots[targets])
-    assert weights[slots[targets] == 0].max() < weights[slots[targets] > 2].min() and weights.max() <= selection.CLIP * weights.min() + 1e-9
+    assert (
+        weights[slots[targets] == 0].max() < weights[slots[targets] > 2].min()
+        and weights.max() <= selection.CLIP * weights.min() + 1e-9
+    )
     measured = selection.measure(
-        lambda rows: selection.fit_tower(mass[rows], slots[targets][rows]), slots[targets], target_ranks(scores, targets), 100, 0
+        lambda rows: selection.fit_tower(mass[rows], slots[targets][rows]),
+        slots[targets],
+        target_ranks(scores, targets),
+        100,
+        0,
     )
     assert measured["tower"][0].low > 0
-    nll = rng.normal(size=300) + 2.0 * (np.arange(300) % 4 == 0)  # logged slots: what stood on top was chosen though little relevant
+    nll = rng.normal(size=300) + 2.0 * (
+        np.arange(300) % 4 == 0
+    )  # logged slots: what stood on top was chosen though little relevant
     assert selection.fit_labelled(nll, np.arange(300) % 4).argmax() == 0
 
 
@@ -134,13 +172,18 @@ def test_effective_rank_counts_directions_and_permuted_columns_have_all_of_them(
     found = dimensionality.measure(low, targets, popularity, 100)
     assert found["effective rank / control"].high < 0.2
     broken = dimensionality.measure(dimensionality.shuffled_columns(low, rng), targets, popularity, 100)
-    assert broken["effective rank / control"].value == pytest.approx(1, abs=0.05) and broken["effective rank / control"].spans_null
+    assert (
+        broken["effective rank / control"].value == pytest.approx(1, abs=0.05)
+        and broken["effective rank / control"].spans_null
+    )
 
 
 def test_head_targets_that_rank_higher_open_the_head_tail_gap():
     popularity, targets = np.arange(100.0)[::-1], np.arange(100)
     scores = np.tile(popularity, (100, 1)) + np.random.default_rng(0).normal(size=(100, 100)) * 0.1
-    assert dimensionality.measure(scores, targets, popularity, 100)["head-tail gap of relative rank"].low > 0.3
+    assert (
+        dimensionality.measure(scores, targets, popularity, 100)["head-tail gap of relative rank"].low > 0.3
+    )
     assert dimensionality.measure(scores, targets, np.random.default_rng(1).permutation(popularity), 100)[
         "head-tail gap of relative rank"
     ].spans_null
@@ -150,11 +193,16 @@ def test_an_environment_that_costs_more_is_found_and_permuted_labels_are_not():
     rng = np.random.default_rng(7)
     labels = np.array(["early", "late"] * 60)
     nll = rng.normal(size=120) + 5 + 1.5 * (labels == "late")
-    rows, tests = shift.measure(nll, np.zeros(120), {"time": labels, "length": rng.permutation(labels)}, 200, 0)
+    rows, tests = shift.measure(
+        nll, np.zeros(120), {"time": labels, "length": rng.permutation(labels)}, 200, 0
+    )
     drops = {(r["axis"], r["name"]): r["drop"] for r in rows}
     assert tests["time"][2] <= 0.05 < tests["length"][2]
     assert drops["time", "late"].low > 0 > drops["time", "early"].high and drops["length", "late"].spans_null
-    assert shift.noisy("Princess Bride, The (1987)") == "Pirncess Bride, The (1987)" and shift.noisy("abc") == "abc"
+    assert (
+        shift.noisy("Princess Bride, The (1987)") == "Pirncess Bride, The (1987)"
+        and shift.noisy("abc") == "abc"
+    )
     share = np.array([8.0, 1, 1, 0])
     assert (
         shift.popularity_shift(np.array([3] * 30), share, 0)[0] == 1.0
@@ -170,7 +218,11 @@ def test_growth_of_the_bases_favourites_is_found_and_permuted_steps_are_not():
     flip = rng.random(30) < 0.5
     effect, p, _ = measure_change(np.where(flip, first, last), np.where(flip, last, first), 200, 0)
     assert p > 0.05 and effect.spans_null
-    scores, membership, favoured = np.log(probabilities(rng.normal(size=(4, 20)))), np.eye(20)[:, :2] * 0, np.arange(20) < 2
+    scores, membership, favoured = (
+        np.log(probabilities(rng.normal(size=(4, 20)))),
+        np.eye(20)[:, :2] * 0,
+        np.arange(20) < 2,
+    )
     membership[:10, 0], membership[10:, 1] = 1, 1
     mean = probabilities(scores).mean(axis=0)
     step = measure_step(scores, mean, np.full(20, 0.05), membership, favoured)
@@ -184,13 +236,23 @@ def test_growth_of_the_bases_favourites_is_found_and_permuted_steps_are_not():
 
 def test_biases_planted_by_backbone_cluster_by_backbone_and_not_by_data_or_seed():
     rng = np.random.default_rng(9)
-    backbone, data, seed = np.repeat(["a", "b"], 8), np.tile(np.repeat(["x", "y"], 4), 2), np.tile(["0", "1", "2", "3"], 4)
+    backbone, data, seed = (
+        np.repeat(["a", "b"], 8),
+        np.tile(np.repeat(["x", "y"], 4), 2),
+        np.tile(["0", "1", "2", "3"], 4),
+    )
     vectors = cross_tuning.standardised(rng.normal(size=(16, 6)) + 3.0 * (backbone == "b")[:, None])
     found = cross_tuning.measure(vectors, {"backbone": backbone, "data": data, "seed": seed})
-    assert found["labels"]["backbone"]["p"] <= 0.05 and found["labels"]["data"]["p"] > 0.05 and found["labels"]["seed"]["p"] > 0.05
+    assert (
+        found["labels"]["backbone"]["p"] <= 0.05
+        and found["labels"]["data"]["p"] > 0.05
+        and found["labels"]["seed"]["p"] > 0.05
+    )
     assert found["labels"]["backbone"]["silhouette"].low > 0.2
     shares = found["shares"]
-    assert np.allclose(sum(shares.values()), 1) and shares["backbone"].mean() > 0.5 > 0.2 > shares["data"].mean()
+    assert (
+        np.allclose(sum(shares.values()), 1) and shares["backbone"].mean() > 0.5 > 0.2 > shares["data"].mean()
+    )
     permuted = cross_tuning.measure(vectors, {"backbone": np.random.default_rng(4).permutation(backbone)})
     assert permuted["labels"]["backbone"]["p"] > 0.05
 
@@ -207,13 +269,29 @@ def test_statistics_equal_hand_computed_cases_and_scipy():
 
     rng = np.random.default_rng(10)
     x, y = rng.integers(5, size=50).astype(float), rng.normal(size=50)
-    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic) and spearman(np.ones(4), np.arange(4.0)) == 0
+    assert (
+        spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+        and spearman(np.ones(4), np.arange(4.0)) == 0
+    )
     scores = np.array([[1.0, 3.0, 3.0, np.nan], [0.0, 0.0, 0.0, 0.0]])
-    assert target_ranks(scores, np.array([1, 2])).tolist() == [1.5, 2.5] and target_ranks(scores, np.array([3, 0]))[0] == 4
+    assert (
+        target_ranks(scores, np.array([1, 2])).tolist() == [1.5, 2.5]
+        and target_ranks(scores, np.array([3, 0]))[0] == 4
+    )
     assert ndcg(np.array([1.0, 3.0, 11.0])).tolist() == [1.0, 0.5, 0.0]
-    assert top_lists(scores[:1], 3)[0, 2] == 0 and exposure(np.array([[0, 1], [0, 2]]), 4).tolist() == [2, 1, 1, 0]
+    assert top_lists(scores[:1], 3)[0, 2] == 0 and exposure(np.array([[0, 1], [0, 2]]), 4).tolist() == [
+        2,
+        1,
+        1,
+        0,
+    ]
     betas, partial, r2 = least_squares(np.stack([x, y], axis=1), 2 * x - 3)
-    assert betas[0] == pytest.approx(1) and abs(betas[1]) < 1e-9 and r2 == pytest.approx(1) and partial[0] == pytest.approx(1)
+    assert (
+        betas[0] == pytest.approx(1)
+        and abs(betas[1]) < 1e-9
+        and r2 == pytest.approx(1)
+        and partial[0] == pytest.approx(1)
+    )
     assert finite({"a": [float("nan"), np.float64(2), np.arange(2)]}) == {"a": [None, 2.0, [0, 1]]}
 
 

@@ -11,13 +11,22 @@ import pytest
 import torch
 from run_folders import make_run
 
-from eval.audit import AUDITS, AuditOptions, amplification, checkpoint_weights, cross_tuning, debiasing, folders, run_audits
+from eval.audit import (
+    AUDITS,
+    AuditOptions,
+    amplification,
+    checkpoint_weights,
+    cross_tuning,
+    debiasing,
+    folders,
+    run_audits,
+)
 from eval.audit.__main__ import main as audit_runs
 from eval.audit.context import AuditContext
 from eval.audit.title_prior import content_free_prompt, title_log_probs, title_tokens
 from eval.loading import load_subject
 from eval.run import main as evaluate
-from gdrt_ds import checkpoint
+from gdrt_ds.training import checkpoint
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import Runtime
 
@@ -36,12 +45,24 @@ def publish(run, step: int, scale: float, world: int = 2) -> None:
     for name, value in weights.items():
         flat, cut = value.flatten() * (scale if "lora_B" in name else 1.0), value.numel() // 3 + 1
         name = f"model.{name.replace('.weight', '.default.weight')}"
-        slices[0][f"{name}|0|weight"], slices[-1][f"{name}|{cut}|weight"] = flat[:cut].clone(), flat[cut:].clone()
+        slices[0][f"{name}|0|weight"], slices[-1][f"{name}|{cut}|weight"] = (
+            flat[:cut].clone(),
+            flat[cut:].clone(),
+        )
         slices[0][f"{name}|0|exp_avg"] = torch.zeros(cut)
     for rank, part in enumerate(slices):
-        checkpoint._save_tensors({**part, "rng.torch": torch.zeros(4, dtype=torch.uint8)}, scratch / f"rank_{rank:05d}.safetensors")
+        checkpoint._save_tensors(
+            {**part, "rng.torch": torch.zeros(4, dtype=torch.uint8)}, scratch / f"rank_{rank:05d}.safetensors"
+        )
     (scratch / "state.json").write_text("{}")
-    about = {"format": checkpoint.FORMAT, "step": step, "world": world, "life": 1, "fingerprint": "", "stage": 3}
+    about = {
+        "format": checkpoint.FORMAT,
+        "step": step,
+        "world": world,
+        "life": 1,
+        "fingerprint": "",
+        "stage": 3,
+    }
     checkpoint._publish(run, scratch, run / "checkpoints" / f"step_{step}", about, 10, False)
 
 
@@ -51,7 +72,9 @@ def runs(tmp_path_factory):
     base, made = tmp_path_factory.mktemp("runs"), []
     for objective in ("sft", "gdrt"):
         for seed in (0, 1):
-            run = make_run(base / f"{objective}-{seed}", [f"objective={objective}", f"train.seed={seed}"], seed=seed)
+            run = make_run(
+                base / f"{objective}-{seed}", [f"objective={objective}", f"train.seed={seed}"], seed=seed
+            )
             evaluate(
                 [
                     "--run",
@@ -107,8 +130,16 @@ def test_every_audit_runs_from_the_command_line_and_is_in_the_report(runs, capsy
     assert set(audits) == set(AUDITS)
     page = (output / "report.html").read_text()
     for name, audit in audits.items():
-        assert f"audit {name}: " in printed and printed.index(f"audit {name}: ") < printed.index(audit["finding"])
-        assert audit["figures"] and audit["control"] and audit["cost"] and audit["table"]["rows"] and audit["title"] in page
+        assert f"audit {name}: " in printed and printed.index(f"audit {name}: ") < printed.index(
+            audit["finding"]
+        )
+        assert (
+            audit["figures"]
+            and audit["control"]
+            and audit["cost"]
+            and audit["table"]["rows"]
+            and audit["title"] in page
+        )
         assert np.isfinite(audit["effect"]["value"])
         assert any(m["ci_low"] is not None for m in audit["measures"].values())
 
@@ -137,12 +168,25 @@ def test_two_ranks_find_what_one_rank_finds(runs, tmp_path):
         "--output",
         str(tmp_path),
     ]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (json.loads((folder / "results.json").read_text())["audits"] for folder in (next((runs[1] / "eval").iterdir()), tmp_path))
+    one, two = (
+        json.loads((folder / "results.json").read_text())["audits"]
+        for folder in (next((runs[1] / "eval").iterdir()), tmp_path)
+    )
     for name, audit in one.items():
         for measure, estimate in audit["measures"].items():
-            assert estimate["value"] == pytest.approx(two[name]["measures"][measure]["value"], abs=1e-4), (name, measure)
+            assert estimate["value"] == pytest.approx(two[name]["measures"][measure]["value"], abs=1e-4), (
+                name,
+                measure,
+            )
             assert estimate["ci_low"] == pytest.approx(two[name]["measures"][measure]["ci_low"], abs=1e-4)
     assert "2 rank(s)" in two["sensitivity"]["cost"]
 
@@ -167,12 +211,14 @@ def test_checkpoint_slices_give_the_adapter_back_to_the_bit_and_damage_is_refuse
     steps = checkpoint_weights.checkpoint_folders(runs[0])
     assert [step for step, _ in steps] == [10, 20]
     whole = checkpoint_weights.adapter_weights(steps[1][1])
-    assert all(torch.equal(whole[n.replace(".weight", ".default.weight")], v.flatten()) for n, v in saved.items()) and len(whole) == len(
-        saved
-    )
+    assert all(
+        torch.equal(whole[n.replace(".weight", ".default.weight")], v.flatten()) for n, v in saved.items()
+    ) and len(whole) == len(saved)
     samples = context.users(6)
     scored = dict(amplification.score_steps(context, samples))
-    assert np.allclose(scored[20], context.scores([s.history for s in samples], "scores"), atol=1e-4)  # the merged adapter
+    assert np.allclose(
+        scored[20], context.scores([s.history for s in samples], "scores"), atol=1e-4
+    )  # the merged adapter
     assert np.allclose(scored[0], context.base().scores([s.history for s in samples], "scores"))
     assert np.abs(scored[10] - scored[20]).max() > 1e-3 < np.abs(scored[10] - scored[0]).max()
     model = context.variant(subject.recommender.adapter, merge=False).loaded.model
@@ -188,15 +234,24 @@ def test_checkpoint_slices_give_the_adapter_back_to_the_bit_and_damage_is_refuse
     checkpoint._save_tensors(torn, steps[0][1] / "rank_00001.safetensors")
     with pytest.raises(UserError, match="do not join"):
         checkpoint_weights.adapter_weights(steps[0][1])
-    assert [step for step, _ in checkpoint_weights.checkpoint_folders(runs[0])] == [20]  # its checksum no longer holds
+    assert [step for step, _ in checkpoint_weights.checkpoint_folders(runs[0])] == [
+        20
+    ]  # its checksum no longer holds
 
 
 def test_title_log_probabilities_equal_a_plain_forward_and_the_control_knows_no_titles(subject):
     context = AuditContext(subject, Runtime(), OPTIONS)
     prompt, title = content_free_prompt(context), title_tokens(context)[3]
     with torch.no_grad():
-        logits = context.base().recommender.loaded.model(input_ids=torch.tensor([prompt + title])).logits[0].double()
-    expected = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)[torch.arange(len(title)), torch.tensor(title)].sum()
+        logits = (
+            context.base()
+            .recommender.loaded.model(input_ids=torch.tensor([prompt + title]))
+            .logits[0]
+            .double()
+        )
+    expected = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)[
+        torch.arange(len(title)), torch.tensor(title)
+    ].sum()
     assert title_log_probs(context, "base")[3] == pytest.approx(float(expected), abs=1e-4)
     control = title_log_probs(context, "random")
     assert not np.allclose(control, title_log_probs(context, "base"), atol=0.1) and np.array_equal(
@@ -207,7 +262,9 @@ def test_title_log_probabilities_equal_a_plain_forward_and_the_control_knows_no_
 def test_runs_are_compared_without_a_model_and_identical_runs_differ_by_nothing(runs, tmp_path, capsys):
     audit_runs(["cross_tuning", *map(str, runs), "--output", str(tmp_path)])
     found = json.loads((tmp_path / "cross_tuning.json").read_text())
-    assert {row[0] for row in found["table"]["rows"]} == {"objective", "seed"} and "<svg" in (tmp_path / "cross_tuning.html").read_text()
+    assert {row[0] for row in found["table"]["rows"]} == {"objective", "seed"} and "<svg" in (
+        tmp_path / "cross_tuning.html"
+    ).read_text()
     audit_runs(["debiasing", *map(str, runs[:3]), "--output", str(tmp_path)])
     found = json.loads((tmp_path / "debiasing.json").read_text())
     assert found["table"]["columns"][1] == "sft-0 (baseline)" and len(found["measures"]) == 2
@@ -231,7 +288,9 @@ def test_a_run_with_less_bias_everywhere_scores_better_and_flipped_signs_do_not(
             "arp@10": figure(5, None),
             "aplt@10": figure(0.1 + shift, None),
         }
-        return folders.Evaluation(None, "x", {"metrics": metrics, "floors": {"targets": {"aplt@10": {"value": 0.5}}}})
+        return folders.Evaluation(
+            None, "x", {"metrics": metrics, "floors": {"targets": {"aplt@10": {"value": 0.5}}}}
+        )
 
     z = debiasing.z_scores(debiasing.badness(run(0.1)), debiasing.badness(run(0.0)))
     assert set(z) == {"mgu@5", "gini@10", "coverage@10", "aplt@10"} and all(
@@ -241,4 +300,6 @@ def test_a_run_with_less_bias_everywhere_scores_better_and_flipped_signs_do_not(
 
 def test_bias_vectors_keep_only_measures_that_all_runs_have_and_that_vary(runs):
     names, values = cross_tuning.bias_vectors(folders.load_evaluations(runs, 4))
-    assert values.shape == (4, len(names)) and "audit: sensitivity" in names and np.ptp(values, axis=0).min() > 0
+    assert (
+        values.shape == (4, len(names)) and "audit: sensitivity" in names and np.ptp(values, axis=0).min() > 0
+    )

@@ -11,7 +11,17 @@ import scipy.stats
 from scipy import sparse
 
 from eval import bootstrap
-from eval.bootstrap import Resampled, Statistic, compare, compare_family, holm, interval, mean_statistic, resample, user_weights
+from eval.bootstrap import (
+    Resampled,
+    Statistic,
+    compare,
+    compare_family,
+    holm,
+    interval,
+    mean_statistic,
+    resample,
+    user_weights,
+)
 from eval.metrics import item_side
 
 
@@ -28,9 +38,13 @@ def test_matrix_products_equal_a_plain_loop_over_replicates():
     rng = np.random.default_rng(0)
     users = np.array([0, 0, 1, 2, 2, 2, 3, 4, 5, 5])
     values, lists = rng.normal(size=10), rng.integers(0, 12, size=(10, 3))
-    found = resample({"mean": mean_statistic(values), "coverage": coverage_statistic(lists, 12)}, users, 40, seed=3)
+    found = resample(
+        {"mean": mean_statistic(values), "coverage": coverage_statistic(lists, 12)}, users, 40, seed=3
+    )
     for b, weights in enumerate(user_weights(6, 40, seed=3)):
-        drawn = np.repeat(np.arange(10), weights[users].astype(int))  # a drawn user brings all of their samples
+        drawn = np.repeat(
+            np.arange(10), weights[users].astype(int)
+        )  # a drawn user brings all of their samples
         assert found["mean"].replicates[b] == pytest.approx(values[drawn].mean())
         assert found["coverage"].replicates[b] == pytest.approx(len(np.unique(lists[drawn])) / 12)
 
@@ -82,7 +96,8 @@ def share_of_intervals_with_the_truth(linearised: bool) -> dict[str, float]:
     chance = rng.dirichlet(np.full(300, 0.5))
     draw = lambda: shown_items(rng.choice(300, (200, 5), p=chance), 300)
     truths = {
-        name: np.mean([finish(np.asarray(draw().sum(axis=0)))[0] for _ in range(200)]) for name, (finish, _) in ITEM_STATISTICS.items()
+        name: np.mean([finish(np.asarray(draw().sum(axis=0)))[0] for _ in range(200)])
+        for name, (finish, _) in ITEM_STATISTICS.items()
     }
     hits = dict.fromkeys(truths, 0)
     for trial in range(100):
@@ -118,7 +133,9 @@ def test_an_influence_is_what_the_value_loses_without_the_user():
         without = np.array([finish((total - shown[u].toarray().ravel())[None, :])[0] for u in range(300)])
         loss = finish(total[None, :])[0] - without
         found = influence(shown, total)
-        if name != "coverage":  # derivatives: right up to a constant, which cancels because every replicate draws U users
+        if (
+            name != "coverage"
+        ):  # derivatives: right up to a constant, which cancels because every replicate draws U users
             found, loss = found - found.mean(), loss - loss.mean()
         assert np.allclose(found, loss, atol=1e-12 if name == "coverage" else 0.15 * np.abs(loss).max()), name
 
@@ -130,10 +147,16 @@ def test_intervals_of_a_distance_hold_its_expected_value_and_are_centred():
     hits = 0
     for trial in range(150):
         features = np.eye(5)[rng.choice(5, 300, p=chance)]
-        low, high = interval(resample({"d": Statistic(features, distance, 300, False, (0, 2))}, np.arange(300), 300, seed=trial)["d"])
+        low, high = interval(
+            resample(
+                {"d": Statistic(features, distance, 300, False, (0, 2))}, np.arange(300), 300, seed=trial
+            )["d"]
+        )
         hits += low <= truth <= high
     assert hits / 150 >= 0.9
-    uneven = Resampled(1.0, np.linspace(1.5, 2.5, 101), 10, False, (0.8, math.inf))  # mean 2: moved down by one, cut at the range
+    uneven = Resampled(
+        1.0, np.linspace(1.5, 2.5, 101), 10, False, (0.8, math.inf)
+    )  # mean 2: moved down by one, cut at the range
     assert interval(uneven) == pytest.approx((0.8, 1.475))
 
 
@@ -141,17 +164,25 @@ def test_two_identical_runs_differ_by_nothing_and_the_verdict_says_so():
     values = np.random.default_rng(0).random(80)
     found = resample({"ndcg": mean_statistic(values)}, np.arange(80), 300)
     row = compare_family(found, found, 80, ["ndcg"], {"ndcg": True})["ndcg"]
-    assert (row.difference, row.p_value, row.effect_size) == (0.0, 1.0, 0.0) and row.verdict == "interval spans zero"
+    assert (row.difference, row.p_value, row.effect_size) == (
+        0.0,
+        1.0,
+        0.0,
+    ) and row.verdict == "interval spans zero"
 
 
 def test_a_planted_difference_is_found_by_pairing_and_missed_without_it():
     rng = np.random.default_rng(2)
     hard = rng.normal(size=300) * 3  # users differ much more than the runs do
     first, second = hard + rng.normal(size=300) * 0.2, hard + 0.1 + rng.normal(size=300) * 0.2
-    found = [resample({"nll": mean_statistic(v)}, np.arange(300), 1000, seed=0)["nll"] for v in (first, second)]
+    found = [
+        resample({"nll": mean_statistic(v)}, np.arange(300), 1000, seed=0)["nll"] for v in (first, second)
+    ]
     row = compare(found[0], found[1], 300)
     assert row.ci_low > 0 and row.p_value < 0.01
-    assert row.effect_size == pytest.approx((second - first).mean() / (second - first).std(ddof=1), rel=0.1)  # Cohen's d_z
+    assert row.effect_size == pytest.approx(
+        (second - first).mean() / (second - first).std(ddof=1), rel=0.1
+    )  # Cohen's d_z
     other = resample({"nll": mean_statistic(second)}, np.arange(300), 1000, seed=1)["nll"]
     assert compare(found[0], other, 300).ci_low < 0  # other draws are no pairing
 
@@ -159,7 +190,10 @@ def test_a_planted_difference_is_found_by_pairing_and_missed_without_it():
 def test_p_values_without_a_difference_fall_below_5_percent_about_5_times_in_100():
     rng, below = np.random.default_rng(8), 0
     for trial in range(200):
-        found = [resample({"m": mean_statistic(rng.normal(size=80))}, np.arange(80), 300, seed=trial)["m"] for _ in range(2)]
+        found = [
+            resample({"m": mean_statistic(rng.normal(size=80))}, np.arange(80), 300, seed=trial)["m"]
+            for _ in range(2)
+        ]
         below += compare(found[0], found[1], 80).p_value <= 0.05
     assert 0.015 <= below / 200 <= 0.10
 
@@ -171,7 +205,8 @@ def test_the_minimum_detectable_difference_is_found_about_80_times_in_100():
         first = rng.normal(size=120)
         shift = 0.0 if detectable is None else detectable
         found = [
-            resample({"m": mean_statistic(v)}, np.arange(120), 300, seed=trial)["m"] for v in (first, first + shift + rng.normal(size=120))
+            resample({"m": mean_statistic(v)}, np.arange(120), 300, seed=trial)["m"]
+            for v in (first, first + shift + rng.normal(size=120))
         ]
         row = compare(found[0], found[1], 120)
         if detectable is None:
@@ -195,7 +230,9 @@ def test_what_only_the_correction_takes_away_is_called_so():
     first, noise = values["m0"]
     noise = (noise - noise.mean()) / noise.std(ddof=1)
     values["m0"] = (first, first + noise + 2.25 / math.sqrt(200))  # 2.25 standard errors: p about 0.025
-    runs = [resample({n: mean_statistic(v[i]) for n, v in values.items()}, np.arange(200), 2000) for i in (0, 1)]
+    runs = [
+        resample({n: mean_statistic(v[i]) for n, v in values.items()}, np.arange(200), 2000) for i in (0, 1)
+    ]
     row = compare_family(runs[0], runs[1], 200, names, {n: True for n in names})["m0"]
     assert row.ci_low > 0 and row.ci_holm[0] < 0 and row.p_holm > 0.05
     assert row.verdict == "interval spans zero after Holm's correction"
@@ -236,7 +273,12 @@ def test_what_only_the_correction_takes_away_is_called_so():
             "tested.size * p[index]",
             test_holm_adjusts_as_computed_by_hand_and_leaves_undefined_values_out,
         ),
-        ("compare", "finite - finite.mean()", "finite", test_p_values_without_a_difference_fall_below_5_percent_about_5_times_in_100),
+        (
+            "compare",
+            "finite - finite.mean()",
+            "finite",
+            test_p_values_without_a_difference_fall_below_5_percent_about_5_times_in_100,
+        ),
         (
             "resample",
             "weights = user_weights(num_users, num_bootstrap, seed)",

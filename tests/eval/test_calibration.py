@@ -21,11 +21,16 @@ NAMES = ("nll_calibrated", "temperature", "nll_calibrated_worst_relevance_group"
 
 def with_curves(predictions: list[dict], scores: np.ndarray) -> list[dict]:
     targets = [int(p["target_id"][1:]) for p in predictions]
-    return [{**p, "nll_at_temperatures": nll_curve(row, t).tolist(), "target_nll": -float(log_softmax(row)[t])} for p, row, t in zip(predictions, scores, targets)]
+    return [
+        {**p, "nll_at_temperatures": nll_curve(row, t).tolist(), "target_nll": -float(log_softmax(row)[t])}
+        for p, row, t in zip(predictions, scores, targets)
+    ]
 
 
 def figures(predictions: list[dict], entries: list, scores: np.ndarray) -> dict[str, float]:
-    found = evaluate(with_curves(predictions, scores), entries, num_bootstrap=200, breakdowns=False)["metrics"]
+    found = evaluate(with_curves(predictions, scores), entries, num_bootstrap=200, breakdowns=False)[
+        "metrics"
+    ]
     return {name: found[name] for name in ("nll", *NAMES) if name in found}
 
 
@@ -37,7 +42,12 @@ def losses(scores: np.ndarray, targets: list[int], temperature: float) -> np.nda
 def test_it_is_what_a_minimiser_over_temperature_finds(scale):
     predictions, entries, scores = world(skill=1.0)
     scores, targets = scores * scale, [int(p["target_id"][1:]) for p in predictions]
-    best = minimize_scalar(lambda x: losses(scores, targets, np.exp(x)).mean(), bounds=(-3, 5), method="bounded", options={"xatol": 1e-9})
+    best = minimize_scalar(
+        lambda x: losses(scores, targets, np.exp(x)).mean(),
+        bounds=(-3, 5),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
     found = figures(predictions, entries, scores)
     assert found["nll_calibrated"]["value"] == pytest.approx(best.fun, abs=1e-3)
     assert found["temperature"]["value"] == pytest.approx(np.exp(best.x), rel=0.02)
@@ -66,7 +76,9 @@ def test_a_scorer_whose_probabilities_are_the_truth_has_temperature_one_and_one_
     assert honest["temperature"]["ci_low"] < 1 < honest["temperature"]["ci_high"]
     assert honest["nll_calibrated"]["value"] == pytest.approx(honest["nll"]["value"], abs=2e-3)
     blind = figures(predictions, entries, rng.normal(size=scores.shape) * 5)
-    assert blind["nll"]["value"] > np.log(50) + 4 and blind["nll_calibrated"]["value"] == pytest.approx(np.log(50), abs=0.02)
+    assert blind["nll"]["value"] > np.log(50) + 4 and blind["nll_calibrated"]["value"] == pytest.approx(
+        np.log(50), abs=0.02
+    )
     assert blind["temperature"]["value"] > 20
 
 
@@ -74,22 +86,34 @@ def test_sums_by_squaring_equal_logsumexp_at_every_temperature():
     scores = np.random.default_rng(0).normal(size=500) * 30 - 40
     expected = logsumexp(scores[None] / TEMPERATURES[:, None], axis=1)
     assert np.allclose(log_sums(scores), expected, rtol=1e-12, atol=1e-12)
-    assert TEMPERATURES[0] == 0.25 and TEMPERATURES[-1] == 64 and np.isneginf(log_sums(np.full(3, np.nan))).all()
+    assert (
+        TEMPERATURES[0] == 0.25 and TEMPERATURES[-1] == 64 and np.isneginf(log_sums(np.full(3, np.nan))).all()
+    )
 
 
 def test_impossible_items_and_nan_scores():
-    scores = np.log(np.array([0.5, 0.25, 0.25, 0.0]), where=[True, True, True, False], out=np.full(4, -np.inf))
+    scores = np.log(
+        np.array([0.5, 0.25, 0.25, 0.0]), where=[True, True, True, False], out=np.full(4, -np.inf)
+    )
     curve = nll_curve(scores, 0)
-    assert curve[TEMPERATURES == 1] == pytest.approx(np.log(2)) and curve[-1] == pytest.approx(np.log(3), abs=0.02)
+    assert curve[TEMPERATURES == 1] == pytest.approx(np.log(2)) and curve[-1] == pytest.approx(
+        np.log(3), abs=0.02
+    )
     assert np.isinf(nll_curve(scores, 3)).all()
     scores[1] = np.nan
-    assert nll_curve(scores, 0)[TEMPERATURES == 1] == pytest.approx(-np.log(2 / 3)) and np.isnan(nll_curve(scores, 1)).all()
+    assert (
+        nll_curve(scores, 0)[TEMPERATURES == 1] == pytest.approx(-np.log(2 / 3))
+        and np.isnan(nll_curve(scores, 1)).all()
+    )
 
 
 def test_without_scores_of_the_whole_catalogue_it_is_not_defined_and_a_note_says_so():
     predictions, entries, scores = world(num_samples=40)
     found = evaluate(predictions, entries, num_bootstrap=20, breakdowns=False)
-    assert not set(NAMES) & set(found["metrics"]) and "nll_calibrated: not defined on this data" in found["notes"]
+    assert (
+        not set(NAMES) & set(found["metrics"])
+        and "nll_calibrated: not defined on this data" in found["notes"]
+    )
     some = with_curves(predictions, scores)
     some[3]["nll_at_temperatures"] = [None] * TEMPERATURES.size
     some[4]["nll_at_temperatures"] = None

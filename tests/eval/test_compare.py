@@ -37,7 +37,10 @@ def write_folder(folder: Path, skill: float, *, change=None, **world_options) ->
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    return [write_folder(root / name / "eval", skill) for name, skill in (("base", 0.5), ("sft", 2.5), ("gdrt", 2.52))]
+    return [
+        write_folder(root / name / "eval", skill)
+        for name, skill in (("base", 0.5), ("sft", 2.5), ("gdrt", 2.52))
+    ]
 
 
 def loaded(folders):
@@ -48,11 +51,15 @@ def test_values_are_those_of_the_evaluation_and_differences_are_signed_to_the_ba
     found = compare_runs(loaded(folders), 200)
     for run in found.runs:
         for name in ("ndcg@10", "mgu@5", "nll", "gini@10"):
-            assert found.samples[run.label][name].value == pytest.approx(run.results["metrics"][name]["value"]), (
-                "metrics are not recomputed alike"
-            )
+            assert found.samples[run.label][name].value == pytest.approx(
+                run.results["metrics"][name]["value"]
+            ), "metrics are not recomputed alike"
     row = found.rows["sft"]["ndcg@10"]
-    assert row.difference == pytest.approx(row.value - row.baseline) and row.difference > 0.1 and row.verdict == "better"
+    assert (
+        row.difference == pytest.approx(row.value - row.baseline)
+        and row.difference > 0.1
+        and row.verdict == "better"
+    )
     assert found.rows["sft"]["nll"].verdict == "better" and found.rows["sft"]["nll"].difference < 0
     assert found.family == ["ndcg@10", "hr@10", "mrr", "nll", "mgu@5", "dgu@5", "cvar_nll"]
 
@@ -63,9 +70,13 @@ def test_swapping_baseline_and_run_swaps_the_words(folders):
 
 
 def test_a_run_against_its_own_copy_spans_zero_everywhere(folders, tmp_path):
-    copy = write_folder(tmp_path / "copy", 2.5, change=lambda predictions, _: random.Random(0).shuffle(predictions))  # other line order
+    copy = write_folder(
+        tmp_path / "copy", 2.5, change=lambda predictions, _: random.Random(0).shuffle(predictions)
+    )  # other line order
     found = compare_runs([load_run(folders[1], "sft"), load_run(copy, "copy")], 200)
-    assert all(abs(row.difference) < 1e-12 for row in found.rows["copy"].values() if row.difference == row.difference)
+    assert all(
+        abs(row.difference) < 1e-12 for row in found.rows["copy"].values() if row.difference == row.difference
+    )
     assert {row.verdict for row in found.rows["copy"].values()} <= {"interval spans zero", "not defined"}
 
 
@@ -74,7 +85,11 @@ def shift_targets(predictions, entries):
 
 
 def rename_item(predictions, entries):
-    unused = next(e for e in entries[::-1] if all(e.item_id not in (*p["top_ids"], *p["history_ids"], p["target_id"]) for p in predictions))
+    unused = next(
+        e
+        for e in entries[::-1]
+        if all(e.item_id not in (*p["top_ids"], *p["history_ids"], p["target_id"]) for p in predictions)
+    )
     unused.item_id, unused.merged_ids = "renamed", ["renamed"]
 
 
@@ -89,7 +104,9 @@ def rename_item(predictions, entries):
     ids=["a user is missing", "another target", "another catalogue", "another training split"],
 )
 def test_runs_over_other_users_or_catalogues_are_refused_in_words(folders, tmp_path, change, words):
-    other = write_folder(tmp_path / "other", 2.0, change=change, **({"length": 8} if change is rename_item else {}))
+    other = write_folder(
+        tmp_path / "other", 2.0, change=change, **({"length": 8} if change is rename_item else {})
+    )
     with pytest.raises(UserError, match=words):
         compare_runs([load_run(folders[0], "base"), load_run(other, "other")], 100)
 
@@ -110,7 +127,20 @@ def test_the_command_writes_page_table_and_json(folders, tmp_path, capsys):
 
 
 def test_the_baseline_can_be_any_of_the_folders(folders, tmp_path):
-    assert main([*map(str, folders), "--baseline", str(folders[1]), "--output", str(tmp_path / "out"), "--num-bootstrap", "100"]) == 0
+    assert (
+        main(
+            [
+                *map(str, folders),
+                "--baseline",
+                str(folders[1]),
+                "--output",
+                str(tmp_path / "out"),
+                "--num-bootstrap",
+                "100",
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["baseline"] == "sft"
 
 
@@ -133,29 +163,49 @@ def test_a_difference_in_objective_is_noted_and_a_limit_is_called_no_result(fold
     results = json.loads((other / "results.json").read_text())
     (other / "results.json").write_text(json.dumps({**results, "objective": "full", "limit": 300}))
     notes = compare_runs([load_run(folders[0], "base"), load_run(other, "other")], 100).notes
-    assert notes[0] == "not a result: limited to 300 samples" and "objective differs: base renormalised, other full" in notes
+    assert (
+        notes[0] == "not a result: limited to 300 samples"
+        and "objective differs: base renormalised, other full" in notes
+    )
 
 
 def test_labels_are_the_parts_of_the_paths_that_differ():
     assert labels_of(["runs/a/eval", "runs/b/eval"]) == ["a", "b"]
     assert labels_of(["runs/a/eval", "runs/a/eval-base"]) == ["eval", "eval-base"]
     assert labels_of(["x/a/eval/test", "x/b/eval/test"]) == ["a", "b"]
-    assert labels_of(["r/planted-sft-eval", "r/planted-gdrt-eval"]) == ["sft", "gdrt"], "words that all names share say nothing"
+    assert labels_of(["r/planted-sft-eval", "r/planted-gdrt-eval"]) == ["sft", "gdrt"], (
+        "words that all names share say nothing"
+    )
     assert labels_of(["r/a-eval", "r/a-b-eval"]) == ["a", "a-b"]
     assert labels_of(["r/a-a", "r/a"]) == ["a-a", "a"], "no name becomes empty"
 
 
 def test_audits_stand_side_by_side_where_two_runs_have_them(folders, tmp_path, capsys):
     def effect(value):
-        return {"sensitivity": {"effect": {"name": "NLL(swapped) - NLL(true)", "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1}}}
+        return {
+            "sensitivity": {
+                "effect": {
+                    "name": "NLL(swapped) - NLL(true)",
+                    "value": value,
+                    "ci_low": value - 0.1,
+                    "ci_high": value + 0.1,
+                }
+            }
+        }
+
     given = []
     for name, audits in (("sft", effect(0.25)), ("gdrt", effect(0.75)), ("base", {})):
         folder = write_folder(tmp_path / name, 1.5)
         results = json.loads((folder / "results.json").read_text())
         (folder / "results.json").write_text(json.dumps({**results, "audits": audits}))
         given.append(load_run(folder, name))
-    assert audit_rows(given) == [["sensitivity", "NLL(swapped) - NLL(true)", "0.2500 [0.1500, 0.3500]", "0.7500 [0.6500, 0.8500]", "–"]]
+    assert audit_rows(given) == [
+        ["sensitivity", "NLL(swapped) - NLL(true)", "0.2500 [0.1500, 0.3500]", "0.7500 [0.6500, 0.8500]", "–"]
+    ]
     assert audit_rows(given[1:]) == [], "one run alone is nothing to compare"
-    assert main([*(str(r.folder) for r in given), "--output", str(tmp_path / "out"), "--num-bootstrap", "100"]) == 0
+    assert (
+        main([*(str(r.folder) for r in given), "--output", str(tmp_path / "out"), "--num-bootstrap", "100"])
+        == 0
+    )
     assert "0.7500 [0.6500, 0.8500]" in capsys.readouterr().out
     assert "What the predictions hang on" in (tmp_path / "out" / "compare.html").read_text()

@@ -37,7 +37,9 @@ def recbole(class_name: str, method: str):
     try:
         path = importlib.metadata.distribution("recbole").locate_file("recbole/evaluator/metrics.py")
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("recbole is not installed, so its metrics cannot be compared with; `make install` brings it (pip install --no-deps recbole==1.2.1)")
+        pytest.skip(
+            "recbole is not installed, so its metrics cannot be compared with; `make install` brings it (pip install --no-deps recbole==1.2.1)"
+        )
     tree = ast.parse(Path(str(path)).read_text())
     owner = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
     function = next(n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name == method)
@@ -50,18 +52,26 @@ def recbole(class_name: str, method: str):
 
 
 def test_ndcg_and_hit_rate_agree_with_scikit_learn():
-    sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed, so NDCG cannot be compared with it")
+    sklearn_metrics = pytest.importorskip(
+        "sklearn.metrics", reason="scikit-learn is not installed, so NDCG cannot be compared with it"
+    )
     predictions, entries, scores = world()
     found = evaluate(predictions, entries, **FAST)
     truth = np.array([[int(p["target_id"] == e.item_id) for e in entries] for p in predictions])
     for k in (1, 5, 10, 20, 50):
-        assert value(found, f"ndcg@{k}") == pytest.approx(sklearn_metrics.ndcg_score(truth, scores, k=k), abs=1e-12)
-        top_k = sklearn_metrics.top_k_accuracy_score(truth.argmax(1), scores, k=k, labels=np.arange(len(entries)))
+        assert value(found, f"ndcg@{k}") == pytest.approx(
+            sklearn_metrics.ndcg_score(truth, scores, k=k), abs=1e-12
+        )
+        top_k = sklearn_metrics.top_k_accuracy_score(
+            truth.argmax(1), scores, k=k, labels=np.arange(len(entries))
+        )
         assert value(found, f"hr@{k}") == pytest.approx(top_k, abs=1e-12)
 
 
 def test_tied_scores_count_as_their_expectation_as_in_scikit_learn():
-    sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed, so NDCG cannot be compared with it")
+    sklearn_metrics = pytest.importorskip(
+        "sklearn.metrics", reason="scikit-learn is not installed, so NDCG cannot be compared with it"
+    )
     predictions, entries, scores = world()
     scores = np.round(scores)  # many ties
     for p, row in zip(predictions, scores):
@@ -71,7 +81,9 @@ def test_tied_scores_count_as_their_expectation_as_in_scikit_learn():
     truth = np.array([[int(p["target_id"] == e.item_id) for e in entries] for p in predictions])
     found = evaluate(predictions, entries, **FAST)
     for k in (5, 10):
-        assert value(found, f"ndcg@{k}") == pytest.approx(sklearn_metrics.ndcg_score(truth, scores, k=k), abs=1e-12)
+        assert value(found, f"ndcg@{k}") == pytest.approx(
+            sklearn_metrics.ndcg_score(truth, scores, k=k), abs=1e-12
+        )
 
 
 def test_a_constant_scorer_scores_exactly_like_chance():
@@ -111,11 +123,17 @@ def test_coverage_gini_entropy_and_popularity_agree_with_recbole():
     counts = {i: e.train_count for i, e in enumerate(entries)}
     for k in (5, 10, 20):
         top = lists[:, :k]
-        assert value(found, f"coverage@{k}") == pytest.approx(recbole("ItemCoverage", "get_coverage")(top, len(entries)))
+        assert value(found, f"coverage@{k}") == pytest.approx(
+            recbole("ItemCoverage", "get_coverage")(top, len(entries))
+        )
         assert value(found, f"gini@{k}") == pytest.approx(recbole("GiniIndex", "get_gini")(top, len(entries)))
-        per_item = recbole("ShannonEntropy", "get_entropy")(top)  # RecBole divides the entropy by the number of distinct items
+        per_item = recbole("ShannonEntropy", "get_entropy")(
+            top
+        )  # RecBole divides the entropy by the number of distinct items
         assert value(found, f"entropy@{k}") == pytest.approx(per_item * len(np.unique(top)))
-        popularity = recbole("AveragePopularity", "metric_info")(recbole("AveragePopularity", "get_pop")(top, counts).astype(float))
+        popularity = recbole("AveragePopularity", "metric_info")(
+            recbole("AveragePopularity", "get_pop")(top, counts).astype(float)
+        )
         assert value(found, f"arp@{k}") == pytest.approx(popularity[:, -1].mean())
 
 
@@ -138,14 +156,21 @@ def test_mgu_and_dgu_equal_the_hand_computed_case():
     own = np.array([1, 1, 0, 0, 0, 0, 0, 1]) / 3
     assert value(found, "mgu_test_histories@5") == pytest.approx(np.abs(shown - own).mean())
     given = evaluate(predictions, entries, ks=(5,), history_item_counts={"i0": 3, "i7": 1}, **FAST)
-    assert value(given, "mgu@5") == pytest.approx(np.abs(shown - np.array([0.75, 0, 0, 0, 0, 0, 0, 0.25])).mean())
+    assert value(given, "mgu@5") == pytest.approx(
+        np.abs(shown - np.array([0.75, 0, 0, 0, 0, 0, 0, 0.25])).mean()
+    )
 
 
 def test_popularity_bins_hold_equal_numbers_of_seen_items_and_unseen_items_join_the_last():
     counts = np.array([0, 5, 9, 1, 7, 3, 0, 8, 2, 6])
     names = [f"i{n}" for n in range(10)]
     bins = np.asarray(inputs.popularity_groups(counts, names, 4).membership.argmax(axis=1)).ravel()
-    assert [sorted(counts[bins == b].tolist(), reverse=True) for b in range(4)] == [[9, 8], [7, 6], [5, 3], [2, 1, 0, 0]]
+    assert [sorted(counts[bins == b].tolist(), reverse=True) for b in range(4)] == [
+        [9, 8],
+        [7, 6],
+        [5, 3],
+        [2, 1, 0, 0],
+    ]
 
 
 def test_a_genre_share_is_split_over_the_genres_of_an_item():
@@ -153,14 +178,19 @@ def test_a_genre_share_is_split_over_the_genres_of_an_item():
     found = evaluate([prediction(0, "i0", 1, ["i0"])], entries, ks=(1, 5), **FAST)
     grouping = inputs.build_inputs([prediction(0, "i0", 1, ["i0"])], entries).groups("genres")
     assert grouping.membership.toarray().tolist() == [[0.5, 0.5], [1.0, 0.0]]
-    assert any("K is larger than the catalogue (2)" in note for note in found["notes"]) and "mgu@5" not in found["metrics"]
+    assert (
+        any("K is larger than the catalogue (2)" in note for note in found["notes"])
+        and "mgu@5" not in found["metrics"]
+    )
 
 
 def test_lift_log_difference_and_long_tail_equal_the_hand_computed_case():
     predictions, entries = popular_and_rare()
     found = evaluate(predictions, entries, ks=(5,), **FAST)
     lists, profiles = [(80 + 70 + 60 + 50 + 40) / 5, (80 + 70 + 60 + 50 + 30) / 5], [75, 10]
-    assert value(found, "popularity_lift@5") == pytest.approx((np.mean(lists) - np.mean(profiles)) / np.mean(profiles))
+    assert value(found, "popularity_lift@5") == pytest.approx(
+        (np.mean(lists) - np.mean(profiles)) / np.mean(profiles)
+    )
     logs = lambda counts: np.mean(np.log(np.array(counts) + 1))
     expected = np.mean([logs([80, 70, 60, 50, 40]) - logs([80, 70]), logs([80, 70, 60, 50, 30]) - logs([10])])
     assert value(found, "logpopdiff@5") == pytest.approx(expected)
@@ -194,7 +224,9 @@ def test_provider_exposure_equals_the_hand_computed_case():
     found = evaluate([prediction(0, "i0", 1, ["i2", "i3", "i0", "i1", "i4"])], entries, ks=(5,), **FAST)
     big, small, third = 1 / 2 + 1 / math.log2(5), 1.0, 1 / math.log2(6)
     share = np.array([big, small, third]) / (big + small + third)
-    assert value(found, "provider_l1_catalogue@5") == pytest.approx(np.abs(share - [2 / 4, 1 / 4, 1 / 4]).sum())
+    assert value(found, "provider_l1_catalogue@5") == pytest.approx(
+        np.abs(share - [2 / 4, 1 / 4, 1 / 4]).sum()
+    )
     assert value(found, "provider_l1_interactions@5") == pytest.approx(np.abs(share - [0.8, 0.2, 0]).sum())
     assert value(found, "provider_coverage@5") == 1.0
     rates = share / np.array([0.5, 0.25, 0.25])
@@ -207,18 +239,27 @@ def test_provider_exposure_equals_the_hand_computed_case():
 
 
 def test_groups_agree_with_fairlearn():
-    metrics = pytest.importorskip("fairlearn.metrics", reason="fairlearn is not installed, so groups cannot be compared with it")
+    metrics = pytest.importorskip(
+        "fairlearn.metrics", reason="fairlearn is not installed, so groups cannot be compared with it"
+    )
     predictions, entries, _ = world()
     found = evaluate(predictions, entries, num_bootstrap=20)["breakdowns"]["user:gender"]
     gains = np.array([1 / math.log2(p["rank"] + 1) if p["rank"] <= 10 else 0 for p in predictions])
     frame = metrics.MetricFrame(
-        metrics=lambda y, p: float(np.mean(p)), y_true=gains, y_pred=gains, sensitive_features=[p["user"]["gender"] for p in predictions]
+        metrics=lambda y, p: float(np.mean(p)),
+        y_true=gains,
+        y_pred=gains,
+        sensitive_features=[p["user"]["gender"] for p in predictions],
     )
     for group, expected in frame.by_group.items():
         assert found["groups"][group]["ndcg@10"]["value"] == pytest.approx(expected)
     summary = {part: f["value"] for part, f in found["summary"]["ndcg@10"].items()}
-    assert summary["worst"] == pytest.approx(frame.group_min()) and summary["best"] == pytest.approx(frame.group_max())
-    assert summary["gap"] == pytest.approx(frame.difference()) and summary["ratio"] == pytest.approx(frame.ratio())
+    assert summary["worst"] == pytest.approx(frame.group_min()) and summary["best"] == pytest.approx(
+        frame.group_max()
+    )
+    assert summary["gap"] == pytest.approx(frame.difference()) and summary["ratio"] == pytest.approx(
+        frame.ratio()
+    )
 
 
 def test_the_worst_group_of_a_loss_is_the_highest_and_small_groups_are_pooled():
@@ -230,8 +271,12 @@ def test_the_worst_group_of_a_loss_is_the_highest_and_small_groups_are_pooled():
     ]
     found = evaluate(predictions, entries, num_bootstrap=20)
     groups = found["breakdowns"]["relevance_group"]["groups"]
-    assert list(groups) == ["0", "1", "(groups under 10)"] and groups["1"]["nll"]["value"] == pytest.approx(3.0)
-    assert value(found, "nll_worst_relevance_group") == pytest.approx(9.0) and value(found, "nll_gap_relevance_group") == pytest.approx(8.0)
+    assert list(groups) == ["0", "1", "(groups under 10)"] and groups["1"]["nll"]["value"] == pytest.approx(
+        3.0
+    )
+    assert value(found, "nll_worst_relevance_group") == pytest.approx(9.0) and value(
+        found, "nll_gap_relevance_group"
+    ) == pytest.approx(8.0)
 
 
 def test_the_tail_mean_is_the_mean_of_the_worst_tenth():
@@ -271,7 +316,10 @@ def test_a_group_without_a_hit_keeps_an_open_interval():
 
 def test_the_order_of_samples_and_catalogue_changes_no_value():
     predictions, entries, _ = world()
-    first, second = evaluate(predictions, entries, **FAST)["metrics"], evaluate(predictions[::-1], entries[::-1], **FAST)["metrics"]
+    first, second = (
+        evaluate(predictions, entries, **FAST)["metrics"],
+        evaluate(predictions[::-1], entries[::-1], **FAST)["metrics"],
+    )
     assert first.keys() == second.keys() and len(first) > 60
     for name in first:
         assert first[name]["value"] == pytest.approx(second[name]["value"], rel=1e-9), name
@@ -280,7 +328,11 @@ def test_the_order_of_samples_and_catalogue_changes_no_value():
 def test_every_id_of_a_merged_entry_counts_as_that_entry():
     entries = [entry("i0", 3, merged=("copy",)), entry("i1", 1)]
     found = evaluate(
-        [prediction(0, "copy", 1, ["i0", "i1"], history_ids=["copy"])], entries, ks=(1,), history_item_counts={"copy": 2, "i1": 2}, **FAST
+        [prediction(0, "copy", 1, ["i0", "i1"], history_ids=["copy"])],
+        entries,
+        ks=(1,),
+        history_item_counts={"copy": 2, "i1": 2},
+        **FAST,
     )
     assert value(found, "hr@1") == 1.0
     with pytest.raises(UserError, match="names an item twice"):
@@ -311,12 +363,22 @@ def test_adding_a_metric_is_one_function_and_one_row(monkeypatch):
         rare = data.train_count <= np.median(data.train_count)
         return mean_statistic(item_side._mean_over_list(data, k, rare.astype(float)), (0, 1))
 
-    row = table.Metric("rare_share@{k}", rare_share, "item", "share of the list in the less popular half", None, (5,), targets=True)
+    row = table.Metric(
+        "rare_share@{k}",
+        rare_share,
+        "item",
+        "share of the list in the less popular half",
+        None,
+        (5,),
+        targets=True,
+    )
     monkeypatch.setattr(table, "METRICS", (*table.METRICS, row))
     predictions, entries = popular_and_rare()
     found = evaluate(predictions, entries, ks=(5,), **FAST)["metrics"]["rare_share@5"]
     assert found["value"] == pytest.approx(1 / 5) and found["ci_low"] is not None
-    assert evaluate_targets(predictions, entries, ks=(5,), num_bootstrap=20)["rare_share@5"]["value"] == pytest.approx(1 / 2)
+    assert evaluate_targets(predictions, entries, ks=(5,), num_bootstrap=20)["rare_share@5"][
+        "value"
+    ] == pytest.approx(1 / 2)
 
 
 def test_lists_that_are_missing_or_short_leave_list_metrics_out_with_words():
@@ -324,8 +386,14 @@ def test_lists_that_are_missing_or_short_leave_list_metrics_out_with_words():
     found = evaluate([prediction(n, "i0", 2, []) for n in range(3)], entries, **FAST)
     assert value(found, "hr@5") == 1.0 and "mgu@5" not in found["metrics"]
     assert any("mgu@5: not measured, the lists hold 0 items" in note for note in found["notes"])
-    uneven = evaluate([prediction(0, "i0", 2, ["i1", "i0", "i2", "i3", "i4"]), prediction(1, "i0", None, ["i1"])], entries, **FAST)
-    assert value(uneven, "coverage@5") == pytest.approx(5 / 30) and any("shorter" in note for note in uneven["notes"])
+    uneven = evaluate(
+        [prediction(0, "i0", 2, ["i1", "i0", "i2", "i3", "i4"]), prediction(1, "i0", None, ["i1"])],
+        entries,
+        **FAST,
+    )
+    assert value(uneven, "coverage@5") == pytest.approx(5 / 30) and any(
+        "shorter" in note for note in uneven["notes"]
+    )
 
 
 def test_an_empty_split_and_a_bad_cut_off_are_refused():
@@ -346,15 +414,30 @@ def test_a_thousand_replicates_over_a_thousand_users_take_seconds():
     found = evaluate(predictions, entries)
     assert time.perf_counter() - start < 12  # about 1 s on an idle core; loops over replicates take minutes
     with_interval = {name: f for name, f in found["metrics"].items() if f["ci_low"] is not None}
-    assert len(with_interval) > 60 and [n for n, f in with_interval.items() if not f["ci_low"] <= f["value"] <= f["ci_high"]] == []
+    assert (
+        len(with_interval) > 60
+        and [n for n, f in with_interval.items() if not f["ci_low"] <= f["value"] <= f["ci_high"]] == []
+    )
 
 
 # --- planted errors: each mutation of the code must break the named check
 
 MUTATIONS = [
-    (accuracy, "gains", "inputs.rank + 1", "inputs.rank + 2", test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place),
+    (
+        accuracy,
+        "gains",
+        "inputs.rank + 1",
+        "inputs.rank + 2",
+        test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place,
+    ),
     (accuracy, "hit_rates", "<= k", "< k", test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place),
-    (accuracy, "_expected_gain", "(inputs.num_tied - 1) / 2", "0", test_a_constant_scorer_scores_exactly_like_chance),
+    (
+        accuracy,
+        "_expected_gain",
+        "(inputs.num_tied - 1) / 2",
+        "0",
+        test_a_constant_scorer_scores_exactly_like_chance,
+    ),
     (
         inputs,
         "_ranks",
@@ -364,8 +447,20 @@ MUTATIONS = [
     ),
     (item_side, "mgu", "mean(axis=1)", "max(axis=1)", test_mgu_and_dgu_equal_the_hand_computed_case),
     (item_side, "dgu", "- gap.min(axis=1)", "", test_mgu_and_dgu_equal_the_hand_computed_case),
-    (item_side, "gini_of", "size * totals", "(size - 1) * totals", test_coverage_gini_entropy_and_popularity_agree_with_recbole),
-    (item_side, "entropy_of", "np.log(sums)", "np.log2(sums)", test_coverage_gini_entropy_and_popularity_agree_with_recbole),
+    (
+        item_side,
+        "gini_of",
+        "size * totals",
+        "(size - 1) * totals",
+        test_coverage_gini_entropy_and_popularity_agree_with_recbole,
+    ),
+    (
+        item_side,
+        "entropy_of",
+        "np.log(sums)",
+        "np.log2(sums)",
+        test_coverage_gini_entropy_and_popularity_agree_with_recbole,
+    ),
     (
         inputs,
         "popularity_groups",
@@ -373,7 +468,13 @@ MUTATIONS = [
         "0)",
         test_popularity_bins_hold_equal_numbers_of_seen_items_and_unseen_items_join_the_last,
     ),
-    (inputs, "_label_groups", "1 / len(values)", "1.0", test_a_genre_share_is_split_over_the_genres_of_an_item),
+    (
+        inputs,
+        "_label_groups",
+        "1 / len(values)",
+        "1.0",
+        test_a_genre_share_is_split_over_the_genres_of_an_item,
+    ),
     (
         item_side,
         "reo",
@@ -381,24 +482,54 @@ MUTATIONS = [
         "where=targets > 1",
         test_statistical_parity_and_equal_opportunity_equal_the_hand_computed_case,
     ),
-    (provider_side, "catalogue_share", "counts.sum()", "inputs.num_items", test_provider_exposure_equals_the_hand_computed_case),
-    (user_side, "summary_statistics", "if higher_is_better else", "if not higher_is_better else", test_groups_agree_with_fairlearn),
-    (user_side, "tail_mean", "-values[valid]", "values[valid]", test_the_tail_mean_is_the_mean_of_the_worst_tenth),
+    (
+        provider_side,
+        "catalogue_share",
+        "counts.sum()",
+        "inputs.num_items",
+        test_provider_exposure_equals_the_hand_computed_case,
+    ),
+    (
+        user_side,
+        "summary_statistics",
+        "if higher_is_better else",
+        "if not higher_is_better else",
+        test_groups_agree_with_fairlearn,
+    ),
+    (
+        user_side,
+        "tail_mean",
+        "-values[valid]",
+        "values[valid]",
+        test_the_tail_mean_is_the_mean_of_the_worst_tenth,
+    ),
 ]
 
 
-@pytest.mark.parametrize("module, name, old, new, check", MUTATIONS, ids=[f"{m[0].__name__.split('.')[-1]}.{m[1]}" for m in MUTATIONS])
+@pytest.mark.parametrize(
+    "module, name, old, new, check",
+    MUTATIONS,
+    ids=[f"{m[0].__name__.split('.')[-1]}.{m[1]}" for m in MUTATIONS],
+)
 def test_a_planted_error_is_caught(module, name, old, new, check, monkeypatch):
     source = textwrap.dedent(inspect.getsource(getattr(module, name)))
     assert old in source, "the mutation no longer applies to the code"
     space: dict = {}
-    exec(compile("from __future__ import annotations\n" + source.replace(old, new), module.__file__, "exec"), module.__dict__ | {}, space)
-    mutated = type(getattr(module, name))(space[name].__code__, module.__dict__, name, space[name].__defaults__, space[name].__closure__)
+    exec(
+        compile("from __future__ import annotations\n" + source.replace(old, new), module.__file__, "exec"),
+        module.__dict__ | {},
+        space,
+    )
+    mutated = type(getattr(module, name))(
+        space[name].__code__, module.__dict__, name, space[name].__defaults__, space[name].__closure__
+    )
     mutated.__kwdefaults__ = space[name].__kwdefaults__
     original = getattr(module, name)
     monkeypatch.setattr(module, name, mutated)
     rows = tuple(
-        row if row.function is not original and getattr(row.function, "func", None) is not original else _replaced(row, original, mutated)
+        row
+        if row.function is not original and getattr(row.function, "func", None) is not original
+        else _replaced(row, original, mutated)
         for row in table.METRICS
     )
     monkeypatch.setattr(table, "METRICS", rows)

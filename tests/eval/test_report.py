@@ -61,7 +61,14 @@ FIGURES = [
         "caption": "Points.",
         "points": [{"x": 1, "y": 2, "label": EVIL, "x_low": 0, "x_high": 2}, {"x": 2, "y": 1}],
     },
-    {"kind": "heatmap", "title": "Map", "caption": "Cells.", "rows": ["a", "b"], "columns": ["c"], "values": [[1.0], [None]]},
+    {
+        "kind": "heatmap",
+        "title": "Map",
+        "caption": "Cells.",
+        "rows": ["a", "b"],
+        "columns": ["c"],
+        "values": [[1.0], [None]],
+    },
     {
         "kind": "tokens",
         "title": "Tokens",
@@ -102,7 +109,9 @@ def report(tmp_path_factory):
         }
         for s in range(60)
     ]
-    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 61, "lo')  # a torn last line
+    (run / "metrics.jsonl").write_text(
+        "\n".join(map(json.dumps, rows)) + '\n{"step": 61, "lo'
+    )  # a torn last line
     found = evaluate(predictions, entries, num_bootstrap=60)
     floor = evaluate(world(120, 60, skill=0.0)[0], entries, num_bootstrap=30, breakdowns=False)["metrics"]
     audit = {
@@ -127,7 +136,9 @@ def report(tmp_path_factory):
         "config": {"run": {"dir": "x"}, "objective": "gdrt"},
         "audits": {"planted": audit},
     }
-    write_report(folder, results, predictions, entries, run_folder=run, history_item_counts={"i0": 5, "i1": 2})
+    write_report(
+        folder, results, predictions, entries, run_folder=run, history_item_counts={"i0": 5, "i1": 2}
+    )
     return folder, results
 
 
@@ -169,7 +180,9 @@ def test_the_page_is_one_file_without_script_or_network(report):
     assert {"script", "iframe", "object", "img"}.isdisjoint(t for t, _ in tags.seen)
     links = [v for _, a in tags.seen for k, v in a.items() if k in ("href", "src", "xlink:href", "action")]
     assert links and all(v.startswith("#") or v == "data:," for v in links)
-    assert not re.search(r"@import|url\((?!#)", page) and not any(k.startswith("on") for _, a in tags.seen for k in a)
+    assert not re.search(r"@import|url\((?!#)", page) and not any(
+        k.startswith("on") for _, a in tags.seen for k in a
+    )
     assert len(tags.ids) == len(set(tags.ids)), "an id is used twice"
     inside = {v[1:] for v in links if v.startswith("#")}
     assert inside <= set(tags.ids)
@@ -196,9 +209,17 @@ def test_every_section_table_and_figure_is_there_with_its_sentence(report):
     ):
         assert f"<h2>{title}" in page, title
     assert page.count("<figure") == page.count("<figcaption") >= 15 + len(FIGURES) - 2
-    assert all(re.search(r"[a-z]", caption) for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page))
+    assert all(
+        re.search(r"[a-z]", caption) for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    )
     assert "Not a result: limited to 120 samples" in page
-    for title in ("Group losses", "Group weights q", "Exposure by item popularity", "Exposure by provider size", "NDCG@10 by user gender"):
+    for title in (
+        "Group losses",
+        "Group weights q",
+        "Exposure by item popularity",
+        "Exposure by provider size",
+        "NDCG@10 by user gender",
+    ):
         assert f"<h3>{title}</h3>" in page, title
 
 
@@ -206,7 +227,12 @@ def test_markdown_holds_every_metric_with_the_value_of_results_json(report):
     folder, results = report
     markdown = (folder / "report.md").read_text()
     rows = [line for line in markdown.splitlines() if line.startswith("| ")]
-    for label, name in (("NDCG@10", "ndcg@10"), ("MGU@5", "mgu@5"), ("Target NLL", "nll"), ("Provider Gini@10", "provider\u005fgini@10")):
+    for label, name in (
+        ("NDCG@10", "ndcg@10"),
+        ("MGU@5", "mgu@5"),
+        ("Target NLL", "nll"),
+        ("Provider Gini@10", "provider\u005fgini@10"),
+    ):
         shown = f"{results['metrics'][name]['value']:.4f}"
         assert any(row.startswith(f"| {label} ") and shown in row for row in rows), (label, shown)
     assert len({row.count("|") for row in rows if "NDCG@" in row and "↑" in row}) == 1
@@ -215,7 +241,15 @@ def test_markdown_holds_every_metric_with_the_value_of_results_json(report):
 def test_the_catalogue_beside_the_report_lets_anyone_recompute_the_metrics(report):
     rows = [json.loads(line) for line in (report[0] / "catalogue.jsonl").read_text().splitlines()]
     assert len(rows) == 60 and rows[0]["history_count"] == 5 and rows[5]["history_count"] == 0
-    assert set(rows[0]) == {"item_id", "merged_ids", "text", "train_count", "provider", "groups", "history_count"}
+    assert set(rows[0]) == {
+        "item_id",
+        "merged_ids",
+        "text",
+        "train_count",
+        "provider",
+        "groups",
+        "history_count",
+    }
 
 
 def test_the_terminal_table_names_values_intervals_and_floors(report):
@@ -233,10 +267,31 @@ def test_the_terminal_table_names_values_intervals_and_floors(report):
 
 
 def test_figures_for_reading():
-    shown = {1234.56: "1,235", 123.456: "123.5", 12.3456: "12.35", 0.5: "0.5000", -0.25: "-0.2500", 0.00094: "0.00094", -5.4e-5: "-5.4e-05", None: "–", float("inf"): "–",
-             0.0: "0.0000", -1.4e-17: "0.0000", 2.2e-16: "0.0000", 1e-14: "1e-14", 2411: "2,411"}
+    shown = {
+        1234.56: "1,235",
+        123.456: "123.5",
+        12.3456: "12.35",
+        0.5: "0.5000",
+        -0.25: "-0.2500",
+        0.00094: "0.00094",
+        -5.4e-5: "-5.4e-05",
+        None: "–",
+        float("inf"): "–",
+        0.0: "0.0000",
+        -1.4e-17: "0.0000",
+        2.2e-16: "0.0000",
+        1e-14: "1e-14",
+        2411: "2,411",
+    }
     assert {value: number(value) for value in shown} == shown
-    assert [signed(value) for value in (0.25, -0.25, 0.0, 2.2e-16, -2.2e-16, None)] == ["+0.2500", "-0.2500", "0.0000", "0.0000", "0.0000", "–"]
+    assert [signed(value) for value in (0.25, -0.25, 0.0, 2.2e-16, -2.2e-16, None)] == [
+        "+0.2500",
+        "-0.2500",
+        "0.0000",
+        "0.0000",
+        "0.0000",
+        "–",
+    ]
 
 
 def test_a_torn_last_line_of_the_training_log_is_left_out_and_a_torn_middle_is_an_error(tmp_path):
@@ -272,12 +327,16 @@ def test_a_figure_that_does_not_fit_the_schema_is_refused_in_words(change, words
 def browser() -> str:
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not found:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium), so the page was not opened in a browser")
+        pytest.skip(
+            "no Chromium on this machine (Debian: apt-get install chromium), so the page was not opened in a browser"
+        )
     return found
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_opens_the_page_without_console_error_network_or_sideways_scrolling(report, tmp_path, width):
+def test_a_browser_opens_the_page_without_console_error_network_or_sideways_scrolling(
+    report, tmp_path, width
+):
     page = (report[0] / "report.html").read_text()
     probe = "<script>onload=()=>parent.postMessage(document.documentElement.scrollWidth+' of '+innerWidth,'*')</script>"
     (tmp_path / "report.html").write_text(page.replace("</body>", probe + "</body>"))

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
-from eval.metrics.robustness import jaccard, kendall_tau, rank_biased_overlap, relative_drop, worst_environment
+from eval.metrics.robustness import (
+    jaccard,
+    kendall_tau,
+    rank_biased_overlap,
+    relative_drop,
+    worst_environment,
+)
 
 
 def test_kendall_tau_of_shared_items_agrees_with_scipy():
@@ -26,10 +32,19 @@ def test_rank_biased_overlap_equals_the_sum_of_its_definition():
     for _ in range(20):
         a, b = list(rng.permutation(9)[:6]), list(rng.permutation(9)[:6])
         agreement = [len(set(a[:d]) & set(b[:d])) / d for d in range(1, 7)]
-        tail = agreement[-1] * 0.9**6  # all deeper agreements taken as the last one: sum of (1-p) p^(d-1) from d = 7
-        assert rank_biased_overlap(a, b) == pytest.approx(sum(0.1 * 0.9**d * x for d, x in enumerate(agreement)) + tail)
-    assert rank_biased_overlap([1, 2, 3], [1, 2, 3]) == pytest.approx(1.0) and rank_biased_overlap([1, 2], [3, 4]) == 0.0
-    assert rank_biased_overlap([1, 2, 3, 4], [2, 1, 3, 4]) < rank_biased_overlap([1, 2, 3, 4], [1, 2, 4, 3])  # the top weighs more
+        tail = (
+            agreement[-1] * 0.9**6
+        )  # all deeper agreements taken as the last one: sum of (1-p) p^(d-1) from d = 7
+        assert rank_biased_overlap(a, b) == pytest.approx(
+            sum(0.1 * 0.9**d * x for d, x in enumerate(agreement)) + tail
+        )
+    assert (
+        rank_biased_overlap([1, 2, 3], [1, 2, 3]) == pytest.approx(1.0)
+        and rank_biased_overlap([1, 2], [3, 4]) == 0.0
+    )
+    assert rank_biased_overlap([1, 2, 3, 4], [2, 1, 3, 4]) < rank_biased_overlap(
+        [1, 2, 3, 4], [1, 2, 4, 3]
+    )  # the top weighs more
 
 
 def test_overlap_drop_and_worst_environment():

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from eval.scoring import per_item_scores
-from gdrt_ds import prompt_cache, scoring
+from gdrt_ds.inference import prompt_reader as prompt_cache, catalogue_scoring as scoring
 from gdrt_ds.errors import UserError
-from gdrt_ds.prompt_cache import PromptReader
-from gdrt_ds.scoring import CatalogueScorer
+from gdrt_ds.inference.prompt_reader import PromptReader
+from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 from tests.eval.scoring_models import catalogue_tokens, family, head_and_prompts, trie_of
 
 HEAD, PROMPTS = head_and_prompts()
@@ -67,7 +67,9 @@ def test_the_order_of_the_catalogue_changes_nothing():
 
 def test_only_branching_nodes_and_their_ancestors_are_forwarded():
     renormalised, full = (scoring.TreePlan(TRIE, objective) for objective in scoring.OBJECTIVES)
-    expected = {a for n in np.flatnonzero(TRIE.branching) for a in range(1, int(n) + 1) if a <= n < TRIE.end[a]}
+    expected = {
+        a for n in np.flatnonzero(TRIE.branching) for a in range(1, int(n) + 1) if a <= n < TRIE.end[a]
+    }
     assert set(renormalised.nodes.tolist()) == expected
     assert len(full.nodes) == int((TRIE.entry[1:] < 0).sum())
     assert len(renormalised.nodes) < len(full.nodes) / 3
@@ -78,7 +80,9 @@ def test_slices_hold_the_ancestors_of_their_nodes_and_score_every_edge_once():
         plan = scoring.TreePlan(TRIE, objective)
         for length in (1, 5, 64):
             seen = np.zeros(len(plan.edge_token), int)
-            seen[:plan.edge_offsets[1] if plan.scored[0] == 0 else 0] += 1  # the root's edges are read off the prompt
+            seen[: plan.edge_offsets[1] if plan.scored[0] == 0 else 0] += (
+                1  # the root's edges are read off the prompt
+            )
             for part in plan.slices(length):
                 seen[part.edges] += 1
                 depths = part.depths.tolist()
@@ -90,7 +94,10 @@ def test_slices_hold_the_ancestors_of_their_nodes_and_score_every_edge_once():
 
 def test_memory_bound_shortens_slices_and_refuses_what_cannot_fit():
     model = family("llama")
-    free, tight = (CatalogueScorer(PromptReader(model, HEAD), TRIE, "full", max_bytes=size, tokens_per_slice=4096) for size in (1 << 30, 200_000))
+    free, tight = (
+        CatalogueScorer(PromptReader(model, HEAD), TRIE, "full", max_bytes=size, tokens_per_slice=4096)
+        for size in (1 << 30, 200_000)
+    )
     assert tight.slice_length(2, 32) < free.slice_length(2, 32)
     assert torch.allclose(tight.score(PROMPTS[:2]), free.score(PROMPTS[:2]), atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="max_score_bytes = 100"):
@@ -117,12 +124,17 @@ def test_the_prompt_cache_is_neither_changed_nor_copied_by_scoring():
     scorer = CatalogueScorer(reader, TRIE)
     first, second = scorer.score_state(state), scorer.score_state(state)
     assert torch.equal(first, second)
-    assert all(torch.equal(k, old) and k.data_ptr() == place for (k, _), (old, place) in zip(state.past, before))
+    assert all(
+        torch.equal(k, old) and k.data_ptr() == place for (k, _), (old, place) in zip(state.past, before)
+    )
 
 
 def test_lora_on_the_output_head_is_scored_as_the_model_computes_it():
     from peft import LoraConfig, get_peft_model
-    model = get_peft_model(family("llama"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"]))
+
+    model = get_peft_model(
+        family("llama"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"])
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.2)
@@ -139,12 +151,16 @@ def test_a_catalogue_of_one_title_and_titles_without_branching(objective):
     model = family("llama")
     for items in ([ITEMS[0]], [[5, 10, 2], [6, 11, 2]]):
         found = score(model, objective, prompts=PROMPTS[:1], trie=trie_of(items))[0]
-        assert torch.allclose(found, per_item_scores(model, trie_of(items), PROMPTS[0], None, objective), atol=1e-4, rtol=0)
+        assert torch.allclose(
+            found, per_item_scores(model, trie_of(items), PROMPTS[0], None, objective), atol=1e-4, rtol=0
+        )
 
 
 # Planted errors: each must be caught by the equality above, or the check is worth nothing.
 def test_a_wrong_tree_mask_is_caught(monkeypatch):
-    monkeypatch.setattr(scoring, "tree_mask", lambda end: torch.ones(len(end), len(end), dtype=torch.bool).tril())
+    monkeypatch.setattr(
+        scoring, "tree_mask", lambda end: torch.ones(len(end), len(end), dtype=torch.bool).tril()
+    )
     assert (score(family("llama"))[2, SAMPLE] - reference(family("llama"), PROMPTS[2])).abs().max() > 1e-2
 
 
@@ -152,7 +168,16 @@ def test_wrong_positions_are_caught(monkeypatch):
     original = PromptReader.run
 
     def shifted(self, tokens, positions, visible, past, past_positions, **options):
-        return original(self, tokens, positions + (1 if not options.get("record") else 0), visible, past, past_positions, **options)
+        return original(
+            self,
+            tokens,
+            positions + (1 if not options.get("record") else 0),
+            visible,
+            past,
+            past_positions,
+            **options,
+        )
+
     monkeypatch.setattr(PromptReader, "run", shifted)
     for name in ("llama", "gpt2"):
         assert (score(family(name))[2, SAMPLE] - reference(family(name), PROMPTS[2])).abs().max() > 1e-3
@@ -163,7 +188,11 @@ def test_a_forgotten_sliding_window_is_caught(monkeypatch):
     for name in ("mistral", "gemma3"):
         model = family(name)
         if name == "gemma3":
-            monkeypatch.setattr(prompt_cache, "_layer_windows", lambda config: (dict.fromkeys(["full_attention", "sliding_attention"]), None))
+            monkeypatch.setattr(
+                prompt_cache,
+                "_layer_windows",
+                lambda config: (dict.fromkeys(["full_attention", "sliding_attention"]), None),
+            )
         assert (score(model)[2, SAMPLE] - reference(model, PROMPTS[2])).abs().max() > 1e-3
 
 
@@ -174,5 +203,6 @@ def test_padding_that_is_seen_is_caught(monkeypatch):
         state = original(self, prompts)
         state.visible = torch.ones_like(state.visible)
         return state
+
     monkeypatch.setattr(PromptReader, "read", careless)
     assert (score(family("llama"))[0, SAMPLE] - reference(family("llama"), PROMPTS[0])).abs().max() > 1e-2

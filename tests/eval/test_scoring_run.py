@@ -17,12 +17,12 @@ from eval.loading import load_subject
 from eval.metrics.calibration import nll_curve
 from eval.run import main
 from eval.scoring import expected_rank, per_item_scores
-from gdrt_ds.catalogue import Catalogue
+from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.errors import UserError
 from gdrt_ds.recommend import main as recommend_main
 from gdrt_ds.recommend import parse_history
 from gdrt_ds.runtime import Runtime
-from gdrt_ds.scoring import CatalogueScorer
+from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 from tests.eval.run_folders import TINY, make_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,7 +41,10 @@ def evaluated(run):
 
 
 def rows(folder):
-    return [json.loads(line) for line in (Path(folder) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (Path(folder) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def fails(capsys, arguments, entry=main):
@@ -49,7 +52,9 @@ def fails(capsys, arguments, entry=main):
     with pytest.raises(SystemExit) as ended:
         entry([str(a) for a in arguments])
     text = capsys.readouterr().err
-    assert ended.value.code == 2 and text.startswith("error: ") and "fix: " in text and "Traceback" not in text
+    assert (
+        ended.value.code == 2 and text.startswith("error: ") and "fix: " in text and "Traceback" not in text
+    )
     return text
 
 
@@ -60,7 +65,9 @@ def test_predictions_equal_an_independent_scoring_of_every_item(run, evaluated):
     ids = [entry.item_id for entry in subject.catalogue.entries]
     for sample, row in list(zip(subject.samples, found))[:3]:
         recommender = subject.recommender
-        scores = per_item_scores(recommender.loaded.model, recommender.trie, recommender.prompt_of(sample.history)).numpy()
+        scores = per_item_scores(
+            recommender.loaded.model, recommender.trie, recommender.prompt_of(sample.history)
+        ).numpy()
         target = subject.catalogue.index_of[sample.target]
         assert row["rank"] == expected_rank(scores, target)
         assert row["target_nll"] == pytest.approx(-scores[target], abs=1e-4)
@@ -71,9 +78,16 @@ def test_predictions_equal_an_independent_scoring_of_every_item(run, evaluated):
 
 def test_results_name_objective_mode_versions_and_floors(evaluated):
     results = json.loads((evaluated / "results.json").read_text())
-    assert results["objective"] == results["mode"] == "renormalised" and results["dtype"] == "float32" and results["limit"] is None
+    assert (
+        results["objective"] == results["mode"] == "renormalised"
+        and results["dtype"] == "float32"
+        and results["limit"] is None
+    )
     assert set(results["floors"]) == {"popularity", "markov", "targets"}
-    assert results["metrics"]["ndcg@10"]["n"] == len(rows(evaluated)) and results["versions"]["torch"] == torch.__version__
+    assert (
+        results["metrics"]["ndcg@10"]["n"] == len(rows(evaluated))
+        and results["versions"]["torch"] == torch.__version__
+    )
     mean_nll = np.mean([row["target_nll"] for row in rows(evaluated)])
     assert results["metrics"]["nll"]["value"] == pytest.approx(mean_nll, abs=1e-9)
     assert (evaluated / "report.html").is_file() and (evaluated / "report.md").is_file()
@@ -84,7 +98,11 @@ def test_merged_and_unmerged_adapters_and_the_base_model(run, evaluated):
     for options in ({}, {"merge": False}, {"base": True}):
         subject = load_subject(Runtime(), run=str(run), **options)
         recommender = subject.recommender
-        scores.append(CatalogueScorer(recommender.reader, recommender.trie).score([recommender.prompt_of(s.history) for s in subject.samples[:4]]))
+        scores.append(
+            CatalogueScorer(recommender.reader, recommender.trie).score(
+                [recommender.prompt_of(s.history) for s in subject.samples[:4]]
+            )
+        )
     assert torch.allclose(scores[0], scores[1], atol=1e-4, rtol=0)
     assert (scores[0] - scores[2]).abs().max() > 0.05
 
@@ -95,7 +113,9 @@ def test_an_nf4_base_is_scored_like_its_own_per_item_scores(tmp_path):
     recommender, sample = subject.recommender, subject.samples[0]
     prompt = recommender.prompt_of(sample.history)
     found = CatalogueScorer(recommender.reader, recommender.trie).score([prompt])[0]
-    assert torch.allclose(found, per_item_scores(recommender.loaded.model, recommender.trie, prompt), atol=1e-4, rtol=0)
+    assert torch.allclose(
+        found, per_item_scores(recommender.loaded.model, recommender.trie, prompt), atol=1e-4, rtol=0
+    )
     assert any("NF4" in line for line in recommender.lines)
 
 
@@ -103,8 +123,22 @@ def test_a_model_trained_elsewhere_scores_like_the_run_it_is_a_copy_of(run, eval
     shutil.copytree(run / "base", tmp_path / "base")
     shutil.copytree(run / "adapter", tmp_path / "adapter")
     shutil.copy(run / "prompt.json", tmp_path / "mine.json")
-    main(["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "--prompt", str(tmp_path / "mine.json"), "--data", "planted",
-          "--output", str(tmp_path / "out"), *FAST, TINY[1]])
+    main(
+        [
+            "--model",
+            str(tmp_path / "base"),
+            "--adapter",
+            str(tmp_path / "adapter"),
+            "--prompt",
+            str(tmp_path / "mine.json"),
+            "--data",
+            "planted",
+            "--output",
+            str(tmp_path / "out"),
+            *FAST,
+            TINY[1],
+        ]
+    )
     for mine, theirs in zip(rows(tmp_path / "out"), rows(evaluated)):
         assert (mine["rank"], mine["top_ids"]) == (theirs["rank"], theirs["top_ids"])
         assert mine["target_nll"] == pytest.approx(theirs["target_nll"], abs=1e-6)
@@ -116,9 +150,31 @@ def strip(row: dict) -> dict:
 
 
 def test_two_ranks_write_what_one_rank_writes(run, evaluated, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval.run", "--run-dir", str(run),
-               "--output", str(tmp_path), *FAST, "--batch-size", "3"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "eval.run",
+        "--run-dir",
+        str(run),
+        "--output",
+        str(tmp_path),
+        *FAST,
+        "--batch-size",
+        "3",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     parts = [p.read_text().count("\n") for p in sorted((tmp_path / "parts").glob("rank_*.jsonl"))]
     assert parts == [20, 20]
@@ -134,7 +190,11 @@ def test_a_restart_goes_on_where_a_killed_evaluation_ended(run, evaluated, tmp_p
     lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
     part.write_text("".join(lines[:30]) + lines[30][:40], encoding="utf-8")  # killed in the middle of a write
     scored, original = [], predictions_module.SampleScorer.score
-    monkeypatch.setattr(predictions_module.SampleScorer, "score", lambda self, samples: scored.extend(samples) or original(self, samples))
+    monkeypatch.setattr(
+        predictions_module.SampleScorer,
+        "score",
+        lambda self, samples: scored.extend(samples) or original(self, samples),
+    )
     main(["--run", str(run), "--output", str(tmp_path / "out"), *FAST])
     assert len(scored) == 10
     assert list(map(strip, rows(tmp_path / "out"))) == list(map(strip, rows(evaluated)))
@@ -147,7 +207,9 @@ def test_rows_of_an_earlier_version_are_scored_again_and_said(run, evaluated, tm
     for row in found[:7]:
         del row["nll_at_temperatures"]
     part.unlink()
-    (tmp_path / "out" / "parts" / "rank_1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")  # read after rank 0's
+    (tmp_path / "out" / "parts" / "rank_1.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in found), encoding="utf-8"
+    )  # read after rank 0's
     main(["--run", str(run), "--output", str(tmp_path / "out"), *FAST])
     assert "7 samples were scored by an earlier version" in capsys.readouterr().out
     assert list(map(strip, rows(tmp_path / "out"))) == list(map(strip, rows(evaluated)))
@@ -161,7 +223,10 @@ def test_audits_of_the_same_predictions_stay_and_those_of_others_go(run, evaluat
     main(["--run", str(run), "--output", str(out), *FAST, "--audit", "sensitivity", "--audit-users", "12"])
     first = audits()["sensitivity"]
     main(["--run", str(run), "--output", str(out), *FAST, "--audit", "information", "--audit-users", "12"])
-    assert "audits of an earlier evaluation of the same predictions are kept: sensitivity" in capsys.readouterr().out
+    assert (
+        "audits of an earlier evaluation of the same predictions are kept: sensitivity"
+        in capsys.readouterr().out
+    )
     assert set(audits()) == {"sensitivity", "information"} and audits()["sensitivity"] == first
     assert "History sensitivity" in (out / "report.md").read_text()
     main(["--run", str(run), "--output", str(out), *FAST, "--base", "--overwrite"])
@@ -170,10 +235,15 @@ def test_audits_of_the_same_predictions_stay_and_those_of_others_go(run, evaluat
 
 def test_predictions_of_different_settings_are_never_mixed(run, evaluated, tmp_path, capsys):
     shutil.copytree(evaluated, tmp_path / "out")
-    assert "another mode, objective" in fails(capsys, ["--run", run, "--output", tmp_path / "out", "--mode", "full", *FAST])
+    assert "another mode, objective" in fails(
+        capsys, ["--run", run, "--output", tmp_path / "out", "--mode", "full", *FAST]
+    )
     assert "limit" in fails(capsys, ["--run", run, "--output", tmp_path / "out", "--limit", 5, *FAST])
     main(["--run", str(run), "--output", str(tmp_path / "out"), "--limit", "5", "--overwrite", *FAST])
-    assert len(rows(tmp_path / "out")) == 5 and json.loads((tmp_path / "out" / "results.json").read_text())["limit"] == 5
+    assert (
+        len(rows(tmp_path / "out")) == 5
+        and json.loads((tmp_path / "out" / "results.json").read_text())["limit"] == 5
+    )
     assert "not a result" in capsys.readouterr().out
 
 
@@ -189,22 +259,36 @@ def test_the_searching_modes_agree_with_exact_ranks_where_they_give_one(run, eva
 
 
 def test_duplicate_titles_are_one_entry_and_any_of_their_ids_is_a_hit(tmp_path):
-    names = {str(i): title for i, title in enumerate(["Red fox", "Blue whale", "Red  fox", "Grey &amp; white wolf", "Owl", "Owl of the north"])}
+    names = {
+        str(i): title
+        for i, title in enumerate(
+            ["Red fox", "Blue whale", "Red  fox", "Grey &amp; white wolf", "Owl", "Owl of the north"]
+        )
+    }
     data = tmp_path / "data"
     data.mkdir()
     (data / "id2name4Rec.json").write_text(json.dumps(names))
     for name in ("train", "valid", "test"):
-        (data / f"{name}.csv").write_text("user_id,item_ids,timestamp\n" + "\n".join(
-            f'u{i},"{[str(i % 6), str((i + 1) % 6), target]}",{i}'.replace("'", "") for i, target in enumerate("02450")))
+        (data / f"{name}.csv").write_text(
+            "user_id,item_ids,timestamp\n"
+            + "\n".join(
+                f'u{i},"{[str(i % 6), str((i + 1) % 6), target]}",{i}'.replace("'", "")
+                for i, target in enumerate("02450")
+            )
+        )
     folder = make_run(tmp_path / "run", [f"data.path={data}", "data.planted={}"])
     main(["--run", str(folder), *FAST])
     found = rows(folder / "eval" / "test-renormalised")
     catalogue = Catalogue.load(folder / "catalogue.jsonl")
     assert len(catalogue) == 5 and catalogue.index_of["0"] == catalogue.index_of["2"]
     assert {row["target_id"] for row in found} <= {entry.item_id for entry in catalogue.entries}
-    assert found[0]["target_id"] == found[1]["target_id"] == catalogue.entries[catalogue.index_of["2"]].item_id
+    assert (
+        found[0]["target_id"] == found[1]["target_id"] == catalogue.entries[catalogue.index_of["2"]].item_id
+    )
     assert any(entry.text == "Grey & white wolf" for entry in catalogue.entries)
-    assert all(len(row["top_ids"]) == 5 for row in found)  # a title that is the beginning of another one is an item of its own
+    assert all(
+        len(row["top_ids"]) == 5 for row in found
+    )  # a title that is the beginning of another one is an item of its own
 
 
 def test_the_floors_are_distributions_with_counts_by_hand(run):
@@ -223,14 +307,23 @@ def test_the_floors_are_distributions_with_counts_by_hand(run):
 
 def test_wrong_adapters_are_refused(run, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
+
     zero = tmp_path / "zero"
     shutil.copytree(run, zero)
     weights = load_file(zero / "adapter" / "adapter_model.safetensors")
-    save_file({k: w * 0 if "lora_B" in k else w for k, w in weights.items()}, zero / "adapter" / "adapter_model.safetensors")
+    save_file(
+        {k: w * 0 if "lora_B" in k else w for k, w in weights.items()},
+        zero / "adapter" / "adapter_model.safetensors",
+    )
     assert "lora_B matrices are zero" in fails(capsys, ["--run", zero])
-    save_file({k.replace("layers.", "blocks."): w for k, w in weights.items()}, zero / "adapter" / "adapter_model.safetensors")
+    save_file(
+        {k.replace("layers.", "blocks."): w for k, w in weights.items()},
+        zero / "adapter" / "adapter_model.safetensors",
+    )
     assert "does not have" in fails(capsys, ["--run", zero])
-    save_file({k: w * float("nan") for k, w in weights.items()}, zero / "adapter" / "adapter_model.safetensors")
+    save_file(
+        {k: w * float("nan") for k, w in weights.items()}, zero / "adapter" / "adapter_model.safetensors"
+    )
     assert "NaN" in fails(capsys, ["--run", zero])
     shutil.rmtree(zero / "adapter")
     assert "has no adapter yet" in fails(capsys, ["--run", zero])
@@ -238,7 +331,9 @@ def test_wrong_adapters_are_refused(run, tmp_path, capsys):
 
 def test_another_base_model_or_tokenizer_is_refused(run, tmp_path, capsys):
     other = make_run(tmp_path / "other", ["train.seed=5"])
-    assert "whose weights differ" in fails(capsys, ["--model", other / "base", "--adapter", run / "adapter", "--data", "planted", TINY[1]])
+    assert "whose weights differ" in fails(
+        capsys, ["--model", other / "base", "--adapter", run / "adapter", "--data", "planted", TINY[1]]
+    )
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     tokenizer = json.loads((folder / "adapter" / "tokenizer.json").read_text())
@@ -260,7 +355,16 @@ def test_catalogues_that_do_not_fit_the_data_are_refused(run, tmp_path, capsys):
 
 
 def test_empty_splits_and_wrong_options_are_refused(run, tmp_path, capsys):
-    assert "split=valid" in fails(capsys, ["--run", run, "--split", "valid", "data.planted={num_items: 24, num_train: 200, num_valid: 0, num_test: 40}"])
+    assert "split=valid" in fails(
+        capsys,
+        [
+            "--run",
+            run,
+            "--split",
+            "valid",
+            "data.planted={num_items: 24, num_train: 200, num_valid: 0, num_test: 40}",
+        ],
+    )
     assert "either --run or --model" in fails(capsys, [])
     assert "exclude each other" in fails(capsys, ["--run", run, "--model", run / "base"])
     assert "needs --data" in fails(capsys, ["--model", run / "base"])
@@ -268,17 +372,38 @@ def test_empty_splits_and_wrong_options_are_refused(run, tmp_path, capsys):
     assert "--k 0" in fails(capsys, ["--run", run, "--k", 0])
     assert "does not exist" in fails(capsys, ["--run", tmp_path / "nowhere"])
     assert "lacks config.yaml" in fails(capsys, ["--run", tmp_path])
-    assert "prompt template" in fails(capsys, ["--model", run / "base", "--data", "planted", "--prompt", "none.json"])
+    assert "prompt template" in fails(
+        capsys, ["--model", run / "base", "--data", "planted", "--prompt", "none.json"]
+    )
 
 
 def test_nan_scores_count_as_the_worst_rank_and_are_reported(run, tmp_path):
     from safetensors.torch import load_file, save_file
+
     shutil.copytree(run / "base", tmp_path / "base")
     weights = load_file(tmp_path / "base" / "model.safetensors")
-    save_file({k: w * float("nan") if k == "lm_head.weight" else w for k, w in weights.items()}, tmp_path / "base" / "model.safetensors",
-              metadata={"format": "pt"})
-    main(["--model", str(tmp_path / "base"), "--prompt", "alpaca", "--data", "planted", "--output", str(tmp_path / "out"), *FAST, TINY[1]])
-    assert {row["rank"] for row in rows(tmp_path / "out")} == {24.0} and {row["target_nll"] for row in rows(tmp_path / "out")} == {None}
+    save_file(
+        {k: w * float("nan") if k == "lm_head.weight" else w for k, w in weights.items()},
+        tmp_path / "base" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    main(
+        [
+            "--model",
+            str(tmp_path / "base"),
+            "--prompt",
+            "alpaca",
+            "--data",
+            "planted",
+            "--output",
+            str(tmp_path / "out"),
+            *FAST,
+            TINY[1],
+        ]
+    )
+    assert {row["rank"] for row in rows(tmp_path / "out")} == {24.0} and {
+        row["target_nll"] for row in rows(tmp_path / "out")
+    } == {None}
     notes = json.loads((tmp_path / "out" / "results.json").read_text())["notes"]
     assert any("40 of 40 samples have NaN scores" in note for note in notes)
 
@@ -287,18 +412,38 @@ def test_sampling_settings_of_instruct_models_do_not_leak_into_scores(run, evalu
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     settings = folder / "base" / "generation_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "do_sample": True, "temperature": 0.2, "top_k": 3, "repetition_penalty": 1.3}))
+    settings.write_text(
+        json.dumps(
+            {
+                **json.loads(settings.read_text()),
+                "do_sample": True,
+                "temperature": 0.2,
+                "top_k": 3,
+                "repetition_penalty": 1.3,
+            }
+        )
+    )
     main(["--run", str(folder), "--output", str(tmp_path / "out"), *FAST])
     output = capsys.readouterr().out
-    assert "generation_config" in output and "the catalogue has 24 items, so lists end there (--k 50)" in output
-    assert [r["target_nll"] for r in rows(tmp_path / "out")] == pytest.approx([r["target_nll"] for r in rows(evaluated)], abs=1e-6)
+    assert (
+        "generation_config" in output and "the catalogue has 24 items, so lists end there (--k 50)" in output
+    )
+    assert [r["target_nll"] for r in rows(tmp_path / "out")] == pytest.approx(
+        [r["target_nll"] for r in rows(evaluated)], abs=1e-6
+    )
 
 
 def test_an_unsupported_architecture_is_noticed_before_scoring(run, monkeypatch):
-    from gdrt_ds.prompt_cache import PromptReader
+    from gdrt_ds.inference.prompt_reader import PromptReader
+
     original = PromptReader.run
-    monkeypatch.setattr(PromptReader, "run", lambda self, tokens, positions, *rest, **options: original(
-        self, tokens, positions * (1 if options.get("record") else 2), *rest, **options))
+    monkeypatch.setattr(
+        PromptReader,
+        "run",
+        lambda self, tokens, positions, *rest, **options: original(
+            self, tokens, positions * (1 if options.get("record") else 2), *rest, **options
+        ),
+    )
     subject = load_subject(Runtime(), run=str(run))
     with pytest.raises(UserError, match="nats from scoring items one by one"):
         predictions_module.check_exactness(subject, predictions_module.ScoringOptions())
@@ -308,15 +453,22 @@ def test_recommend_lists_the_most_probable_titles_and_announces_unknown_ones(run
     subject = load_subject(Runtime(), run=str(run))
     recommender, titles = subject.recommender, [entry.text for entry in subject.catalogue.entries]
     capsys.readouterr()
-    recommend_main(["--run", str(run), "--history", f"{titles[3]}; A film of my own; {titles[1]}", "--k", "4", "--json"])
+    recommend_main(
+        ["--run", str(run), "--history", f"{titles[3]}; A film of my own; {titles[1]}", "--k", "4", "--json"]
+    )
     output = capsys.readouterr()
     found = json.loads(output.out.splitlines()[-1])
-    assert found["unknown"] == ["A film of my own"] and "'A film of my own' is not in the catalogue" in output.err
+    assert (
+        found["unknown"] == ["A film of my own"]
+        and "'A film of my own' is not in the catalogue" in output.err
+    )
     prompt = recommender.prompt_of_titles([titles[3], "A film of my own", titles[1]])
     scores = per_item_scores(recommender.loaded.model, recommender.trie, prompt)
     best = scores.argsort(descending=True)[:4].tolist()
     assert [row["title"] for row in found["recommendations"]] == [titles[i] for i in best]
-    assert [row["log_prob"] for row in found["recommendations"]] == pytest.approx(scores[best].tolist(), abs=1e-4)
+    assert [row["log_prob"] for row in found["recommendations"]] == pytest.approx(
+        scores[best].tolist(), abs=1e-4
+    )
     (tmp_path / "histories.txt").write_text(f"{titles[0]}\n\n{titles[1]}; {titles[2]}\n")
     recommend_main(["--run", str(run), "--file", str(tmp_path / "histories.txt"), "--k", "100"])
     assert capsys.readouterr().out.count("\n") == 2 * (1 + len(titles))
@@ -333,12 +485,39 @@ def test_audits_take_the_evaluations_own_scores_on_one_rank_and_on_two(run, tmp_
     words = [*FAST, "--audit", "information", "--audit-users", "12"]
     main(["--run", str(run), "--output", str(tmp_path / "one"), *words])
     assert "audit information: no model passes" in capsys.readouterr().out
-    main(["--run", str(run), "--output", str(tmp_path / "one"), *words])  # predictions are there: nothing was scored that could be handed over
+    main(
+        ["--run", str(run), "--output", str(tmp_path / "one"), *words]
+    )  # predictions are there: nothing was scored that could be handed over
     assert "audit information: 12 exact catalogue scorings" in capsys.readouterr().out
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval.run", "--run-dir", str(run),
-               "--output", str(tmp_path / "two"), *words]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "audit information: no model passes" in done.stdout, done.stdout + done.stderr[-3000:]
-    measures = [json.loads((tmp_path / name / "results.json").read_text())["audits"]["information"]["measures"] for name in ("one", "two")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "eval.run",
+        "--run-dir",
+        str(run),
+        "--output",
+        str(tmp_path / "two"),
+        *words,
+    ]
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0 and "audit information: no model passes" in done.stdout, (
+        done.stdout + done.stderr[-3000:]
+    )
+    measures = [
+        json.loads((tmp_path / name / "results.json").read_text())["audits"]["information"]["measures"]
+        for name in ("one", "two")
+    ]
     for name, found in measures[0].items():
         assert found["value"] == pytest.approx(measures[1][name]["value"], rel=1e-3, abs=1e-4), name

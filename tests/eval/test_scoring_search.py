@@ -6,8 +6,8 @@ import torch
 
 from eval.scoring import BestFirst, beam_search, expected_rank, num_tied, path_scores, top_entries
 from eval.scoring import best_first as best_first_module
-from gdrt_ds.prompt_cache import PromptReader
-from gdrt_ds.scoring import CatalogueScorer
+from gdrt_ds.inference.prompt_reader import PromptReader
+from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 from tests.eval.scoring_models import TERMINATOR, catalogue_tokens, family, head_and_prompts, trie_of
 
 HEAD, PROMPTS = head_and_prompts()
@@ -26,7 +26,9 @@ def setting(name, objective):
 def test_best_first_finds_the_exact_top_list_and_certifies_it(name, objective):
     reader, exact, state = setting(name, objective)
     for nodes_per_pass in (4, 64):
-        for scores, found in zip(exact, BestFirst(reader, TRIE, objective, nodes_per_pass=nodes_per_pass).search(state, 7)):
+        for scores, found in zip(
+            exact, BestFirst(reader, TRIE, objective, nodes_per_pass=nodes_per_pass).search(state, 7)
+        ):
             best = top_entries(scores, 7, NATURAL)
             assert found.entries.tolist() == best.tolist() and found.certified == 7
             assert np.allclose(found.scores, scores[best], atol=1e-4, rtol=0)
@@ -42,10 +44,12 @@ def test_best_first_opens_less_than_the_whole_tree():
 
 def test_a_node_budget_ends_the_search_and_certifies_only_what_is_proven():
     reader, exact, state = setting("llama", "full")
-    for scores, found in zip(exact, BestFirst(reader, TRIE, "full", max_nodes=40, nodes_per_pass=8).search(state, 7)):
+    for scores, found in zip(
+        exact, BestFirst(reader, TRIE, "full", max_nodes=40, nodes_per_pass=8).search(state, 7)
+    ):
         best = top_entries(scores, 7, NATURAL)
         assert found.certified < 7 and found.expanded < 120
-        assert found.entries[:found.certified].tolist() == best[:found.certified].tolist()
+        assert found.entries[: found.certified].tolist() == best[: found.certified].tolist()
         unseen = np.setdiff1d(NATURAL, found.entries)
         assert scores[unseen].max() <= found.bound + 1e-4
 
@@ -53,11 +57,15 @@ def test_a_node_budget_ends_the_search_and_certifies_only_what_is_proven():
 def test_a_list_longer_than_the_catalogue_is_the_catalogue():
     reader, exact, state = setting("llama", "renormalised")
     for scores, found in zip(exact, BestFirst(reader, TRIE).search(state, 1000)):
-        assert found.entries.tolist() == top_entries(scores, 1000, NATURAL).tolist() and len(found.entries) == len(ITEMS)
+        assert found.entries.tolist() == top_entries(scores, 1000, NATURAL).tolist() and len(
+            found.entries
+        ) == len(ITEMS)
 
 
 def test_a_bound_that_ignores_the_frontier_is_caught(monkeypatch):
-    monkeypatch.setattr(best_first_module._Search, "done", lambda self: len(self.found) == self.k or not self.frontier)
+    monkeypatch.setattr(
+        best_first_module._Search, "done", lambda self: len(self.found) == self.k or not self.frontier
+    )
     reader, exact, state = setting("llama", "full")
     found = BestFirst(reader, TRIE, "full", nodes_per_pass=4).search(state, 7)
     assert any(f.entries.tolist() != top_entries(s, 7, NATURAL).tolist() for f, s in zip(found, exact))
@@ -68,7 +76,9 @@ def test_the_target_alone_is_scored_as_in_the_whole_catalogue(objective):
     for name in ("mistral", "gpt2"):
         reader, exact, state = setting(name, objective)
         targets = [3, 41, 0, 59]
-        assert np.allclose(path_scores(reader, TRIE, state, targets, objective), exact[range(4), targets], atol=1e-4, rtol=0)
+        assert np.allclose(
+            path_scores(reader, TRIE, state, targets, objective), exact[range(4), targets], atol=1e-4, rtol=0
+        )
 
 
 @pytest.mark.parametrize("renormalise,length_penalty", [(True, 0.0), (False, 0.0), (False, 1.0)])
@@ -76,20 +86,32 @@ def test_beam_mode_gives_the_same_list_as_transformers_constrained_beam_search(r
     model, objective = family("llama"), "renormalised" if renormalise else "full"
     reader = PromptReader(model, HEAD)
     for prompt in PROMPTS:
+
         def allowed(_, ids):
             node = 0
-            for token in ids[len(prompt):].tolist():
+            for token in ids[len(prompt) :].tolist():
                 kids = TRIE.children(node)
                 if not (TRIE.token[kids] == token).any():
                     return [TERMINATOR]
                 node = int(kids[TRIE.token[kids] == token][0])
             return TRIE.token[TRIE.children(node)].tolist() or [TERMINATOR]
-        output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), num_beams=10,
-                                num_return_sequences=10, max_new_tokens=12, do_sample=False, prefix_allowed_tokens_fn=allowed,
-                                renormalize_logits=renormalise, length_penalty=length_penalty, output_scores=True, return_dict_in_generate=True)
+
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            num_beams=10,
+            num_return_sequences=10,
+            max_new_tokens=12,
+            do_sample=False,
+            prefix_allowed_tokens_fn=allowed,
+            renormalize_logits=renormalise,
+            length_penalty=length_penalty,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
         theirs = []
-        for tokens in output.sequences[:, len(prompt):].tolist():
-            theirs.append(ITEMS.index(tokens[:tokens.index(TERMINATOR) + 1]))
+        for tokens in output.sequences[:, len(prompt) :].tolist():
+            theirs.append(ITEMS.index(tokens[: tokens.index(TERMINATOR) + 1]))
         entries, scores = beam_search(reader, TRIE, reader.read([prompt]), 10, objective, length_penalty)[0]
         assert entries.tolist() == theirs
         assert np.allclose(scores, output.sequences_scores.numpy(), atol=1e-4)
@@ -112,7 +134,10 @@ def test_ties_share_their_places_and_nan_is_the_worst_rank():
     assert [expected_rank(scores, t) for t in range(6)] == [1.0, 2.5, 2.5, 6.0, 4.0, 5.0]
     assert [num_tied(scores, t) for t in range(4)] == [1, 2, 2, 1]
     assert top_entries(scores, 10, np.arange(6)).tolist() == [0, 1, 2, 4, 5, 3]
-    assert top_entries(scores, 2, np.array([0, 2, 1, 3, 4, 5])).tolist() == [0, 2]  # equal scores by the given order
+    assert top_entries(scores, 2, np.array([0, 2, 1, 3, 4, 5])).tolist() == [
+        0,
+        2,
+    ]  # equal scores by the given order
     assert expected_rank(np.array([0.1 + 0.2, 0.3, 0.0]), 1) == 1.5  # equal up to the order of a sum
     assert expected_rank(np.full(4, np.nan), 2) == 4.0
 

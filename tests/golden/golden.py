@@ -36,7 +36,17 @@ sys.path.insert(0, str(ROOT))
 RELATIVE_TOLERANCE = 1e-5  # between machines; nothing is tolerated on one machine
 SMALLEST = 1e-5  # nats: a difference of two losses has no more digits than the losses have
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy", "scipy")
-STEP_KEYS = ("step", "loss", "objective", "lr", "grad_norm", "tokens", "group_loss", "group_weight", "group_count")
+STEP_KEYS = (
+    "step",
+    "loss",
+    "objective",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "group_loss",
+    "group_weight",
+    "group_count",
+)
 
 PLANTED = (
     "--config",
@@ -49,7 +59,14 @@ PLANTED = (
     "train.micro_batch=16",
     "model.dtype=float32",
 )
-SMOKE = ("--config", "configs/smoke.yaml", "train.max_steps=8", "train.save_every=4", "train.eval_every=8", "model.dtype=float32")
+SMOKE = (
+    "--config",
+    "configs/smoke.yaml",
+    "train.max_steps=8",
+    "train.save_every=4",
+    "train.eval_every=8",
+    "model.dtype=float32",
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,12 @@ def machine() -> dict[str, str]:
         pass
     capability = os.environ.get("ATEN_CPU_CAPABILITY", "default")
     versions = " ".join(f"{name}=={metadata.version(name)}" for name in LIBRARIES)
-    return {"processor": processor, "kernels": capability, "python": platform.python_version(), "libraries": versions}
+    return {
+        "processor": processor,
+        "kernels": capability,
+        "python": platform.python_version(),
+        "libraries": versions,
+    }
 
 
 def train(run: Run, folder: Path, logs: Path, *extra: str) -> None:
@@ -120,7 +142,20 @@ def evaluate(folder: Path, output: Path, log: Path) -> None:
             os.dup2(stream, 2)
             from eval.run import main
 
-            main(["--run", str(folder), "--output", str(output), "--audit", AUDITS, "--audit-users", "24", "--bootstrap", "200"])
+            main(
+                [
+                    "--run",
+                    str(folder),
+                    "--output",
+                    str(output),
+                    "--audit",
+                    AUDITS,
+                    "--audit-users",
+                    "24",
+                    "--bootstrap",
+                    "200",
+                ]
+            )
             code = 0
         except SystemExit as error:
             code = int(error.code or 0)
@@ -153,7 +188,10 @@ def numbers_only(node: Any) -> Any:
 
 def evaluation_figures(output: Path) -> dict[str, Any]:
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    ranks = [{"rank": row["rank"], "target_nll": row["target_nll"]} for row in read_lines(output / "predictions.jsonl")]
+    ranks = [
+        {"rank": row["rank"], "target_nll": row["target_nll"]}
+        for row in read_lines(output / "predictions.jsonl")
+    ]
     # Figures repeat the tables beside them, as differences of differences that have fewer digits left.
     left_out = ("figures", "seconds")
     audits = {
@@ -197,11 +235,17 @@ def differences(expected: Any, found: Any, exact: bool, place: str = "") -> list
         for key in sorted(keys.difference(shared)):
             where = "the golden file" if key in expected else "this run"
             missing.append(f"{place}/{key}: only in {where}")
-        return missing + [line for key in shared for line in differences(expected[key], found[key], exact, f"{place}/{key}")]
+        return missing + [
+            line for key in shared for line in differences(expected[key], found[key], exact, f"{place}/{key}")
+        ]
     if isinstance(expected, list) and isinstance(found, list):
         if len(expected) != len(found):
             return [f"{place}: {len(expected)} entries in the golden file, {len(found)} in this run"]
-        return [line for k, (a, b) in enumerate(zip(expected, found)) for line in differences(a, b, exact, f"{place}[{k}]")]
+        return [
+            line
+            for k, (a, b) in enumerate(zip(expected, found))
+            for line in differences(a, b, exact, f"{place}[{k}]")
+        ]
     if expected == found:
         return []
     numbers = isinstance(expected, (int, float)) and isinstance(found, (int, float))
@@ -214,11 +258,19 @@ def compare(figures: dict[str, Any], say=print) -> int:
     """Number of places that differ; prints the first of each file."""
     written_on = json.loads((HERE / "machine.json").read_text(encoding="utf-8"))
     exact = written_on == machine()
-    rule = "to the bit: the machine that wrote the files" if exact else f"to {RELATIVE_TOLERANCE:g}: another machine or other versions"
+    rule = (
+        "to the bit: the machine that wrote the files"
+        if exact
+        else f"to {RELATIVE_TOLERANCE:g}: another machine or other versions"
+    )
     count = 0
     for name, found in figures.items():
         path = HERE / f"{name}.json"
-        lines = differences(json.loads(path.read_text(encoding="utf-8")), found, exact) if path.is_file() else [": no golden file"]
+        lines = (
+            differences(json.loads(path.read_text(encoding="utf-8")), found, exact)
+            if path.is_file()
+            else [": no golden file"]
+        )
         for line in lines[:5]:
             say(f"golden: {name}{line}")
         count += len(lines)
@@ -235,8 +287,12 @@ def write(figures: dict[str, Any], reason: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", metavar="REASON", help="write the files anew; the reason is kept in reasons.md")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--update", metavar="REASON", help="write the files anew; the reason is kept in reasons.md"
+    )
     options = parser.parse_args()
     if options.update is not None and len(options.update.split()) < 3:
         parser.error("--update needs a reason in words: what changed, and why the new figures are right")

@@ -13,7 +13,13 @@ from tests.golden.golden import HERE, differences
 
 @pytest.mark.distributed
 def test_losses_weights_and_metrics_are_the_golden_ones():
-    done = subprocess.run([sys.executable, str(HERE / "golden.py")], capture_output=True, text=True, timeout=400, env={**os.environ})
+    done = subprocess.run(
+        [sys.executable, str(HERE / "golden.py")],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ},
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "0 figures differ" in done.stdout
 
@@ -21,12 +27,16 @@ def test_losses_weights_and_metrics_are_the_golden_ones():
 def test_a_last_bit_is_a_difference_on_one_machine_and_none_between_machines():
     golden = {"steps": [{"loss": 1.0, "group_loss": [2.0, None]}]}
     found = {"steps": [{"loss": 1.0 + 2**-52, "group_loss": [2.0, None]}]}
-    assert differences(golden, found, exact=True) == ["/steps[0]/loss: golden 1.0, this run 1.0000000000000002"]
+    assert differences(golden, found, exact=True) == [
+        "/steps[0]/loss: golden 1.0, this run 1.0000000000000002"
+    ]
     assert differences(golden, found, exact=False) == []
 
 
 def test_a_real_change_and_a_missing_figure_are_differences_everywhere():
     assert differences({"loss": 1.0}, {"loss": 1.0001}, exact=False)
     assert differences({"weights": [0.5, 0.5]}, {"weights": [0.5]}, exact=False)
-    assert differences({"loss": 1.0, "nll": 2.0}, {"loss": 1.0}, exact=False) == ["/nll: only in the golden file"]
+    assert differences({"loss": 1.0, "nll": 2.0}, {"loss": 1.0}, exact=False) == [
+        "/nll: only in the golden file"
+    ]
     assert differences({"group_loss": [None]}, {"group_loss": [0.0]}, exact=False)

@@ -26,7 +26,11 @@ class Case:
         if bias:
             self.settings["bias"] = normal(v).to(dtype).requires_grad_(train)
         if lora:
-            self.settings["lora"] = (normal(3, h).to(dtype).requires_grad_(), normal(v, 3).to(dtype).requires_grad_(), 0.25)
+            self.settings["lora"] = (
+                normal(3, h).to(dtype).requires_grad_(),
+                normal(v, 3).to(dtype).requires_grad_(),
+                0.25,
+            )
         if allowed:
             self._allow(n, v, make)
         self.d_sums, self.d_tokens = normal(g), normal(n)
@@ -42,17 +46,37 @@ class Case:
 
     @property
     def leaves(self) -> list[torch.Tensor]:
-        tensors = [self.hidden, self.weight, self.settings.get("bias"), *(self.settings.get("lora") or ())[:2]]
+        tensors = [
+            self.hidden,
+            self.weight,
+            self.settings.get("bias"),
+            *(self.settings.get("lora") or ())[:2],
+        ]
         return [t for t in tensors if t is not None and t.requires_grad]
 
     def call(self, op, **more) -> GroupLoss:
-        return GroupLoss(*op(self.hidden, self.weight, self.labels, self.groups, self.num_groups, **{**self.settings, **more}))
+        return GroupLoss(
+            *op(
+                self.hidden,
+                self.weight,
+                self.labels,
+                self.groups,
+                self.num_groups,
+                **{**self.settings, **more},
+            )
+        )
 
     def run(self, op, **more) -> list[torch.Tensor]:
         """[loss_sums, token_losses, gradient of each leaf] for the objective sum(d_sums * loss_sums) + sum(d_tokens * token_losses)."""
         out = self.call(op, **more)
-        objective = (out.loss_sums.double() * self.d_sums).sum() + (out.token_losses.double() * self.d_tokens).sum()
-        return [out.loss_sums.detach(), out.token_losses.detach(), *torch.autograd.grad(objective, self.leaves)]
+        objective = (out.loss_sums.double() * self.d_sums).sum() + (
+            out.token_losses.double() * self.d_tokens
+        ).sum()
+        return [
+            out.loss_sums.detach(),
+            out.token_losses.detach(),
+            *torch.autograd.grad(objective, self.leaves),
+        ]
 
 
 def distance(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -90,7 +114,10 @@ def check_sums_are_sums_of_token_losses(op) -> None:
     case = Case(n=50, g=4)
     out = case.call(op)
     for group in range(4):
-        assert abs(out.loss_sums[group].item() - out.token_losses[case.groups == group].double().sum().item()) < 1e-4
+        assert (
+            abs(out.loss_sums[group].item() - out.token_losses[case.groups == group].double().sum().item())
+            < 1e-4
+        )
     assert out.loss_sums[3] == 0 and not (case.groups == 3).any()
     (gradient,) = torch.autograd.grad(out.loss_sums[3] * 7.0, [case.hidden])
     assert gradient.abs().max() == 0
@@ -102,4 +129,3 @@ def check_gradients_add_up(op) -> None:
     rows = torch.autograd.grad(case.call(reference_group_cross_entropy).token_losses.sum(), [case.hidden])[0]
     gradient = case.run(op)[2]
     assert distance(gradient, rows * (case.d_sums[case.groups] + case.d_tokens).view(-1, 1)) < 1e-12
-

@@ -19,14 +19,29 @@ def fused(*arguments, chunk_bytes=None, **settings):
 
 
 def dtype_is_no_worse(dtype) -> None:
-    for settings in ({}, {"bias": True}, {"softcap": 2.0, "logit_scale": 0.3, "temperature": 1.7}, {"lora": True}):
+    for settings in (
+        {},
+        {"bias": True},
+        {"softcap": 2.0, "logit_scale": 0.3, "temperature": 1.7},
+        {"lora": True},
+    ):
         check_no_worse_than_plain(fused, dtype, n=24, **settings)
 
 
 def trained_heads() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         check_no_worse_than_plain(fused, dtype, n=24, train=True)
-        check_no_worse_than_plain(fused, dtype, n=24, train=True, bias=True, lora=True, softcap=3.0, logit_scale=0.7, temperature=1.3)
+        check_no_worse_than_plain(
+            fused,
+            dtype,
+            n=24,
+            train=True,
+            bias=True,
+            lora=True,
+            softcap=3.0,
+            logit_scale=0.7,
+            temperature=1.3,
+        )
 
 
 def odd_vocabularies() -> None:
@@ -48,7 +63,11 @@ def extreme_logits() -> None:
 
 
 def allowed_tokens() -> None:
-    for settings in ({}, {"softcap": 2.0, "temperature": 0.7}, {"softcap": 2.0, "train": True, "bias": True, "lora": True}):
+    for settings in (
+        {},
+        {"softcap": 2.0, "temperature": 0.7},
+        {"softcap": 2.0, "train": True, "bias": True, "lora": True},
+    ):
         check_no_worse_than_plain(fused, torch.float32, n=24, allowed=True, **settings)
 
 

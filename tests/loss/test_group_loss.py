@@ -28,45 +28,77 @@ SETTINGS = {
     "soft-cap": {"softcap": 2.0, "logit_scale": 1.3},
     "soft-cap, trained": {"softcap": 2.0, "temperature": 0.6, "train": True},
     "lora": {"lora": True},
-    "everything trained": {"lora": True, "train": True, "bias": True, "softcap": 3.0, "logit_scale": 0.7, "temperature": 1.3},
+    "everything trained": {
+        "lora": True,
+        "train": True,
+        "bias": True,
+        "softcap": 3.0,
+        "logit_scale": 0.7,
+        "temperature": 1.3,
+    },
     "allowed": {"allowed": True},
     "allowed, soft-cap": {"allowed": True, "softcap": 2.0, "temperature": 0.7, "bias": True},
-    "allowed, everything trained": {"allowed": True, "lora": True, "train": True, "bias": True, "temperature": 0.5},
+    "allowed, everything trained": {
+        "allowed": True,
+        "lora": True,
+        "train": True,
+        "bias": True,
+        "temperature": 0.5,
+    },
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_is_exact_in_float64_whatever_the_chunks(name):
     for chunk_bytes in (None, 3000):
-        check_exact(lambda *a, chunk_bytes=chunk_bytes, **k: group_cross_entropy(*a, chunk_bytes=chunk_bytes, **k), **SETTINGS[name])
+        check_exact(
+            lambda *a, chunk_bytes=chunk_bytes, **k: group_cross_entropy(*a, chunk_bytes=chunk_bytes, **k),
+            **SETTINGS[name],
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_is_never_worse_than_plain_cross_entropy(name, dtype):
-    check_no_worse_than_plain(lambda *a, **k: group_cross_entropy(*a, chunk_bytes=20_000, **k), dtype, n=64, h=32, **SETTINGS[name])
+    check_no_worse_than_plain(
+        lambda *a, **k: group_cross_entropy(*a, chunk_bytes=20_000, **k), dtype, n=64, h=32, **SETTINGS[name]
+    )
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 257, 3000])
 def test_any_number_of_tokens(n):
     for train, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
-        check_no_worse_than_plain(lambda *a, **k: group_cross_entropy(*a, chunk_bytes=200_000, **k), dtype, n=n, v=331, train=train)
+        check_no_worse_than_plain(
+            lambda *a, **k: group_cross_entropy(*a, chunk_bytes=200_000, **k), dtype, n=n, v=331, train=train
+        )
 
 
 def test_streaming_over_many_row_blocks_accumulates_the_gradient_of_the_head():
-    check_exact(lambda *a, **k: group_cross_entropy(*a, chunk_bytes=100_000, **k), n=4500, v=67, h=4, train=True, bias=True, lora=True)
+    check_exact(
+        lambda *a, **k: group_cross_entropy(*a, chunk_bytes=100_000, **k),
+        n=4500,
+        v=67,
+        h=4,
+        train=True,
+        bias=True,
+        lora=True,
+    )
 
 
 @pytest.mark.parametrize("v", [1, 2, 255, 257, 4099])
 def test_any_vocabulary_size(v):
     for train in (False, True):
-        check_no_worse_than_plain(lambda *a, **k: group_cross_entropy(*a, chunk_bytes=50_000, **k), torch.float32, v=v, train=train)
+        check_no_worse_than_plain(
+            lambda *a, **k: group_cross_entropy(*a, chunk_bytes=50_000, **k), torch.float32, v=v, train=train
+        )
 
 
 def test_a_bfloat16_head_of_several_blocks_is_no_worse_than_plain():
     """On CPUs the back-projection sums blocks of 8,192 tokens."""
     for v in (8_192, 8_193, 20_001):
-        check_no_worse_than_plain(group_cross_entropy, torch.bfloat16, v=v, softcap=2.0 if v == 8_193 else None)
+        check_no_worse_than_plain(
+            group_cross_entropy, torch.bfloat16, v=v, softcap=2.0 if v == 8_193 else None
+        )
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -102,7 +134,11 @@ def test_gradcheck_of_both_outputs():
             weight = rest.pop(0) if case.weight.requires_grad else case.weight
             more = {"bias": rest.pop(0)} if case.settings.get("bias") is not None else {}
             more |= {"lora": (rest[0], rest[1], lora[2])} if lora else {}
-            return tuple(group_cross_entropy(leaves[0], weight, case.labels, case.groups, 3, **{**case.settings, **more}))
+            return tuple(
+                group_cross_entropy(
+                    leaves[0], weight, case.labels, case.groups, 3, **{**case.settings, **more}
+                )
+            )
 
         assert torch.autograd.gradcheck(function, case.leaves)
 
@@ -138,7 +174,9 @@ def _gradient_without_group_weights(op, h, w, y, g, n, s):
 
 def _absent_group_shares_the_last_loss(op, h, w, y, g, n, s):
     out = op(h, w, y, g, n, **s)
-    return out._replace(loss_sums=torch.where(torch.bincount(g, minlength=n) == 0, out.loss_sums.sum() / n, out.loss_sums))
+    return out._replace(
+        loss_sums=torch.where(torch.bincount(g, minlength=n) == 0, out.loss_sums.sum() / n, out.loss_sums)
+    )
 
 
 def _token_gradient_lost(op, h, w, y, g, n, s):
@@ -171,7 +209,9 @@ MUTATIONS = [
 ]
 
 
-@pytest.mark.parametrize("change, check, settings", MUTATIONS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "change, check, settings", MUTATIONS, ids=lambda value: getattr(value, "__name__", "")
+)
 def test_planted_errors_are_found(change, check, settings):
     check(group_cross_entropy, **settings)
     with pytest.raises(AssertionError):
@@ -181,7 +221,10 @@ def test_planted_errors_are_found(change, check, settings):
 def test_two_calls_are_bitwise_equal():
     for settings in ({}, {"train": True, "lora": True, "bias": True}, {"allowed": True}):
         case = Case(n=600, v=499, **settings)
-        first, second = case.run(group_cross_entropy, chunk_bytes=80_000), case.run(group_cross_entropy, chunk_bytes=80_000)
+        first, second = (
+            case.run(group_cross_entropy, chunk_bytes=80_000),
+            case.run(group_cross_entropy, chunk_bytes=80_000),
+        )
         assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -197,7 +240,10 @@ def test_without_grad_the_result_is_the_same_and_no_row_gradient_is_stored():
     case = Case(n=300, v=499)
     with torch.no_grad():
         out = case.call(group_cross_entropy)
-    assert not out.loss_sums.requires_grad and distance(out.loss_sums, case.call(group_cross_entropy).loss_sums) < 1e-6
+    assert (
+        not out.loss_sums.requires_grad
+        and distance(out.loss_sums, case.call(group_cross_entropy).loss_sums) < 1e-6
+    )
     assert _peak_bytes(case, backward=False, grad=False) < 300 * 499 * 4 + 40_000
 
 
@@ -213,23 +259,33 @@ def _peak_bytes(case, backward=True, grad=True, **more) -> int:
     """The most bytes that torch's allocator handed out at once, beyond the inputs."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.set_grad_enabled(grad):
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        torch.set_grad_enabled(grad),
+    ):
         out = case.call(group_cross_entropy, **more)
         if backward:
             out.loss_sums.sum().backward()
     alive = peak = 0
-    for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
         alive += event.nbytes()
         peak = max(peak, alive)
     case.hidden.grad = None
     return peak
 
 
-@pytest.mark.parametrize("settings", [{}, {"dtype": torch.bfloat16}, {"softcap": 3.0}, {"dtype": torch.bfloat16, "softcap": 3.0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"dtype": torch.bfloat16}, {"softcap": 3.0}, {"dtype": torch.bfloat16, "softcap": 3.0}]
+)
 def test_memory_beyond_the_inputs_is_the_chunk_budget_and_one_row_gradient(settings):
     case = Case(n=2000, v=3001, h=64, **settings)
     few = 2000 * 64  # a handful of numbers per token: losses, normalisers, coefficients
-    workspace = 2**18 if case.hidden.dtype == torch.bfloat16 else 0  # oneDNN's own, inside its bfloat16 product
+    workspace = (
+        2**18 if case.hidden.dtype == torch.bfloat16 else 0
+    )  # oneDNN's own, inside its bfloat16 product
     budget = 2**20
     allowed = budget + case.hidden.numel() * case.hidden.element_size() + few + workspace
     peak = _peak_bytes(case, chunk_bytes=budget)
@@ -252,10 +308,18 @@ def test_the_default_budget_takes_512_rows_at_once_on_a_cpu(dtype):
 
     vocabulary = 20_000
     head = Head(torch.zeros(vocabulary, 1_024, dtype=dtype), None, None, 1.0, torch.float32)
-    settings = Settings(1, 1.0, None, 1.0, 1.0, default_chunk_bytes("cpu", vocabulary, dtype.itemsize), "torch", True)
-    chunks = lambda rows: len(list(TorchRowwise(settings, head.dtype).row_chunks(rows, vocabulary, "cpu", head.scratch_per_row)))  # noqa: E731
+    settings = Settings(
+        1, 1.0, None, 1.0, 1.0, default_chunk_bytes("cpu", vocabulary, dtype.itemsize), "torch", True
+    )
+    chunks = lambda rows: len(
+        list(TorchRowwise(settings, head.dtype).row_chunks(rows, vocabulary, "cpu", head.scratch_per_row))
+    )  # noqa: E731
     assert chunks(512) == 1 and chunks(3 * 512) >= 2
-    assert default_chunk_bytes("cpu", vocabulary, dtype.itemsize, one_pass=False) == 32 * 2**20 == default_chunk_bytes("cuda", vocabulary, 2) // 16
+    assert (
+        default_chunk_bytes("cpu", vocabulary, dtype.itemsize, one_pass=False)
+        == 32 * 2**20
+        == default_chunk_bytes("cuda", vocabulary, 2) // 16
+    )
 
 
 def test_a_kept_graph_can_be_walked_twice():
@@ -315,7 +379,9 @@ def test_activation_checkpointing_does_not_change_the_result(reentrant):
             again = lambda x: tuple(group_cross_entropy(x, *rest, **more))  # noqa: E731
             return torch.utils.checkpoint.checkpoint(again, hidden, use_reentrant=reentrant)
 
-        objective = sum((value.double() * d).sum() for value, d in zip(case.call(op), (case.d_sums, case.d_tokens)))
+        objective = sum(
+            (value.double() * d).sum() for value, d in zip(case.call(op), (case.d_sums, case.d_tokens))
+        )
         objective.backward()
         assert all(torch.equal(leaf.grad, value) for leaf, value in zip(case.leaves, expected[2:]))
 
@@ -356,7 +422,9 @@ def test_mistakes_are_named():
     _refused(lambda c: c.settings.update(bias=torch.zeros(3)), "bias", "(101,)")
     two = AllowedTokens(torch.zeros(37, dtype=torch.long), torch.tensor([0, 2]), torch.tensor([3, 4]))
     _refused(lambda c: (c.settings.update(allowed=two), c.labels.fill_(5)), "not among the allowed tokens")
-    empty = AllowedTokens(torch.zeros(37, dtype=torch.long), torch.tensor([0, 0]), torch.tensor([], dtype=torch.long))
+    empty = AllowedTokens(
+        torch.zeros(37, dtype=torch.long), torch.tensor([0, 0]), torch.tensor([], dtype=torch.long)
+    )
     _refused(lambda c: c.settings.update(allowed=empty), "allows no token", "leaves")
     beyond = two._replace(tokens=torch.tensor([3, 101]))
     _refused(lambda c: c.settings.update(allowed=beyond), "allowed.tokens", "101")

@@ -24,7 +24,9 @@ if importlib.util.find_spec("triton") is None:
 
 def _python(script: str, tmp_path, **environment) -> str:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run([sys.executable, str(HERE / script)], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(HERE / script)], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -33,7 +35,10 @@ def _python(script: str, tmp_path, **environment) -> str:
 def interpreted(tmp_path_factory) -> dict[str, str]:
     """What interpret.py found: name of the check -> "ok" or the failure."""
     lines = _python("interpret.py", tmp_path_factory.mktemp("interpreted"), TRITON_INTERPRET="1").splitlines()
-    return {row["check"]: row["result"] for row in map(json.loads, (line for line in lines if line.startswith("{")))}
+    return {
+        row["check"]: row["result"]
+        for row in map(json.loads, (line for line in lines if line.startswith("{")))
+    }
 
 
 @pytest.mark.parametrize(
@@ -66,12 +71,19 @@ def compiled(tmp_path_factory) -> list[dict]:
 def test_every_kernel_compiles_for_sm_80_and_sm_90_without_spills(compiled):
     for arch in ("sm_80", "sm_90"):
         rows = [row for row in compiled if row["arch"].startswith(arch)]
-        assert {row["kernel"] for row in rows} == {"finish_rows_kernel", "extend_rows_kernel", "gradient_kernel", "group_sums_kernel"}
+        assert {row["kernel"] for row in rows} == {
+            "finish_rows_kernel",
+            "extend_rows_kernel",
+            "gradient_kernel",
+            "group_sums_kernel",
+        }
         for row in rows:
             use = f"{row['registers']} registers, {row['spill_bytes']} bytes spilled"
             print(f"{arch} {row['kernel']:20} {row['logits']:6} {use}, {row['constants']}")
             assert row["cubin_bytes"] > 1000 and row["spill_bytes"] == 0
-            assert row["registers"] <= 128  # 8 warps x 32 x 128 = half of a multiprocessor's 65,536: two programs at once
+            assert (
+                row["registers"] <= 128
+            )  # 8 warps x 32 x 128 = half of a multiprocessor's 65,536: two programs at once
 
 
 def test_without_the_interpreter_cpu_tensors_are_refused_with_the_reason(tmp_path):

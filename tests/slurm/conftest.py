@@ -20,7 +20,9 @@ def site():
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="gdrt-slurm-"))    # short, and open to everyone: munge insists, and sockets have short names
+    folder = Path(
+        tempfile.mkdtemp(prefix="gdrt-slurm-")
+    )  # short, and open to everyone: munge insists, and sockets have short names
     folder.chmod(0o755)
     runs = folder / "runs"
     runs.mkdir(mode=0o755)

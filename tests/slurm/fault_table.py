@@ -41,18 +41,22 @@ class Row:
     strike: Callable[[Site, str, Path], None]
     options: tuple[str, ...] = TWO_NODES
     after: Callable[[Site, str, Path], None] = lambda site, job, run: None
-    lives: int = 2                      # expected; 1: the fault must not end a life
+    lives: int = 2  # expected; 1: the fault must not end a life
     prepare: Callable[[Site, Path], None] = lambda site, run: None
-    lost_steps: int = SAVE_EVERY        # at most
+    lost_steps: int = SAVE_EVERY  # at most
 
 
 def nodes_of(site: Site, job: str) -> list[str]:
-    return site.cluster.login("scontrol", "show", "hostnames", site.cluster.job(job)["NodeList"]).stdout.split()
+    return site.cluster.login(
+        "scontrol", "show", "hostnames", site.cluster.job(job)["NodeList"]
+    ).stdout.split()
 
 
 def rank_pids(site: Site, node: str, run: Path) -> list[str]:
     """Pids, in the node's process table, of this run's trainers."""
-    found = site.cluster.on(node, "pgrep", "-f", f"^{re.escape(sys.executable)} .*train.py .*run.dir={run}( |$)", check=False).stdout.split()
+    found = site.cluster.on(
+        node, "pgrep", "-f", f"^{re.escape(sys.executable)} .*train.py .*run.dir={run}( |$)", check=False
+    ).stdout.split()
     if not found:
         raise AssertionError(f"no rank of {run} runs on {node}")
     return found
@@ -70,9 +74,11 @@ def minutes_run(site: Site, job: str) -> int:
 @contextlib.contextmanager
 def frozen(site: Site, job: str, run: Path):
     """Stops the ranks (SIGSTOP) until the block ends: the tiny run must not finish while Slurm takes its time."""
+
     def send(name):
         for node, pids in places.items():
             site.cluster.on(node, "kill", f"-{name}", *pids, check=False)
+
     places = {node: rank_pids(site, node, run) for node in nodes_of(site, job)}
     send("STOP")
     try:
@@ -93,15 +99,21 @@ def near_time_limit(site, job, run):
 def hit_time_limit(site, job, run):
     """The limit itself, without time for a warning: ranks get TERM and KillWait (30 s) to save."""
     with frozen(site, job, run):
-        site.cluster.login("scontrol", "update", f"jobid={job}", f"timelimit={max(1, minutes_run(site, job))}")
-        site.until(lambda: site.cluster.job(job)["JobState"] != "RUNNING", 150, "the time limit did not come", job)
+        site.cluster.login(
+            "scontrol", "update", f"jobid={job}", f"timelimit={max(1, minutes_run(site, job))}"
+        )
+        site.until(
+            lambda: site.cluster.job(job)["JobState"] != "RUNNING", 150, "the time limit did not come", job
+        )
     wait_for_life(site, job, 1)
     site.cluster.login("scontrol", "update", f"jobid={job}", "timelimit=60")
 
 
 def preempt(site, job, run):
     with frozen(site, job, run):
-        urgent = site.sbatch("--partition=high", f"--nodes={site.cluster.shape.nodes}", "--exclusive", "--wrap=sleep 3")
+        urgent = site.sbatch(
+            "--partition=high", f"--nodes={site.cluster.shape.nodes}", "--exclusive", "--wrap=sleep 3"
+        )
         site.until(lambda: "asked to stop" in site.log(job), 60, "the warning did not come", job)
     site.wait(urgent, 240)
 
@@ -172,17 +184,32 @@ def fill_disk(site, job, run):
                 stream.flush()
         except OSError:
             pass
-    site.until(lambda: site.cluster.job(job).get("Reason", "").startswith("JobHeld") or "held" in site.cluster.job(job).get("Reason", "").lower(),
-               120, "the job was not held", job)
+    site.until(
+        lambda: (
+            site.cluster.job(job).get("Reason", "").startswith("JobHeld")
+            or "held" in site.cluster.job(job).get("Reason", "").lower()
+        ),
+        120,
+        "the job was not held",
+        job,
+    )
     filler.unlink()
     site.cluster.login("scontrol", "release", job)
 
 
-ROWS = [Row("warning signal", warn, lost_steps=0), Row("time limit is near", near_time_limit, lost_steps=0),
-        Row("time limit is hit", hit_time_limit), Row("preemption", preempt, lost_steps=0), Row("requeue by hand", requeue),
-        Row("one rank kill -9", kill_rank), Row("node killed", kill_last_node, after=revive), Row("batch node killed", kill_batch_node, after=revive),
-        Row("network cut with old ranks alive", cut_network, ONE_NODE, after=heal), Row("slurmd restarted", restart_slurmd, lives=1, lost_steps=0),
-        Row("checkpoint disk full", fill_disk, prepare=small_disk)]
+ROWS = [
+    Row("warning signal", warn, lost_steps=0),
+    Row("time limit is near", near_time_limit, lost_steps=0),
+    Row("time limit is hit", hit_time_limit),
+    Row("preemption", preempt, lost_steps=0),
+    Row("requeue by hand", requeue),
+    Row("one rank kill -9", kill_rank),
+    Row("node killed", kill_last_node, after=revive),
+    Row("batch node killed", kill_batch_node, after=revive),
+    Row("network cut with old ranks alive", cut_network, ONE_NODE, after=heal),
+    Row("slurmd restarted", restart_slurmd, lives=1, lost_steps=0),
+    Row("checkpoint disk full", fill_disk, prepare=small_disk),
+]
 
 
 def begins(run: Path) -> list[dict]:
@@ -190,22 +217,41 @@ def begins(run: Path) -> list[dict]:
 
 
 def wait_for_life(site: Site, job: str, restart: int, seconds: float = 240) -> None:
-    site.until(lambda: int(site.cluster.job(job).get("Restarts", 0)) >= restart, seconds, f"life {restart} did not come", job)
+    site.until(
+        lambda: int(site.cluster.job(job).get("Restarts", 0)) >= restart,
+        seconds,
+        f"life {restart} did not come",
+        job,
+    )
 
 
 def usable(site: Site) -> None:
     """All nodes idle again, whatever a fault left them in."""
+
     def ready():
-        lines = site.cluster.login("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T", check=False).stdout.split("\n")
-        bad = [line.split()[0] for line in lines if line and line.split()[1] not in ("idle", "mixed", "allocated", "completing")]
+        lines = site.cluster.login(
+            "sinfo", "-h", "-N", "-p", "main", "-o", "%N %T", check=False
+        ).stdout.split("\n")
+        bad = [
+            line.split()[0]
+            for line in lines
+            if line and line.split()[1] not in ("idle", "mixed", "allocated", "completing")
+        ]
         for node in bad:
             site.cluster.resume(node)
         return not bad
+
     site.until(ready, 120, "the nodes did not come back")
 
 
 def newest_step(run: Path) -> int:
-    return max((int(p.parent.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*/manifest.json")), default=0)
+    return max(
+        (
+            int(p.parent.name.removeprefix("step_"))
+            for p in (run / "checkpoints").glob("step_*/manifest.json")
+        ),
+        default=0,
+    )
 
 
 def last_logged_step(run: Path) -> int:
@@ -225,20 +271,38 @@ def play(site: Site, row: Row, undisturbed: dict[int, dict]) -> dict:
     state = site.wait(job, 600)
     row.after(site, job, run)
     starts = begins(run)
-    reached = max([struck_at_step, *(e["step"] for e in lives(run) if e["event"] == "end" and e["restart"] == 0)])
+    reached = max(
+        [struck_at_step, *(e["step"] for e in lives(run) if e["event"] == "end" and e["restart"] == 0)]
+    )
     lost = max(0, reached - starts[1]["step"]) if len(starts) > 1 else 0
-    result = {"row": row.name, "state": state, "status": status(run), "lives": len(starts), "struck_at_step": struck_at_step, "steps_twice": lost,
-              "wait_s": round(starts[1]["time"] - struck, 1) if len(starts) > 1 else 0.0, "total_s": round(time.monotonic() - started, 1),
-              "largest_difference": largest_difference(metrics(run), undisturbed), "note": site.orphan}
-    result["ok"] = (state == "COMPLETED" and result["status"] == "completed" and result["lives"] == row.lives and lost <= row.lost_steps
-                    and result["largest_difference"] == 0.0)
+    result = {
+        "row": row.name,
+        "state": state,
+        "status": status(run),
+        "lives": len(starts),
+        "struck_at_step": struck_at_step,
+        "steps_twice": lost,
+        "wait_s": round(starts[1]["time"] - struck, 1) if len(starts) > 1 else 0.0,
+        "total_s": round(time.monotonic() - started, 1),
+        "largest_difference": largest_difference(metrics(run), undisturbed),
+        "note": site.orphan,
+    }
+    result["ok"] = (
+        state == "COMPLETED"
+        and result["status"] == "completed"
+        and result["lives"] == row.lives
+        and lost <= row.lost_steps
+        and result["largest_difference"] == 0.0
+    )
     if not result["ok"]:
         result["log"] = site.log(job)[-6000:]
     return result
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", default="", help="comma-separated names; default: all")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     parser.add_argument("--keep", action="store_true", help="keep runs and logs, and say where")
@@ -247,7 +311,9 @@ def main() -> int:
     rows = [row for row in ROWS if not wanted or row.name in wanted]
     if len(wanted) > len(rows):
         parser.error(f"unknown row; rows: {'; '.join(row.name for row in ROWS)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # leave through the finally blocks: there is a mount to undo
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # leave through the finally blocks: there is a mount to undo
     install()
     reason = why_not()
     if reason:
@@ -257,13 +323,15 @@ def main() -> int:
     folder.chmod(0o755)
     runs = folder / "runs"
     (runs / "small").mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(runs / "small")], check=True)    # before the nodes: they inherit it
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(runs / "small")], check=True
+    )  # before the nodes: they inherit it
     results = []
     try:
         with Cluster(folder / "cluster", Shape(nodes=3, kill_wait_s=30)) as cluster:
             site = Site(cluster, runs)
             calm = {}
-            for options in (TWO_NODES, ONE_NODE):       # both layouts are two ranks: the same arithmetic
+            for options in (TWO_NODES, ONE_NODE):  # both layouts are two ranks: the same arithmetic
                 if any(row.options == options for row in rows):
                     started = time.monotonic()
                     job = site.train(f"undisturbed_{len(calm)}", *options)
@@ -271,10 +339,15 @@ def main() -> int:
                         raise RuntimeError(f"the undisturbed run failed:\n{site.log(job)[-6000:]}")
                     calm[options] = metrics(site.run(f"undisturbed_{len(calm)}"))
                     if not args.json:
-                        print(f"undisturbed, {' '.join(options)}: {len(calm[options])} steps in {time.monotonic() - started:.0f} s; compared: {', '.join(COMPARED)}",
-                              flush=True)
+                        print(
+                            f"undisturbed, {' '.join(options)}: {len(calm[options])} steps in {time.monotonic() - started:.0f} s; compared: {', '.join(COMPARED)}",
+                            flush=True,
+                        )
             if not args.json:
-                print(f"{'fault':30} {'result':9} {'lives':>5} {'at step':>7} {'steps twice':>11} {'wait s':>7} {'total s':>8} {'difference':>10}", flush=True)
+                print(
+                    f"{'fault':30} {'result':9} {'lives':>5} {'at step':>7} {'steps twice':>11} {'wait s':>7} {'total s':>8} {'difference':>10}",
+                    flush=True,
+                )
             for row in rows:
                 try:
                     result = play(site, row, calm[row.options])
@@ -296,9 +369,15 @@ def main() -> int:
 def line(result: dict) -> str:
     if "lives" not in result:
         return f"{result['row']:30} FAILED    {result['log']}"
-    text = (f"{result['row']:30} {'completed' if result['ok'] else 'FAILED':9} {result['lives']:>5} {result['struck_at_step']:>7} {result['steps_twice']:>11} "
-            f"{result['wait_s']:>7.1f} {result['total_s']:>8.1f} {result['largest_difference']:>10.1e}  {result['note']}")
-    return text if result["ok"] else f"{text}\n{json.dumps({k: v for k, v in result.items() if k != 'log'})}\n{result['log']}"
+    text = (
+        f"{result['row']:30} {'completed' if result['ok'] else 'FAILED':9} {result['lives']:>5} {result['struck_at_step']:>7} {result['steps_twice']:>11} "
+        f"{result['wait_s']:>7.1f} {result['total_s']:>8.1f} {result['largest_difference']:>10.1e}  {result['note']}"
+    )
+    return (
+        text
+        if result["ok"]
+        else f"{text}\n{json.dumps({k: v for k, v in result.items() if k != 'log'})}\n{result['log']}"
+    )
 
 
 if __name__ == "__main__":

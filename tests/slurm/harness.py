@@ -23,11 +23,28 @@ LIVING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPEN
 
 def write_config(folder: Path, **train) -> Path:
     """A run of seconds on CPUs: tiny random model, planted data, NF4, ZeRO-3; a batch that 1, 2 and 3 ranks divide."""
-    config = {"data": {"path": "planted", "limit_train": 96, "limit_valid": 12, "limit_test": 24},
-              "model": {"path": "tiny-random", "quantization": "nf4", "lora": {"r": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear"}},
-              "train": {"max_steps": 40, "global_batch": 12, "lr": 0.003, "warmup_steps": 2, "save_every": 10, "eval_every": 20, "log_every": 1,
-                        "timeout_s": 300, "debug_sync": True} | train,
-              "objective": "gdrt", "groups": {"num": 4}}
+    config = {
+        "data": {"path": "planted", "limit_train": 96, "limit_valid": 12, "limit_test": 24},
+        "model": {
+            "path": "tiny-random",
+            "quantization": "nf4",
+            "lora": {"r": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear"},
+        },
+        "train": {
+            "max_steps": 40,
+            "global_batch": 12,
+            "lr": 0.003,
+            "warmup_steps": 2,
+            "save_every": 10,
+            "eval_every": 20,
+            "log_every": 1,
+            "timeout_s": 300,
+            "debug_sync": True,
+        }
+        | train,
+        "objective": "gdrt",
+        "groups": {"num": 4},
+    }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path
@@ -48,16 +65,32 @@ class Site:
     def sbatch(self, *words: str, env: dict[str, str | None] | None = None, user: str | None = None) -> str:
         """Submits and returns the job id; the job's output goes to FOLDER/ID.log."""
         words = [str(w) for w in words]
-        done = self.cluster.login("sbatch", "--parsable", f"--output={self.folder}/%j.log", *words, env=self.environment(env), cwd=self.folder, user=user)
+        done = self.cluster.login(
+            "sbatch",
+            "--parsable",
+            f"--output={self.folder}/%j.log",
+            *words,
+            env=self.environment(env),
+            cwd=self.folder,
+            user=user,
+        )
         return done.stdout.strip()
 
-    def script(self, name: str, *options: str, arguments: list[str] = (), env: dict[str, str | None] | None = None) -> str:
+    def script(
+        self, name: str, *options: str, arguments: list[str] = (), env: dict[str, str | None] | None = None
+    ) -> str:
         return self.sbatch(*options, str(HOME / "slurm" / name), *arguments, env=env)
 
-    def train(self, name: str, *options: str, overrides: list[str] = (), env: dict[str, str | None] | None = None) -> str:
+    def train(
+        self, name: str, *options: str, overrides: list[str] = (), env: dict[str, str | None] | None = None
+    ) -> str:
         """gdrt.sh on the tiny config, without the separate plan (it would load the libraries once more)."""
-        return self.script("gdrt.sh", *options, arguments=["--config", str(self.config), f"run.dir={self.run(name)}", *overrides],
-                           env={"GDRT_PLAN": "0"} | (env or {}))
+        return self.script(
+            "gdrt.sh",
+            *options,
+            arguments=["--config", str(self.config), f"run.dir={self.run(name)}", *overrides],
+            env={"GDRT_PLAN": "0"} | (env or {}),
+        )
 
     def run(self, name: str) -> Path:
         return self.folder / name
@@ -68,9 +101,11 @@ class Site:
 
     def wait(self, job: str, seconds: float = 300) -> str:
         """The state in which the job ended."""
+
         def ended():
             state = self.cluster.job(job).get("JobState", "PENDING")
             return None if state in LIVING else state
+
         return self.until(ended, seconds, f"job {job} did not end", job)
 
     def until(self, condition, seconds: float, complaint: str, job: str = ""):
@@ -121,13 +156,26 @@ def status(run: Path) -> str | None:
 
 def lives(run: Path) -> list[dict]:
     path = run / "logs" / "slurm" / "lives.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    )
 
 
 def single_process(config: Path, run: Path) -> None:
     """The undisturbed run: one rank, no Slurm."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_"))}
-    done = subprocess.run([sys.executable, str(HOME / "gdrt_ds" / "train.py"), "--config", str(config), f"run.dir={run}"], capture_output=True, text=True,
-                          env=env | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_"))
+    }
+    done = subprocess.run(
+        [sys.executable, str(HOME / "gdrt_ds" / "train.py"), "--config", str(config), f"run.dir={run}"],
+        capture_output=True,
+        text=True,
+        env=env | {"OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
     if done.returncode:
-        raise RuntimeError(f"the single-process run failed with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        raise RuntimeError(
+            f"the single-process run failed with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        )

@@ -41,13 +41,30 @@ def test_status_agrees_with_sacct_and_outlives_the_controllers_memory(accounted)
     jobs = ids(run)
 
     def accounting():
-        rows = site.cluster.login("sacct", "-n", "-P", "-X", "-j", ",".join(jobs.values()), "-o", "JobID,State").stdout.split("\n")
+        rows = site.cluster.login(
+            "sacct", "-n", "-P", "-X", "-j", ",".join(jobs.values()), "-o", "JobID,State"
+        ).stdout.split("\n")
         return {row.split("|")[0]: row.split("|")[1].split()[0] for row in rows if "|" in row}
-    site.until(lambda: set(accounting().values()) == {"FAILED", "CANCELLED"}, 90, "the chain did not end in the accounting")
-    assert accounting() == {jobs["train"]: "FAILED", jobs["evaluate"]: "CANCELLED", jobs["evaluate-base"]: "CANCELLED", jobs["compare"]: "CANCELLED"}
+
+    site.until(
+        lambda: set(accounting().values()) == {"FAILED", "CANCELLED"},
+        90,
+        "the chain did not end in the accounting",
+    )
+    assert accounting() == {
+        jobs["train"]: "FAILED",
+        jobs["evaluate"]: "CANCELLED",
+        jobs["evaluate-base"]: "CANCELLED",
+        jobs["compare"]: "CANCELLED",
+    }
     code, early, _ = submit(site, "--status", run, check=False)
     assert code == 1 and "broken at train" in early and early.count("cancelled, because") == 3
     site.until(lambda: not site.cluster.job(jobs["train"]), 180, "the controller did not forget the job")
     time.sleep(1)
     code, late, _ = submit(site, "--status", run, check=False)
-    assert code == 1 and "broken at train" in late and "failed with exit status 3: no luck" in late and late.count("cancelled, because") == 3
+    assert (
+        code == 1
+        and "broken at train" in late
+        and "failed with exit status 3: no luck" in late
+        and late.count("cancelled, because") == 3
+    )

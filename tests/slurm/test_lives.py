@@ -23,7 +23,11 @@ CONFIG = str(HOME / "configs" / "smoke.yaml")
 def call(main, *words, **env):
     """(exit status, answer, stderr) of one call, as the batch script sees it."""
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         for name, value in env.items():
             patch.setenv(name, value)
         try:
@@ -35,11 +39,41 @@ def call(main, *words, **env):
 
 
 def begin(run, job="7", restart=0, *more, overrides=(), **env):
-    return call(lives.main, "begin", "--job", job, "--restart", restart, *more, "--", "--config", CONFIG, f"run.dir={run}", *overrides, **env)
+    return call(
+        lives.main,
+        "begin",
+        "--job",
+        job,
+        "--restart",
+        restart,
+        *more,
+        "--",
+        "--config",
+        CONFIG,
+        f"run.dir={run}",
+        *overrides,
+        **env,
+    )
 
 
 def end(run, code, job="7", restart=0, state="RUNNING", reason="None", **env):
-    return call(lives.main, "end", "--job", job, "--restart", restart, "--run-dir", run, "--code", code, "--state", state, "--reason", reason, **env)
+    return call(
+        lives.main,
+        "end",
+        "--job",
+        job,
+        "--restart",
+        restart,
+        "--run-dir",
+        run,
+        "--code",
+        code,
+        "--state",
+        state,
+        "--reason",
+        reason,
+        **env,
+    )
 
 
 def checkpoint(run, step):
@@ -53,7 +87,9 @@ def summary(run, status):
 
 
 def rank_ended(run, rank, code, when, job="7", restart=0):
-    (run / "logs" / "slurm" / f"job_{job}_life_{restart}" / f"rank_{rank}.exit").write_text(f"{code} {when} node{rank + 1}\n")
+    (run / "logs" / "slurm" / f"job_{job}_life_{restart}" / f"rank_{rank}.exit").write_text(
+        f"{code} {when} node{rank + 1}\n"
+    )
 
 
 def test_an_interrupted_run_is_requeued_and_its_next_life_resumes(tmp_path):
@@ -103,7 +139,9 @@ def test_the_rank_that_ended_first_is_named_as_the_cause(tmp_path):
     rank_ended(run, 1, 137, 100.0)
     rank_ended(run, 0, 75, 103.0)
     code, answer, said = end(run, 137)
-    assert answer["VERDICT"] == "requeue" and "rank 1 on node2 ended with status 137 (killed by signal 9" in said
+    assert (
+        answer["VERDICT"] == "requeue" and "rank 1 on node2 ended with status 137 (killed by signal 9" in said
+    )
 
 
 def test_a_full_disk_holds_the_job(tmp_path):
@@ -121,7 +159,7 @@ def test_two_lives_without_a_new_checkpoint_stop_the_job(tmp_path):
     checkpoint(run, 10)
     assert end(run, 1)[1]["VERDICT"] == "requeue"
     begin(run, restart=1)
-    assert end(run, 1, restart=1)[1]["VERDICT"] == "requeue"      # one life without progress
+    assert end(run, 1, restart=1)[1]["VERDICT"] == "requeue"  # one life without progress
     begin(run, restart=2)
     code, answer, said = end(run, 1, restart=2)
     assert answer["VERDICT"] == "stop" and "no progress: 2 lives in a row" in said
@@ -162,8 +200,14 @@ def test_an_explicit_checkpoint_is_where_the_first_life_starts_only(tmp_path):
     assert begin(run, restart=1, overrides=["resume=step_10"])[1]["EXTRA"] == "(resume=auto)"
 
 
-@pytest.mark.parametrize("overrides, words", [(["run.overwrite=true"], "run.overwrite = true"), (["train.lrr=1"], "did you mean `train.lr`"),
-                                              (["run.dir=/dev/null/x"], "not writable")])
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["run.overwrite=true"], "run.overwrite = true"),
+        (["train.lrr=1"], "did you mean `train.lr`"),
+        (["run.dir=/dev/null/x"], "not writable"),
+    ],
+)
 def test_wrong_settings_are_refused_with_status_2(tmp_path, overrides, words):
     code, _, said = begin(tmp_path / "run", overrides=overrides)
     assert code == 2 and words in said and "fix:" in said
@@ -178,13 +222,35 @@ def test_a_run_folder_in_use_by_a_running_job_is_refused(tmp_path):
 
 
 def test_the_grid_repeats_temperatures_only_where_they_matter(tmp_path, capsys):
-    words = ["--objectives", "sft,gdrt", "--seeds", "0,1", "--taus", "0.5,1", "--into", str(tmp_path / "sweep")]
+    words = [
+        "--objectives",
+        "sft,gdrt",
+        "--seeds",
+        "0,1",
+        "--taus",
+        "0.5,1",
+        "--into",
+        str(tmp_path / "sweep"),
+    ]
     assert grid.main(words) == 0
     assert [line.split()[1].rpartition("/")[2] for line in capsys.readouterr().out.splitlines()] == [
-        "sft-seed0", "sft-seed1", "gdrt-tau0.5-seed0", "gdrt-tau0.5-seed1", "gdrt-tau1-seed0", "gdrt-tau1-seed1"]
+        "sft-seed0",
+        "sft-seed1",
+        "gdrt-tau0.5-seed0",
+        "gdrt-tau0.5-seed1",
+        "gdrt-tau1-seed0",
+        "gdrt-tau1-seed1",
+    ]
     assert grid.main([*words, "--index", "3", "--", "--config", "a b.yaml", "train.lr=1"]) == 0
-    assert shlex.split(capsys.readouterr().out) == ["--config", "a b.yaml", "train.lr=1", "objective=gdrt", "train.seed=1", "dro.tau=0.5",
-                                                    f"run.dir={tmp_path}/sweep/gdrt-tau0.5-seed1"]
+    assert shlex.split(capsys.readouterr().out) == [
+        "--config",
+        "a b.yaml",
+        "train.lr=1",
+        "objective=gdrt",
+        "train.seed=1",
+        "dro.tau=0.5",
+        f"run.dir={tmp_path}/sweep/gdrt-tau0.5-seed1",
+    ]
     assert len((tmp_path / "sweep" / "runs.txt").read_text().splitlines()) == 6
     assert grid.main([*words, "--index", "6"]) == 2
     assert "sbatch --array=0-5" in capsys.readouterr().err
@@ -194,8 +260,27 @@ def test_at_the_time_limit_the_job_is_requeued_before_the_ranks_have_ended(tmp_p
     run = tmp_path / "run"
     begin(run)
     checkpoint(run, 10)
-    code, answer, said = call(lives.main, "end", "--job", "7", "--restart", 0, "--run-dir", run, "--code", 75, "--state", "COMPLETING", "--reason", "TimeLimit", "--early")
-    assert answer == {"VERDICT": "requeue", "CODE": "75"} and "the time limit is reached; newest checkpoint: step 10" in said
+    code, answer, said = call(
+        lives.main,
+        "end",
+        "--job",
+        "7",
+        "--restart",
+        0,
+        "--run-dir",
+        run,
+        "--code",
+        75,
+        "--state",
+        "COMPLETING",
+        "--reason",
+        "TimeLimit",
+        "--early",
+    )
+    assert (
+        answer == {"VERDICT": "requeue", "CODE": "75"}
+        and "the time limit is reached; newest checkpoint: step 10" in said
+    )
 
 
 def test_the_script_of_a_life_that_was_cut_off_does_nothing_once_a_newer_life_began(tmp_path):

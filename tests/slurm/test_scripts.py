@@ -16,7 +16,12 @@ SCRIPTS = sorted((HOME / "slurm").glob("*.sh"))
 def test_the_scripts_pass_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
-    done = subprocess.run(["shellcheck", "-x", *map(str, SCRIPTS), str(HOME / "tests" / "slurm" / "cluster" / "machine.sh")], capture_output=True, text=True, cwd=HOME)
+    done = subprocess.run(
+        ["shellcheck", "-x", *map(str, SCRIPTS), str(HOME / "tests" / "slurm" / "cluster" / "machine.sh")],
+        capture_output=True,
+        text=True,
+        cwd=HOME,
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -25,13 +30,29 @@ def test_a_script_parses_and_a_batch_script_is_strict_and_requeues(script):
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
     text = script.read_text(encoding="utf-8")
     if "#SBATCH" in text:
-        assert "set -euo pipefail" in text and "#SBATCH --requeue" in text and "#SBATCH --open-mode=append" in text
-        assert "#SBATCH --gpus" not in text, "a GPU request in the script clashes with one on the command line"
+        assert (
+            "set -euo pipefail" in text
+            and "#SBATCH --requeue" in text
+            and "#SBATCH --open-mode=append" in text
+        )
+        assert "#SBATCH --gpus" not in text, (
+            "a GPU request in the script clashes with one on the command line"
+        )
 
 
 def test_every_setting_of_the_scripts_is_documented():
-    internal = {"GDRT_CONTAINER_WORDS", "GDRT_RANK_LOGS", "GDRT_SIGNALS", "GDRT_LIFE"}      # between the scripts, not for users
-    read = set().union(*(re.findall(r"GDRT_[A-Z_]+[A-Z]", path.read_text(encoding="utf-8")) for path in [*SCRIPTS, *(HOME / "slurm").glob("*.py")]))
+    internal = {
+        "GDRT_CONTAINER_WORDS",
+        "GDRT_RANK_LOGS",
+        "GDRT_SIGNALS",
+        "GDRT_LIFE",
+    }  # between the scripts, not for users
+    read = set().union(
+        *(
+            re.findall(r"GDRT_[A-Z_]+[A-Z]", path.read_text(encoding="utf-8"))
+            for path in [*SCRIPTS, *(HOME / "slurm").glob("*.py")]
+        )
+    )
     table = (HOME / "docs" / "clusters.md").read_text(encoding="utf-8")
     assert sorted(name for name in read - internal if f"`{name}`" not in table) == []
 
@@ -39,8 +60,24 @@ def test_every_setting_of_the_scripts_is_documented():
 def test_messages_that_the_guide_lists_exist_in_the_code():
     guide = (HOME / "docs" / "clusters.md").read_text(encoding="utf-8")
     failures = guide.partition("## Common failures")[2].partition("## What only")[0]
-    code = "\n".join(path.read_text(encoding="utf-8") for folder in ("slurm", "gdrt_ds") for path in (HOME / folder).iterdir() if path.suffix in (".sh", ".py"))
-    ours = ["the project was not found from", "no Python environment", "cannot run gdrt_ds on", "is not writable on", "unequal GPUs per node", "is smaller than the",
-            "fewer CPUs than ranks on a node", "was taken over by", "no progress: ", "belongs to a chain that still lives", "the job is held: free space"]
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("slurm", "gdrt_ds")
+        for path in (HOME / folder).iterdir()
+        if path.suffix in (".sh", ".py")
+    )
+    ours = [
+        "the project was not found from",
+        "no Python environment",
+        "cannot run gdrt_ds on",
+        "is not writable on",
+        "unequal GPUs per node",
+        "is smaller than the",
+        "fewer CPUs than ranks on a node",
+        "was taken over by",
+        "no progress: ",
+        "belongs to a chain that still lives",
+        "the job is held: free space",
+    ]
     for words in ours:
         assert words in failures and words in code, words

@@ -14,7 +14,9 @@ SUBMIT = str(HOME / "slurm" / "submit.py")
 
 def submit(site, *words, check=True, env=None):
     """Runs submit.py on the login node; (exit status, stdout, stderr)."""
-    done = site.cluster.login(sys.executable, SUBMIT, *map(str, words), check=False, env=site.environment(env), cwd=site.folder)
+    done = site.cluster.login(
+        sys.executable, SUBMIT, *map(str, words), check=False, env=site.environment(env), cwd=site.folder
+    )
     if check and done.returncode:
         raise AssertionError(f"submit.py {words}: {done.returncode}\n{done.stdout}{done.stderr}")
     return done.returncode, done.stdout, done.stderr
@@ -25,19 +27,41 @@ def queue(site):
 
 
 def ids(run_or_into):
-    record = next(p for p in (run_or_into / "logs" / "slurm" / "chain.json", run_or_into / "chain.json") if p.is_file())
+    record = next(
+        p for p in (run_or_into / "logs" / "slurm" / "chain.json", run_or_into / "chain.json") if p.is_file()
+    )
     return {job["name"]: job["id"] for job in json.loads(record.read_text())["jobs"]}
 
 
 @pytest.mark.slurm
 def test_a_dry_run_shows_every_command_and_script_and_submits_nothing(site):
     before = queue(site)
-    _, text, _ = submit(site, "--config", site.config, "--nodes", 2, "--gpus-per-node", "h100:2", "--partition", "main", "--time", "01:00:00", "--dry-run",
-                        f"run.dir={site.run('dry')}", "dro.tau=0.5")
+    _, text, _ = submit(
+        site,
+        "--config",
+        site.config,
+        "--nodes",
+        2,
+        "--gpus-per-node",
+        "h100:2",
+        "--partition",
+        "main",
+        "--time",
+        "01:00:00",
+        "--dry-run",
+        f"run.dir={site.run('dry')}",
+        "dro.tau=0.5",
+    )
     commands = [line for line in text.splitlines() if line.startswith("sbatch ")]
-    assert [next(part for part in line.split() if "/slurm/" in part and part.endswith(".sh")).rpartition("/")[2] for line in commands] == [
-        "gdrt.sh", "eval.sh", "eval.sh", "compare.sh"]
-    assert "--nodes=2 --ntasks-per-node=2 --gpus-per-node=h100:2 --cpus-per-task=8 --time=01:00:00" in commands[0] and "dro.tau=0.5" in commands[0]
+    assert [
+        next(part for part in line.split() if "/slurm/" in part and part.endswith(".sh")).rpartition("/")[2]
+        for line in commands
+    ] == ["gdrt.sh", "eval.sh", "eval.sh", "compare.sh"]
+    assert (
+        "--nodes=2 --ntasks-per-node=2 --gpus-per-node=h100:2 --cpus-per-task=8 --time=01:00:00"
+        in commands[0]
+        and "dro.tau=0.5" in commands[0]
+    )
     assert "--dependency=afterok:<train>" in commands[1] and "--kill-on-invalid-dep=yes" in commands[1]
     assert "'--dependency=afterok:<evaluate>:<evaluate-base>'" in commands[3]
     for script in ("gdrt.sh", "eval.sh", "compare.sh", "common.sh", "rank.sh"):
@@ -55,12 +79,24 @@ def test_a_chain_whose_training_fails_cancels_the_rest_and_says_why(site):
     assert list(jobs) == ["train", "evaluate", "evaluate-base", "compare"]
     assert all(f"job {number}" in text for number in jobs.values()) and f"--status {run}" in text
     assert site.wait(jobs["train"]) == "FAILED"
-    site.until(lambda: not queue(site) & set(jobs.values()), 60, "the jobs that wait for a failed one were not cancelled")
+    site.until(
+        lambda: not queue(site) & set(jobs.values()),
+        60,
+        "the jobs that wait for a failed one were not cancelled",
+    )
     code, words, _ = submit(site, "--status", run, check=False)
     assert code == 1 and "broken at train" in words
     assert "failed with exit status 3: the licence server is down (log: " in words
-    assert "cancelled, because train did not succeed" in words and "cancelled, because evaluate and evaluate-base did not succeed" in words
-    assert [site.cluster.job(number)["JobState"] for number in jobs.values()] == ["FAILED", "CANCELLED", "CANCELLED", "CANCELLED"]
+    assert (
+        "cancelled, because train did not succeed" in words
+        and "cancelled, because evaluate and evaluate-base did not succeed" in words
+    )
+    assert [site.cluster.job(number)["JobState"] for number in jobs.values()] == [
+        "FAILED",
+        "CANCELLED",
+        "CANCELLED",
+        "CANCELLED",
+    ]
 
 
 @pytest.mark.slurm
@@ -72,7 +108,11 @@ def test_status_follows_a_chain_that_waits_and_a_second_one_is_refused(site):
     code, words, _ = submit(site, "--status", run)
     assert "at train" in words and f"is held: `scontrol release {jobs['train']}`" in words
     code, _, complaint = submit(site, "--config", site.config, f"run.dir={run}", check=False)
-    assert code == 2 and "belongs to a chain that still lives" in complaint and f"scancel {jobs['train']}" in complaint
+    assert (
+        code == 2
+        and "belongs to a chain that still lives" in complaint
+        and f"scancel {jobs['train']}" in complaint
+    )
     site.cluster.login("scancel", *jobs.values())
     site.until(lambda: not queue(site) & set(jobs.values()), 30, "scancel did not end the chain")
     code, words, _ = submit(site, "--status", run, check=False)
@@ -81,14 +121,37 @@ def test_status_follows_a_chain_that_waits_and_a_second_one_is_refused(site):
 
 @pytest.mark.slurm
 def test_a_failed_task_of_a_grid_is_named_and_its_evaluation_does_not_run(site):
-    breaks = site.folder / "breaks_one.sh"      # the second run of the grid fails at once, the first is held up until the test has looked
-    breaks.write_text('if [ "${SLURM_ARRAY_TASK_ID:-}" = 1 ]; then echo "error: no luck" >&2; exit 3; fi\nsleep 300\n')
+    breaks = (
+        site.folder / "breaks_one.sh"
+    )  # the second run of the grid fails at once, the first is held up until the test has looked
+    breaks.write_text(
+        'if [ "${SLURM_ARRAY_TASK_ID:-}" = 1 ]; then echo "error: no luck" >&2; exit 3; fi\nsleep 300\n'
+    )
     into = site.folder / "grid"
-    _, text, _ = submit(site, "--config", site.config, "--seeds", "0,1,2", "--at-once", 2, "--into", into, env={"GDRT_SETUP": str(breaks)})
+    _, text, _ = submit(
+        site,
+        "--config",
+        site.config,
+        "--seeds",
+        "0,1,2",
+        "--at-once",
+        2,
+        "--into",
+        into,
+        env={"GDRT_SETUP": str(breaks)},
+    )
     jobs = ids(into)
-    assert "tasks 0-2%2" in text and (into / "runs.txt").read_text().splitlines() == [str(into / f"gdrt-seed{seed}") for seed in range(3)]
-    site.until(lambda: site.cluster.job(f"{jobs['train']}_1").get("JobState") == "FAILED", 60, "task 1 did not fail")
-    site.until(lambda: site.cluster.job(f"{jobs['evaluate']}_1").get("JobState") == "CANCELLED", 60, "the evaluation of the failed run was not cancelled")
+    assert "tasks 0-2%2" in text and (into / "runs.txt").read_text().splitlines() == [
+        str(into / f"gdrt-seed{seed}") for seed in range(3)
+    ]
+    site.until(
+        lambda: site.cluster.job(f"{jobs['train']}_1").get("JobState") == "FAILED", 60, "task 1 did not fail"
+    )
+    site.until(
+        lambda: site.cluster.job(f"{jobs['evaluate']}_1").get("JobState") == "CANCELLED",
+        60,
+        "the evaluation of the failed run was not cancelled",
+    )
     _, words, _ = submit(site, "--status", into, check=False)
     assert "1 failed, 2 running; failed tasks: 1" in words
     assert site.cluster.job(f"{jobs['evaluate']}_0").get("JobState") == "PENDING"
@@ -97,27 +160,49 @@ def test_a_failed_task_of_a_grid_is_named_and_its_evaluation_does_not_run(site):
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize("words, problem, fix", [
-    (["--partition", "gpus"], "--partition gpus: this cluster has no such partition", "partitions here: high, main"),
-    (["--nodes", 4, "--gpus-per-node", 4], "4 node(s) x 4 = 16 ranks, but train.global_batch = 12", "use at most 12 ranks"),
-    (["run.dir=/dev/null/run"], "run.dir = /dev/null/run: not writable", "choose another folder"),
-    (["--gpus-per-node", "four"], "--gpus-per-node four: expected N or TYPE:N", "h100:8"),
-    (["--gpus-per-node", 4, "--ntasks-per-node", 2], "one rank per GPU", "leave --ntasks-per-node out"),
-    (["--compare-with", "/nowhere"], "--compare-with /nowhere: not an evaluation folder", "eval.run"),
-    (["train.lrr=1"], "unknown key `train.lrr`; did you mean `train.lr`?", ""),
-    (["--sbatch=--mem=9000G"], "sbatch refused: Batch job submission failed", "the command was"),
-    (["--eval-args=--output x"], "--eval-args --output", "leave --output out")])
+@pytest.mark.parametrize(
+    "words, problem, fix",
+    [
+        (
+            ["--partition", "gpus"],
+            "--partition gpus: this cluster has no such partition",
+            "partitions here: high, main",
+        ),
+        (
+            ["--nodes", 4, "--gpus-per-node", 4],
+            "4 node(s) x 4 = 16 ranks, but train.global_batch = 12",
+            "use at most 12 ranks",
+        ),
+        (["run.dir=/dev/null/run"], "run.dir = /dev/null/run: not writable", "choose another folder"),
+        (["--gpus-per-node", "four"], "--gpus-per-node four: expected N or TYPE:N", "h100:8"),
+        (["--gpus-per-node", 4, "--ntasks-per-node", 2], "one rank per GPU", "leave --ntasks-per-node out"),
+        (["--compare-with", "/nowhere"], "--compare-with /nowhere: not an evaluation folder", "eval.run"),
+        (["train.lrr=1"], "unknown key `train.lrr`; did you mean `train.lr`?", ""),
+        (["--sbatch=--mem=9000G"], "sbatch refused: Batch job submission failed", "the command was"),
+        (["--eval-args=--output x"], "--eval-args --output", "leave --output out"),
+    ],
+)
 def test_submit_refuses_what_a_job_would_fail_on(site, words, problem, fix):
     before = queue(site)
-    code, _, complaint = submit(site, "--config", site.config, f"run.dir={site.folder}/refused", *words, check=False)
+    code, _, complaint = submit(
+        site, "--config", site.config, f"run.dir={site.folder}/refused", *words, check=False
+    )
     assert code == 2 and problem in complaint and fix in complaint
     site.until(lambda: queue(site) <= before, 30, "a refused chain left jobs behind")
 
 
 def test_without_slurm_the_message_says_where_to_run_it(tmp_path):
-    done = subprocess.run([sys.executable, SUBMIT, "--config", str(HOME / "configs" / "smoke.yaml"), f"run.dir={tmp_path}/run"], capture_output=True, text=True,
-                          env={"PATH": str(tmp_path)})
-    assert done.returncode == 2 and "the command `sbatch` is not on this machine" in done.stderr and "deepspeed gdrt_ds/train.py" in done.stderr
+    done = subprocess.run(
+        [sys.executable, SUBMIT, "--config", str(HOME / "configs" / "smoke.yaml"), f"run.dir={tmp_path}/run"],
+        capture_output=True,
+        text=True,
+        env={"PATH": str(tmp_path)},
+    )
+    assert (
+        done.returncode == 2
+        and "the command `sbatch` is not on this machine" in done.stderr
+        and "deepspeed gdrt_ds/train.py" in done.stderr
+    )
 
 
 def test_status_of_a_folder_without_a_chain_is_an_error(tmp_path):

@@ -40,9 +40,22 @@ def why_not() -> str | None:
     for command in ("unshare", "nsenter", "ip"):
         if shutil.which(command) is None:
             return f"the simulated Slurm cluster needs the command `{command}` (packages util-linux and iproute2)"
-    probe = subprocess.run(["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "sh", "-c",
-                            "mount -t proc proc /proc && mount -t sysfs sysfs /sys && ip link add gdrt0 type bridge"],
-                           capture_output=True, text=True)
+    probe = subprocess.run(
+        [
+            "unshare",
+            "--net",
+            "--uts",
+            "--ipc",
+            "--mount",
+            "--pid",
+            "--fork",
+            "sh",
+            "-c",
+            "mount -t proc proc /proc && mount -t sysfs sysfs /sys && ip link add gdrt0 type bridge",
+        ],
+        capture_output=True,
+        text=True,
+    )
     if probe.returncode:
         return f"this machine does not allow the namespaces of the simulated Slurm cluster ({probe.stderr.strip().splitlines()[-1]})"
     missing = [c for c in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(c) is None]
@@ -54,7 +67,9 @@ def why_not() -> str | None:
 def install(accounting: bool = False) -> None:
     """Installs Slurm from the distribution's packages, without letting them start services."""
     wanted = PACKAGES + (ACCOUNTING_PACKAGES if accounting else [])
-    status = subprocess.run(["dpkg-query", "-W", "-f", "${Package} ${Status}\n", *wanted], capture_output=True, text=True).stdout
+    status = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Package} ${Status}\n", *wanted], capture_output=True, text=True
+    ).stdout
     missing = [p for p in wanted if f"{p} install ok installed" not in status]
     if not missing:
         return
@@ -64,13 +79,17 @@ def install(accounting: bool = False) -> None:
     policy = Path("/usr/sbin/policy-rc.d")
     ours = not policy.exists()
     if ours:
-        policy.write_text("#!/bin/sh\nexit 101\n")     # Debian's convention for "do not start services now"
+        policy.write_text("#!/bin/sh\nexit 101\n")  # Debian's convention for "do not start services now"
         policy.chmod(0o755)
     try:
         env = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
         subprocess.run(["apt-get", "update", "-qq"], env=env, check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing], env=env, check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing],
+            env=env,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     finally:
         if ours:
             policy.unlink()
@@ -86,10 +105,10 @@ class Shape:
     gpus: int = 4
     gpu_type: str = ""
     accounting: bool = False
-    grace_s: int = 40               # what a preempted job has between the warning and the eviction
-    slurmd_timeout_s: int = 20      # silence after which a node counts as dead
-    kill_wait_s: int = 5            # between TERM and KILL at the time limit
-    forget_s: int = 900             # until the controller forgets an ended job
+    grace_s: int = 40  # what a preempted job has between the warning and the eviction
+    slurmd_timeout_s: int = 20  # silence after which a node counts as dead
+    kill_wait_s: int = 5  # between TERM and KILL at the time limit
+    forget_s: int = 900  # until the controller forgets an ended job
 
 
 class Cluster:
@@ -119,7 +138,12 @@ class Cluster:
         self.down()
 
     def up(self) -> Cluster:
-        for folder in (self.run_dir, self.etc, self.log, *(self.state / n for n in ("slurmctld", "spool", "local", "dev", "bin"))):
+        for folder in (
+            self.run_dir,
+            self.etc,
+            self.log,
+            *(self.state / n for n in ("slurmctld", "spool", "local", "dev", "bin")),
+        ):
             folder.mkdir(parents=True, exist_ok=True)
         for folder in (self.state, self.run_dir, self.etc):
             folder.chmod(0o755)
@@ -129,8 +153,16 @@ class Cluster:
         self._in_network("head", "ip", "link", "add", "br0", "type", "bridge")
         self._in_network("head", "ip", "addr", "add", f"{NETWORK}.1/24", "dev", "br0")
         self._in_network("head", "ip", "link", "set", "br0", "up")
-        self.on("head", "munged", f"--key-file={self.etc}/munge.key", f"--socket={self.run_dir}/munge.sock", "--force",
-                f"--pid-file={self.run_dir}/munged.pid", f"--log-file={self.log}/munged.log", f"--seed-file={self.run_dir}/munged.seed")
+        self.on(
+            "head",
+            "munged",
+            f"--key-file={self.etc}/munge.key",
+            f"--socket={self.run_dir}/munge.sock",
+            "--force",
+            f"--pid-file={self.run_dir}/munged.pid",
+            f"--log-file={self.log}/munged.log",
+            f"--seed-file={self.run_dir}/munged.seed",
+        )
         if self.shape.accounting:
             self._start_accounting()
         self.on("head", "slurmctld")
@@ -145,18 +177,38 @@ class Cluster:
             pid = self._machine_pid(pid_file.stem)
             if pid:
                 os.kill(pid, 9)
-                self._until(lambda pid=pid: not self._ours(pid), 10, f"machine {pid_file.stem} (pid {pid}) does not end")
+                self._until(
+                    lambda pid=pid: not self._ours(pid),
+                    10,
+                    f"machine {pid_file.stem} (pid {pid}) does not end",
+                )
             pid_file.unlink(missing_ok=True)
 
     # ---- commands --------------------------------------------------------------------------------------------------------
 
-    def on(self, machine: str, *command: str, user: str | None = None, check: bool = True, timeout: float = 120,
-           env: dict[str, str] | None = None, cwd: str | Path | None = None) -> subprocess.CompletedProcess:
+    def on(
+        self,
+        machine: str,
+        *command: str,
+        user: str | None = None,
+        check: bool = True,
+        timeout: float = 120,
+        env: dict[str, str] | None = None,
+        cwd: str | Path | None = None,
+    ) -> subprocess.CompletedProcess:
         """Runs a command on a machine (`head` is the login node) and returns its output as text."""
-        done = subprocess.run(self.prefix(machine, user, cwd) + [str(c) for c in command], capture_output=True, text=True,
-                              timeout=timeout, env=self.environment(env), stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            self.prefix(machine, user, cwd) + [str(c) for c in command],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=self.environment(env),
+            stdin=subprocess.DEVNULL,
+        )
         if check and done.returncode:
-            raise RuntimeError(f"{machine}: {' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+            raise RuntimeError(
+                f"{machine}: {' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+            )
         return done
 
     def prefix(self, machine: str, user: str | None = None, cwd: str | Path | None = None) -> list[str]:
@@ -186,8 +238,23 @@ class Cluster:
     def start_node(self, node: str) -> None:
         self._start_machine(node)
         pid, number = self._machine_pid(node), int(node.removeprefix("node"))
-        self._in_network("head", "ip", "link", "del", f"v-{node}", check=False)      # left over from a former life
-        self._in_network("head", "ip", "link", "add", f"v-{node}", "type", "veth", "peer", "name", "eth0", "netns", str(pid))
+        self._in_network(
+            "head", "ip", "link", "del", f"v-{node}", check=False
+        )  # left over from a former life
+        self._in_network(
+            "head",
+            "ip",
+            "link",
+            "add",
+            f"v-{node}",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            str(pid),
+        )
         self._in_network("head", "ip", "link", "set", f"v-{node}", "master", "br0", "up")
         self._in_network(node, "ip", "addr", "add", f"{NETWORK}.{10 + number}/24", "dev", "eth0")
         self._in_network(node, "ip", "link", "set", "eth0", "up")
@@ -212,7 +279,7 @@ class Cluster:
         self.login("scontrol", "update", f"nodename={node}", "state=resume", check=False)
 
     def kill_slurmd(self, node: str) -> None:
-        for pid in self.on(node, "pgrep", "-x", "slurmd").stdout.split():     # pids of the node's own namespace
+        for pid in self.on(node, "pgrep", "-x", "slurmd").stdout.split():  # pids of the node's own namespace
             self.on(node, "kill", "-9", pid)
 
     def start_slurmd(self, node: str, reboot: bool = False) -> None:
@@ -239,13 +306,42 @@ class Cluster:
         pid_file.unlink(missing_ok=True)
         tie = ["setpriv", "--pdeathsig", "KILL"] if self.die_with_caller else []
         with open(self.log / f"machine-{name}.log", "ab") as log:
-            subprocess.Popen([*tie, "unshare", "--net", "--uts", "--ipc", "--mount", "--propagation", "private", "--pid", "--fork",
-                              "--kill-child", str(HERE / "machine.sh"), name, str(self.state), str(pid_file)],
-                             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=self.environment())
-        self._until(lambda: self._machine_pid(name), 15, f"machine {name} did not start, see {self.log}/machine-{name}.log")
+            subprocess.Popen(
+                [
+                    *tie,
+                    "unshare",
+                    "--net",
+                    "--uts",
+                    "--ipc",
+                    "--mount",
+                    "--propagation",
+                    "private",
+                    "--pid",
+                    "--fork",
+                    "--kill-child",
+                    str(HERE / "machine.sh"),
+                    name,
+                    str(self.state),
+                    str(pid_file),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=self.environment(),
+            )
+        self._until(
+            lambda: self._machine_pid(name),
+            15,
+            f"machine {name} did not start, see {self.log}/machine-{name}.log",
+        )
 
     def _in_network(self, machine: str, *command: str, check: bool = True) -> None:
-        done = subprocess.run(["nsenter", f"--net=/proc/{self._machine_pid(machine)}/ns/net", *command], capture_output=True, text=True)
+        done = subprocess.run(
+            ["nsenter", f"--net=/proc/{self._machine_pid(machine)}/ns/net", *command],
+            capture_output=True,
+            text=True,
+        )
         if check and done.returncode:
             raise RuntimeError(f"{machine}: {' '.join(command)}: {done.stderr.strip()}")
 
@@ -260,12 +356,19 @@ class Cluster:
     def _ready(self) -> bool:
         lines = self.login("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T", check=False).stdout.split("\n")
         states = dict(line.split() for line in lines if line.strip())
-        return len(states) == self.shape.nodes and set(states.values()) <= {"idle", "mixed", "allocated", "completing"}
+        return len(states) == self.shape.nodes and set(states.values()) <= {
+            "idle",
+            "mixed",
+            "allocated",
+            "completing",
+        }
 
     def _configure(self) -> None:
         shape, names = self.shape, [f"node{i}" for i in range(1, self.shape.nodes + 1)]
         addresses = {name: f"{NETWORK}.{10 + i}" for i, name in enumerate(names, 1)}
-        hosts = [("127.0.0.1", "localhost"), (f"{NETWORK}.1", "head")] + [(a, n) for n, a in addresses.items()]
+        hosts = [("127.0.0.1", "localhost"), (f"{NETWORK}.1", "head")] + [
+            (a, n) for n, a in addresses.items()
+        ]
         (self.etc / "hosts").write_text("".join(f"{a} {n}\n" for a, n in hosts))
         key = self.etc / "munge.key"
         if not key.exists():
@@ -274,29 +377,47 @@ class Cluster:
         for number in range(shape.gpus):
             device = self.state / "dev" / f"gpu{number}"
             if not device.exists():
-                os.mknod(device, 0o20666, os.makedev(1, 3))       # the null device: what matters is that the file is there
+                os.mknod(
+                    device, 0o20666, os.makedev(1, 3)
+                )  # the null device: what matters is that the file is there
         kind = f"{shape.gpu_type}:" if shape.gpu_type else ""
         gres = f" Gres=gpu:{kind}{shape.gpus}" if shape.gpus else ""
-        settings = {"STATE": self.state, "NETWORK": NETWORK, "SLURMD_TIMEOUT": shape.slurmd_timeout_s, "KILL_WAIT": shape.kill_wait_s,
-                    "GRACE": shape.grace_s, "FORGET": shape.forget_s}
+        settings = {
+            "STATE": self.state,
+            "NETWORK": NETWORK,
+            "SLURMD_TIMEOUT": shape.slurmd_timeout_s,
+            "KILL_WAIT": shape.kill_wait_s,
+            "GRACE": shape.grace_s,
+            "FORGET": shape.forget_s,
+        }
         text = (HERE / "slurm.conf.in").read_text()
         for name, value in settings.items():
             text = text.replace(f"@{name}@", str(value))
         for name in names:
             text += f"NodeName={name} NodeAddr={addresses[name]} CPUs={shape.cpus} RealMemory={shape.memory_mb}{gres} State=UNKNOWN\n"
-        text += (f"AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost={NETWORK}.1\n"
-                 f"AccountingStoragePass={self.run_dir}/munge.sock\n" if shape.accounting else
-                 "AccountingStorageType=accounting_storage/none\n")
+        text += (
+            f"AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost={NETWORK}.1\n"
+            f"AccountingStoragePass={self.run_dir}/munge.sock\n"
+            if shape.accounting
+            else "AccountingStorageType=accounting_storage/none\n"
+        )
         (self.etc / "slurm.conf").write_text(text)
         typed = f"Type={shape.gpu_type} " if shape.gpu_type else ""
         (self.etc / "gres.conf").write_text(
-            f"AutoDetect=off\nName=gpu {typed}File={self.state}/dev/gpu[0-{shape.gpus - 1}]\n" if shape.gpus else "AutoDetect=off\n")
+            f"AutoDetect=off\nName=gpu {typed}File={self.state}/dev/gpu[0-{shape.gpus - 1}]\n"
+            if shape.gpus
+            else "AutoDetect=off\n"
+        )
         # slurmd 22.05 loads a cgroup plugin even when nothing uses it, and detection fails without /sys/fs/cgroup; v1 does not look
         (self.etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        for command in COMMANDS:       # for people: `PATH=DIR/bin:$PATH sbatch ...` from a shell outside the cluster
+        for (
+            command
+        ) in COMMANDS:  # for people: `PATH=DIR/bin:$PATH sbatch ...` from a shell outside the cluster
             shim = self.state / "bin" / command
-            shim.write_text(f'#!/bin/sh\n[ -n "$SLURMD_NODENAME" ] && exec /usr/bin/{command} "$@"\n'     # jobs inherit the PATH
-                            f'exec "{sys.executable}" "{HERE}/cluster.py" login --state "{self.state}" /usr/bin/{command} "$@"\n')
+            shim.write_text(
+                f'#!/bin/sh\n[ -n "$SLURMD_NODENAME" ] && exec /usr/bin/{command} "$@"\n'  # jobs inherit the PATH
+                f'exec "{sys.executable}" "{HERE}/cluster.py" login --state "{self.state}" /usr/bin/{command} "$@"\n'
+            )
             shim.chmod(0o755)
 
     def _start_accounting(self) -> None:
@@ -305,51 +426,94 @@ class Cluster:
         shutil.chown(data, "mysql")
         self.run_dir.chmod(0o1777)
         if not (data / "mysql").exists():
-            self.on("head", "mariadb-install-db", "--no-defaults", "--user=mysql", f"--datadir={data}", "--skip-test-db",
-                    "--auth-root-authentication-method=normal", timeout=180)
+            self.on(
+                "head",
+                "mariadb-install-db",
+                "--no-defaults",
+                "--user=mysql",
+                f"--datadir={data}",
+                "--skip-test-db",
+                "--auth-root-authentication-method=normal",
+                timeout=180,
+            )
         with open(self.log / "mariadbd.log", "ab") as log:
-            subprocess.Popen(self.prefix("head") + ["mariadbd", "--no-defaults", "--user=mysql", f"--datadir={data}", f"--socket={socket}",
-                             "--bind-address=127.0.0.1", "--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0",
-                             "--innodb-lock-wait-timeout=900"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment(),
-                             start_new_session=True)
+            subprocess.Popen(
+                self.prefix("head")
+                + [
+                    "mariadbd",
+                    "--no-defaults",
+                    "--user=mysql",
+                    f"--datadir={data}",
+                    f"--socket={socket}",
+                    "--bind-address=127.0.0.1",
+                    "--innodb-buffer-pool-size=64M",
+                    "--innodb-flush-log-at-trx-commit=0",
+                    "--innodb-lock-wait-timeout=900",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment(),
+                start_new_session=True,
+            )
         admin = ["mariadb-admin", "--no-defaults", f"--socket={socket}", "-uroot", "ping"]
-        self._until(lambda: self.on("head", *admin, check=False).returncode == 0, 60, f"mariadb did not start, see {self.log}/mariadbd.log")
+        self._until(
+            lambda: self.on("head", *admin, check=False).returncode == 0,
+            60,
+            f"mariadb did not start, see {self.log}/mariadbd.log",
+        )
         sql = "create database if not exists slurm_acct_db;"
         for host in ("%", "localhost"):
-            sql += (f"create user if not exists 'slurm'@'{host}' identified by 'simulated';"
-                    f"grant all on slurm_acct_db.* to 'slurm'@'{host}';")
+            sql += (
+                f"create user if not exists 'slurm'@'{host}' identified by 'simulated';"
+                f"grant all on slurm_acct_db.* to 'slurm'@'{host}';"
+            )
         self.on("head", "mariadb", "--no-defaults", f"--socket={socket}", "-uroot", "-e", sql)
         conf = self.etc / "slurmdbd.conf"
-        conf.write_text(f"AuthType=auth/munge\nAuthInfo=socket={self.run_dir}/munge.sock\nDbdHost=head\nDbdAddr={NETWORK}.1\n"
-                        f"SlurmUser=root\nLogFile={self.log}/slurmdbd.log\nPidFile={self.run_dir}/slurmdbd.pid\n"
-                        "StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\nStoragePort=3306\nStorageUser=slurm\n"
-                        "StoragePass=simulated\nStorageLoc=slurm_acct_db\n")
+        conf.write_text(
+            f"AuthType=auth/munge\nAuthInfo=socket={self.run_dir}/munge.sock\nDbdHost=head\nDbdAddr={NETWORK}.1\n"
+            f"SlurmUser=root\nLogFile={self.log}/slurmdbd.log\nPidFile={self.run_dir}/slurmdbd.pid\n"
+            "StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\nStoragePort=3306\nStorageUser=slurm\n"
+            "StoragePass=simulated\nStorageLoc=slurm_acct_db\n"
+        )
         conf.chmod(0o600)
         self.on("head", "slurmdbd")
         show = ["timeout", "3", "sacctmgr", "-n", "show", "cluster"]
-        self._until(lambda: self.on("head", *show, check=False).returncode == 0, 60, f"slurmdbd did not start, see {self.log}/slurmdbd.log")
+        self._until(
+            lambda: self.on("head", *show, check=False).returncode == 0,
+            60,
+            f"slurmdbd did not start, see {self.log}/slurmdbd.log",
+        )
         for what in (["cluster", "simulated"], ["account", "default"], ["user", "root", "account=default"]):
             self.on("head", "sacctmgr", "-i", "-Q", "add", *what, check=False)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     actions = parser.add_subparsers(dest="action", required=True)
     at_install = actions.add_parser("install")
     at_install.add_argument("--accounting", action="store_true", help="also slurmdbd and mariadb")
-    at_install.add_argument("--if-possible", action="store_true", help="say why and go on where packages cannot be installed")
+    at_install.add_argument(
+        "--if-possible", action="store_true", help="say why and go on where packages cannot be installed"
+    )
     for name in ("up", "down", "login", "node"):
         sub = actions.add_parser(name)
         sub.add_argument("--state", required=True)
         if name == "up":
             for field, default in asdict(Shape()).items():
                 flag = f"--{field.replace('_', '-')}"
-                sub.add_argument(flag, action="store_true") if default is False else sub.add_argument(flag, type=type(default), default=default)
+                sub.add_argument(flag, action="store_true") if default is False else sub.add_argument(
+                    flag, type=type(default), default=default
+                )
         if name == "login":
             sub.add_argument("--user")
             sub.add_argument("command", nargs=argparse.REMAINDER)
         if name == "node":
-            sub.add_argument("deed", choices=["kill", "start", "cut", "heal", "resume", "slurmd-kill", "slurmd-start"])
+            sub.add_argument(
+                "deed", choices=["kill", "start", "cut", "heal", "resume", "slurmd-kill", "slurmd-start"]
+            )
             sub.add_argument("name")
     args = parser.parse_args()
     if args.action == "install":
@@ -375,8 +539,15 @@ def main() -> int:
     elif args.action == "login":
         os.execvpe("nsenter", cluster.prefix("head", args.user) + args.command, cluster.environment())
     else:
-        deeds = {"kill": cluster.kill_node, "start": cluster.start_node, "cut": cluster.cut, "heal": cluster.heal,
-                 "resume": cluster.resume, "slurmd-kill": cluster.kill_slurmd, "slurmd-start": cluster.start_slurmd}
+        deeds = {
+            "kill": cluster.kill_node,
+            "start": cluster.start_node,
+            "cut": cluster.cut,
+            "heal": cluster.heal,
+            "resume": cluster.resume,
+            "slurmd-kill": cluster.kill_slurmd,
+            "slurmd-start": cluster.start_slurmd,
+        }
         deeds[args.deed](args.name)
     return 0
 

@@ -1,0 +1,89 @@
+"""Deterministic global batches, balanced over ranks by length.
+
+The sample stream is the concatenation of seeded permutations of the training set; optimizer step k takes positions
+k*B .. (k+1)*B - 1. The content of a step depends on (seed, step) alone, never on ranks, accumulation or packing. So the
+position in the data *is* the step number, and resuming needs nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gdrt_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Who computes what: `step(k)` gives the samples of every micro-batch of every rank."""
+
+    lengths: np.ndarray  # int64[n] tokens per sample
+    global_batch: int
+    micro_batch: int
+    world: int
+    seed: int
+    packed: bool = True
+
+    def __post_init__(self):
+        if self.global_batch < self.world:
+            raise UserError(
+                f"train.global_batch = {self.global_batch} is smaller than the {self.world} ranks",
+                f"use at most {self.global_batch} ranks or set train.global_batch to at least {self.world}",
+            )
+        if len(self.lengths) == 0:
+            raise UserError("the train split is empty", "check data.path and data.split_ratio")
+
+    @property
+    def accumulation(self) -> int:
+        return -(-self.global_batch // (self.world * self.micro_batch))
+
+    def samples(self, step: int) -> np.ndarray:
+        """int64[B] sample indices of optimizer step `step`, sorted."""
+        count = len(self.lengths)
+        position, stop, parts = step * self.global_batch, (step + 1) * self.global_batch, []
+        while position < stop:
+            epoch, offset = divmod(position, count)
+            order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(count)
+            take = min(stop - position, count - offset)
+            parts.append(order[offset : offset + take])
+            position += take
+        return np.sort(np.concatenate(parts))
+
+    def step(self, step: int) -> list[list[np.ndarray]]:
+        """[accumulation][world] arrays of sample indices; ranks of one micro-step carry nearly equal work."""
+        return self.split(self.samples(step))
+
+    def split(self, samples: np.ndarray) -> list[list[np.ndarray]]:
+        """Splits any set of samples over accumulation x world slots; a slot may be empty."""
+        accumulation = max(1, -(-len(samples) // (self.world * self.micro_batch)))
+        slots = accumulation * self.world
+        order = samples[np.argsort(-self.lengths[samples], kind="stable")]
+        members: list[list[int]] = [[] for _ in range(slots)]
+        if (
+            self.packed
+        ):  # longest first, into the lightest slot that has room: cost of a packed row is its token count
+            room = -(-len(samples) // slots)
+            loads = np.zeros(slots)
+            for sample in order:
+                slot = int(np.argmin(np.where([len(m) < room for m in members], loads, np.inf)))
+                members[slot].append(int(sample))
+                loads[slot] += self.lengths[sample]
+        else:  # neighbours in length share a row: cost of a padded row is its longest sample
+            for slot, part in enumerate(np.array_split(order, slots)):
+                members[slot] = [int(sample) for sample in part]
+        cost = [
+            (-(sum(self.lengths[m]) if self.packed else len(m) * max(self.lengths[m], default=0)), i)
+            for i, m in enumerate(members)
+        ]
+        ranked = [members[i] for _, i in sorted(cost)]
+        return [
+            [np.array(sorted(ranked[a * self.world + r]), dtype=np.int64) for r in range(self.world)]
+            for a in range(accumulation)
+        ]
+
+    def describe(self) -> str:
+        return (
+            f"global batch {self.global_batch} = {self.world} ranks x {self.accumulation} accumulation x "
+            f"micro-batch {-(-self.global_batch // (self.world * self.accumulation))}"
+        )

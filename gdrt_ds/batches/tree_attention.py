@@ -1,0 +1,211 @@
+"""Attention over token trees: packing, shared prompt heads and catalogue tries are one idea.
+
+Tokens stand in depth-first order and every token knows the exclusive `end` of its subtree; query q may see key k iff
+`k <= q < end[k]` (and, in a sliding-window layer, their positions differ by less than the window).
+  packing:        every token of a sample ends where the sample ends
+  shared head:    the head's tokens end with the row, so every sample sees them; they are computed once
+  catalogue trie: `TokenTrie.end` as it is
+  padding:        end[i] = i + 1, the token sees only itself
+
+Two executions of the same rule: `tree_mask` (a dense boolean mask, for evaluation and as the reference) and
+`tree_attention`, an attention function registered with transformers as "gdrt_tree", which never builds the dense mask:
+on CPU one scaled_dot_product_attention per sample, on CUDA one FlexAttention call.
+
+Shapes: T tokens of a packed row, A query heads, K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION_NAME = "gdrt_tree"
+
+
+def tree_mask(
+    end: Tensor, *, past: int = 0, positions: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """Dense visibility of a token tree.
+
+    Args:
+        end: Long[T], exclusive end of each token's subtree.
+        past: cached tokens in front, visible to all (their window is the caller's to apply).
+        positions: Long[T], needed with `window`.
+        window: sliding-window size in positions; None = unlimited.
+    Returns:
+        Bool[T, past + T], True where the query (row) may see the key (column).
+    """
+    index = torch.arange(end.numel(), device=end.device)
+    visible = (index[None, :] <= index[:, None]) & (index[:, None] < end[None, :])
+    if window is not None:
+        if positions is None:
+            raise ValueError("tree_mask: a window needs positions")
+        visible &= positions[:, None] - positions[None, :] < window
+    if past:
+        visible = torch.cat([visible.new_ones(end.numel(), past), visible], dim=1)
+    return visible
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """One packed row: an optional shared head, then samples one after the other.
+
+    Attributes:
+        lengths: tokens of each sample, the head not counted.
+        head: tokens of the shared head (0 = none).
+        end, positions: Long[T] of the rule above and of the rotary or learned embedding.
+    """
+
+    lengths: tuple[int, ...]
+    head: int
+    end: Tensor
+    positions: Tensor
+
+    @classmethod
+    def build(cls, lengths: list[int], head: int = 0, device: torch.device | str = "cpu") -> "TreeLayout":
+        total = head + sum(lengths)
+        end = torch.full((total,), total, dtype=torch.long)
+        positions = torch.arange(total, dtype=torch.long)
+        start = head
+        for length in lengths:
+            end[start : start + length] = start + length
+            positions[start : start + length] = torch.arange(head, head + length)
+            start += length
+        return cls(tuple(lengths), head, end.to(device), positions.to(device))
+
+
+@functools.lru_cache(maxsize=256)
+def _sample_mask(length: int, head: int, window: int | None) -> Tensor:
+    """Bool[length, head + length]: one sample's queries against the head and the sample itself."""
+    query = torch.arange(head, head + length)[:, None]
+    key = torch.arange(head + length)[None, :]
+    mask = key <= query
+    return mask if window is None else mask & (query - key < window)
+
+
+def _segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    scale: float | None,
+    dropout: float,
+    window: int | None,
+) -> Tensor:
+    """[1, A, T, D] -> [1, A, T, D], one call per sample; work is linear in the number of samples.
+
+    Rows are cut by `split`, whose backward is one concatenation: a slice per sample would fill and add a whole row's gradient each.
+    """
+    options = dict(dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    head, sizes = layout.head, ([layout.head] if layout.head else []) + list(layout.lengths)
+    queries, keys, values = (list(part.split(sizes, dim=2)) for part in (query, key, value))
+    outputs = []
+    if head:
+        mask = None if window is None else _sample_mask(head, 0, window).to(query.device)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                queries.pop(0), keys[0], values[0], attn_mask=mask, is_causal=mask is None, **options
+            )
+        )
+        keys = [torch.cat([keys[0], own], dim=2) for own in keys[1:]]
+        values = [torch.cat([values[0], own], dim=2) for own in values[1:]]
+    for length, own_query, own_keys, own_values in zip(layout.lengths, queries, keys, values, strict=True):
+        mask = _sample_mask(length, head, window).to(query.device) if head or window is not None else None
+        outputs.append(
+            F.scaled_dot_product_attention(
+                own_query, own_keys, own_values, attn_mask=mask, is_causal=mask is None, **options
+            )
+        )
+    return torch.cat(outputs, dim=2)
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    scale: float | None,
+    window: int | None,
+    compiled: bool = True,
+) -> Tensor:
+    """The same rule as one FlexAttention call: blocks that no query may see are skipped."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    end, positions = layout.end, layout.positions
+
+    def may_see(batch, head, q, k):
+        visible = (k <= q) & (q < end[k])
+        return visible if window is None else visible & (positions[q] - positions[k] < window)
+
+    cache = layout.__dict__.setdefault("_block_masks", {})
+    if window not in cache:
+        cache[window] = create_block_mask(
+            may_see, None, None, query.shape[2], query.shape[2], device=query.device
+        )
+    call = _compiled_flex() if compiled else flex_attention
+    return call(
+        query, key, value, block_mask=cache[window], scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def tree_attention(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    tree_layout: TreeLayout | None = None,
+    softcap: float | None = None,
+    **kwargs,
+):
+    """The attention function that transformers calls. Without a layout (evaluation, padded batches) it is SDPA.
+
+    query [B, A, T, D], key and value [B, K, T, D] -> [B, T, A, D].
+    """
+    if tree_layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    if softcap is not None:
+        raise ValueError(
+            "packed rows are not supported for models with attention soft-capping; set train.packing=none"
+        )
+    if query.is_cuda and dropout == 0.0:
+        output = _flex(query, key, value, tree_layout, scaling, sliding_window)
+    else:
+        output = _segments(query, key, value, tree_layout, scaling, dropout, sliding_window)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, tree_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def packed_inputs(layout: TreeLayout, device: torch.device | str) -> dict:
+    """Keyword arguments that carry a layout through a transformers model.
+
+    A four-dimensional mask is passed through untouched by transformers, so that no dense mask is built; the attention
+    function ignores it and follows the layout.
+    """
+    return {
+        "position_ids": layout.positions[None].to(device),
+        "tree_layout": layout,
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+    }

@@ -1,0 +1,108 @@
+"""The catalogue: items whose titles read the same are one entry; and the token trie over the entries' token sequences.
+
+`Catalogue.build(corpus)` merges, `catalogue.save(path)` writes catalogue.jsonl of the run folder, `TokenTrie.build(sequences)`
+makes the one trie that the masked-softmax objective, exact scoring and constrained decoding share.
+Shapes: n trie nodes, E entries.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+from gdrt_ds.data.corpus import Corpus, train_popularity
+from gdrt_ds.errors import UserError
+from gdrt_ds.data.readers.base import clean_title
+
+
+@dataclass
+class CatalogueEntry:
+    """One distinct title. `item_id` represents all `merged_ids` (it is the first of them in corpus order); any of them is a hit.
+
+    `train_count`: train interactions of all merged ids together. `groups`: labels for metrics by item group, e.g. genres.
+    """
+
+    item_id: str
+    merged_ids: list[str]
+    text: str
+    train_count: int
+    provider: str | None = None
+    groups: dict[str, list[str] | str] = field(default_factory=dict)
+
+
+class Catalogue:
+    """Entries in corpus order, and `index_of`: any merged item id -> index of its entry."""
+
+    def __init__(self, entries: list[CatalogueEntry]):
+        self.entries = entries
+        self.index_of = {item: index for index, entry in enumerate(entries) for item in entry.merged_ids}
+
+    @classmethod
+    def build(cls, corpus: Corpus) -> "Catalogue":
+        """Merges items with equal titles (entities resolved, white space single; upper and lower case differ)."""
+        counts = train_popularity(corpus)
+        by_text: dict[str, CatalogueEntry] = {}
+        for item in corpus.items.values():
+            text = clean_title(item.title)
+            entry = by_text.get(text)
+            if entry is None:
+                entry = by_text[text] = CatalogueEntry(
+                    item.item_id, [], text, 0, item.provider, {"genres": []}
+                )
+            entry.merged_ids.append(item.item_id)
+            entry.train_count += counts[item.item_id]
+            entry.provider = entry.provider or item.provider
+            entry.groups["genres"] = list(dict.fromkeys([*entry.groups["genres"], *item.genres]))
+        return cls(list(by_text.values()))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def text_of(self, item_id: str) -> str:
+        """The title of any merged id."""
+        return self.entries[self.index_of[item_id]].text
+
+    def notes(self) -> list[str]:
+        """How many ids share a title, for the start of a run."""
+        extra = len(self.index_of) - len(self.entries)
+        return (
+            [
+                f"{extra} of {len(self.index_of)} items share their title with another and are merged: {len(self)} catalogue entries"
+            ]
+            if extra
+            else []
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes one JSON object per entry: item_id, merged_ids, text, train_count, provider, groups."""
+        with open(path, "w", encoding="utf-8") as stream:
+            for entry in self.entries:
+                stream.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Catalogue":
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: missing file, or a line that is not an entry.
+        """
+        entries = []
+        try:
+            with open(path, encoding="utf-8") as stream:
+                for number, line in enumerate(stream, start=1):
+                    if line.strip():
+                        try:
+                            entries.append(CatalogueEntry(**json.loads(line)))
+                        except (ValueError, TypeError) as error:
+                            raise UserError(
+                                f"{path}, line {number}: not a catalogue entry ({error})",
+                                "the file is written by training; do not edit it",
+                            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read: {error.strerror or error}",
+                "give a run folder that holds catalogue.jsonl",
+            ) from None
+        return cls(entries)

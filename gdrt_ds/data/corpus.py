@@ -1,0 +1,244 @@
+"""The corpus: items with titles and providers, users with attributes, and windows (history -> target) in three splits.
+
+`load_corpus(data)` reads any supported source: an embedded set (`planted`, `ml-100k`), ready-made windows, plain tables,
+MovieLens or Amazon reviews. Nothing is dropped silently: `Corpus.notes` accounts for every row that is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from gdrt_ds.config import DataSection
+from gdrt_ds.errors import UserError
+from gdrt_ds.data.interactions import make_windows
+from gdrt_ds.data.planted import make_planted
+from gdrt_ds.data.readers.amazon_reviews import is_amazon_reviews, read_amazon_reviews
+from gdrt_ds.data.readers.base import BadRows, Item, Sample, Windows, nearest
+from gdrt_ds.data.readers.movielens import is_movielens, read_embedded_ml100k, read_movielens
+from gdrt_ds.data.readers.table import read_table
+from gdrt_ds.data.readers.windows import read_windows
+
+__all__ = ["Corpus", "Item", "Sample", "load_corpus", "train_popularity"]
+
+SPLITS = ("train", "valid", "test")
+EMBEDDED = ("planted", "ml-100k")
+
+
+@dataclass
+class Corpus:
+    """Items, users and the windows of each split.
+
+    Attributes:
+        name: of the data set; domain: what an item is called in a prompt ("movie", "book", "product", "item").
+        items: item id -> Item, the whole catalogue before duplicate titles are merged.
+        splits: "train", "valid", "test" -> samples; `sample_id` is the position in its split.
+        users: user id -> attributes; empty where the data has none.
+        notes: what was skipped, dropped or carved, with counts.
+        fingerprint: sha256 of items, users and splits.
+    """
+
+    name: str
+    domain: str
+    items: dict[str, Item]
+    splits: dict[str, list[Sample]]
+    users: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+
+    def split(self, name: str) -> list[Sample]:
+        """The samples of a split.
+
+        Raises:
+            UserError: unknown or empty split.
+        """
+        if name not in self.splits:
+            raise UserError(f"split={name}: there is no such split", f"use one of {', '.join(SPLITS)}")
+        if not self.splits[name]:
+            raise UserError(
+                f"split={name}: the {name} split of {self.name} is empty",
+                "check data.split_ratio, data.min_history, data.kcore and the file of that split",
+            )
+        return self.splits[name]
+
+
+def load_corpus(data: DataSection) -> Corpus:
+    """Reads the data that `data.path` names, cuts histories, splits, samples and checks it.
+
+    Raises:
+        UserError: missing file or column, malformed row (file, line, field), item id without title, empty train or test split.
+    """
+    bad = BadRows(skip=data.on_bad_row == "skip")
+    known = ("user", "item", "timestamp", "rating", "title", "provider", "genres")
+    for role in data.columns:
+        if role not in known:
+            raise UserError(f"data.columns.{role}: unknown column role", nearest(role, known))
+    kind = _format_of(data)
+    notes: list[str] = []
+    if kind == "planted":
+        windows = make_planted(data)
+    elif kind == "windows":
+        windows = read_windows(data, bad)
+    else:
+        if kind == "movielens":
+            events = (
+                read_embedded_ml100k(data, bad)
+                if data.path == "ml-100k" and not Path(data.path).exists()
+                else read_movielens(data, bad)
+            )
+        elif kind == "amazon_reviews":
+            events = read_amazon_reviews(data, bad)
+        else:
+            events = read_table(data, bad)
+        windows, notes = make_windows(events, data)
+    notes = bad.notes() + notes
+    splits = _finish_splits(windows, data, notes)
+    name = data.path if data.path in EMBEDDED else Path(data.path).resolve().name
+    corpus = Corpus(name, windows.domain, windows.items, splits, windows.users, notes)
+    corpus.split("train")
+    corpus.split("test")
+    corpus.fingerprint = _fingerprint(corpus)
+    return corpus
+
+
+def _format_of(data: DataSection) -> str:
+    path = Path(data.path)
+    if data.format != "auto":
+        if data.format not in ("planted",) and data.path not in EMBEDDED and not path.exists():
+            raise _missing(data)
+        return data.format
+    if data.path == "planted" and not path.exists():
+        return "planted"
+    if data.path == "ml-100k" and not path.exists():
+        return "movielens"
+    if not path.exists():
+        raise _missing(data)
+    if path.is_dir():
+        if (path / (data.train_file or "train.csv")).is_file() or (path / "test.csv").is_file():
+            return "windows"
+        if is_movielens(path):
+            return "movielens"
+    if is_amazon_reviews(path):
+        return "amazon_reviews"
+    return "table"
+
+
+def _missing(data: DataSection) -> UserError:
+    return UserError(
+        f"data.path={data.path}: no such file or folder",
+        f"give a path, or an embedded set: {', '.join(EMBEDDED)}",
+    )
+
+
+def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dict[str, list[Sample]]:
+    """Cuts histories, drops short ones, carves valid where the files have none, samples, numbers. Everything is noted."""
+    splits = {}
+    for name, samples in windows.splits.items():
+        kept = [
+            s
+            if len(s.history) <= data.history_length
+            else replace(s, history=s.history[-data.history_length :])
+            for s in samples
+        ]
+        long_enough = [s for s in kept if len(s.history) >= data.min_history]
+        if len(long_enough) < len(kept):
+            notes.append(
+                f"{name}: {len(kept) - len(long_enough)} of {len(kept)} windows have fewer than data.min_history={data.min_history} "
+                "history items and are left out"
+            )
+        splits[name] = long_enough
+    if "valid" not in splits:
+        splits["train"], splits["valid"] = _carve_valid(splits["train"], data, notes)
+    for index, name in enumerate(SPLITS):
+        limit = getattr(data, f"limit_{name}")
+        samples = splits[name]
+        if limit is not None and limit < len(samples):
+            chosen = np.random.default_rng([data.sample_seed, index]).choice(
+                len(samples), size=limit, replace=False
+            )
+            notes.append(
+                f"{name}: a seeded sample of {limit} of {len(samples)} windows (data.limit_{name}, data.sample_seed={data.sample_seed})"
+            )
+            samples = [samples[i] for i in sorted(chosen.tolist())]
+        splits[name] = [replace(sample, sample_id=i) for i, sample in enumerate(samples)]
+    return {name: splits[name] for name in SPLITS}
+
+
+def _carve_valid(
+    train: list[Sample], data: DataSection, notes: list[str]
+) -> tuple[list[Sample], list[Sample]]:
+    """The latest windows of train become valid, in the proportion of `split_ratio`; equal times keep the order of the file."""
+    share = data.split_ratio[1] / max(data.split_ratio[0] + data.split_ratio[1], 1e-12)
+    size = round(len(train) * share)
+    order = sorted(
+        range(len(train)), key=lambda i: (train[i].timestamp if train[i].timestamp is not None else 0.0, i)
+    )
+    late = set(order[len(train) - size :])
+    if size:
+        notes.append(
+            f"valid: the files have none; the latest {size} of {len(train)} train windows serve as valid and are not trained on"
+        )
+    return [s for i, s in enumerate(train) if i not in late], [s for i, s in enumerate(train) if i in late]
+
+
+def train_popularity(corpus: Corpus) -> Counter[str]:
+    """Interactions per item in train, each counted once although sliding windows repeat it.
+
+    Windows of one user are put in time order and stitched where the end of one is the beginning of the next; what remains is
+    the user's sequence, whose elements are counted. Windows sampled with gaps between them give separate pieces.
+    """
+    of_user: dict[str, list[Sample]] = defaultdict(list)
+    for sample in corpus.splits["train"]:
+        of_user[sample.user_id].append(sample)
+    counts: Counter[str] = Counter()
+    for samples in of_user.values():
+        samples.sort(key=lambda s: s.timestamp if s.timestamp is not None else 0.0)
+        pieces: list[list[str]] = []
+        for sample in samples:
+            _stitch(pieces, [*sample.history, sample.target])
+        for piece in pieces:
+            counts.update(piece)
+    return counts
+
+
+def _stitch(pieces: list[list[str]], window: list[str]) -> None:
+    """Adds a window to the last piece it overlaps; at equal times windows may come in any order, so both ends are tried."""
+    for piece in reversed(pieces[-3:]):
+        for overlap in range(min(len(piece), len(window)), 0, -1):
+            if piece[-overlap:] == window[:overlap]:
+                piece.extend(window[overlap:])
+                return
+            if piece[:overlap] == window[-overlap:]:
+                piece[:0] = window[:-overlap]
+                return
+        if any(piece[i : i + len(window)] == window for i in range(len(piece) - len(window))):
+            return
+    pieces.append(window)
+
+
+def _fingerprint(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
+
+    def add(*parts: object) -> None:
+        digest.update("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass") + b"\x1e")
+
+    add(corpus.domain)
+    for item in corpus.items.values():
+        add("item", item.item_id, item.title, item.provider, *item.genres)
+    for user, attributes in sorted(corpus.users.items()):
+        add("user", user, *(f"{k}={v}" for k, v in sorted(attributes.items())))
+    for name in SPLITS:
+        for s in corpus.splits[name]:
+            add(
+                name,
+                s.user_id,
+                s.timestamp,
+                *s.history,
+                s.target,
+                *(f"{k}={v}" for k, v in sorted(s.labels.items())),
+            )
+    return digest.hexdigest()

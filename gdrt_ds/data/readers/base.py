@@ -1,0 +1,216 @@
+"""What every reader shares: the records of a corpus, the account of bad rows, and the reading of values.
+
+A reader returns `Windows` (history and target already cut, as in the MSL/LBR/BIGRec files) or `Interactions` (one row
+per event; `gdrt_ds.data.interactions` makes the windows). Both end as `Sample`s of a `gdrt_ds.data.corpus.Corpus`.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import html
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+from gdrt_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item. `title` is clean text (entities resolved, white space single); `provider` is whoever offers or made it."""
+
+    item_id: str
+    title: str
+    provider: str | None = None
+    genres: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One window: predict `target` from `history` (item ids, oldest first). `timestamp` is the target's, in the data's own unit."""
+
+    sample_id: int
+    user_id: str
+    history: tuple[str, ...]
+    target: str
+    timestamp: float | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Windows:
+    """Ready-made windows, one list per split that the files hold; `samples` carry provisional ids."""
+
+    splits: dict[str, list[Sample]]
+    items: dict[str, Item]
+    users: dict[str, dict[str, str]] = field(default_factory=dict)
+    domain: str = "item"
+
+
+@dataclass
+class Interactions:
+    """Parallel lists, one entry per event, in file order. `timestamps` is None when the files have none."""
+
+    users_of: list[str]
+    items_of: list[str]
+    timestamps: list[float] | None
+    ratings: list[float] | None
+    items: dict[str, Item]
+    users: dict[str, dict[str, str]] = field(default_factory=dict)
+    domain: str = "item"
+
+
+class BadRows:
+    """Decides what happens to a row that cannot be used: an error at once, or a count that ends in the corpus notes.
+
+    Args:
+        skip: `data.on_bad_row == "skip"`.
+    """
+
+    def __init__(self, skip: bool):
+        self.skip = skip
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.first: dict[tuple[str, str], str] = {}
+
+    def report(
+        self,
+        path: Path | str,
+        line: int | None,
+        field_name: str,
+        problem: str,
+        kind: str | None = None,
+        row_stays: bool = False,
+    ) -> None:
+        """Raises UserError(file, line, field, problem), or counts the row under `kind` (default: the field) when skipping."""
+        name = Path(path).name
+        where = f"{name}, line {line}" if line is not None else name
+        if not self.skip:
+            raise UserError(
+                f"{where}, field `{field_name}`: {problem}",
+                "correct the row, or set data.on_bad_row=skip to leave such rows out (they are counted and reported)",
+            )
+        kind = kind or f"field `{field_name}` unusable"
+        key = (name, kind if row_stays else f"rows left out, {kind}")
+        self.counts[key] += 1
+        self.first.setdefault(key, f"{where}: {problem}")
+
+    def notes(self) -> list[str]:
+        return [
+            f"{name}: {kind}: {count} (first: {self.first[name, kind]})"
+            for (name, kind), count in self.counts.items()
+        ]
+
+
+def clean_title(text: str) -> str:
+    """HTML entities resolved (also doubly escaped ones), white space runs (no-break spaces too) made one space, ends stripped."""
+    for _ in range(3):
+        resolved = html.unescape(text)
+        if resolved == text:
+            break
+        text = resolved
+    return " ".join(text.split())
+
+
+def parse_list(text: object) -> list:
+    """A list from a list literal (JSON or Python), or from a value that already is one (JSONL, parquet). Never evaluates code.
+
+    Raises:
+        ValueError: not a flat list of plain values.
+    """
+    if hasattr(text, "tolist"):
+        text = text.tolist()
+    if isinstance(text, str):
+        try:
+            text = json.loads(text)
+        except ValueError:
+            try:
+                text = ast.literal_eval(text.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+                raise ValueError(
+                    f"malformed list {_short(text)}; a list literal such as [12, 7, 9] is expected"
+                ) from None
+    if not isinstance(text, (list, tuple)):
+        raise ValueError(f"{_short(text)} is not a list; a list literal such as [12, 7, 9] is expected")
+    for value in text:
+        if value is None or isinstance(value, (list, tuple, dict, set, bool)):
+            raise ValueError(f"list {_short(text)} holds {value!r}; plain ids are expected")
+    return list(text)
+
+
+def parse_number(text: object) -> float:
+    """A finite number, or the seconds of an ISO 8601 date (UTC where it names no zone).
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        if isinstance(text, datetime):
+            moment = text
+        else:
+            try:
+                moment = datetime.fromisoformat(str(text).strip().replace("Z", "+00:00"))
+            except ValueError:
+                raise ValueError(f"{_short(text)} is not a number") from None
+        value = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    if not math.isfinite(value):
+        raise ValueError(f"{_short(text)} is not finite")
+    return value
+
+
+def parse_genres(value: object) -> tuple[str, ...]:
+    """Genres from a list, a list literal, or text split at `|` or `;` (a comma may belong to a name and does not split)."""
+    if value is None or value == "":
+        return ()
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, str):
+        text = value.strip()
+        if text.startswith("["):
+            try:
+                value = parse_list(text)
+            except ValueError:
+                value = [text]
+        else:
+            value = text.replace(";", "|").split("|")
+    flat = [part for entry in value for part in (entry if isinstance(entry, (list, tuple)) else [entry])]
+    return tuple(dict.fromkeys(clean_title(str(part)) for part in flat if str(part).strip()))
+
+
+def as_id(value: object) -> str:
+    """An id as text; 12, 12.0 and "12" are the same id (a table library may widen an integer column with gaps to float)."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def guess_domain(name: str, default: str = "item") -> str:
+    """What an item is called in a prompt, from the data set's name."""
+    lowered = name.lower()
+    for key, domain in (
+        ("book", "book"),
+        ("movie", "movie"),
+        ("ml-", "movie"),
+        ("music", "album"),
+        ("game", "video game"),
+        ("amazon", "product"),
+    ):
+        if key in lowered:
+            return domain
+    return default
+
+
+def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """`; did you mean X?`, or the list of what is known."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

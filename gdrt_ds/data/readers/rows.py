@@ -1,0 +1,253 @@
+"""Rows of a file as dictionaries with their line numbers: CSV, TSV, JSONL, JSON, parquet; gzip where the name ends in .gz.
+
+Used by every reader, so that a broken row is named by file and line in the same words everywhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gdrt_ds.errors import UserError
+from gdrt_ds.data.readers.base import BadRows, nearest
+
+TABLE_SUFFIXES = (
+    ".csv",
+    ".tsv",
+    ".jsonl",
+    ".json",
+    ".parquet",
+    ".csv.gz",
+    ".tsv.gz",
+    ".jsonl.gz",
+    ".json.gz",
+)
+_UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
+
+
+def suffix_of(path: Path) -> str:
+    """`.csv` of x.csv and x.csv.gz."""
+    name = path.name[:-3] if path.name.endswith(".gz") else path.name
+    return Path(name).suffix.lower()
+
+
+def require_file(path: Path, setting: str) -> Path:
+    """The path, or UserError naming the setting that led to it."""
+    if not path.is_file():
+        raise UserError(
+            f"{setting}: {path}: no such file",
+            f"check {setting}; docs/quickstart.md lists the files of each format",
+        )
+    return path
+
+
+@contextmanager
+def open_text(path: Path, encoding: str = "utf-8-sig") -> Iterator[io.TextIOBase]:
+    """Opens plain or gzip text; whatever makes it unreadable becomes a UserError that names the file."""
+    try:
+        stream = (
+            gzip.open(path, "rt", encoding=encoding, newline="")
+            if path.name.endswith(".gz")
+            else open(path, encoding=encoding, newline="")
+        )
+        with stream:
+            yield stream
+    except _UNREADABLE as error:
+        reason = (
+            f"not {encoding} text ({error})"
+            if isinstance(error, UnicodeDecodeError)
+            else str(error) or type(error).__name__
+        )
+        raise UserError(
+            f"{path}: cannot be read: {reason}",
+            "check that the file is complete and readable, and its encoding UTF-8",
+        ) from None
+
+
+def read_rows(path: Path, bad: BadRows, delimiter: str | None = None) -> Iterator[tuple[int, dict]]:
+    """Yields (line number, row) of any table file; line 1 is the first line of the file (parquet: the first row).
+
+    Raises:
+        UserError: missing or unreadable file, unknown suffix, or a broken row when bad rows are errors.
+    """
+    require_file(path, "data.path")
+    suffix = suffix_of(path)
+    if suffix in (".csv", ".tsv") or delimiter:
+        yield from _read_delimited(path, bad, delimiter or ("\t" if suffix == ".tsv" else ","))
+    elif suffix == ".jsonl":
+        yield from _read_json_lines(path, bad)
+    elif suffix == ".json":
+        yield from _read_json(path, bad)
+    elif suffix == ".parquet":
+        yield from _read_parquet(path)
+    else:
+        raise UserError(
+            f"{path}: unknown table format `{path.suffix}`", f"use one of {', '.join(TABLE_SUFFIXES)}"
+        )
+
+
+def _read_delimited(path: Path, bad: BadRows, delimiter: str) -> Iterator[tuple[int, dict]]:
+    csv.field_size_limit(1 << 28)
+    with open_text(path) as stream:
+        reader = csv.reader(stream, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL)
+        try:
+            header = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{path}, line 1: {error}", "check the header of the file") from None
+        if not header:
+            raise UserError(f"{path}: the file is empty", "a header line with the column names is expected")
+        header = [name.strip() for name in header]
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                bad.report(path, reader.line_num, "(row)", str(error), "not valid CSV")
+                continue
+            if row is None:
+                return
+            if not row:
+                continue
+            if len(row) != len(header):
+                bad.report(
+                    path,
+                    reader.line_num,
+                    "(row)",
+                    f"{len(row)} fields where the header has {len(header)}",
+                    "wrong number of fields",
+                )
+                continue
+            yield reader.line_num, dict(zip(header, row))
+
+
+def _read_json_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, dict]]:
+    with open_text(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                bad.report(path, number, "(row)", f"not valid JSON ({error})", "not valid JSON")
+                continue
+            if not isinstance(row, dict):
+                bad.report(
+                    path,
+                    number,
+                    "(row)",
+                    f"a JSON object is expected, found {type(row).__name__}",
+                    "not a JSON object",
+                )
+                continue
+            yield number, row
+
+
+def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[int, dict]]:
+    """A list of objects, or (as the published Amazon files) one object per line under a .json name."""
+    with open_text(path) as stream:
+        first = stream.read(1)
+        while first.isspace():
+            first = stream.read(1)
+    if first != "[":
+        yield from _read_json_lines(path, bad)
+        return
+    with open_text(path) as stream:
+        try:
+            rows = json.load(stream)
+        except ValueError as error:
+            raise UserError(
+                f"{path}: not valid JSON: {error}", "write a list of objects, or one object per line (.jsonl)"
+            ) from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            bad.report(
+                path,
+                number,
+                "(row)",
+                f"a JSON object is expected, found {type(row).__name__}",
+                "not a JSON object",
+            )
+            continue
+        yield number, row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in table.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: cannot be read as parquet: {error}", "check that the file is complete"
+        ) from None
+
+
+def header_of(path: Path, delimiter: str | None = None) -> list[str]:
+    """Column names of a table file (of its first row for JSON)."""
+    require_file(path, "data.path")
+    if suffix_of(path) == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return list(pyarrow.parquet.read_schema(path).names)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(
+                f"{path}: cannot be read as parquet: {error}", "check that the file is complete"
+            ) from None
+    if suffix_of(path) in (".csv", ".tsv") or delimiter:
+        with open_text(path) as stream:
+            header = next(
+                csv.reader(stream, delimiter=delimiter or ("\t" if suffix_of(path) == ".tsv" else ",")), None
+            )
+        if not header:
+            raise UserError(f"{path}: the file is empty", "a header line with the column names is expected")
+        return [name.strip() for name in header]
+    for _, row in read_rows(path, BadRows(skip=True)):
+        return list(row)
+    raise UserError(f"{path}: the file holds no row", "at least one JSON object is expected")
+
+
+def pick_column(
+    path: Path,
+    header: list[str],
+    role: str,
+    aliases: tuple[str, ...],
+    renamed: dict[str, str],
+    required: bool = True,
+) -> str | None:
+    """The column that plays `role`: data.columns.<role> where given, else the first alias that is there.
+
+    Raises:
+        UserError: the named column is not there, or none of the aliases is and the role is required.
+    """
+    if role in renamed:
+        if renamed[role] in header:
+            return renamed[role]
+        if not required:
+            return None
+        raise UserError(
+            f"data.columns.{role}={renamed[role]}: {path.name} has no such column; it has {', '.join(header)}",
+            nearest(renamed[role], header),
+        )
+    lowered = {name.lower(): name for name in reversed(header)}
+    for alias in aliases:
+        if alias.lower() in lowered:
+            return lowered[alias.lower()]
+    if required:
+        raise UserError(
+            f"{path.name}: missing column for `{role}`; it has {', '.join(header)}",
+            f"name it one of {', '.join(aliases)}, or set data.columns.{role}=<column>",
+        )
+    return None

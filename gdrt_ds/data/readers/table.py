@@ -1,0 +1,197 @@
+"""Reader of plain tables: interactions (user, item, timestamp[, rating]), items (id, title[, provider, genres]), users.
+
+CSV, TSV, JSONL, JSON or parquet. `data.path` is the interactions file, or a folder that holds interactions.*, items.* and
+perhaps users.*; `data.items` and `data.users` name the other two where they lie elsewhere; `data.columns` renames columns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gdrt_ds.config import DataSection
+from gdrt_ds.errors import UserError
+from gdrt_ds.data.readers.base import (
+    BadRows,
+    Interactions,
+    Item,
+    as_id,
+    clean_title,
+    guess_domain,
+    parse_genres,
+    parse_number,
+)
+from gdrt_ds.data.readers.rows import TABLE_SUFFIXES, header_of, pick_column, read_rows, require_file
+
+INTERACTION_NAMES = ("interactions", "inter", "ratings", "events", "reviews")
+ITEM_NAMES = ("items", "item", "movies", "books", "products", "meta", "metadata")
+USER_NAMES = ("users", "user")
+USER = ("user", "user_id", "userId", "uid", "reviewerID")
+ITEM = ("item", "item_id", "itemId", "movieId", "parent_asin", "asin", "iid")
+TIMESTAMP = ("timestamp", "time", "unixReviewTime", "date", "ts")
+RATING = ("rating", "overall", "score", "stars")
+TITLE = ("title", "item_title", "movie_title", "name")
+PROVIDER = ("provider", "brand", "author", "director", "publisher", "store", "studio")
+GENRES = ("genres", "genre", "categories", "category", "class")
+
+
+def find_table(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first `name + suffix` that is in the folder."""
+    return next(
+        (
+            folder / (name + suffix)
+            for name in names
+            for suffix in TABLE_SUFFIXES
+            if (folder / (name + suffix)).is_file()
+        ),
+        None,
+    )
+
+
+def read_table(data: DataSection, bad: BadRows) -> Interactions:
+    """Reads interactions, items and users.
+
+    Raises:
+        UserError: missing file or column, unreadable value (file, line, field), item id without title.
+    """
+    path = Path(data.path)
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        found = find_table(path, INTERACTION_NAMES)
+        if found is None:
+            raise UserError(
+                f"data.path={data.path}: no interactions file there",
+                f"expected one of {', '.join(n + '.*' for n in INTERACTION_NAMES)} with a suffix of {', '.join(TABLE_SUFFIXES)}",
+            )
+        path = found
+    items_path = Path(data.items) if data.items else find_table(folder, ITEM_NAMES)
+    if items_path is None:
+        raise UserError(
+            f"data.path={data.path}: no item table beside it",
+            "put items.csv (item_id,title[,provider,genres]) there, or set data.items",
+        )
+    require_file(items_path, "data.items")
+    items = read_item_table(items_path, data, bad)
+    events = read_events(path, data, bad, items, items_path)
+    events.users = read_user_table(data, folder, bad)
+    events.domain = guess_domain(folder.resolve().name)
+    return events
+
+
+def read_events(
+    path: Path, data: DataSection, bad: BadRows, items: dict[str, Item], items_path: Path
+) -> Interactions:
+    """Interactions of one file; rows whose item has no title are bad rows."""
+    header = header_of(path)
+    user_column = pick_column(path, header, "user", USER, data.columns)
+    item_column = pick_column(path, header, "item", ITEM, data.columns)
+    time_column = pick_column(
+        path, header, "timestamp", TIMESTAMP, data.columns, required=data.split == "time"
+    )
+    rating_column = pick_column(
+        path, header, "rating", RATING, data.columns, required=data.min_rating is not None
+    )
+    users_of, items_of, timestamps, ratings = [], [], [], []
+    for line, row in read_rows(path, bad):
+        values = []
+        for column in (user_column, item_column):
+            value = row.get(column)
+            if value is None or value == "":
+                bad.report(path, line, column, "empty id")
+                break
+            values.append(as_id(value))
+        if len(values) < 2:
+            continue
+        try:
+            field = time_column
+            timestamp = parse_number(row.get(time_column)) if time_column else None
+            field = rating_column
+            rating = (
+                parse_number(row.get(rating_column))
+                if rating_column and data.min_rating is not None
+                else None
+            )
+        except ValueError as error:
+            bad.report(path, line, field, str(error))
+            continue
+        if values[1] not in items:
+            bad.report(
+                path,
+                line,
+                item_column,
+                f"item id {values[1]} has no title in {items_path.name}",
+                "item id without a title",
+            )
+            continue
+        users_of.append(values[0])
+        items_of.append(values[1])
+        timestamps.append(timestamp)
+        ratings.append(rating)
+    return Interactions(
+        users_of,
+        items_of,
+        timestamps if time_column else None,
+        ratings if data.min_rating is not None else None,
+        items,
+    )
+
+
+def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, Item]:
+    """Item table: id and title needed; provider and genres where there."""
+    header = header_of(path)
+    item_column = pick_column(
+        path, header, "item", ITEM + ("id",), {k: v for k, v in data.columns.items() if v in header}
+    )
+    title_column = pick_column(path, header, "title", TITLE, data.columns)
+    provider_column = pick_column(
+        path, header, "provider", PROVIDER, data.columns, required="provider" in data.columns
+    )
+    genres_column = pick_column(
+        path, header, "genres", GENRES, data.columns, required="genres" in data.columns
+    )
+    items: dict[str, Item] = {}
+    for line, row in read_rows(path, bad):
+        value, title = row.get(item_column), row.get(title_column)
+        if value is None or value == "":
+            bad.report(path, line, item_column, "empty id")
+            continue
+        item, title = as_id(value), clean_title(str(title)) if title is not None else ""
+        if not title:  # an interaction with it is a bad row, see read_events
+            continue
+        if item in items and items[item].title != title:
+            bad.report(
+                path,
+                line,
+                item_column,
+                f"item id {item} is there twice, as {items[item].title!r} and {title!r}",
+                "item ids that repeat",
+            )
+            continue
+        provider = (
+            clean_title(str(row[provider_column]))
+            if provider_column and row.get(provider_column) is not None
+            else ""
+        )
+        items[item] = Item(
+            item, title, provider or None, parse_genres(row.get(genres_column)) if genres_column else ()
+        )
+    return items
+
+
+def read_user_table(data: DataSection, folder: Path, bad: BadRows) -> dict[str, dict[str, str]]:
+    """User attributes {user: {attribute: value}}; empty when there is no user table. Every column but the id is an attribute."""
+    path = require_file(Path(data.users), "data.users") if data.users else find_table(folder, USER_NAMES)
+    if path is None:
+        return {}
+    header = header_of(path)
+    column = pick_column(
+        path, header, "user", USER + ("id",), {k: v for k, v in data.columns.items() if v in header}
+    )
+    users = {}
+    for line, row in read_rows(path, bad):
+        if row.get(column) in (None, ""):
+            bad.report(path, line, column, "empty id")
+            continue
+        users[as_id(row[column])] = {
+            name: str(value) for name, value in row.items() if name != column and value is not None
+        }
+    return users

@@ -1,0 +1,216 @@
+"""Reader of ready-made windows: the CSV family of MSL, LBR and BIGRec.
+
+MSL/LBR: train.csv, valid.csv, test.csv with `user_id,item_ids,timestamp` (`item_ids` is a list literal, its last id the
+target) and id2name4Rec.json (item id -> title). BIGRec and its descendants: the history and the target in separate columns
+(`history_item_id`, `item_id`) and often their titles (`history_item_title`, `item_title`), from which the item table is
+made when no other is given. Any other column becomes a label of the sample.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from gdrt_ds.config import DataSection
+from gdrt_ds.errors import UserError
+from gdrt_ds.data.readers.base import (
+    BadRows,
+    Item,
+    Sample,
+    Windows,
+    as_id,
+    clean_title,
+    guess_domain,
+    parse_list,
+    parse_number,
+)
+from gdrt_ds.data.readers.rows import header_of, open_text, pick_column, read_rows, require_file
+from gdrt_ds.data.readers.table import read_item_table, read_user_table
+
+ITEM_NAME_FILES = ("id2name4Rec.json", "id2name.json")
+ITEM_TABLE_FILES = ("items.csv", "items.tsv", "items.jsonl", "items.parquet")
+USER = ("user_id", "user", "uid")
+WINDOW = ("item_ids", "items", "sequence")
+HISTORY = ("history_item_id", "history_item_ids", "history_ids", "history_item_asin", "item_asins")
+HISTORY_TITLE = ("history_item_title", "history_item_titles", "history_titles", "history")
+TARGET = ("item_id", "target_id", "item_asin", "target")
+TARGET_TITLE = ("item_title", "target_title", "title")
+TIMESTAMP = ("timestamp", "time")
+_ALL = {
+    name
+    for group in (USER, WINDOW, HISTORY, HISTORY_TITLE, TARGET, TARGET_TITLE, TIMESTAMP)
+    for name in group
+}
+
+
+def read_windows(data: DataSection, bad: BadRows) -> Windows:
+    """Reads a folder of windows. A split whose file is not there is left out of the result (train and test must be there).
+
+    Raises:
+        UserError: missing file or column, malformed list, empty history, item id without title.
+    """
+    folder = Path(data.path)
+    files = {"train": data.train_file or "train.csv", "valid": "valid.csv", "test": "test.csv"}
+    paths = {split: folder / name for split, name in files.items()}
+    require_file(paths["train"], "data.train_file" if data.train_file else "data.path")
+    require_file(paths["test"], "data.path")
+    titles: dict[str, str] = {}
+    splits = {split: _read_split(path, data, bad, titles) for split, path in paths.items() if path.is_file()}
+    items = _read_items(folder, data, bad, titles)
+    for split in splits:
+        splits[split] = _titled(splits[split], items, paths[split], bad)
+    return Windows(splits, items, read_user_table(data, folder, bad), guess_domain(folder.resolve().name))
+
+
+def _read_split(
+    path: Path, data: DataSection, bad: BadRows, titles: dict[str, str]
+) -> list[tuple[int, Sample]]:
+    header = header_of(path)
+    user_column = pick_column(path, header, "user", USER, data.columns)
+    time_column = pick_column(path, header, "timestamp", TIMESTAMP, data.columns, required=False)
+    window = pick_column(path, header, "item", WINDOW, data.columns, required=False)
+    history_column = target_column = history_titles = target_title = None
+    if window is None:
+        history_titles = pick_column(path, header, "history_title", HISTORY_TITLE, {}, required=False)
+        target_title = pick_column(path, header, "title", TARGET_TITLE, data.columns, required=False)
+        history_column = pick_column(path, header, "history", HISTORY, {}, required=False)
+        target_column = pick_column(path, header, "item", TARGET, data.columns, required=False)
+        if history_column is None or target_column is None:
+            history_column, target_column = history_titles, target_title
+        if history_column is None or target_column is None:
+            raise UserError(
+                f"{path.name}: missing column `item_ids`; it has {', '.join(header)}",
+                "windows need item_ids (last = target), or history_item_id and item_id, or history_item_title and item_title; "
+                "data.columns.item renames item_ids",
+            )
+    label_columns = [
+        name
+        for name in header
+        if name not in _ALL
+        and name not in (user_column, time_column, window)
+        and name
+        and not name.lower().startswith(("history", "unnamed"))
+    ]
+    samples: list[tuple[int, Sample]] = []
+    for line, row in read_rows(path, bad):
+        field = window or history_column
+        try:
+            sequence = [as_id(value) for value in parse_list(row[field])]
+        except ValueError as error:
+            bad.report(path, line, field, str(error), "malformed list")
+            continue
+        if window is None:
+            target = as_id(row[target_column])
+            if history_titles and target_title:
+                try:
+                    names = [str(name) for name in parse_list(row[history_titles])]
+                except ValueError as error:
+                    bad.report(path, line, history_titles, str(error), "malformed list")
+                    continue
+                if len(names) != len(sequence):
+                    bad.report(
+                        path,
+                        line,
+                        history_titles,
+                        f"{len(names)} titles for {len(sequence)} items",
+                        "titles and ids differ in number",
+                    )
+                    continue
+                titles.update(zip(sequence, names))
+                titles[target] = str(row[target_title])
+            sequence.append(target)
+        if not all(sequence):
+            bad.report(path, line, field, "an item id is empty", "empty item id")
+            continue
+        if len(sequence) < 2:
+            bad.report(
+                path,
+                line,
+                field,
+                f"empty history: {len(sequence)} item in the window, at least one before the target is needed",
+                "empty history",
+            )
+            continue
+        timestamp = None
+        if time_column and row[time_column] not in ("", None):
+            try:
+                timestamp = parse_number(row[time_column])
+            except ValueError as error:
+                bad.report(path, line, time_column, str(error))
+                continue
+        user = as_id(row[user_column])
+        if not user:
+            bad.report(path, line, user_column, "empty user id", "empty user id")
+            continue
+        labels = {name: str(row[name]) for name in label_columns}
+        samples.append(
+            (line, Sample(len(samples), user, tuple(sequence[:-1]), sequence[-1], timestamp, labels))
+        )
+    return samples
+
+
+def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str, str]) -> dict[str, Item]:
+    path = (
+        Path(data.items)
+        if data.items
+        else next((folder / n for n in ITEM_NAME_FILES + ITEM_TABLE_FILES if (folder / n).is_file()), None)
+    )
+    if path is None:
+        if titles:
+            return {
+                item: Item(item, clean_title(title)) for item, title in titles.items() if clean_title(title)
+            }
+        raise UserError(
+            f"data.path={data.path}: no item titles: {ITEM_NAME_FILES[0]} is not there and the rows carry none",
+            f"put {ITEM_NAME_FILES[0]} (item id -> title) into the folder, or set data.items=<file>",
+        )
+    require_file(path, "data.items")
+    if path.suffix != ".json":
+        return read_item_table(path, data, bad)
+    with open_text(path) as stream:
+        try:
+            names = json.load(stream)
+        except ValueError as error:
+            raise UserError(
+                f"{path}: not valid JSON: {error}", "expected an object {item id: title}"
+            ) from None
+    if not isinstance(names, dict):
+        return read_item_table(path, data, bad)
+    items = {}
+    for item, title in names.items():
+        cleaned = clean_title(title) if isinstance(title, str) else ""
+        if cleaned:  # a window that uses an item without a title is a bad row, see _titled
+            items[str(item)] = Item(str(item), cleaned)
+    return items
+
+
+def _titled(rows: list[tuple[int, Sample]], items: dict[str, Item], path: Path, bad: BadRows) -> list[Sample]:
+    """The samples whose items all have titles. When skipping, an untitled item leaves the history; an untitled target ends the window."""
+    kept = []
+    for line, sample in rows:
+        missing = [item for item in sample.history if item not in items]
+        for item in missing:
+            bad.report(
+                path,
+                line,
+                "history",
+                f"item id {item} has no title in the item table",
+                "history items left out of their window, without a title",
+                row_stays=True,
+            )
+        if missing:
+            sample = replace(sample, history=tuple(item for item in sample.history if item in items))
+        if sample.target not in items:
+            bad.report(
+                path,
+                line,
+                "target",
+                f"item id {sample.target} has no title in the item table",
+                "target without a title",
+            )
+        elif not sample.history:
+            bad.report(path, line, "history", "no history item with a title is left", "empty history")
+        else:
+            kept.append(sample)
+    return kept

@@ -1,0 +1,114 @@
+"""The token trie over the catalogue: the one that the masked-softmax objective, exact scoring and constrained decoding share.
+
+Shapes: n trie nodes, E entries.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gdrt_ds.errors import UserError
+
+
+class TokenTrie:
+    """Trie over token sequences, nodes in depth-first order, node 0 the root.
+
+    Attributes (n nodes):
+        token int32[n]: token of the edge into the node (root: -1). parent int32[n] (root: -1). depth int32[n] (root: 0).
+        end int32[n]: exclusive end of the node's subtree: a is an ancestor of m, or m itself, iff a <= m < end[a].
+        entry int32[n]: leaf -> index of the sequence, else -1.
+        child_offsets int64[n + 1], child_nodes int32[n - 1]: children of a node, ascending in node id and in token (CSR).
+        branching bool[n]: more than one child.
+    """
+
+    def __init__(
+        self, token: np.ndarray, parent: np.ndarray, depth: np.ndarray, end: np.ndarray, entry: np.ndarray
+    ):
+        self.token, self.parent, self.depth, self.end, self.entry = token, parent, depth, end, entry
+        self.num_nodes = len(token)
+        num_children = np.bincount(parent[1:], minlength=self.num_nodes)
+        self.child_offsets = np.concatenate([[0], np.cumsum(num_children)]).astype(np.int64)
+        self.child_nodes = (np.argsort(parent[1:], kind="stable") + 1).astype(np.int32)
+        self.branching = num_children > 1
+
+    @classmethod
+    def build(cls, sequences: list[list[int]], titles: list[str] | None = None) -> "TokenTrie":
+        """Builds the trie; sequence i ends in a leaf with `entry` i.
+
+        Raises:
+            UserError: no sequence, an empty one, two equal ones, or one that is a proper prefix of another (names the titles).
+        """
+        if not len(sequences):
+            raise UserError(
+                "the catalogue is empty: there is no token sequence to build a trie from",
+                "check the item table",
+            )
+        order = sorted(range(len(sequences)), key=sequences.__getitem__)
+        path = [0]  # nodes from the root to the last leaf
+        previous: list[int] = []
+        token, parent, ends, leaves = [-1], [-1], [0], []
+        depth = [0]
+        for index in order:
+            sequence = sequences[index]
+            common = 0
+            for a, b in zip(previous, sequence):
+                if a != b:
+                    break
+                common += 1
+            if common == len(previous) and leaves or not len(sequence):
+                _refuse(index, leaves[-1][1] if leaves else index, sequences, titles)
+            start = len(token)
+            for node in path[common + 1 :]:
+                ends[node] = start
+            del path[common + 1 :]
+            for position in range(common, len(sequence)):
+                parent.append(path[-1])
+                path.append(len(token))
+                token.append(sequence[position])
+                depth.append(position + 1)
+                ends.append(0)
+            leaves.append((path[-1], index))
+            previous = sequence
+        for node in path:
+            ends[node] = len(token)
+        entry = np.full(len(token), -1, np.int32)
+        entry[[node for node, _ in leaves]] = [index for _, index in leaves]
+        as_int32 = lambda values: np.asarray(values, dtype=np.int32)  # noqa: E731
+        return cls(as_int32(token), as_int32(parent), as_int32(depth), as_int32(ends), entry)
+
+    def children(self, node: int) -> np.ndarray:
+        """Node ids of the children, int32[number of children], ascending in token."""
+        return self.child_nodes[self.child_offsets[node] : self.child_offsets[node + 1]]
+
+    def walk(self, tokens: list[int]) -> list[int]:
+        """The node before each token, [len(tokens)]; the first is the root.
+
+        Raises:
+            KeyError: the tokens leave the trie.
+        """
+        node, nodes = 0, []
+        for position, token in enumerate(tokens):
+            nodes.append(node)
+            children = self.children(node)
+            found = int(np.searchsorted(self.token[children], token))
+            if found == len(children) or self.token[children[found]] != token:
+                raise KeyError(f"token {token} at position {position} leaves the catalogue trie")
+            node = int(children[found])
+        return nodes
+
+
+def _refuse(index: int, earlier: int, sequences: list[list[int]], titles: list[str] | None) -> None:
+    name = lambda i: repr(titles[i]) if titles else f"entry {i}"  # noqa: E731
+    if not len(sequences[index]):
+        raise UserError(
+            f"catalogue title {name(index)} has no tokens", "correct the title, or use another tokenizer"
+        )
+    relation = (
+        "are the same tokens"
+        if len(sequences[index]) == len(sequences[earlier])
+        else "are one a prefix of the other"
+    )
+    raise UserError(
+        f"catalogue titles {name(earlier)} and {name(index)} {relation}: they cannot be told apart",
+        "use a tokenizer that covers the titles (an unknown-word token hides differences), and sequences that end with a terminator",
+    )

@@ -1,0 +1,215 @@
+"""Target tokens -> groups: bins of relevance, of popularity, or any label; what is decided here is saved as groups.json.
+
+`GroupPlan` is fitted on the train split's token occurrences and applied to any split, so that validation and evaluation use
+the same edges and the same labels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gdrt_ds.data.catalogue import Catalogue
+from gdrt_ds.config import GroupsSection
+from gdrt_ds.data.corpus import Corpus, Sample
+from gdrt_ds.errors import UserError
+from gdrt_ds.data.prompts import TokenStore
+
+OTHER = "(other)"
+
+
+@dataclass
+class GroupPlan:
+    """How a token finds its group.
+
+    Attributes:
+        by: `groups.by`; num: G.
+        edges: G-1 inner bin edges (relevance, item_popularity), ascending; group 0 holds the lowest values.
+        labels: group labels in order (user_attribute, provider, column); the last may be "(other)".
+        reference: which model r comes from.
+        seed: of the shuffle for by=random.
+        counts: train tokens per group.
+    """
+
+    by: str
+    num: int
+    binning: str = ""
+    edges: list[float] | None = None
+    labels: list[str] | None = None
+    reference: str = ""
+    column: str | None = None
+    seed: int = 0
+    counts: list[int] | None = None
+    fingerprint: str = ""
+
+    def names(self) -> list[str]:
+        """One readable name per group."""
+        if self.labels is not None:
+            return self.labels
+        if self.by == "position":
+            return [
+                f"token {g + 1}" if g < self.num - 1 else f"token {g + 1} and later" for g in range(self.num)
+            ]
+        if self.edges is None:
+            return [f"group {g + 1}" for g in range(self.num)]
+        cuts = ["-inf", *(f"{edge:.3g}" for edge in self.edges), "inf"]
+        what = "r" if self.by in ("relevance", "random") else "count"
+        suffix = " (shuffled)" if self.by == "random" else ""
+        return [f"{what} in [{low}, {high}){suffix}" for low, high in zip(cuts, cuts[1:])]
+
+    def save(self, path: Path) -> None:
+        path.write_text(
+            json.dumps({**asdict(self), "names": self.names()}, indent=1, ensure_ascii=False),
+            encoding="utf-8",
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "GroupPlan":
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data.pop("names", None)
+        return cls(**data)
+
+
+def bin_edges(values: np.ndarray, num: int, binning: str) -> list[float]:
+    """G-1 inner edges. quantile: equal shares of `values`; uniform: equal widths between the 0.1 % and 99.9 % points."""
+    if binning == "quantile":
+        return [float(edge) for edge in np.quantile(values, np.arange(1, num) / num)]
+    low, high = np.quantile(values, [0.001, 0.999])
+    return [float(edge) for edge in np.linspace(low, high, num + 1)[1:-1]]
+
+
+def _expand_entries(
+    per_entry_token: np.ndarray, entry_offsets: np.ndarray, entries: np.ndarray, store: TokenStore
+) -> np.ndarray:
+    """Values per (entry, place in title) -> per target token of the split."""
+    starts = entry_offsets[entries]
+    index = np.repeat(starts - store.target_offsets[:-1], store.num_target) + np.arange(
+        store.target_offsets[-1]
+    )
+    return per_entry_token[index]
+
+
+def token_relevance(
+    r: np.ndarray, entry_offsets: np.ndarray, catalogue: Catalogue, samples: list[Sample], store: TokenStore
+) -> np.ndarray:
+    """float32[target tokens of the split]: r of each target token, looked up by its catalogue entry."""
+    entries = np.array([catalogue.index_of[s.target] for s in samples], dtype=np.int64)
+    return _expand_entries(r, entry_offsets, entries, store)
+
+
+def _sample_label(section: GroupsSection, corpus: Corpus, catalogue: Catalogue, sample: Sample) -> str:
+    if section.by == "user_attribute":
+        user = corpus.users.get(sample.user_id, {})
+        if section.column not in user:
+            raise UserError(
+                f"groups.column = {section.column!r}: user {sample.user_id} has no such attribute",
+                f"available: {', '.join(sorted(user)) or 'none (the data set has no user table)'}",
+            )
+        return str(user[section.column])
+    if section.by == "provider":
+        return str(catalogue.entries[catalogue.index_of[sample.target]].provider or "(unknown)")
+    if section.column not in sample.labels:
+        raise UserError(
+            f"groups.column = {section.column!r}: sample {sample.sample_id} has no such label",
+            f"available: {', '.join(sorted(sample.labels)) or 'none'}",
+        )
+    return str(sample.labels[section.column])
+
+
+def _sample_values(section: GroupsSection, corpus: Corpus, catalogue: Catalogue, samples: list[Sample]):
+    if section.by == "item_popularity":
+        return np.array(
+            [catalogue.entries[catalogue.index_of[s.target]].train_count for s in samples], dtype=np.float64
+        )
+    return [_sample_label(section, corpus, catalogue, s) for s in samples]
+
+
+def fit_groups(
+    section: GroupsSection,
+    corpus: Corpus,
+    catalogue: Catalogue,
+    store: TokenStore,
+    relevance: np.ndarray | None,
+    seed: int,
+    fingerprint: str = "",
+) -> GroupPlan:
+    """Decides edges or labels on the train split.
+
+    Args:
+        relevance: float32[train target tokens], needed for by=relevance and by=random.
+    Raises:
+        UserError: more groups than distinct values or tokens; a label that the data lacks.
+    """
+    num_tokens = int(store.target_offsets[-1])
+    if section.num > num_tokens:
+        raise UserError(
+            f"groups.num = {section.num} is more than the {num_tokens} target tokens of train",
+            f"set groups.num to at most {num_tokens}",
+        )
+    plan = GroupPlan(
+        by=section.by, num=section.num, column=section.column, seed=seed, fingerprint=fingerprint
+    )
+    samples = corpus.splits["train"]
+    if section.by in ("relevance", "random", "item_popularity"):
+        values = (
+            relevance
+            if section.by != "item_popularity"
+            else np.repeat(_sample_values(section, corpus, catalogue, samples), store.num_target)
+        )
+        plan.binning, plan.reference = (
+            section.binning,
+            section.reference if section.by != "item_popularity" else "",
+        )
+        plan.edges = bin_edges(values, section.num, section.binning)
+        distinct = len(np.unique(values))
+        if len(set(plan.edges)) < len(plan.edges):
+            raise UserError(
+                f"groups.num = {section.num} with groups.binning = {section.binning}: the {num_tokens} target tokens have only {distinct} "
+                f"distinct values of {'r' if section.by != 'item_popularity' else 'popularity'} and some bins would be empty",
+                "lower groups.num, or set groups.binning=uniform",
+            )
+    elif section.by != "position":
+        frequent = Counter(_sample_values(section, corpus, catalogue, samples)).most_common()
+        frequent.sort(key=lambda pair: (-pair[1], pair[0]))
+        names = [name for name, _ in frequent]
+        plan.labels = names if len(names) <= section.num else names[: section.num - 1] + [OTHER]
+        plan.num = len(plan.labels)
+    groups = apply_groups(plan, section, corpus, catalogue, samples, store, relevance, "train")
+    plan.counts = np.bincount(groups, minlength=plan.num).tolist()
+    return plan
+
+
+def apply_groups(
+    plan: GroupPlan,
+    section: GroupsSection,
+    corpus: Corpus,
+    catalogue: Catalogue,
+    samples: list[Sample],
+    store: TokenStore,
+    relevance: np.ndarray | None,
+    split: str,
+) -> np.ndarray:
+    """int16[target tokens of the split]: the group of every target token."""
+    if plan.by == "position":
+        place = np.arange(store.target_offsets[-1]) - np.repeat(store.target_offsets[:-1], store.num_target)
+        return np.minimum(place, plan.num - 1).astype(np.int16)
+    if plan.edges is not None:
+        values = (
+            relevance
+            if plan.by != "item_popularity"
+            else np.repeat(_sample_values(section, corpus, catalogue, samples), store.num_target)
+        )
+        groups = np.searchsorted(np.asarray(plan.edges), values, side="right").astype(np.int16)
+        if plan.by == "random":  # the same sizes, no meaning
+            np.random.Generator(np.random.PCG64([plan.seed, len(split), 77])).shuffle(groups)
+        return groups
+    index = {name: g for g, name in enumerate(plan.labels)}
+    other = index.get(OTHER, 0)
+    per_sample = np.array(
+        [index.get(v, other) for v in _sample_values(section, corpus, catalogue, samples)], dtype=np.int16
+    )
+    return np.repeat(per_sample, store.num_target)

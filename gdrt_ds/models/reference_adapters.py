@@ -1,0 +1,94 @@
+"""The models that training compares itself with: what scores relevance (`groups.reference`) and what losses are counted above (`dro.excess`).
+
+Each is the loaded base under another adapter, or under none: no weight of the base is loaded twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from gdrt_ds.config import RunConfig
+from gdrt_ds.errors import UserError
+
+TRAINED = "default"  # PEFT's name of the adapter that is trained
+AUXILIARY = "auxiliary"  # of groups.reference=auxiliary_sft
+EXCESS = "excess"  # of dro.excess=FOLDER
+
+
+def adapter_folder(given: str, setting: str) -> Path:
+    """The PEFT folder that a setting names directly, or as the folder of a run.
+
+    Raises:
+        UserError: there is no adapter.
+    """
+    for folder in (Path(given) / "adapter", Path(given)):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    raise UserError(
+        f"{setting} = {given}: no adapter_config.json there",
+        "give a PEFT folder, or the folder of a finished run",
+    )
+
+
+def reference_adapters(config: RunConfig) -> dict[str, Path]:
+    """PEFT name -> folder of the adapters that this run compares with."""
+    wanted = {}
+    if config.groups.reference == "auxiliary_sft" and config.groups.by in ("relevance", "random"):
+        wanted[AUXILIARY] = adapter_folder(config.groups.reference_adapter, "groups.reference_adapter")
+    if isinstance(config.dro.excess, str):
+        wanted[EXCESS] = adapter_folder(config.dro.excess, "dro.excess")
+    return wanted
+
+
+def load_reference_adapters(model: nn.Module, config: RunConfig, fingerprint: str) -> list[str]:
+    """Loads them beside the trained adapter, frozen, before DeepSpeed shards the parameters. Returns the lines to announce.
+
+    Raises:
+        UserError: an adapter of another base model.
+    """
+    lines = []
+    for name, folder in reference_adapters(config).items():
+        summary = folder.parent / "summary.json"
+        known = (
+            json.loads(summary.read_text(encoding="utf-8")).get("base_fingerprint")
+            if summary.is_file()
+            else None
+        )
+        if known not in (None, fingerprint):
+            raise UserError(
+                f"{folder}: trained on another base model, or on one stored in another way",
+                "use the same model.* in both runs",
+            )
+        unknown = model.load_adapter(str(folder), name, is_trainable=False).unexpected_keys
+        if unknown:  # PEFT would go on with the base under the adapter's name
+            raise UserError(
+                f"{folder}: {len(unknown)} weights that this base model does not have, e.g. {unknown[0]}",
+                "give an adapter of this base model",
+            )
+        lines.append(
+            f"reference: adapter {folder} for {'relevance' if name == AUXILIARY else 'excess losses'}"
+        )
+    model.set_adapter(TRAINED)
+    return lines
+
+
+@contextlib.contextmanager
+def reference(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Within it `model` is the base under the adapter `name` (None: under none); afterwards the trained adapter as it was."""
+    if name is None:
+        with model.disable_adapter():
+            yield
+        return
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(TRAINED)
+        for parameter, wants_grad in trained:
+            parameter.requires_grad_(wants_grad)

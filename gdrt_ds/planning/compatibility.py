@@ -1,0 +1,171 @@
+"""Combinations that are known to compute wrong results, hang or crash: refused in words before any weight is loaded.
+
+Each refusal cites the threads in which users found it. docs/support-matrix.md is the same list for readers.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any, Iterator
+
+import torch
+
+from gdrt_ds.config import RunConfig
+from gdrt_ds.errors import UserError
+from gdrt_ds.models.load import choose_attention, compute_dtype, quant_storage
+
+
+def check_combination(
+    config: RunConfig,
+    deepspeed_config: dict[str, Any],
+    *,
+    cuda: bool | None = None,
+    versions: dict[str, str] | None = None,
+) -> None:
+    """Checks the run config against the DeepSpeed config ("auto" values may still be in it).
+
+    Args:
+        cuda: whether a GPU is there; None = look.
+        versions: package -> version; None = the installed ones.
+    Raises:
+        UserError: the first known bad combination, with thread numbers and the way out.
+    """
+    cuda = torch.cuda.is_available() if cuda is None else cuda
+    if versions is None:
+        versions = {name: importlib.metadata.version(name) for name in ("deepspeed", "bitsandbytes")}
+    for problem, fix in refusals(config, deepspeed_config, cuda, versions):
+        raise UserError(problem, fix)
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if cuda and torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    choose_attention(config.model.attention, device, compute_dtype(config.model.dtype, device))
+
+
+def refusals(
+    config: RunConfig, deepspeed_config: dict[str, Any], cuda: bool, versions: dict[str, str]
+) -> Iterator[tuple[str, str]]:
+    """(problem, fix) of every bad combination found."""
+    model = config.model
+    zero = deepspeed_config.get("zero_optimization") or {}
+    stage = int(zero.get("stage", 0))
+    nf4 = model.quantization == "nf4"
+    dtype = compute_dtype(model.dtype, torch.device("cuda" if cuda else "cpu"))
+    text = str(dtype).removeprefix("torch.")
+
+    deepspeed_version = _version(versions["deepspeed"])
+    if deepspeed_version == (0, 19, 2):
+        yield (
+            "deepspeed 0.19.2 mixes up dtypes of frozen and trainable parameters (DeepSpeed #8066, #8072, #8073, #8113; TRL #6089)",
+            "pip install 'deepspeed>=0.19.3'",
+        )
+    elif model.gradient_checkpointing and deepspeed_version < (0, 19, 3):
+        yield (
+            f"model.gradient_checkpointing = true with deepspeed {versions['deepspeed']}: non-reentrant recomputation with frozen parameters "
+            "needs 0.19.3 (DeepSpeed #8130, #8148; transformers #47254)",
+            "pip install 'deepspeed>=0.19.3', or switch it off",
+        )
+    if nf4 and not cuda and _version(versions["bitsandbytes"]) < (0, 47):
+        yield (
+            f"model.quantization = nf4 on a CPU with bitsandbytes {versions['bitsandbytes']}: NF4 runs on CPUs from 0.47 on",
+            "pip install 'bitsandbytes>=0.50', or model.quantization=none",
+        )
+
+    if nf4:
+        storage = quant_storage(model)
+        if storage not in (torch.uint8, dtype):
+            yield (
+                f"model.quant_storage = {model.quant_storage} with {text} arithmetic: the engine casts floating tensors to {text} and so destroys "
+                "the packed 4-bit weights silently (peft #2016; bitsandbytes #1249)",
+                f"set model.quant_storage to auto (uint8) or to {text}",
+            )
+        for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+            if zero.get(key):
+                yield (
+                    f"zero_optimization.{key} = true would quantise packed 4-bit weights once more, as 8-bit (bitsandbytes #1451 is the same family)",
+                    f"remove {key} from the DeepSpeed config",
+                )
+        if int((deepspeed_config.get("tensor_parallel") or {}).get("autotp_size", 1)) > 1:
+            yield (
+                "tensor_parallel.autotp_size > 1 splits matrices, packed 4-bit weights cannot be split by rows",
+                "remove tensor_parallel, ZeRO-3 shards them",
+            )
+    for section, key in (
+        ("weight_quantization", "quantized_initialization"),
+        ("compression_training", "weight_quantization"),
+    ):
+        if (deepspeed_config.get(section) or {}).get(key):
+            yield (
+                f"the DeepSpeed config quantises weights itself ({section}.{key}); 8-bit weights under ZeRO-3 give wrong losses (bitsandbytes #1451)",
+                f"remove {section}; model.quantization=nf4 is the supported way",
+            )
+
+    if stage not in (1, 2, 3):
+        yield (
+            f"zero_optimization.stage = {stage}: checkpoints and the exact optimizer state here need a sharded optimizer",
+            "use ds_configs/zero1.json (on one rank it costs nothing), zero2.json or zero3_qlora.json",
+        )
+    if model.loading == "sharded" and stage != 3:
+        yield (
+            f"model.loading = sharded with ZeRO stage {stage}: only stage 3 shards parameters",
+            "set model.loading to auto, or use ds_configs/zero3_qlora.json",
+        )
+    offload_param = (zero.get("offload_param") or {}).get("device", "none")
+    offload_optimizer = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if offload_param != "none" and stage != 3:
+        yield (
+            f"offload_param.device = {offload_param} with ZeRO stage {stage}: only stage 3 can offload parameters",
+            "use ds_configs/zero3_offload.json",
+        )
+    if offload_optimizer == "nvme":
+        yield (
+            "offload_optimizer.device = nvme: its state lives in swap files that checkpoints here do not carry",
+            "LoRA's optimizer state is small: set it to cpu or none",
+        )
+    if not cuda and "cpu" in (offload_param, offload_optimizer):
+        yield (
+            "the DeepSpeed config offloads to the CPU, and there is no GPU to offload from",
+            "use ds_configs/zero3_qlora.json or cpu.json",
+        )
+
+    if dtype == torch.float16 and not cuda:
+        yield (
+            "model.dtype = float16 without a GPU: DeepSpeed's fp16 mode has no CPU path",
+            "set model.dtype to auto (float32 on CPU)",
+        )
+    for section in ("amp", "torch_autocast"):
+        if (deepspeed_config.get(section) or {}).get("enabled"):
+            yield (
+                f"{section} in the DeepSpeed config makes a second dtype beside the adapter's (DeepSpeed #8066 family)",
+                f"remove {section}; set model.dtype",
+            )
+    if (deepspeed_config.get("checkpoint") or {}).get("load_universal"):
+        yield (
+            "checkpoint.load_universal: universal checkpoints lose or mix state with frozen parameters (DeepSpeed #5475, #7585, #7599, #7601, #8099)",
+            "remove it; checkpoints here resume on any world size by themselves",
+        )
+    if zero.get("elastic_checkpoint"):
+        yield (
+            "zero_optimization.elastic_checkpoint is not supported by ZeRO-3 and not needed here",
+            "remove it",
+        )
+    optimizer = str((deepspeed_config.get("optimizer") or {}).get("type", "")).lower()
+    if optimizer.startswith(("onebit", "zeroone")):
+        yield (
+            f"optimizer.type = {optimizer} compresses momenta outside ZeRO and does not combine with it",
+            "remove the optimizer section, train.optimizer decides",
+        )
+    if deepspeed_config.get("pipeline") or int(deepspeed_config.get("sequence_parallel_size", 1) or 1) > 1:
+        yield (
+            "pipeline or sequence parallelism splits a sample over ranks; group losses here are sums over whole samples of each rank",
+            "remove it from the DeepSpeed config",
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    numbers = []
+    for part in text.split("+")[0].split(".")[:3]:
+        digits = "".join(c for c in part if c.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)

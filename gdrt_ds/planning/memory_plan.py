@@ -1,0 +1,308 @@
+"""Predicts the peak of tensor bytes per rank from the configs alone, and says what to change when it will not fit.
+
+The skeleton of the model is built without storage (transformers' own classes), so every family is counted as it is.
+Per rank, W ranks, s bytes of the compute dtype, t tokens of a micro-batch:
+    base        packed 4-bit weights (1/2 byte each), unquantised parameters (s each); both / W under ZeRO-3
+    quant_state 1 byte per 64 values + 4 per 64*256 (double quantisation), 4 per 64 without; whole on every rank
+    adapter     weights s, gradients s, float32 masters 4 and two moments 8 per trainable parameter; sharded by stage
+    gathered    ZeRO-3's whole parameters in use: all of them up to stage3_max_live_parameters elements, at least the embedding;
+                nothing on one rank, whose slices are the whole
+    dequantised the largest matrix, dense, twice (forward copy and its transpose product in backward)
+    activations per token and layer, see `activation_bytes_per_token`; with checkpointing the inputs of all layers and one layer
+    loss        logits chunk (its byte budget) and the hidden states and row gradients of the supervised tokens
+On a CPU the estimate is compared with resident memory beyond the import baseline: engine buffers are added. It holds for allocators that
+reuse freed blocks (tcmalloc, jemalloc); glibc's keeps far more (docs/benchmarks.md), and the plan says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from gdrt_ds.config import RunConfig
+from gdrt_ds.training.deepspeed_config import read_deepspeed_config, zero_stage
+from gdrt_ds.errors import UserError
+from gdrt_ds.loss.group_loss import default_chunk_bytes
+from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
+from gdrt_ds.models.load import choose_attention, compute_dtype, linear_names, model_class
+
+MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
+CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers: an allowance
+GLIBC_NOTE = (
+    "glibc's allocator keeps freed tensors: 2 to 5 times this was seen resident. Where memory is short, start the run with "
+    "LD_PRELOAD=libtcmalloc_minimal.so.4 or libjemalloc.so.2 (Debian: libtcmalloc-minimal4, libjemalloc2)"
+)
+DEVICE_RESERVE = (
+    0.94  # share of a GPU that tensors can use: context, workspaces and fragmentation take the rest
+)
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes per rank by cause, their sum, and advice.
+
+    Attributes:
+        parts: cause -> bytes.
+        host_parts: the same for host memory when parameters or optimizer are offloaded.
+        device_bytes: memory of the device, None if unknown (CPU).
+        advice: what to change, in order of how little it costs; empty if it fits.
+        basis: what the activations were computed for.
+        notes: what the figures leave out.
+    """
+
+    parts: dict[str, int]
+    host_parts: dict[str, int] = field(default_factory=dict)
+    device_bytes: int | None = None
+    advice: list[str] = field(default_factory=list)
+    basis: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def lines(self) -> list[str]:
+        text = ", ".join(
+            f"{name} {format_bytes(value)}" for name, value in self.parts.items() if value >= 1 << 20
+        )
+        out = [f"memory per rank, predicted peak: {format_bytes(self.peak_bytes)} ({text}); {self.basis}"]
+        if self.host_parts:
+            out.append(
+                "host memory per rank: "
+                + ", ".join(f"{name} {format_bytes(value)}" for name, value in self.host_parts.items())
+            )
+        if self.device_bytes is not None:
+            usable = int(self.device_bytes * DEVICE_RESERVE)
+            fits = self.peak_bytes <= usable
+            out.append(
+                f"the device has {format_bytes(self.device_bytes)}, {format_bytes(usable)} of it for tensors: "
+                + ("it fits" if fits else "it will NOT fit")
+            )
+        return out + self.notes + [f"to make it fit: {line}" for line in self.advice]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Element counts of a model: quantised, the rest, trainable (LoRA), the largest matrix, and sizes of a layer."""
+
+    quantised: int
+    plain: int
+    lora: int
+    largest: int
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int
+    key_value: int
+    vocabulary: int
+    lora_inputs: int  # summed input sizes of the adapted modules of one layer
+
+
+def take_inventory(config: RunConfig, model_config) -> Inventory:
+    """Counts on a model without storage. Raises: UserError if transformers cannot build it."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    import copy
+
+    attention, _ = choose_attention("auto", torch.device("cpu"), torch.float32, model_class(model_config))
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(model_config),
+                attn_implementation=attention,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(
+            f"the memory of this model cannot be estimated: {error}", "check config.json"
+        ) from None
+    text = model_config.get_text_config()
+    names = linear_names(model)
+    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
+    nf4 = config.model.quantization == "nf4"
+    linear = {name: model.get_submodule(name).weight for name in names}
+    quantised = sum(w.numel() for name, w in linear.items() if name != head) if nf4 else 0
+    total = sum(p.numel() for p in model.parameters())
+    targets = config.model.lora.targets
+    adapted = [n for n in names if n != head and (targets == "all-linear" or n.rsplit(".", 1)[-1] in targets)]
+    if config.model.train_head and head:
+        adapted.append(head)
+    shapes = {name: _in_out(model.get_submodule(name)) for name in adapted}
+    layers = int(text.num_hidden_layers)
+    lora = config.model.lora.r * sum(i + o for i, o in shapes.values())
+    heads = int(text.num_attention_heads)
+    head_size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    intermediate = int(
+        getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    )
+    return Inventory(
+        quantised,
+        total - quantised,
+        lora,
+        max((w.numel() for n, w in linear.items() if n != head), default=0),
+        layers,
+        int(text.hidden_size),
+        intermediate,
+        heads * head_size,
+        key_heads * head_size,
+        int(text.vocab_size),
+        sum(i for n, (i, _) in shapes.items() if n != head) // layers,
+    )
+
+
+def _in_out(module: nn.Module) -> tuple[int, int]:
+    shape = tuple(module.weight.shape)
+    return (shape[1], shape[0]) if isinstance(module, nn.Linear) else shape
+
+
+def activation_bytes_per_token(model: Inventory, size: int, lora_dropout: float) -> int:
+    """What autograd keeps of one layer for one token.
+
+    Two norms keep input and normalised value in float32 (4 * H * 4); attention keeps query, key, value and output;
+    the gated MLP keeps gate, silu(gate) and up; each adapted module keeps its (dropped-out) input, a byte mask and r values.
+    Frozen 4-bit products keep no activations.
+    """
+    norms = 4 * model.hidden * 4
+    attention = (2 * model.query + 2 * model.key_value) * size
+    mlp = 3 * model.intermediate * size
+    adapter = model.lora_inputs * (size + (1 if lora_dropout else 0)) if lora_dropout else 0
+    return norms + attention + mlp + adapter
+
+
+def estimate(
+    config: RunConfig,
+    model_config,
+    world: int,
+    device_memory_bytes: int | None,
+    *,
+    tokens: int | None = None,
+    targets: int | None = None,
+    deepspeed_config: dict[str, Any] | None = None,
+) -> MemoryPlan:
+    """Predicted peak per rank.
+
+    Args:
+        model_config: the transformers config; no weights are read.
+        device_memory_bytes: memory of one GPU; None on a CPU.
+        tokens, targets: tokens and supervised tokens of the largest micro-batch; None = the longest allowed example,
+            prompt.max_length tokens, 10 % of them targets, in every row.
+    """
+    on_gpu = device_memory_bytes is not None
+    dtype = compute_dtype(config.model.dtype, torch.device("cuda" if on_gpu else "cpu"))
+    size = torch.empty((), dtype=dtype).element_size()
+    raw = deepspeed_config or read_deepspeed_config(config.deepspeed)
+    zero, stage = raw.get("zero_optimization") or {}, zero_stage(raw)
+    model = take_inventory(config, model_config)
+    rows = (
+        config.train.micro_batch
+        if config.train.micro_batch != "auto"
+        else max(1, min(8, math.ceil(config.train.global_batch / world)))
+    )
+    basis = (
+        f"{tokens:,} tokens per micro-batch"
+        if tokens
+        else f"{rows} rows of {config.prompt.max_length} tokens, the longest allowed"
+    )
+    tokens = tokens or rows * config.prompt.max_length
+    targets = targets or max(1, tokens // 10)
+    shard = world if stage == 3 else 1
+    packed = model.quantised // 2
+    blocks = model.quantised / 64
+    state = int(blocks * (1 + 4 / 256) if config.model.double_quant else blocks * 4)
+    offload_param = (zero.get("offload_param") or {}).get("device", "none") != "none"
+    offload_optimizer = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    resident = packed // shard + model.plain * size // shard
+    optimizer = model.lora * 12 // (world if stage else 1)
+    live = 0
+    if stage == 3 and world > 1:
+        limit = zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS)
+        limit = MAX_LIVE_PARAMETERS if limit == "auto" else int(limit)
+        storage_elements = packed + model.plain
+        share = min(1.0, limit / max(1, storage_elements))
+        live = max(int(share * (packed + model.plain * size)), model.vocabulary * model.hidden * size)
+    gradients = model.lora * size // (world if stage >= 2 else 1) + model.lora * size
+    per_token = activation_bytes_per_token(model, size, config.model.lora.dropout)
+    if config.model.gradient_checkpointing:
+        activations = tokens * (model.layers * model.hidden * size + per_token)
+    else:
+        activations = tokens * model.layers * per_token
+    budget = default_chunk_bytes("cuda" if on_gpu else "cpu", model.vocabulary, size)
+    chunk = min(budget, targets * model.vocabulary * 4)
+    transient = max(2 * model.largest * size, tokens * model.intermediate * size * 2)
+    parts = {
+        "base weights": 0 if offload_param else resident,
+        "quant_state": state,
+        "adapter and gradients": model.lora * size // shard + gradients,
+        "optimizer": 0 if offload_optimizer else optimizer,
+        "gathered parameters": live,
+        "dequantised and transient": transient,
+        "activations": activations,
+        "loss": 2 * chunk + 2 * targets * model.hidden * size,
+    }
+    notes = []
+    if not on_gpu:
+        parts["engine"] = CPU_ENGINE_BYTES
+        if cpu_allocator() == "glibc":
+            notes.append(GLIBC_NOTE)
+    host = {}
+    if offload_param:
+        host["base weights"] = resident
+    if offload_optimizer:
+        host["optimizer"] = optimizer
+    plan = MemoryPlan(parts, host, device_memory_bytes, basis=basis, notes=notes)
+    if on_gpu and plan.peak_bytes > device_memory_bytes * DEVICE_RESERVE:
+        plan.advice = advise(
+            config,
+            plan,
+            model,
+            stage,
+            world,
+            rows,
+            live,
+            activations,
+            int(device_memory_bytes * DEVICE_RESERVE),
+        )
+    return plan
+
+
+def advise(
+    config: RunConfig,
+    plan: MemoryPlan,
+    model: Inventory,
+    stage: int,
+    world: int,
+    rows: int,
+    live: int,
+    activations: int,
+    usable: int,
+) -> list[str]:
+    """Settings that lower the peak, cheapest first, with what each is expected to save."""
+    advice = []
+    if config.model.quantization == "none":
+        advice.append(
+            f"model.quantization=nf4 (base weights {format_bytes(plan.parts['base weights'])} -> about a quarter)"
+        )
+    if stage != 3 and world > 1:
+        advice.append(f"ds_configs/zero3_qlora.json (base weights / {world})")
+    if live > usable // 4:
+        advice.append(
+            f"stage3_max_live_parameters in the DeepSpeed config, e.g. 1e8 (gathered parameters {format_bytes(live)})"
+        )
+    if not config.model.gradient_checkpointing:
+        saved = int(activations * (1 - 1 / max(2, model.layers)))
+        advice.append(
+            f"model.gradient_checkpointing=true (saves about {format_bytes(saved)} of activations, costs a third of the step)"
+        )
+    if rows > 1:
+        advice.append(
+            f"train.micro_batch={max(1, rows // 2)} (activations halve; accumulation keeps the global batch)"
+        )
+    if config.prompt.max_length > 512:
+        advice.append("prompt.max_length=512 (the oldest history goes first)")
+    advice.append(f"more ranks than {world}, or ds_configs/zero3_offload.json (base weights in host memory)")
+    return advice

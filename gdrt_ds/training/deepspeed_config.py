@@ -1,0 +1,168 @@
+"""Reads a DeepSpeed JSON, fills every "auto" from the run config and refuses contradictions with both numbers in the message."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdrt_ds.batches import BatchPlan
+from gdrt_ds.config import RunConfig
+from gdrt_ds.errors import UserError
+from gdrt_ds.files import REPOSITORY
+
+PACKAGE_ROOT = REPOSITORY
+
+
+def read_deepspeed_config(path: str) -> dict[str, Any]:
+    """Raises: UserError for a missing file, invalid JSON, or a top-level value that is not an object."""
+    file = Path(path)
+    if not file.is_file() and not file.is_absolute() and (PACKAGE_ROOT / path).is_file():
+        file = PACKAGE_ROOT / path
+    if not file.is_file():
+        presets = sorted(p.name for p in (PACKAGE_ROOT / "ds_configs").glob("*.json"))
+        near = difflib.get_close_matches(Path(path).name, presets, n=1)
+        raise UserError(
+            f"deepspeed config {path}: no such file"
+            + (f"; did you mean ds_configs/{near[0]}?" if near else ""),
+            f"presets: {', '.join('ds_configs/' + p for p in presets)}",
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"deepspeed config {path}: not valid JSON: {error}", "check the comma or quote at that place"
+        ) from None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"deepspeed config {path}: expected an object, found {type(config).__name__}",
+            "see ds_configs/zero3_qlora.json",
+        )
+    return config
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return int((config.get("zero_optimization") or {}).get("stage", 0))
+
+
+def fill_deepspeed_config(
+    config: dict[str, Any], run: RunConfig, plan: BatchPlan, dtype: torch.dtype, hidden_size: int
+) -> dict[str, Any]:
+    """A copy with every "auto" filled.
+
+    The batch: train_batch_size = micro x accumulation x world. Where global_batch does not divide evenly, ranks carry
+    micro-batches that differ by one sample and DeepSpeed is told the largest; loss weights are exact either way.
+
+    Raises:
+        UserError: a batch size, clipping, precision or optimizer that contradicts the run config.
+    """
+    micro = -(-run.train.global_batch // (plan.world * plan.accumulation))
+    optimizer = {"adamw": "AdamW", "sgd": "SGD"}[run.train.optimizer]
+    exact = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": plan.accumulation,
+        "train_batch_size": micro * plan.accumulation * plan.world,
+        "gradient_clipping": run.train.grad_clip,
+    }
+    settings = {
+        "train_micro_batch_size_per_gpu": "train.micro_batch",
+        "gradient_accumulation_steps": "train.micro_batch",
+        "train_batch_size": "train.global_batch",
+        "gradient_clipping": "train.grad_clip",
+    }
+    filled = json.loads(json.dumps(config))
+    for key, value in exact.items():
+        given = filled.get(key, "auto")
+        if key == "train_batch_size" and given == run.train.global_batch:
+            given = "auto"
+        if given != "auto" and given != value:
+            raise UserError(
+                f"the DeepSpeed config says {key} = {given}, the run config gives {value} ({plan.describe()})",
+                f'set it to "auto" in the DeepSpeed config, or change {settings[key]}',
+            )
+        filled[key] = value
+    for section, wanted in (("bf16", dtype == torch.bfloat16), ("fp16", dtype == torch.float16)):
+        entry = filled.setdefault(section, {"enabled": "auto"})
+        given = entry.get("enabled", "auto")
+        if given != "auto" and bool(given) != wanted:
+            raise UserError(
+                f"the DeepSpeed config says {section}.enabled = {str(given).lower()}, but the model computes in "
+                f"{str(dtype).removeprefix('torch.')}",
+                f'set {section}.enabled to "auto", or change model.dtype',
+            )
+        entry["enabled"] = wanted
+    if not filled["bf16"]["enabled"]:
+        filled["bf16"] = {"enabled": False}
+    zero = filled.get("zero_optimization") or {}
+    autos = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+        "allgather_bucket_size": int(2e8),
+        "overlap_comm": torch.cuda.is_available(),
+    }
+    for key, value in autos.items():
+        if zero.get(key) == "auto":
+            zero[key] = value
+    if "optimizer" in filled:
+        entry = filled["optimizer"]
+        given = entry.get("type", "auto")
+        if given != "auto" and given.lower() != optimizer.lower():
+            raise UserError(
+                f"the DeepSpeed config says optimizer.type = {given}, the run config says train.optimizer = {run.train.optimizer}",
+                'set optimizer.type to "auto", or change train.optimizer',
+            )
+        entry["type"] = optimizer
+        values = {"lr": run.train.lr, "weight_decay": run.train.weight_decay}
+        if optimizer == "AdamW":
+            values["betas"] = list(run.train.betas)
+        params = entry.setdefault("params", {})
+        for key, value in values.items():
+            if params.get(key, "auto") not in ("auto", value):
+                raise UserError(
+                    f"the DeepSpeed config says optimizer.params.{key} = {params[key]}, the run config says train.{key} = {value}",
+                    f'set it to "auto", or change train.{key}',
+                )
+            params[key] = value
+    if "scheduler" in filled:
+        raise UserError(
+            "the DeepSpeed config has a scheduler; the learning rate is a function of the step here (train.schedule)",
+            "remove the scheduler section, set train.schedule and train.warmup_steps",
+        )
+    left = [path for path, value in _leaves(filled) if value == "auto"]
+    if left:
+        raise UserError(
+            f'the DeepSpeed config leaves {", ".join(left)} at "auto", which has no counterpart in the run config',
+            "give a number, or remove the key",
+        )
+    filled.setdefault("steps_per_print", 10**9)
+    filled.setdefault("zero_allow_untested_optimizer", True)
+    return filled
+
+
+def _leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(node, dict):
+        return [
+            leaf
+            for key, value in node.items()
+            for leaf in _leaves(value, f"{prefix}.{key}" if prefix else key)
+        ]
+    return [(prefix, node)]
+
+
+def learning_rate(step: int, run: RunConfig, total_steps: int) -> float:
+    """lr of optimizer step `step` (0-based): linear warm-up, then constant, linear or cosine to zero. A function, so resuming is exact."""
+    import math
+
+    train = run.train
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    done = (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps)
+    if train.schedule == "linear":
+        return train.lr * max(0.0, 1.0 - done)
+    if train.schedule == "cosine":
+        return train.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    return train.lr

@@ -1,0 +1,118 @@
+"""The module that DeepSpeed drives: backbone, then the fused group loss inside the output head's own forward.
+
+Only supervised positions reach the head, and the head's parameter is used inside the head module, so that ZeRO-3's hooks
+gather it once and free it afterwards; the one-pass loss keeps no alias of it (loss/).
+
+Shapes: N supervised tokens of the micro-batch, H hidden, V vocabulary, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from gdrt_ds.batches import MicroBatch
+from gdrt_ds.errors import UserError
+from gdrt_ds.loss import AllowedTokens, group_cross_entropy
+from gdrt_ds.models.load import decoder, head, head_scaling
+
+
+@dataclass
+class HeadRequest:
+    """What the head is asked to compute on hidden states [N, H]; see `group_cross_entropy`."""
+
+    labels: Tensor
+    groups: Tensor
+    num_groups: int
+    temperature: float = 1.0
+    allowed: AllowedTokens | None = None
+    difference: bool = False  # the hidden states are a difference of two: the bias of the head cancels
+
+
+class FusedLossModel(nn.Module):
+    """Wraps a (PEFT) causal LM; `forward` returns (loss sums [G], token losses [N], counterfactual losses [N] or None)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.logit_scale, self.softcap = head_scaling(model.config)
+        self._install_head()
+
+    def _install_head(self) -> None:
+        """Gives the output projection a second way to be called: with a HeadRequest it returns losses instead of logits."""
+        module = head(self.model)
+        layer = (
+            None  # PEFT's LoRA around the head; a local name: assigned to self it would be registered twice
+        )
+        if hasattr(module, "base_layer"):
+            layer, module = module, module.base_layer
+            import deepspeed
+
+            for name in layer.lora_A:  # the trained adapter and those of reference_model.py
+                for weight in (layer.lora_A[name].weight, layer.lora_B[name].weight):
+                    deepspeed.zero.register_external_parameter(module, weight)
+        plain = module.forward
+
+        def forward(hidden: Tensor, request: HeadRequest | None = None):
+            if request is None:
+                return plain(hidden)
+            lora = None
+            active = (
+                []
+                if layer is None or layer.disable_adapters
+                else [name for name in layer.active_adapters if name in layer.lora_A]
+            )
+            if active:  # its dropout is left out: both terms of the fused product read the same hidden states
+                lora = (
+                    layer.lora_A[active[0]].weight,
+                    layer.lora_B[active[0]].weight,
+                    layer.scaling[active[0]],
+                )
+            out = group_cross_entropy(
+                hidden.to(module.weight.dtype),
+                module.weight,
+                request.labels,
+                request.groups,
+                request.num_groups,
+                bias=None if request.difference else module.bias,
+                logit_scale=self.logit_scale,
+                softcap=self.softcap,
+                temperature=request.temperature,
+                allowed=request.allowed,
+                **({"lora": lora} if lora is not None else {}),
+            )
+            return out.loss_sums, out.token_losses
+
+        module.forward = forward
+        self._head = [module]  # in a list: the head belongs to self.model, it must not be registered twice
+
+    def hidden(self, micro: MicroBatch) -> Tensor:
+        """[N, H] hidden states that predict the supervised tokens."""
+        states = decoder(self.model)(**micro.inputs, use_cache=False).last_hidden_state
+        return states.reshape(-1, states.shape[-1]).index_select(0, micro.supervised)
+
+    def forward(
+        self,
+        micro: MicroBatch,
+        groups: Tensor,
+        num_groups: int,
+        temperature: float = 1.0,
+        allowed: AllowedTokens | None = None,
+        history_free: MicroBatch | None = None,
+    ):
+        """Args: groups Long[N]; history_free: the same targets on prompts without history, for counterfactual terms."""
+        request = HeadRequest(micro.labels, groups, num_groups, temperature, allowed)
+        states = self.hidden(micro)
+        loss_sums, token_losses = self._head[0](states, request)
+        if history_free is None:
+            return loss_sums, token_losses, None
+        if self.softcap is not None:
+            raise UserError(
+                "objective = cft: this model soft-caps its logits, so their difference is not the head of a difference",
+                "choose another objective, or a model without final_logit_softcapping",
+            )
+        _, counterfactual = self._head[0](
+            states - self.hidden(history_free), replace(request, difference=True)
+        )
+        return loss_sums, token_losses, counterfactual

@@ -1,0 +1,148 @@
+"""Interactions to tokens: corpus, catalogue, prompt template and tokenised splits of one run, without any weight loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from gdrt_ds.batches import BatchPlan
+from gdrt_ds.data.catalogue import Catalogue
+from gdrt_ds.data.trie import TokenTrie
+from gdrt_ds.config import RunConfig
+from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
+from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, smollm2_folder
+from gdrt_ds.errors import UserError
+from gdrt_ds.models.load import load_tokenizer, read_model_config, resolve_model
+from gdrt_ds.data.prompts import PromptEncoder, PromptTemplate, TokenStore, tokenise_split
+
+
+@dataclass
+class Prepared:
+    """Everything before the weights. `stores` hold train and, where the split is not empty, valid."""
+
+    corpus: Corpus
+    catalogue: Catalogue
+    template: PromptTemplate
+    encoder: PromptEncoder
+    tokenizer: object
+    model_folder: Path
+    model_config: object
+    stores: dict[str, TokenStore]
+    notes: list[str] = field(default_factory=list)
+
+    def trie(self) -> TokenTrie:
+        texts = [entry.text for entry in self.catalogue.entries]
+        return TokenTrie.build([self.encoder.target_ids(text) for text in texts], texts)
+
+
+def control_history(samples: list[Sample], mode: str, seed: int) -> list[Sample]:
+    """Training controls: mask = no history, shuffle = the history of another sample."""
+    if mode == "keep":
+        return samples
+    if mode == "mask":
+        return [replace(s, history=()) for s in samples]
+    order = np.random.Generator(np.random.PCG64([seed, 4242])).permutation(len(samples))
+    return [replace(s, history=samples[other].history) for s, other in zip(samples, order)]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Loads and tokenises. Every rank calls it and gets the same.
+
+    Raises:
+        UserError: anything about data, prompt or tokenizer.
+    """
+    corpus = load_corpus(config.data)
+    catalogue = Catalogue.build(corpus)
+    texts = [entry.text for entry in catalogue.entries]
+    model = config.model
+    folder = resolve_model(
+        model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        tiny_folder=Path(config.run.dir) / "base",
+        texts=_tiny_texts(config, corpus, texts),
+        seed=config.train.seed,
+    )
+    tokenizer_path = smollm2_folder() if model.tokenizer == SMOLLM2_NAME else model.tokenizer or folder
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=model.trust_remote_code)
+    model_config = read_model_config(folder, trust_remote_code=model.trust_remote_code)
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.prompt.max_length > limit:
+        raise UserError(
+            f"prompt.max_length = {config.prompt.max_length} is more than the {limit} positions of {folder.name}",
+            f"set prompt.max_length to at most {limit}",
+        )
+    template = PromptTemplate.from_config(config.prompt, corpus.domain, tokenizer)
+    encoder = PromptEncoder(template, tokenizer, config.prompt.max_length)
+    stores, notes = {}, [*corpus.notes, *catalogue.notes()]
+    for split in ("train", "valid"):
+        if split == "valid" and not corpus.splits.get("valid"):
+            notes.append("no validation split: no early stopping, the last checkpoint is the best")
+            continue
+        samples = corpus.split(split)
+        if split == "train":
+            samples = control_history(samples, config.prompt.history, config.train.seed)
+        stores[split], lines = tokenise_split(
+            encoder, catalogue, samples, mask_history=split == "train" and config.prompt.history == "mask"
+        )
+        notes += [f"{split}: {line}" for line in lines]
+    return Prepared(corpus, catalogue, template, encoder, tokenizer, folder, model_config, stores, notes)
+
+
+def _tiny_texts(config: RunConfig, corpus: Corpus, titles: list[str]) -> list[str] | None:
+    if config.model.path != TINY_NAME:
+        return None
+    from gdrt_ds.data.prompts import template_texts
+
+    return [*template_texts(config.prompt, corpus.domain), *titles]
+
+
+def micro_batch_size(config: RunConfig, world: int) -> int:
+    """auto: the whole share of a rank, at most 8 samples."""
+    if config.train.micro_batch == "auto":
+        return min(8, -(-config.train.global_batch // world))
+    return int(config.train.micro_batch)
+
+
+def plan_batches(config: RunConfig, store: TokenStore, world: int) -> BatchPlan:
+    """Raises: UserError when the global batch is smaller than the ranks or the micro-batch does not fit it."""
+    micro = micro_batch_size(config, world)
+    if (
+        micro * world > config.train.global_batch
+        and config.train.micro_batch != "auto"
+        and micro > -(-config.train.global_batch // world)
+    ):
+        raise UserError(
+            f"train.micro_batch = {micro} x {world} ranks = {micro * world} is more than train.global_batch = {config.train.global_batch}",
+            f"set train.micro_batch to at most {-(-config.train.global_batch // world)}, or auto",
+        )
+    return BatchPlan(
+        store.lengths,
+        config.train.global_batch,
+        micro,
+        world,
+        config.train.seed,
+        packed=config.train.packing != "none",
+    )
+
+
+def total_steps(config: RunConfig, store: TokenStore) -> int:
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    return max(1, int(np.ceil(config.train.epochs * len(store) / config.train.global_batch)))
+
+
+def padding_figures(store: TokenStore, plan: BatchPlan, head: int, steps: int = 8) -> dict[str, float]:
+    """Tokens computed per optimizer step, padded, packed and with a shared head, averaged over the first steps."""
+    padded = packed = shared = 0
+    for step in range(steps):
+        for slots in plan.step(step):
+            for members in slots:
+                lengths = store.lengths[members] - 1
+                if len(lengths):
+                    padded += int(lengths.max()) * len(lengths)
+                    packed += int(lengths.sum())
+                    shared += int(lengths.sum()) - head * (len(lengths) - 1)
+    return {"padded": padded / steps, "packed": packed / steps, "shared_prefix": shared / steps}

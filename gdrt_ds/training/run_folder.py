@@ -1,0 +1,229 @@
+"""The run folder: who may write into it, and the files that outsiders rely on (docs: design of the run folder in README).
+
+`claim` refuses a folder in use, finished or foreign; `write_summary` is the last word of a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gdrt_ds.config import RunConfig, dump_config
+from gdrt_ds.errors import UserError
+from gdrt_ds.files import REPOSITORY
+
+# Keys that may differ between the lives of one run: they change where or how, never what is computed.
+FREE_ON_RESUME = (
+    "run.",
+    "log.",
+    "resume",
+    "deepspeed",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.timeout_s",
+    "train.debug_sync",
+    "train.on_nonfinite",
+    "train.micro_batch",
+    "train.packing",
+    "model.attention",
+    "model.loading",
+    "model.gradient_checkpointing",
+    "model.compile",
+)
+KEPT, ASIDE = ("life", ".life.lock", "logs", "cache"), ".overwritten"
+VERSIONED = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "triton",
+    "flash-attn",
+    "gdrt-ds",
+)
+
+
+def status(folder: Path) -> str | None:
+    """Status of summary.json, or None for a run that has not ended."""
+    path = Path(folder) / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("status") if path.is_file() else None
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict) and node:
+        return {k: v for key, value in node.items() for k, v in _flatten(value, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): node}
+
+
+def changed_settings(folder: Path, config: RunConfig) -> list[str]:
+    """`key: before -> now` of every setting that differs from the run in this folder and that changes what is computed."""
+    saved = Path(folder) / "config.yaml"
+    if not saved.is_file():
+        return []
+    before, now = (
+        _flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))),
+        _flatten(config.model_dump(mode="json")),
+    )
+    changed = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)
+    ]
+    return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
+
+
+def claim(config: RunConfig) -> Path:
+    """Makes the run folder ready for this run; rank 0 calls it.
+
+    Raises:
+        UserError: not writable; holds a finished or foreign run; a resume that would compute something else.
+    """
+    folder = Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_probe"
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"run.dir = {folder}: not writable ({error.strerror})",
+            "choose another run.dir, or free space and permissions",
+        ) from None
+    saved = folder / "config.yaml"
+    foreign = not saved.is_file() and {p.name for p in folder.iterdir() if not _empty_checkpoints(p)} - {
+        *KEPT,
+        ASIDE,
+        "base",
+        "base.lock",
+    }
+    if config.run.overwrite and config.resume is None:
+        if foreign:
+            raise UserError(
+                f"run.dir = {folder} holds files that are not a run; run.overwrite=true will not empty it",
+                "choose another run.dir",
+            )
+        _set_aside(folder)
+    elif foreign:
+        raise UserError(
+            f"run.dir = {folder} is in use: it holds files that are not a run", "choose another run.dir"
+        )
+    elif saved.is_file() and config.resume is None:
+        raise UserError(
+            f"run.dir = {folder} is in use: it holds a run (status: {status(folder) or 'not finished'})",
+            "resume=auto goes on with it, run.overwrite=true empties it, or choose another run.dir",
+        )
+    elif saved.is_file():
+        changed = changed_settings(folder, config)
+        if changed:
+            raise UserError(
+                f"resume = {config.resume}: the settings of {folder} differ ({'; '.join(changed[:6])})",
+                "resume with the saved settings, or start a new run.dir",
+            )
+    write_text(saved, dump_config(config))
+    return folder
+
+
+def _own(folder: Path) -> list[Path]:
+    return [
+        child
+        for child in folder.iterdir()
+        if child.name not in (*KEPT, ASIDE) and not _empty_checkpoints(child)
+    ]
+
+
+def _empty_checkpoints(path: Path) -> bool:
+    """RUN/checkpoints may be made before the run: a link to, or a mount of, a larger file system."""
+    return path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _set_aside(folder: Path) -> None:
+    """run.overwrite: the old run moves out of the way and is removed when the new one trains (`settle`); until then it can come back."""
+    aside = folder / ASIDE
+    if aside.is_dir():  # an earlier overwrite was killed before it trained: what it left is worth nothing
+        for child in _own(folder):
+            _remove(child)
+        return
+    aside.mkdir()
+    for child in _own(folder):
+        child.rename(aside / child.name)
+
+
+def settle(folder: Path) -> None:
+    """The new run trains: what it overwrites goes."""
+    if (folder / ASIDE).is_dir():
+        shutil.rmtree(folder / ASIDE)
+
+
+def release(folder: Path) -> bool:
+    """A start that failed before anything was computed leaves the folder as it found it; True if that was so. Rank 0 calls it."""
+    checkpoints = folder / "checkpoints"
+    if (folder / "metrics.jsonl").is_file() or checkpoints.is_dir() and not _empty_checkpoints(checkpoints):
+        return False
+    for child in _own(folder):
+        _remove(child)
+    if (folder / ASIDE).is_dir():
+        for child in (folder / ASIDE).iterdir():
+            child.rename(folder / child.name)
+        (folder / ASIDE).rmdir()
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic on one file system."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_hash() -> str | None:
+    """Commit of the code, with + for local changes; None outside a checkout."""
+    root = REPOSITORY
+    try:
+        call = lambda *args: subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        return call("rev-parse", "HEAD") + (
+            "+" if call("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_summary(folder: Path, state: str, **totals: Any) -> None:
+    """state: completed, interrupted (checkpointed, please requeue) or failed."""
+    body = {
+        "status": state,
+        **totals,
+        "versions": versions(),
+        "git_hash": git_hash(),
+        "written_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_text(folder / "summary.json", json.dumps(body, indent=1))

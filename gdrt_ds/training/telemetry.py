@@ -1,0 +1,218 @@
+"""What a run says while it works: a live bar on a terminal, plain lines in a log, one JSON line per step, TensorBoard and W&B.
+
+Metrics stay on the device until they are written, every `train.log_every` steps, so that logging adds no synchronisation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdrt_ds.config import RunConfig
+from gdrt_ds.errors import UserError
+from gdrt_ds.runtime import Runtime
+from gdrt_ds.training.weight_watch import WeightWatch
+
+
+def say(runtime: Runtime, text: str) -> None:
+    """One line from rank 0."""
+    if runtime.is_main:
+        print(text, flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors to lists and numbers; NaN and inf to null, which is how absent groups and skipped steps are written."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().tolist()
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _keep_steps_before(path: Path, step: int) -> None:
+    """Lines of steps that a resumed run computes again are dropped, so that every step has one line. Atomic."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # the last line of a killed run may be torn
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Telemetry:
+    """Rank 0 writes; the other ranks hold an object that does nothing."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        runtime: Runtime,
+        total_steps: int,
+        first_step: int,
+        model_flops_per_token: float = 0.0,
+    ):
+        self.runtime, self.config, self.total, self.first = runtime, config, total_steps, first_step
+        self.path = folder / "metrics.jsonl"
+        self.pending: list[dict] = []
+        self.started = self.interval = time.perf_counter()
+        self.flops_per_token = model_flops_per_token
+        self.bar = self.board = self.wandb = None
+        self.watch = WeightWatch(config, total_steps)
+        if not runtime.is_main:
+            return
+        for path in (self.path, folder / "validation.jsonl"):
+            _keep_steps_before(path, first_step)
+        # Held open: the next life replaces the file, so an orphan of this life would write into one that nobody reads.
+        self.stream = open(self.path, "a", encoding="utf-8", buffering=1)
+        self.validations = open(folder / "validation.jsonl", "a", encoding="utf-8", buffering=1)
+        if config.log.tensorboard:
+            self.board = _tensorboard(folder)
+        if config.log.wandb:
+            self.wandb = _wandb(config, folder)
+        if sys.stdout.isatty():
+            self._start_bar()
+
+    def _start_bar(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+        )
+        self.bar.start()
+        self.task = self.bar.add_task(
+            self.config.objective, total=self.total, completed=self.first, figures=""
+        )
+
+    def step(self, record: dict) -> None:
+        """Queues one step's record (values may be device tensors); writes when the interval is full."""
+        self.pending.append(record)
+        if len(self.pending) >= self.config.train.log_every or record["step"] >= self.total:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.pending:
+            return
+        records, self.pending = self.pending, []
+        if not self.runtime.is_main:
+            return
+        records = [{key: _plain(value) for key, value in record.items()} for record in records]
+        now = time.perf_counter()
+        seconds = (now - self.interval) / len(records)
+        self.interval = now
+        for record in records:
+            record["step_s"] = round(seconds, 6)
+            record["tokens_per_s"] = round(record["tokens"] / max(seconds, 1e-9), 1)
+            self._mirror(record)
+        self.stream.write("".join(json.dumps(record) + "\n" for record in records))
+        self.stream.flush()
+        self._show(records[-1], seconds)
+        for text in filter(None, map(self.watch.add, records)):
+            self.note(text)
+
+    def _mirror(self, record: dict) -> None:
+        scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+        for name in ("group_loss", "group_weight"):
+            scalars |= {f"{name}/{g}": v for g, v in enumerate(record.get(name) or []) if v is not None}
+        if self.board is not None:
+            for key, value in scalars.items():
+                self.board.add_scalar(key, value, record["step"])
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=record["step"])
+
+    def _show(self, record: dict, seconds: float) -> None:
+        losses = [loss for loss in record["group_loss"] if loss is not None]
+        worst = max(losses, default=float("nan"))
+        loss = "not finite, step skipped" if record["loss"] is None else f"{record['loss']:.4f}"
+        figures = (
+            f"loss {loss}  worst group {worst:.4f}  lr {record['lr']:.2e}  grad-norm {record['grad_norm'] or 0:.3f}  "
+            f"{record['tokens_per_s']:,.0f} tok/s ({record['tokens_per_s'] / self.runtime.world:,.0f}/rank)"
+        )
+        if torch.cuda.is_available():
+            figures += f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+            figures += f"  MFU {self._mfu(record['tokens_per_s']):.1%}" if self.flops_per_token else ""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=record["step"], figures=figures)
+            return
+        eta = duration((self.total - record["step"]) * seconds)
+        print(f"step {record['step']}/{self.total}  {figures}  eta {eta}", flush=True)
+
+    def _mfu(self, tokens_per_s: float) -> float:
+        """Share of the dense bf16 peak: 989 TFLOP/s on H100 and H200, 312 on A100 (NVIDIA data sheets)."""
+        name = torch.cuda.get_device_name()
+        peak = 989e12 if "H100" in name or "H200" in name else 312e12 if "A100" in name else float("inf")
+        return tokens_per_s * self.flops_per_token / (peak * self.runtime.world)
+
+    def validation(self, record: dict) -> None:
+        """One line of validation.jsonl, at once."""
+        if self.runtime.is_main:
+            self.validations.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+            self.validations.flush()
+
+    def note(self, text: str) -> None:
+        """A line between progress lines, e.g. a validation."""
+        if self.runtime.is_main:
+            (self.bar.console.print if self.bar is not None else print)(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        self.flush()
+        if self.runtime.is_main:
+            self.stream.close()
+            self.validations.close()
+        if self.bar is not None:
+            self.bar.stop()
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "log.tensorboard = true, but tensorboard is not installed", "pip install 'gdrt-ds[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _wandb(config: RunConfig, folder: Path):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "log.wandb = true, but wandb is not installed", "pip install 'gdrt-ds[wandb]'"
+        ) from None
+    return wandb.init(
+        project=config.log.wandb_project,
+        name=folder.name,
+        dir=str(folder),
+        config=config.model_dump(mode="json"),
+    )

@@ -1,0 +1,160 @@
+"""The memory plan counts real models exactly where it can, follows the settings, and advises when it does not fit."""
+
+import pytest
+import torch
+import transformers
+
+from gdrt_ds.config import RunConfig
+from gdrt_ds.planning.memory_plan import estimate, take_inventory
+
+LLAMA8B = dict(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+)
+SMALL = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=300,
+)
+
+
+def config(**model):
+    return RunConfig(model=model, train={"micro_batch": 4})
+
+
+def test_the_inventory_equals_the_counts_of_a_loaded_model(tmp_path):
+    from gdrt_ds.models.built_in import make_tiny_model
+    from tests.models.test_model import TEXTS, load
+
+    path = make_tiny_model(tmp_path / "m", TEXTS, 0)
+    loaded = load(path)
+    quantised = sum(
+        p.quant_state.shape.numel() for p in loaded.model.parameters() if hasattr(p, "quant_state")
+    )
+    lora = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    total = sum(
+        p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel()
+        for p in loaded.model.parameters()
+    )
+    found = take_inventory(config(), transformers.AutoConfig.from_pretrained(path))
+    assert (found.quantised, found.lora, found.plain) == (quantised, lora, total - quantised - lora)
+
+
+def test_8b_counts_are_those_of_the_model_card():
+    found = take_inventory(config(), transformers.LlamaConfig(**LLAMA8B))
+    assert found.quantised + found.plain == 8_030_261_248
+    assert found.lora == 32 * 8 * (4096 + 4096 + 4096 + 1024)
+
+
+def test_zero3_divides_the_base_by_the_ranks_and_quant_state_stays_whole():
+    plans = {
+        world: estimate(config(), transformers.LlamaConfig(**LLAMA8B), world, 80 << 30) for world in (1, 8)
+    }
+    assert plans[1].parts["base weights"] == pytest.approx(8 * plans[8].parts["base weights"], rel=1e-6)
+    assert plans[1].parts["quant_state"] == plans[8].parts["quant_state"]
+
+
+def test_checkpointing_lowers_activations_and_advice_says_so():
+    model = transformers.LlamaConfig(**LLAMA8B)
+    tight = estimate(config(), model, 8, 24 << 30)
+    assert tight.peak_bytes > 24 << 30 and any(
+        "gradient_checkpointing=true" in line for line in tight.lines()
+    )
+    assert any("will NOT fit" in line for line in tight.lines())
+    eased = estimate(config(gradient_checkpointing=True), model, 8, 24 << 30)
+    assert eased.parts["activations"] < tight.parts["activations"] / 10
+    assert not eased.advice and any("it fits" in line for line in eased.lines())
+
+
+def test_activations_follow_the_tokens_given():
+    model = transformers.LlamaConfig(**SMALL)
+    a, b = (estimate(config(), model, 2, None, tokens=n, targets=10) for n in (1000, 2000))
+    assert b.parts["activations"] == 2 * a.parts["activations"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_activation_bytes_match_what_autograd_saves(tmp_path, dropout):
+    """Counts the storages that autograd really keeps for one more token, two lengths of one forward pass of a real NF4 model."""
+    from gdrt_ds.models.built_in import make_tiny_model
+    from gdrt_ds.planning.memory_plan import activation_bytes_per_token
+    from tests.models.test_model import TEXTS, load
+
+    path = make_tiny_model(tmp_path / "m", TEXTS, 0, num_layers=4, hidden=128, intermediate=384)
+    loaded = load(path, lora={"dropout": dropout})
+    backbone = loaded.model.get_base_model().model
+    parameters = {p.untyped_storage().data_ptr() for p in loaded.model.parameters()}
+
+    def saved_bytes(length):
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = backbone(input_ids=torch.randint(3, 100, (1, length))).last_hidden_state
+        total = sum(size for size, _ in storages.values())
+        del out
+        return total
+
+    measured = (saved_bytes(512) - saved_bytes(256)) / 256 / 4
+    section = config(lora={"dropout": dropout})
+    predicted = activation_bytes_per_token(
+        take_inventory(section, transformers.AutoConfig.from_pretrained(path)), 4, dropout
+    )
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_the_measured_peak_sees_what_was_held_and_starts_anew():
+    import numpy as np
+    from gdrt_ds.training.memory_use import PeakMemory, format_bytes
+
+    first = PeakMemory(torch.device("cpu"))
+    if first.bytes_here() is None:
+        pytest.skip("no /proc/self/status: the peak is measured on Linux only")
+    block = np.ones(128 << 17)  # 128 MiB, touched
+    del block
+    second = PeakMemory(torch.device("cpu"))
+    assert first.largest() >= 0 and second.largest() < 64 << 20, "an old peak must not count"
+    block = np.ones(128 << 17)
+    held = second.largest()
+    assert 120 << 20 <= held <= 200 << 20 and block.size
+    assert format_bytes(held).endswith("MiB") and format_bytes(None) == "unknown on this system"
+
+
+def test_on_a_cpu_the_plan_names_an_allocator_that_it_does_not_hold_for(tmp_path, monkeypatch):
+    from gdrt_ds.training import memory_use
+
+    maps = tmp_path / "maps"
+    monkeypatch.setattr(memory_use, "MAPS", maps)
+    model = transformers.LlamaConfig(**SMALL)
+    for text, name in [
+        ("7f00 r-xp /usr/lib/libc.so.6\n", "glibc"),
+        ("7f00 r-xp /usr/lib/libtcmalloc_minimal.so.4.5.10\n", "tcmalloc"),
+    ]:
+        maps.write_text(text)
+        assert memory_use.cpu_allocator() == name
+        assert any("LD_PRELOAD" in line for line in estimate(config(), model, 2, None).lines()) == (
+            name == "glibc"
+        )
+    assert not any("LD_PRELOAD" in line for line in estimate(config(), model, 2, 80 << 30).lines())
+
+
+def test_one_rank_gathers_nothing_since_its_slices_are_the_whole():
+    model = transformers.LlamaConfig(**SMALL)
+    gathered = {
+        world: estimate(
+            config(), model, world, None, deepspeed_config={"zero_optimization": {"stage": 3}}
+        ).parts["gathered parameters"]
+        for world in (1, 2)
+    }
+    assert gathered[1] == 0 and gathered[2] >= 300 * 64 * 4

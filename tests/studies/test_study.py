@@ -1,0 +1,467 @@
+"""A study's grid and runner: one definition of cells, nothing is trained twice, a broken cell does not end the others, the page adds up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from eval.bootstrap import Resampled, interval
+from eval.report.figures import checked
+from eval.seeds import combine, seed_draws, t_interval
+from eval.study import main as eval_study
+from eval.study_page import figures, sentence
+from gdrt_ds.errors import UserError
+from gdrt_ds.studies.grid import cells_of, choose_cells, load_study
+from gdrt_ds.study import config_of, shares, state_of
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY = """
+name: tiny
+config: configs/planted.yaml
+overrides: [train.max_steps=3, train.micro_batch=32, "data.planted={num_train: 96, num_valid: 8, num_test: 40}", train.eval_every=3]
+seeds: [0, 1]
+baseline: sft
+controls: [frozen]
+label: kind
+rows:
+  sft: [objective=sft]
+  gdrt: [objective=gdrt]
+  frozen: [objective=gdrt, "dro.frozen_weights={run:gdrt}"]
+evaluate: [--bootstrap, "100", --batch-size, "64"]
+"""
+
+
+def study_file(folder: Path, text: str = STUDY) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def start(path: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "gdrt_ds.study", str(path), "--dir", str(folder), *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    path = study_file(folder)
+    first = start(path, folder / "out", "--workers", "2")
+    assert first.returncode == 0, first.stdout + first.stderr
+    return path, folder / "out", first
+
+
+BORROWING = """
+name: tiny
+config: configs/planted.yaml
+seeds: [0, 1, 2]
+baseline: sft
+rows:
+  sft: [objective=sft]
+  gdrt: [objective=gdrt]
+  frozen: [objective=gdrt, "dro.frozen_weights={run:gdrt}"]
+settings:
+  default: {rows: [sft, gdrt]}
+  control: {rows: [frozen], seeds: [0, 1], borrows: {default: [sft, gdrt]}}
+"""
+
+
+def test_a_setting_borrows_the_runs_of_another_and_trains_none_of_them_again(tmp_path):
+    from eval.study import _cells_beside
+
+    study = load_study(study_file(tmp_path, BORROWING))
+    cells = cells_of(study, tmp_path)
+    assert [c.name for c in cells if c.setting == "control"] == [
+        "control-frozen-seed0",
+        "control-frozen-seed1",
+    ]
+    frozen = next(c for c in cells if c.name == "control-frozen-seed1")
+    assert frozen.needs == ("default-gdrt-seed1",)
+    assert f"dro.frozen_weights={tmp_path}/runs/default-gdrt-seed1" in frozen.overrides
+    rows = [{"name": c.name, "row": c.row, "setting": c.setting, "seed": c.seed} for c in cells]
+    beside = _cells_beside(study.model_dump(), rows, "control")
+    assert sorted(c["name"] for c in beside) == sorted(
+        [
+            "control-frozen-seed0",
+            "control-frozen-seed1",
+            "default-sft-seed0",
+            "default-sft-seed1",
+            "default-gdrt-seed0",
+            "default-gdrt-seed1",
+        ]
+    ), "seed 2 has nothing to stand beside"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (("borrows: {default:", "borrows: {defualt:"), "did you mean 'default'"),
+        (("[sft, gdrt]}}", "[sft, gdrt]}, set: [dro.tau=2]}"), "other overrides"),
+        (("seeds: [0, 1], b", "seeds: [0, 7], b"), "has no seed [7]"),
+        (("rows: [frozen], ", "rows: [frozen, gdrt], "), "also trained by control"),
+    ],
+)
+def test_what_cannot_be_borrowed_is_refused(tmp_path, change, words):
+    text = BORROWING.replace(*change)
+    assert text != BORROWING
+    with pytest.raises(UserError) as caught:
+        load_study(study_file(tmp_path, text))
+    assert words in str(caught.value)
+
+
+def test_a_worker_trains_what_its_cells_read_before_them(tmp_path):
+    """A cell that reads another setting's run must not meet a worker that is still training it."""
+    text = BORROWING.replace("  control:", "  big: {set: [dro.tau=2], seeds: [0, 1, 2]}\n  control:")
+    cells = cells_of(load_study(study_file(tmp_path, text)), tmp_path)
+    for workers in (1, 2, 3):
+        parts = shares(cells, workers)
+        assert sorted(c.name for part in parts for c in part) == sorted(c.name for c in cells)
+        for part in parts:
+            names = [c.name for c in part]
+            for cell in part:
+                assert all(needed in names[: names.index(cell.name)] for needed in cell.needs), (
+                    workers,
+                    cell.name,
+                )
+
+
+def test_a_study_reads_ratios_of_an_audit_as_logarithms():
+    from types import SimpleNamespace
+
+    from eval.study import _audit
+
+    run = SimpleNamespace(results={"audits": {"language": {"measures": {"ratio": {"value": 4.0}}}}})
+    assert _audit(run, "language", "ratio", True) == 2.0 and _audit(run, "language", "ratio", False) == 4.0
+    assert (
+        _audit(run, "language", "absent", True) is None
+        and _audit(SimpleNamespace(results={}), "language", "ratio", True) is None
+    )
+
+
+def test_cells_are_rows_times_settings_times_seeds_in_a_fixed_order(tmp_path):
+    text = STUDY + "settings:\n  a: []\n  b: {set: [dro.tau=2], rows: [gdrt], seeds: [5]}\n"
+    study = load_study(study_file(tmp_path, text), ["train.lr=0.1"])
+    cells = cells_of(study, tmp_path)
+    assert [c.name for c in cells] == [
+        "a-sft-seed0",
+        "a-gdrt-seed0",
+        "a-frozen-seed0",
+        "a-sft-seed1",
+        "a-gdrt-seed1",
+        "a-frozen-seed1",
+        "b-gdrt-seed5",
+    ]
+    frozen = cells[2]
+    assert (
+        frozen.needs == ("a-gdrt-seed0",)
+        and f"dro.frozen_weights={tmp_path}/runs/a-gdrt-seed0" in frozen.overrides
+    )
+    assert (
+        cells[6].overrides[-3:] == ("dro.tau=2", "objective=gdrt", "train.seed=5")
+        and "train.lr=0.1" in cells[6].overrides
+    )
+    parts = shares(cells, 2)
+    assert sorted(c.name for part in parts for c in part) == sorted(c.name for c in cells)
+    assert all(
+        len({i for i, part in enumerate(parts) for c in part if (c.setting, c.seed) == key}) == 1
+        for key in {(c.setting, c.seed) for c in cells}
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("baseline: sft", "baseline: sff"), "no row 'sff'; did you mean 'sft'"),
+        (("seeds:", "seed:"), "unknown key `seed`; did you mean `seeds`"),
+        (("{run:gdrt}", "{run:gdr}"), "no row 'gdr'"),
+        (("{run:gdrt}", "{run:frozen}"), "frozen reads the run folder of frozen, which comes later"),
+        (("name: tiny", "name: a b"), "name = 'a b'"),
+    ],
+)
+def test_mistakes_in_a_study_file_are_named(tmp_path, change, message):
+    with pytest.raises(UserError) as caught:
+        load_study(study_file(tmp_path, STUDY.replace(*change)))
+    assert message in str(caught.value)
+
+
+def test_a_setting_must_hold_the_rows_that_its_rows_read(tmp_path):
+    study = load_study(study_file(tmp_path, STUDY + "settings: {a: {rows: [sft, frozen]}}\n"))
+    with pytest.raises(UserError, match="reads the run folder of gdrt, which the setting leaves out"):
+        cells_of(study, tmp_path)
+
+
+def test_pieces_choose_cells_and_unknown_ones_are_refused(tmp_path):
+    study = load_study(study_file(tmp_path, STUDY + "pieces: {first: {rows: [sft], seeds: [1]}}\n"))
+    cells = cells_of(study, tmp_path)
+    assert [c.name for c in choose_cells(study, cells, "first")] == ["sft-seed1"]
+    with pytest.raises(UserError, match="did you mean 'first'"):
+        choose_cells(study, cells, "frist")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_studies_hold_valid_run_configs(path, tmp_path):
+    study = load_study(path)
+    cells = cells_of(study, tmp_path)
+    assert len({c.name for c in cells}) == len(cells) and all(
+        config_of(study, tmp_path, cell).objective for cell in cells
+    )
+    for piece in study.pieces:
+        assert choose_cells(study, cells, piece)
+
+
+def test_slurm_numbers_the_same_cells(tmp_path):
+    path = study_file(tmp_path)
+    study = load_study(path)
+    cells = cells_of(study, tmp_path)
+    command = [sys.executable, str(ROOT / "slurm" / "grid.py"), "--study", str(path), "--into", str(tmp_path)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[1] for line in listed] == [str(tmp_path / "runs" / c.name) for c in cells]
+    words = subprocess.run([*command, "--index", "2"], capture_output=True, text=True, check=True).stdout
+    assert (
+        words.startswith("--config configs/planted.yaml")
+        and f"run.dir={tmp_path}/runs/{cells[2].name}" in words
+    )
+
+
+def test_a_finished_study_has_a_run_an_evaluation_and_a_row_for_every_cell(finished):
+    path, folder, _ = finished
+    study = load_study(path)
+    cells = cells_of(study, folder)
+    assert [state_of(folder, c) for c in cells] == ["done"] * 6
+    found = json.loads((folder / "study.json").read_text())
+    block = found["settings"]["default"]
+    assert (
+        list(block["rows"]) == ["sft", "gdrt", "frozen"]
+        and block["seeds"] == [0, 1]
+        and found["not_evaluated"] == []
+    )
+    for row in block["rows"]:  # the page's values are those of the evaluations
+        own = [
+            json.loads(
+                (
+                    folder / "runs" / f"{row}-seed{s}" / "eval" / "test-renormalised" / "results.json"
+                ).read_text()
+            )
+            for s in (0, 1)
+        ]
+        for metric in ("ndcg@10", "nll", "mgu@5"):
+            assert block["rows"][row][metric]["value"] == pytest.approx(
+                np.mean([o["metrics"][metric]["value"] for o in own]), rel=1e-9
+            )
+    both = block["rows"]["gdrt"]
+    assert (
+        32 * both["nll kind=shortcut"]["value"] + 8 * both["nll kind=history"]["value"]
+    ) / 40 == pytest.approx(both["nll"]["value"], rel=1e-9)
+    difference = block["differences"]["sft"]["gdrt"]["nll"]
+    assert difference["difference"] == pytest.approx(
+        both["nll"]["value"] - block["rows"]["sft"]["nll"]["value"], abs=1e-12
+    )
+    assert "gdrt" in block["differences"]["frozen"] and "sft" not in block["differences"]["frozen"]
+    for name in ("study.html", "study.md"):
+        text = (folder / name).read_text()
+        assert "frozen" in text and "NDCG@10, kind=history" in text
+
+
+def test_rows_with_fewer_seeds_take_none_from_the_others_and_pairs_share_theirs(finished, tmp_path):
+    mine = tmp_path / "out"
+    shutil.copytree(finished[1], mine)
+    read = lambda: json.loads((mine / "study.json").read_text())["settings"]["default"]  # noqa: E731
+    whole = read()
+    shutil.rmtree(mine / "runs" / "frozen-seed1" / "eval")
+    assert eval_study([str(mine)]) == 0
+    found = read()
+    assert found["seeds_of_rows"] == {"sft": [0, 1], "gdrt": [0, 1], "frozen": [0]}
+    assert (
+        found["rows"]["gdrt"] == whole["rows"]["gdrt"]
+        and found["differences"]["sft"]["gdrt"] == whole["differences"]["sft"]["gdrt"]
+    )
+    value = lambda row, s: json.loads(
+        (mine / "runs" / f"{row}-seed{s}" / "eval" / "test-renormalised" / "results.json").read_text()
+    )["metrics"]["nll"]["value"]  # noqa: E731
+    assert found["differences"]["frozen"]["gdrt"]["nll"]["difference"] == pytest.approx(
+        value("gdrt", 0) - value("frozen", 0), abs=1e-12
+    )
+    page = (mine / "study.md").read_text()
+    assert (
+        "Seeds: sft 0, 1; gdrt 0, 1; frozen 0" in page
+        and "Over the seeds that both rows have: gdrt 0." in page
+    )
+    shutil.rmtree(mine / "runs" / "sft-seed0" / "eval")
+    assert eval_study([str(mine)]) == 0
+    found = read()
+    assert list(found["differences"]["sft"]) == ["gdrt"] and found["seeds_of_rows"]["sft"] == [
+        1
+    ]  # frozen shares no seed with sft
+    assert found["differences"]["sft"]["gdrt"]["nll"]["difference"] == pytest.approx(
+        value("gdrt", 1) - value("sft", 1), abs=1e-12
+    )
+    assert any("without a run of sft of the same seed: gdrt 0, frozen 0" in note for note in found["notes"])
+
+
+def test_started_again_it_trains_and_evaluates_nothing(finished):
+    path, folder, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/**/*.json")}
+    again = start(path, folder)
+    assert again.returncode == 0 and "6 cells, 6 done" in again.stdout and "CPU s" not in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/**/*.json")} == before
+
+
+def test_other_settings_do_not_pass_for_a_finished_run(finished):
+    path, folder, _ = finished
+    again = start(path, folder, "train.lr=0.1")
+    assert (
+        again.returncode == 2 and "was trained with other settings (train.lr: 0.003 -> 0.1)" in again.stderr
+    )
+
+
+def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, tmp_path):
+    path, folder, _ = finished
+    mine = tmp_path / "out"
+    shutil.copytree(folder, mine)
+    path = study_file(tmp_path)
+    for name in ("gdrt-seed1", "frozen-seed0", "frozen-seed1"):
+        shutil.rmtree(mine / "runs" / name)
+    refused = start(path, mine, "--cell", "5")
+    assert (
+        refused.returncode == 2
+        and "reads the run folder of gdrt-seed1, which is not trained" in refused.stderr
+    )
+    broken = STUDY.replace(
+        "[objective=gdrt]", "[objective=gdrt, groups.num=2000]"
+    )  # more groups than target tokens: found when it starts
+    shutil.rmtree(mine / "runs" / "gdrt-seed0")
+    shutil.rmtree(mine / "runs" / "sft-seed1")
+    end = start(study_file(tmp_path, broken), mine, "--workers", "1")
+    assert (
+        end.returncode == 1
+        and "gdrt-seed0: failed: groups.num = 2000" in end.stdout
+        and "sft-seed1: trained" in end.stdout
+    )
+    assert "frozen-seed0: failed" in end.stdout  # it reads the run folder of a broken cell
+    assert "4 of 6 cells are not evaluated yet" in (mine / "study.html").read_text()
+
+
+@pytest.mark.distributed
+def test_cells_of_several_ranks_train_beside_another_job_that_holds_the_launcher_port(tmp_path):
+    """DeepSpeed's launcher meets at port 29500 unless told otherwise; a second study on the machine would fail there."""
+    text = STUDY.replace("seeds: [0, 1]", "ranks: 2\nseeds: [0]").replace(
+        "train.micro_batch=32, ", "train.micro_batch=16, "
+    )
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):  # taken by a job of the machine's own: as good
+            other.bind(("", 29500))
+            other.listen()
+        done = start(study_file(tmp_path, text), tmp_path / "out", "--cell", "0")
+    log = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "out" / "logs").glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + log[-3000:]
+    summary = json.loads(
+        (tmp_path / "out" / "runs" / "sft-seed0" / "summary.json").read_text(encoding="utf-8")
+    )
+    assert (summary["status"], summary["world"]) == ("completed", 2)
+
+
+def test_the_page_of_cells_run_one_by_one_and_of_a_file_that_got_a_row(finished, tmp_path):
+    _, folder, _ = finished
+    mine = tmp_path / "out"
+    shutil.copytree(folder, mine)
+    (mine / "grid.json").unlink()  # `--cell` writes none
+    path = study_file(
+        tmp_path, STUDY.replace("evaluate:", "  gdrt tau 3: [objective=gdrt, dro.tau=3.0]\nevaluate:")
+    )
+    page = start(path, mine, "--report")
+    assert page.returncode == 0, page.stdout + page.stderr
+    assert (
+        "2 of 8 cells are not evaluated yet" in (mine / "study.html").read_text()
+        and "gdrt-tau-3-seed1" in (mine / "study.html").read_text()
+    )
+
+
+def test_a_gain_that_only_flatter_scores_make_is_said_to_be_one():
+    compared = lambda difference, verdict: SimpleNamespace(
+        difference=difference, verdict=verdict, family=True
+    )  # noqa: E731
+    pair = {
+        "nll": compared(-0.9, "better"),
+        "nll_calibrated": compared(-0.01, "interval spans zero"),
+        "mgu@5": compared(-0.02, "better"),
+        "nll_worst_relevance_group": compared(-0.5, "better"),
+        "nll_calibrated_worst_relevance_group": compared(-0.4, "better"),
+    }
+    block = SimpleNamespace(setting="default", comparisons={"sft": {"gdrt": pair}})
+    assert sentence(block, "gdrt", "sft", False) == (
+        "**gdrt** against sft: better on Target NLL (-0.9000 as scored; calibrated -0.0100, not shown), MGU@5 (-0.0200), "
+        "NLL, worst group (-0.5000), NLL, calibrated, worst group (-0.4000)."
+    )
+    pair["nll_calibrated"] = compared(0.2, "worse")
+    assert "Target NLL (-0.9000 as scored; calibrated +0.2000, worse)" in sentence(
+        block, "gdrt", "sft", False
+    )
+
+
+def test_audits_are_drawn_with_intervals_where_a_row_has_several_seeds():
+    title = "auxiliary:interaction, log2"
+    block = SimpleNamespace(
+        setting="default",
+        rows={"sft": {}, "msl": {}},
+        seeds={"sft": [0, 1], "msl": [0]},
+        comparisons={},
+        audits={
+            title: {"sft": {0: 2.0, 1: 3.0}, "msl": {0: 1.5}},
+            "known without it, nats": {"sft": {0: 0.1, 1: 0.1}, "msl": {0: 0.1}},
+        },
+    )
+    (drawn,) = figures([block], "sft", [])
+    (series,) = drawn["series"]
+    half = (
+        12.706 * 0.5
+    )  # Student's t of one degree of freedom times the standard error of two values one apart
+    assert drawn["categories"] == ["sft", "msl"] and series["values"] == [2.5, 1.5]
+    assert series["low"] == [pytest.approx(2.5 - half, abs=1e-3), None] and series["high"] == [
+        pytest.approx(2.5 + half, abs=1e-3),
+        None,
+    ]
+    assert checked(drawn) == drawn
+
+
+def test_replicates_over_seeds_have_the_spread_of_a_mean_over_trainings():
+    """Two-way model: value = seed effect + user noise; the interval's standard error must be that of a mean over fresh seeds and users."""
+    rng = np.random.default_rng(0)
+    errors, seeds, size = [], 5, 4000
+    for _ in range(60):
+        effects, users = rng.normal(0, 1.0, seeds), rng.normal(0, 0.5, size)
+        found = combine([Resampled(e, e + users, 100, True, (-np.inf, np.inf)) for e in effects], seed=1)
+        errors.append(found.standard_error**2)
+    assert np.mean(errors) == pytest.approx(
+        1.0 / seeds + 0.25, rel=0.12
+    )  # without the factor: 0.8 / seeds + 0.25
+
+
+def test_seed_draws_are_the_same_for_every_row_and_one_seed_leaves_users_alone():
+    assert np.array_equal(seed_draws(3, 50, 0), seed_draws(3, 50, 0)) and np.allclose(
+        seed_draws(3, 50, 0).sum(1), 1
+    )
+    single = Resampled(0.4, np.linspace(0.3, 0.5, 101), 10, True, (0, 1))
+    assert interval(combine([single])) == interval(single)
+    mean, low, high = t_interval([1.0, 2.0, 3.0])
+    assert (
+        mean == 2
+        and high - 2 == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6)
+        and low == pytest.approx(4 - high)
+    )

@@ -1,0 +1,123 @@
+"""DeepSpeed JSON: every "auto" is filled, and every contradiction with the run config is told with both numbers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from gdrt_ds.batches import BatchPlan
+from gdrt_ds.config import load_config
+from gdrt_ds.training.deepspeed_config import (
+    PACKAGE_ROOT,
+    fill_deepspeed_config,
+    learning_rate,
+    read_deepspeed_config,
+    zero_stage,
+)
+from gdrt_ds.errors import UserError
+
+RUN = load_config(None, ["train.global_batch=24", "train.micro_batch=4", "train.grad_clip=0.5"])
+PLAN = BatchPlan(np.full(100, 9), 24, 4, 2, 0)
+
+
+def fill(raw, run=RUN, plan=PLAN, dtype=torch.float32):
+    return fill_deepspeed_config(raw, run, plan, dtype, 64)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE_ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_preset_fills_completely_and_keeps_the_file_as_it_was(path, dtype):
+    raw = read_deepspeed_config(str(path))
+    before = json.dumps(raw)
+    filled = fill(raw, dtype=dtype)
+    assert '"auto"' not in json.dumps(filled) and json.dumps(raw) == before
+    assert (
+        filled["train_micro_batch_size_per_gpu"],
+        filled["gradient_accumulation_steps"],
+        filled["train_batch_size"],
+    ) == (4, 3, 24)
+    assert filled["gradient_clipping"] == 0.5 and filled["bf16"]["enabled"] == (dtype == torch.bfloat16)
+    assert read_deepspeed_config(f"ds_configs/{path.name}") == raw and zero_stage(raw) in (0, 1, 2, 3)
+
+
+def test_batch_arithmetic_holds_when_the_global_batch_does_not_divide():
+    for world, micro, batch in ((3, 4, 25), (4, 8, 33), (2, 5, 7)):
+        plan = BatchPlan(np.full(100, 9), batch, micro, world, 0)
+        run = load_config(None, [f"train.global_batch={batch}", f"train.micro_batch={micro}"])
+        filled = fill({}, run, plan)
+        assert (
+            filled["train_batch_size"]
+            == filled["train_micro_batch_size_per_gpu"] * filled["gradient_accumulation_steps"] * world
+            >= batch
+        )
+        assert (
+            max(len(m) for slots in plan.step(0) for m in slots)
+            <= filled["train_micro_batch_size_per_gpu"]
+            <= micro
+        )
+
+
+@pytest.mark.parametrize(
+    "raw,words",
+    [
+        ({"train_batch_size": 64}, ["train_batch_size = 64", "24"]),
+        ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps = 2", "3"]),
+        ({"train_micro_batch_size_per_gpu": 8}, ["= 8", "gives 4"]),
+        ({"gradient_clipping": 1.0}, ["gradient_clipping = 1.0", "0.5"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled = true", "float32"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled = true", "float32"]),
+        ({"optimizer": {"type": "Lamb"}}, ["Lamb", "adamw"]),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, ["lr = 1.0", "0.0001"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "step"]),
+        ({"zero_optimization": {"sub_group_size": "auto"}}, ["zero_optimization.sub_group_size", "auto"]),
+    ],
+)
+def test_a_contradiction_names_both_values(raw, words):
+    with pytest.raises(UserError) as caught:
+        fill(raw)
+    assert all(word in caught.value.problem for word in words), caught.value.problem
+
+
+def test_an_auto_optimizer_is_filled_from_the_run_config():
+    run = load_config(
+        None,
+        [
+            "train.global_batch=24",
+            "train.micro_batch=4",
+            "train.lr=0.01",
+            "train.betas=[0.8, 0.95]",
+            "train.weight_decay=0.1",
+        ],
+    )
+    entry = fill(
+        {"optimizer": {"type": "auto", "params": {"lr": "auto", "betas": "auto", "weight_decay": "auto"}}},
+        run,
+    )["optimizer"]
+    assert entry == {"type": "AdamW", "params": {"lr": 0.01, "betas": [0.8, 0.95], "weight_decay": 0.1}}
+
+
+def test_files_that_are_missing_or_broken_are_told_with_the_nearest_preset(tmp_path):
+    with pytest.raises(UserError, match="did you mean ds_configs/zero3_qlora.json"):
+        read_deepspeed_config("ds_configs/zero3_qlra.json")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_deepspeed_config(str(tmp_path / "x.json"))
+    (tmp_path / "y.json").write_text("[]")
+    with pytest.raises(UserError, match="expected an object, found list"):
+        read_deepspeed_config(str(tmp_path / "y.json"))
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    run = load_config(None, ["train.lr=1.0", "train.warmup_steps=4", "train.schedule=cosine"])
+    assert [learning_rate(s, run, 12) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert (
+        learning_rate(4, run, 12) == 1.0
+        and learning_rate(8, run, 12) == pytest.approx(0.5)
+        and learning_rate(12, run, 12) == pytest.approx(0.0)
+    )
+    linear = load_config(None, ["train.lr=1.0", "train.warmup_steps=0", "train.schedule=linear"])
+    assert [learning_rate(s, linear, 4) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert learning_rate(99, load_config(None, ["train.lr=0.5", "train.schedule=constant"]), 100) == 0.5
