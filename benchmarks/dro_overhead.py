@@ -33,14 +33,14 @@ import torch  # noqa: E402
 
 from gdrt_ds.batches import BatchPlan  # noqa: E402
 from gdrt_ds.config import RunConfig  # noqa: E402
-from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config  # noqa: E402
+from gdrt_ds.data.prompts import TokenStore  # noqa: E402
 from gdrt_ds.dro import DroState  # noqa: E402
 from gdrt_ds.models.built_in import make_tiny_model  # noqa: E402
-from gdrt_ds.training.model_with_loss import FusedLossModel  # noqa: E402
 from gdrt_ds.models.load import load_model  # noqa: E402
 from gdrt_ds.objectives import get_objective  # noqa: E402
-from gdrt_ds.data.prompts import TokenStore  # noqa: E402
 from gdrt_ds.runtime import Runtime, quiet_libraries  # noqa: E402
+from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config  # noqa: E402
+from gdrt_ds.training.model_with_loss import FusedLossModel  # noqa: E402
 from gdrt_ds.training.step import StepRunner, TrainTokens  # noqa: E402
 
 HIDDEN, LAYERS, VOCABULARY, SAMPLES, TOKENS, TARGET, GLOBAL_BATCH, GROUPS = 256, 4, 16_384, 64, 96, 12, 8, 8

@@ -27,7 +27,6 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-
 from machine_line import machine  # noqa: E402
 
 from gdrt_ds.loss import describe, group_cross_entropy  # noqa: E402

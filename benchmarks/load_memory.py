@@ -33,8 +33,9 @@ CONSTANT_BYTES = 48 << 20  # allocator slack, gloo buffers, Python objects of th
 def load(way: str, path: Path, rank: int, world: int):
     import deepspeed
     import torch
-    from gdrt_ds.models import load as models
+
     from gdrt_ds.config import ModelSection
+    from gdrt_ds.models import load as models
     from gdrt_ds.models.sharded_loading import load_sharded
 
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -62,6 +63,7 @@ def measure(way: str, path: Path, warm_path: Path, rank: int, world: int, port: 
     sys.stdout = sys.stderr
     import deepspeed
     import torch
+
     from gdrt_ds.training.memory_use import PeakMemory
 
     torch.set_num_threads(1)

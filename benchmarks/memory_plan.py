@@ -117,9 +117,9 @@ def predicted_bytes(overrides: list[str], world: int) -> dict[str, int]:
     import torch
 
     from gdrt_ds.config import load_config
-    from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
     from gdrt_ds.models.load import compute_dtype
     from gdrt_ds.planning.plan import memory_of
+    from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
     from gdrt_ds.training.preparation import padding_figures, plan_batches, prepare
     from gdrt_ds.training.trainer import choose_packing
 

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from machine_line import machine
 
 
@@ -76,13 +75,13 @@ def timed(call, *arguments):
 
 def on_real_data(options) -> list[dict]:
     from eval.scoring import BestFirst, beam_search, per_item_scores, top_entries
-    from gdrt_ds.data.catalogue import Catalogue
     from gdrt_ds.config import load_config
+    from gdrt_ds.data.catalogue import Catalogue
     from gdrt_ds.data.corpus import load_corpus
-    from gdrt_ds.models.load import resolve_model
-    from gdrt_ds.inference.recommender import assemble
-    from gdrt_ds.runtime import Runtime
     from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
+    from gdrt_ds.inference.recommender import assemble
+    from gdrt_ds.models.load import resolve_model
+    from gdrt_ds.runtime import Runtime
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config = load_config(
@@ -263,14 +262,14 @@ def generated_titles(count: int) -> list[str]:
 def on_generated_catalogues(options) -> list[dict]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from gdrt_ds.data.trie import TokenTrie
     from gdrt_ds.config import PromptSection
-    from gdrt_ds.models.built_in import smollm2_folder
-    from gdrt_ds.training.memory_use import PeakMemory
-    from gdrt_ds.models.load import load_tokenizer
-    from gdrt_ds.inference.prompt_reader import PromptReader
     from gdrt_ds.data.prompts import PromptEncoder, PromptTemplate
+    from gdrt_ds.data.trie import TokenTrie
     from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
+    from gdrt_ds.inference.prompt_reader import PromptReader
+    from gdrt_ds.models.built_in import smollm2_folder
+    from gdrt_ds.models.load import load_tokenizer
+    from gdrt_ds.training.memory_use import PeakMemory
 
     tokenizer = load_tokenizer(smollm2_folder())
     if options.size_model:

@@ -29,7 +29,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists(
 
 import numpy as np
 import torch
-
 from machine_line import machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +40,8 @@ class Bench:
 
     def __init__(self, options, folder: Path):
         from gdrt_ds.config import load_config
-        from gdrt_ds.training.preparation import prepare
         from gdrt_ds.runtime import start_runtime
+        from gdrt_ds.training.preparation import prepare
 
         self.options, self.folder = options, folder
         self.clock = time.process_time if options.cpu_time else time.perf_counter
@@ -87,11 +86,11 @@ class Bench:
         import deepspeed
 
         from gdrt_ds import dro
+        from gdrt_ds.batches.tree_attention import ATTENTION_NAME
+        from gdrt_ds.objectives import get_objective
         from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
         from gdrt_ds.training.model_with_loss import FusedLossModel
-        from gdrt_ds.objectives import get_objective
         from gdrt_ds.training.step import StepRunner, TrainTokens
-        from gdrt_ds.batches.tree_attention import ATTENTION_NAME
 
         loaded = self.load(ATTENTION_NAME if packing != "none" else None)
         module, plan = FusedLossModel(loaded.model), self.plan(packing != "none")
@@ -275,8 +274,8 @@ def main() -> None:
         )
     with tempfile.TemporaryDirectory() as folder:
         if options.shape:
-            from gdrt_ds.data.corpus import load_corpus
             from gdrt_ds.config import load_config
+            from gdrt_ds.data.corpus import load_corpus
             from gdrt_ds.models.built_in import make_tiny_model
 
             titles = [

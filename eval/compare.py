@@ -20,16 +20,15 @@ from rich.console import Console
 
 from eval import compare_audits
 from eval.bootstrap import Comparison, Resampled, compare_family, resample
-from eval.metrics import DEFAULT_KS, figure, table
-from eval.metrics.inputs import Inputs, build_inputs
-from eval.report import content
 from eval.compare_labels import columns as label_columns
 from eval.compare_labels import compare_by_label, label_rows
 from eval.compare_terminal import terminal_tables
+from eval.metrics import DEFAULT_KS, figure, table
+from eval.metrics.inputs import Inputs, build_inputs
+from eval.report import content
 from eval.report.html import render_html
 from eval.report.markdown import render_markdown
 from gdrt_ds.errors import UserError
-
 
 EFFECT_SHOWN = 2.0  # the effect-size figure is cut here: one huge effect must not flatten the others
 

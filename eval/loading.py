@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.config import load_config
+from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.recommender import Recommender, assemble, base_path, check_catalogue, open_run

@@ -21,8 +21,8 @@ from eval.predictions import (
     scoring_key,
 )
 from gdrt_ds.errors import UserError
-from gdrt_ds.training.run_folder import git_hash, versions
 from gdrt_ds.runtime import Runtime, detect_rank, single_process_runtime, start_runtime
+from gdrt_ds.training.run_folder import git_hash, versions
 
 # Ranks finish at different times and meet at a barrier: the longest share must fit.
 TIMEOUT_S = 7 * 24 * 3600

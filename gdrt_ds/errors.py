@@ -5,6 +5,9 @@ Entry points print it without a traceback and exit with status 2 (see `runtime.r
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake in a setting, a file or a combination of them.
@@ -31,3 +34,12 @@ class LostPeer(UserError):
     """Another rank died or hangs; nothing is wrong with the settings."""
 
     status = 70  # EX_SOFTWARE of sysexits.h
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean X?` for the nearest known name, or the list of what is known."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean `{close[0]}`?"
+    return f"known: {', '.join(names)}"

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from gdrt_ds.config import RunConfig, load_config
-from gdrt_ds.models.built_in import TINY_NAME
 from gdrt_ds.errors import UserError
+from gdrt_ds.models.built_in import TINY_NAME
 from gdrt_ds.models.load import add_adapter, load_model, resolve_model
 from gdrt_ds.runtime import report_user_errors
 

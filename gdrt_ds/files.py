@@ -1,8 +1,101 @@
-"""Where things are on disk, and how files are written: one function for each decision that recurs."""
+"""Where things are on disk and how files are written: one function for each decision that recurs."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from gdrt_ds.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 """The folder that holds gdrt_ds/: the checkout, or site-packages."""
+
+
+def cache_folder() -> Path:
+    """$GDRT_CACHE, or ~/.cache/gdrt_ds; made if missing.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    folder = Path(os.environ.get("GDRT_CACHE") or Path.home() / ".cache" / "gdrt_ds").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cache folder {folder} cannot be made ({error.strerror})", "set GDRT_CACHE to a writable folder"
+        ) from None
+    return folder
+
+
+@contextlib.contextmanager
+def process_lock(path: Path) -> Iterator[None]:
+    """Holds a file lock: one process at a time, the others of the machine wait here.
+
+    The kernel releases the lock when its holder dies, so a killed process blocks nobody.
+    """
+    with open(path, "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path (file or folder) beside `path`; what stands there at the end replaces `path` at once.
+
+    A reader sees the old content or the new one, never a part. If the block raises, the temporary is removed and
+    `path` stays as it was. Atomic on one file system; a folder can only replace nothing or an empty folder.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    except BaseException:
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            scratch.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file in one piece (see `replacing`)."""
+    with replacing(Path(path)) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Writes JSON in one piece; NaN and infinity become null, so that every reader can parse the file."""
+    write_text(path, json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """A JSON tree in which NaN and infinity are None; tuples become lists, NumPy scalars become numbers."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -21,12 +21,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from gdrt_ds.training import run_folder
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import REPOSITORY
-from gdrt_ds.studies.grid import Cell, Study, cells_of, choose_cells, load_study
 from gdrt_ds.runtime import EXIT_INTERRUPTED, free_port, report_user_errors
+from gdrt_ds.studies.grid import Cell, Study, cells_of, choose_cells, load_study
+from gdrt_ds.training import run_folder
 
 ROOT = REPOSITORY
 EVALUATION = "test-renormalised"

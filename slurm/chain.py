@@ -17,9 +17,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from grid import grid, write_list
+
 from gdrt_ds.config import load_config
 from gdrt_ds.errors import UserError
-from grid import grid, write_list
 
 HOME = Path(__file__).resolve().parent.parent
 

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from chain import Chain, Job, known, load
+
 from gdrt_ds.errors import UserError
 
 WAITING = {

@@ -265,8 +265,8 @@ MUTATIONS = [
         (
             (
                 "batches/tree_attention.py",
-                "F.scaled_dot_product_attention(own_query, own_keys, own_values,",
-                "F.scaled_dot_product_attention(own_query, own_keys, own_values + values[-1][:, :, -1:] * 0.01,",
+                "own_query, own_keys, own_values, attn_mask",
+                "own_query, own_keys, own_values + values[-1][:, :, -1:] * 0.01, attn_mask",
             ),
         ),
     ),
@@ -444,7 +444,12 @@ def main() -> int:
     if lost_places(chosen):
         print("these mutations no longer find their place in the source:\n" + "\n".join(lost_places(chosen)))
         return 1
-    import bitsandbytes, deepspeed, peft, pytest, scipy.optimize, transformers  # noqa: E401, F401 once, before the forks
+    import bitsandbytes  # noqa: E401, F401 once, before the forks
+    import deepspeed
+    import peft
+    import pytest
+    import scipy.optimize
+    import transformers
 
     print("| planted error | test | result | s |\n|---|---|---|---|", flush=True)
     survivors, tests = 0, {}

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from gdrt_ds.errors import UserError
 from gdrt_ds.training.checkpoint import STEP_PATTERN, verify
 from gdrt_ds.training.engine_state import WEIGHT
-from gdrt_ds.errors import UserError
 
 
 def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:

@@ -14,6 +14,7 @@ Shapes: N samples, T temperatures, G relevance groups, B bootstrap replicates, I
 from __future__ import annotations
 
 import numpy as np
+
 from eval.bootstrap import Statistic
 from eval.metrics.inputs import Inputs
 from eval.metrics.user_side import pool_small

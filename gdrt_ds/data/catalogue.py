@@ -11,10 +11,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-
 from gdrt_ds.data.corpus import Corpus, train_popularity
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.readers.base import clean_title
+from gdrt_ds.errors import UserError
 
 
 @dataclass

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.interactions import make_windows
 from gdrt_ds.data.planted import make_planted
 from gdrt_ds.data.readers.amazon_reviews import is_amazon_reviews, read_amazon_reviews
@@ -22,6 +21,7 @@ from gdrt_ds.data.readers.base import BadRows, Item, Sample, Windows, nearest
 from gdrt_ds.data.readers.movielens import is_movielens, read_embedded_ml100k, read_movielens
 from gdrt_ds.data.readers.table import read_table
 from gdrt_ds.data.readers.windows import read_windows
+from gdrt_ds.errors import UserError
 
 __all__ = ["Corpus", "Item", "Sample", "load_corpus", "train_popularity"]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.readers.base import Interactions, Sample, Windows
+from gdrt_ds.errors import UserError
 
 
 def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list[str]]:

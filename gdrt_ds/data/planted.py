@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.readers.base import Item, Sample, Windows, nearest
+from gdrt_ds.errors import UserError
 
 _ONSETS = "b d f g k l m n p r s t v z br dr gl kr pl tr".split()
 _VOWELS = "a e i o u".split()

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.config import PromptSection
+from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Sample
+from gdrt_ds.data.readers.base import nearest
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import REPOSITORY
-from gdrt_ds.data.readers.base import nearest
 
 SEGMENTS = ("instruction", "template", "history", "target")
 INSTRUCTION, TEMPLATE, HISTORY, TARGET = range(4)

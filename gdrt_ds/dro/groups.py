@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.config import GroupsSection
+from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Corpus, Sample
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.errors import UserError
 
 OTHER = "(other)"
 

@@ -24,10 +24,9 @@ import torch.distributed as dist
 from safetensors.numpy import load_file, save_file
 
 from gdrt_ds.batches import MicroBatch, build_micro_batch
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.prompts import PromptEncoder, TokenStore
+from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import Runtime
-
 
 TABLE_VERSION = 2  # 1 read the first token of a title at the end of the title before it
 

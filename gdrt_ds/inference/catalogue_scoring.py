@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdrt_ds.batches.tree_attention import tree_mask
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.prompt_reader import PromptReader, PromptState
-from gdrt_ds.batches.tree_attention import tree_mask
 
 Objective = Literal["renormalised", "full"]
 OBJECTIVES = ("renormalised", "full")

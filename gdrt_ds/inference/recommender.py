@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
-from gdrt_ds.data.catalogue import Catalogue
-from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.config import ModelSection, RunConfig, load_config
+from gdrt_ds.data.catalogue import Catalogue
+from gdrt_ds.data.prompts import PromptEncoder, PromptTemplate
+from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
+from gdrt_ds.inference.prompt_reader import PromptReader
 from gdrt_ds.models.load import (
     LoadedModel,
     base_fingerprint,
@@ -25,8 +27,6 @@ from gdrt_ds.models.load import (
     resolve_model,
     unwrap,
 )
-from gdrt_ds.inference.prompt_reader import PromptReader
-from gdrt_ds.data.prompts import PromptEncoder, PromptTemplate
 
 RUN_FILES = ("config.yaml", "prompt.json", "catalogue.jsonl")
 

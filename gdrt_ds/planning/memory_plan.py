@@ -24,11 +24,11 @@ import torch
 from torch import nn
 
 from gdrt_ds.config import RunConfig
-from gdrt_ds.training.deepspeed_config import read_deepspeed_config, zero_stage
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss.group_loss import default_chunk_bytes
-from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
 from gdrt_ds.models.load import choose_attention, compute_dtype, linear_names, model_class
+from gdrt_ds.training.deepspeed_config import read_deepspeed_config, zero_stage
+from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
 
 MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
 CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers: an allowance
@@ -104,9 +104,10 @@ class Inventory:
 
 def take_inventory(config: RunConfig, model_config) -> Inventory:
     """Counts on a model without storage. Raises: UserError if transformers cannot build it."""
+    import copy
+
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
-    import copy
 
     attention, _ = choose_attention("auto", torch.device("cpu"), torch.float32, model_class(model_config))
     try:

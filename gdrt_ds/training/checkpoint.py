@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gdrt_ds.training.engine_state import export_rng, export_state, import_rng, import_state
 from gdrt_ds.errors import StorageError, UserError
+from gdrt_ds.training.engine_state import export_rng, export_state, import_rng, import_state
 
 MANIFEST, FORMAT = "manifest.json", 1
 STEP_PATTERN = re.compile(r"^step_(\d+)(\.replaced_\d+)?$")

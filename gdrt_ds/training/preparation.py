@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from gdrt_ds.batches import BatchPlan
-from gdrt_ds.data.catalogue import Catalogue
-from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.config import RunConfig
+from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
-from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, smollm2_folder
-from gdrt_ds.errors import UserError
-from gdrt_ds.models.load import load_tokenizer, read_model_config, resolve_model
 from gdrt_ds.data.prompts import PromptEncoder, PromptTemplate, TokenStore, tokenise_split
+from gdrt_ds.data.trie import TokenTrie
+from gdrt_ds.errors import UserError
+from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, smollm2_folder
+from gdrt_ds.models.load import load_tokenizer, read_model_config, resolve_model
 
 
 @dataclass

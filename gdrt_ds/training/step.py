@@ -20,10 +20,10 @@ from torch import Tensor
 from gdrt_ds import dro
 from gdrt_ds.batches import BatchPlan, MicroBatch, build_micro_batch
 from gdrt_ds.config import RunConfig
+from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens
 from gdrt_ds.objectives import GroupView, Objective, TokenView
-from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.runtime import Runtime
 
 

@@ -17,27 +17,17 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import save_file
 
-from gdrt_ds.training import checkpoint, run_folder
 from gdrt_ds import dro
-from gdrt_ds.dro import relevance
 from gdrt_ds.batches import BatchPlan, MicroBatch, build_micro_batch
 from gdrt_ds.batches.packing import choose_packing
+from gdrt_ds.batches.tree_attention import ATTENTION_NAME
 from gdrt_ds.config import RunConfig
-from gdrt_ds.training.deepspeed_config import (
-    fill_deepspeed_config,
-    learning_rate,
-    read_deepspeed_config,
-    zero_stage,
-)
-from gdrt_ds.models.built_in import cache_folder
-from gdrt_ds.errors import UserError
-from gdrt_ds.training.model_with_loss import FusedLossModel
-from gdrt_ds.dro.groups import GroupPlan, apply_groups, fit_groups, token_relevance
-from gdrt_ds.models.load import compute_dtype, load_model
-from gdrt_ds.training.memory_use import PeakMemory, format_bytes
-from gdrt_ds.objectives import get_objective
-from gdrt_ds.training.preparation import plan_batches, prepare, total_steps
 from gdrt_ds.data.prompts import tokenise_split
+from gdrt_ds.dro import relevance
+from gdrt_ds.dro.groups import GroupPlan, apply_groups, fit_groups, token_relevance
+from gdrt_ds.errors import UserError
+from gdrt_ds.files import cache_folder
+from gdrt_ds.models.load import compute_dtype, load_model
 from gdrt_ds.models.reference_adapters import (
     AUXILIARY,
     EXCESS,
@@ -45,11 +35,21 @@ from gdrt_ds.models.reference_adapters import (
     reference,
     reference_adapters,
 )
+from gdrt_ds.objectives import get_objective
 from gdrt_ds.runtime import EXIT_INTERRUPTED, Runtime, Watchdog, ignore_stop_signals
+from gdrt_ds.training import checkpoint, run_folder
+from gdrt_ds.training.deepspeed_config import (
+    fill_deepspeed_config,
+    learning_rate,
+    read_deepspeed_config,
+    zero_stage,
+)
+from gdrt_ds.training.memory_use import PeakMemory, format_bytes
+from gdrt_ds.training.model_with_loss import FusedLossModel
+from gdrt_ds.training.preparation import plan_batches, prepare, total_steps
 from gdrt_ds.training.step import NonFiniteLoss, StepRunner, TrainTokens, group_sums
 from gdrt_ds.training.step_inputs import add_trie_facts, frozen_weights
 from gdrt_ds.training.telemetry import Telemetry, duration, say
-from gdrt_ds.batches.tree_attention import ATTENTION_NAME
 
 
 class Trainer:

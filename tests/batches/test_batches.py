@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gdrt_ds.batches import BatchPlan, build_micro_batch
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.errors import UserError
 
 HEAD = 3
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gdrt_ds.data.catalogue import Catalogue
-from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.data.corpus import Corpus, Item, Sample
+from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
 
 

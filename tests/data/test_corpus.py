@@ -9,9 +9,9 @@ import pytest
 
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.corpus import load_corpus, train_popularity
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.interactions import k_core, time_cuts
 from gdrt_ds.data.readers.base import clean_title, parse_genres, parse_list, parse_number
+from gdrt_ds.errors import UserError
 
 
 def write_windows(folder, train=None, valid=None, test=None, names=None):

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.config import DataSection
+from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import load_corpus
 from gdrt_ds.errors import UserError
 

@@ -8,11 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gdrt_ds.data.catalogue import Catalogue
-from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.config import PromptSection
+from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Corpus, Item, Sample
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.prompts import (
     HISTORY,
     INSTRUCTION,
@@ -23,6 +21,8 @@ from gdrt_ds.data.prompts import (
     PromptTemplate,
     tokenise_split,
 )
+from gdrt_ds.data.trie import TokenTrie
+from gdrt_ds.errors import UserError
 
 TITLES = ["Toy Story (1995)", "Toy Story", 'The 12" Ruler', "Toy Story 2 (1999)", "Amélie", "Heat (1995)"]
 CHAT = (

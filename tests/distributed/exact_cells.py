@@ -15,14 +15,14 @@ import torch
 
 from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import RunConfig
-from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
+from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.dro import DroState
 from gdrt_ds.models.built_in import make_tiny_model
-from gdrt_ds.training.model_with_loss import FusedLossModel
 from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.objectives import get_objective
-from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.runtime import Runtime
+from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
+from gdrt_ds.training.model_with_loss import FusedLossModel
 from gdrt_ds.training.step import StepRunner, TrainTokens
 
 GLOBAL_BATCH, NUM_SAMPLES, NUM_GROUPS, HEAD_LENGTH, STEPS, LR = 48, 60, 6, 5, 5, 0.2

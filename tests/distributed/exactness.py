@@ -239,7 +239,10 @@ def main() -> int:
     arguments = parser.parse_args()
     quiet_libraries()
     warnings.simplefilter("ignore")
-    import bitsandbytes, deepspeed, peft, transformers  # noqa: E401, F401 imported once, before the ranks are forked
+    import bitsandbytes  # noqa: E401, F401 imported once, before the ranks are forked
+    import deepspeed
+    import peft
+    import transformers
 
     started = time.perf_counter()
 

@@ -25,7 +25,10 @@ def preload() -> None:
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
-    import bitsandbytes, deepspeed, peft, transformers  # noqa: E401, F401
+    import bitsandbytes  # noqa: E401, F401
+    import deepspeed
+    import peft
+    import transformers
     from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
     import gdrt_ds.train  # noqa: F401

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from gdrt_ds.training import checkpoint
 from gdrt_ds.dro.groups import GroupPlan
 from gdrt_ds.runtime import Runtime
+from gdrt_ds.training import checkpoint
 from gdrt_ds.training.telemetry import Telemetry
 from gdrt_ds.training.trainer import Trainer
 from tests.distributed.exact_cells import (

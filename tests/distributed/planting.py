@@ -229,8 +229,8 @@ def pause(phase: str, seconds: float = 1.0, step: int = 2):
     """Prints `PHASE <phase>` and waits there, so that a signal can be sent in the middle of it. step: 0-based, for training and saving."""
 
     def fault(rank: int) -> None:
-        from gdrt_ds.training import checkpoint, trainer
         from gdrt_ds.dro import relevance
+        from gdrt_ds.training import checkpoint, trainer
         from gdrt_ds.training.step import StepRunner
 
         where = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from gdrt_ds.training import checkpoint
 from gdrt_ds.errors import UserError
+from gdrt_ds.training import checkpoint
 from tests.distributed import engines
 from tests.distributed.ranks import run_ranks
 

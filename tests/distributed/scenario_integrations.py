@@ -70,6 +70,7 @@ def make_model():
 def train(rank, world, folder, loss_settings, accumulation, trainer_kind="transformers"):
     """(flat parameters after 3 SGD steps, token weights, group losses of the last step)."""
     from transformers import Trainer, TrainingArguments
+
     from gdrt_ds.integrations import GroupCollator, GroupDroLoss
 
     options = dict(

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import torch
 import transformers
 
+from gdrt_ds.config import ModelSection
 from gdrt_ds.models import load as models
 from gdrt_ds.models import sharded_loading
-from gdrt_ds.config import ModelSection
 from tests.distributed import engines
 from tests.distributed.ranks import run_ranks
 

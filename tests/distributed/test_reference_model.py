@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 from gdrt_ds.config import load_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.training.preparation import plan_batches, prepare
 from gdrt_ds.models.reference_adapters import adapter_folder, load_reference_adapters
+from gdrt_ds.training.preparation import plan_batches, prepare
 from tests.distributed.ranks import free_port
 from tests.distributed.test_train_cli import lines, train
 

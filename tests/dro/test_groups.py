@@ -11,9 +11,9 @@ import pytest
 
 from gdrt_ds.config import GroupsSection
 from gdrt_ds.data.corpus import Sample
-from gdrt_ds.errors import UserError
-from gdrt_ds.dro.groups import GroupPlan, apply_groups, bin_edges, fit_groups, token_relevance
 from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.dro.groups import GroupPlan, apply_groups, bin_edges, fit_groups, token_relevance
+from gdrt_ds.errors import UserError
 
 NUM = 60
 

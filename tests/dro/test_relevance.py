@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gdrt_ds.dro import relevance
 from gdrt_ds.batches import build_micro_batch
 from gdrt_ds.config import load_config
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.dro import relevance
+from gdrt_ds.errors import UserError
 
 TITLES = [[5, 7, 2], [5, 8, 2], [6, 9, 9, 2], [4, 2]]  # token sequences, 2 ends a title
 HEAD = [1, 3]

@@ -8,8 +8,8 @@ import torch
 
 from gdrt_ds.config import dump_config, load_config
 from gdrt_ds.models.load import load_model
-from gdrt_ds.training.preparation import prepare
 from gdrt_ds.runtime import Runtime
+from gdrt_ds.training.preparation import prepare
 
 TINY = [
     "data.path=planted",

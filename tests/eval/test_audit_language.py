@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from planted_context import HONEST_DATA, PlantedContext
 from run_folders import make_run
 
 from eval.audit import AuditContext, AuditOptions, attribution, language, run_audits, sensitivity
@@ -11,7 +12,6 @@ from eval.loading import load_subject
 from eval.scoring import path_scores
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import Runtime
-from planted_context import HONEST_DATA, PlantedContext
 
 OPTIONS = AuditOptions(users=40, num_bootstrap=200)
 

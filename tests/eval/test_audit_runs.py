@@ -26,9 +26,9 @@ from eval.audit.context import AuditContext
 from eval.audit.title_prior import content_free_prompt, title_log_probs, title_tokens
 from eval.loading import load_subject
 from eval.run import main as evaluate
-from gdrt_ds.training import checkpoint
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import Runtime
+from gdrt_ds.training import checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 OPTIONS = AuditOptions(users=6, num_bootstrap=50, permutations=2)

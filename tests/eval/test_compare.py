@@ -12,8 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from examples import world  # noqa: E402
 
-from eval.compare_audits import audit_rows  # noqa: E402
 from eval.compare import compare_runs, labels_of, load_run, main  # noqa: E402
+from eval.compare_audits import audit_rows  # noqa: E402
 from eval.metrics import evaluate  # noqa: E402
 from eval.report import write_catalogue  # noqa: E402
 from gdrt_ds.errors import UserError  # noqa: E402

@@ -21,8 +21,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 from examples import entry, prediction, world  # noqa: E402
 
 from eval.bootstrap import mean_statistic  # noqa: E402
-from eval.metrics import evaluate, evaluate_targets  # noqa: E402
-from eval.metrics import accuracy, inputs, item_side, provider_side, table, user_side  # noqa: E402
+from eval.metrics import (  # noqa: E402  # noqa: E402
+    accuracy,
+    evaluate,
+    evaluate_targets,
+    inputs,
+    item_side,
+    provider_side,
+    table,
+    user_side,
+)
 from gdrt_ds.errors import UserError  # noqa: E402
 
 FAST = {"num_bootstrap": 20, "breakdowns": False}

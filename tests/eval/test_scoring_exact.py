@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from eval.scoring import per_item_scores
-from gdrt_ds.inference import prompt_reader as prompt_cache, catalogue_scoring as scoring
 from gdrt_ds.errors import UserError
-from gdrt_ds.inference.prompt_reader import PromptReader
+from gdrt_ds.inference import catalogue_scoring as scoring
+from gdrt_ds.inference import prompt_reader as prompt_cache
 from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
+from gdrt_ds.inference.prompt_reader import PromptReader
 from tests.eval.scoring_models import catalogue_tokens, family, head_and_prompts, trie_of
 
 HEAD, PROMPTS = head_and_prompts()

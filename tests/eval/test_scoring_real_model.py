@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from eval.scoring import BestFirst, per_item_scores, top_entries
-from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.config import load_config
+from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import load_corpus
-from gdrt_ds.models.load import resolve_model
-from gdrt_ds.inference.recommender import assemble
-from gdrt_ds.runtime import Runtime
 from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
+from gdrt_ds.inference.recommender import assemble
+from gdrt_ds.models.load import resolve_model
+from gdrt_ds.runtime import Runtime
 
 
 @pytest.fixture(scope="module")

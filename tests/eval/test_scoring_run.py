@@ -19,10 +19,10 @@ from eval.run import main
 from eval.scoring import expected_rank, per_item_scores
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.errors import UserError
+from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 from gdrt_ds.recommend import main as recommend_main
 from gdrt_ds.recommend import parse_history
 from gdrt_ds.runtime import Runtime
-from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 from tests.eval.run_folders import TINY, make_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -6,8 +6,8 @@ import torch
 
 from eval.scoring import BestFirst, beam_search, expected_rank, num_tied, path_scores, top_entries
 from eval.scoring import best_first as best_first_module
-from gdrt_ds.inference.prompt_reader import PromptReader
 from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
+from gdrt_ds.inference.prompt_reader import PromptReader
 from tests.eval.scoring_models import TERMINATOR, catalogue_tokens, family, head_and_prompts, trie_of
 
 HEAD, PROMPTS = head_and_prompts()

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gdrt_ds.config import RunConfig, dump_config
-from gdrt_ds.models.built_in import make_tiny_model
 from gdrt_ds.errors import UserError
 from gdrt_ds.export import export
+from gdrt_ds.models.built_in import make_tiny_model
 from tests.models.test_model import TEXTS, load
 
 

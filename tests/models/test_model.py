@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 
-from gdrt_ds.models import load as models
 from gdrt_ds.config import ModelSection
-from gdrt_ds.models.built_in import make_tiny_model
 from gdrt_ds.errors import UserError
+from gdrt_ds.models import load as models
+from gdrt_ds.models.built_in import make_tiny_model
 from tests.distributed.scenario_sharded import FAMILIES, make_family
 
 RUNTIME = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1)

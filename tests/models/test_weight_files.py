@@ -78,6 +78,7 @@ def test_every_quantisation_block_has_exactly_one_owner_and_lies_in_what_the_own
 @pytest.mark.parametrize("low, high", [(0, 64 * 50), (64 * 3, 64 * 50 - 37), (128, 128)])
 def test_a_range_quantised_in_pieces_is_the_range_quantised_whole(monkeypatch, low, high):
     import bitsandbytes  # noqa: F401
+
     from gdrt_ds.models import sharded_loading
 
     values = torch.randn(64 * 50, generator=torch.Generator().manual_seed(0))

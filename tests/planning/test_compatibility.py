@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from gdrt_ds.planning.compatibility import check_combination
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
+from gdrt_ds.planning.compatibility import check_combination
 
 GOOD = {"deepspeed": "0.19.8", "bitsandbytes": "0.50.2"}
 ZERO3 = {"zero_optimization": {"stage": 3}}

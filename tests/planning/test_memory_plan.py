@@ -116,6 +116,7 @@ def test_activation_bytes_match_what_autograd_saves(tmp_path, dropout):
 
 def test_the_measured_peak_sees_what_was_held_and_starts_anew():
     import numpy as np
+
     from gdrt_ds.training.memory_use import PeakMemory, format_bytes
 
     first = PeakMemory(torch.device("cpu"))

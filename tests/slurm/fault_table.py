@@ -24,9 +24,8 @@ from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness import COMPARED, Site, largest_difference, lives, metrics, status  # noqa: E402
-
 from cluster import Cluster, Shape, install, why_not  # noqa: E402
+from harness import COMPARED, Site, largest_difference, lives, metrics, status  # noqa: E402
 
 SAVE_EVERY = 10
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")

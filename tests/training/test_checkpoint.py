@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
+from gdrt_ds.errors import UserError
 from gdrt_ds.training import checkpoint
 from gdrt_ds.training.engine_state import export_rng, import_rng
-from gdrt_ds.errors import UserError
 
 
 def publish(run, step, life=1, keep=9, best=False, content=b"weights"):

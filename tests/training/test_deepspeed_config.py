@@ -10,6 +10,7 @@ import torch
 
 from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import load_config
+from gdrt_ds.errors import UserError
 from gdrt_ds.training.deepspeed_config import (
     PACKAGE_ROOT,
     fill_deepspeed_config,
@@ -17,7 +18,6 @@ from gdrt_ds.training.deepspeed_config import (
     read_deepspeed_config,
     zero_stage,
 )
-from gdrt_ds.errors import UserError
 
 RUN = load_config(None, ["train.global_batch=24", "train.micro_batch=4", "train.grad_clip=0.5"])
 PLAN = BatchPlan(np.full(100, 9), 24, 4, 2, 0)

@@ -5,10 +5,10 @@ import errno
 import pytest
 import torch
 
-from gdrt_ds.training import run_folder
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import LostPeer, StorageError, UserError
 from gdrt_ds.runtime import explain
+from gdrt_ds.training import run_folder
 
 
 def config(folder, **changes) -> RunConfig:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.readers.base import BadRows, Interactions, guess_domain
 from gdrt_ds.data.readers.rows import header_of, require_file
 from gdrt_ds.data.readers.table import read_events, read_item_table, read_user_table
+from gdrt_ds.errors import UserError
 
 _KEYS = (("reviewerID", "asin"), ("user_id", "parent_asin"), ("user_id", "asin"))
 _SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")

@@ -7,7 +7,6 @@ per event; `gdrt_ds.data.interactions` makes the windows). Both end as `Sample`s
 from __future__ import annotations
 
 import ast
-import difflib
 import html
 import json
 import math
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import UserError, nearest  # noqa: F401  readers take it from here
 
 
 @dataclass(frozen=True)
@@ -203,12 +202,6 @@ def guess_domain(name: str, default: str = "item") -> str:
         if key in lowered:
             return domain
     return default
-
-
-def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """`; did you mean X?`, or the list of what is known."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
 
 
 def _short(value: object) -> str:

@@ -13,9 +13,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.readers.base import BadRows, Interactions, Item, clean_title, nearest, parse_number
 from gdrt_ds.data.readers.rows import open_text, require_file
+from gdrt_ds.errors import UserError
 
 DIRECTED_BY = "film.film.directed_by"
 _INSTALL = "pip install --no-deps recbole==1.2.1"

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.readers.base import BadRows, nearest
+from gdrt_ds.errors import UserError
 
 TABLE_SUFFIXES = (
     ".csv",

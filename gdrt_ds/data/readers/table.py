@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.readers.base import (
     BadRows,
     Interactions,
@@ -21,6 +20,7 @@ from gdrt_ds.data.readers.base import (
     parse_number,
 )
 from gdrt_ds.data.readers.rows import TABLE_SUFFIXES, header_of, pick_column, read_rows, require_file
+from gdrt_ds.errors import UserError
 
 INTERACTION_NAMES = ("interactions", "inter", "ratings", "events", "reviews")
 ITEM_NAMES = ("items", "item", "movies", "books", "products", "meta", "metadata")

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.errors import UserError
 from gdrt_ds.data.readers.base import (
     BadRows,
     Item,
@@ -27,6 +26,7 @@ from gdrt_ds.data.readers.base import (
 )
 from gdrt_ds.data.readers.rows import header_of, open_text, pick_column, read_rows, require_file
 from gdrt_ds.data.readers.table import read_item_table, read_user_table
+from gdrt_ds.errors import UserError
 
 ITEM_NAME_FILES = ("id2name4Rec.json", "id2name.json")
 ITEM_TABLE_FILES = ("items.csv", "items.tsv", "items.jsonl", "items.parquet")
