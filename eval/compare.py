@@ -19,10 +19,10 @@ from typing import Any, Mapping, Sequence
 from rich.console import Console
 
 from eval import compare_audits
-from eval.bootstrap import Comparison, Resampled, compare_family, resample
 from eval.compare_labels import columns as label_columns
 from eval.compare_labels import compare_by_label, label_rows
 from eval.compare_terminal import terminal_tables
+from eval.intervals import Comparison, Resampled, compare_family, resample
 from eval.metrics import DEFAULT_KS, figure, table
 from eval.metrics.inputs import Inputs, build_inputs
 from eval.report import content

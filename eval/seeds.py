@@ -1,7 +1,7 @@
 """Intervals over users and seeds: one row of a study is the same training with several seeds, evaluated on the same users.
 
 Two things vary: which users were asked, and which seed trained the model. A replicate draws both with replacement: the users
-once for all rows and seeds (`eval.bootstrap.resample`, paired), the seeds once for all rows. With v[s, b] the metric of seed s
+once for all rows and seeds (`eval.intervals.resample`, paired), the seeds once for all rows. With v[s, b] the metric of seed s
 on the b-th draw of users, m[b] its mean over all S seeds and d[b] its mean over the drawn ones, the replicate is
 
     m[b] + sqrt(S / (S - 1)) * (d[b] - m[b])
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import t as student
 
-from eval.bootstrap import Resampled
+from eval.intervals import Resampled
 
 
 def seed_draws(num_seeds: int, num_bootstrap: int, seed: int) -> np.ndarray:

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.bootstrap import Comparison, Resampled, compare_family, interval, resample
 from eval.compare import Run, check_same, load_run
+from eval.intervals import Comparison, Resampled, compare_family, interval, resample
 from eval.metrics import table
 from eval.metrics.inputs import build_inputs
 from eval.seeds import combine_all, t_interval

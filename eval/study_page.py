@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from eval.bootstrap import Comparison, Resampled, interval
+from eval.intervals import Comparison, Resampled, interval
 from eval.report import content
 from eval.report.content import Section, Table, number
 from eval.seeds import t_interval

@@ -9,8 +9,9 @@ Shapes: B prompts, U users, I catalogue entries.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -64,9 +65,9 @@ class Audit:
     name: str
     title: str
     question: str
-    run: Callable[["AuditContext"], dict[str, Any]]
-    cost: Callable[["AuditContext"], Cost]
-    lacks: Callable[["AuditContext"], tuple[str, str] | None] = lambda context: None
+    run: Callable[[AuditContext], dict[str, Any]]
+    cost: Callable[[AuditContext], Cost]
+    lacks: Callable[[AuditContext], tuple[str, str] | None] = lambda context: None
 
 
 def result(
@@ -274,7 +275,7 @@ class AuditContext:
     def has_adapter(self) -> bool:
         return self.recommender.adapter is not None
 
-    def base(self) -> "AuditContext":
+    def base(self) -> AuditContext:
         """The base model under the same prompt, catalogue and users; this context itself if there is no adapter."""
         if not self.has_adapter:
             return self

@@ -18,7 +18,7 @@ import numpy as np
 from eval.audit.context import Audit, AuditOptions, Cost, result
 from eval.audit.folders import Evaluation, load_evaluations, needs_runs
 from eval.audit.inference import Estimate, permutation_p
-from eval.bootstrap import holm
+from eval.intervals import holm
 
 TITLE = "Cross-tuning: pretraining against fine-tuning"
 QUESTION = "Do biases go with the backbone, the data, the objective, or the seed?"

@@ -5,8 +5,8 @@ Legend: N units (users or items), B bootstrap replicates, F columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import numpy as np
 

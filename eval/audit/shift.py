@@ -15,7 +15,7 @@ import numpy as np
 from eval.audit.context import Audit, AuditContext, Cost, result
 from eval.audit.inference import Estimate, bootstrap, ndcg, permutation_p, target_ranks
 from eval.audit.target_loss import target_nll
-from eval.bootstrap import holm
+from eval.intervals import holm
 from eval.metrics.robustness import relative_drop, worst_environment
 
 TITLE = "Distribution shift"

@@ -9,8 +9,8 @@ Shapes: B rows, T positions, N target tokens of the batch, H hidden, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 import torch

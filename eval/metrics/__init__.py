@@ -11,9 +11,10 @@ Definitions with formulas: docs/evaluation.md. One function and one row per metr
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from eval.bootstrap import Resampled, Statistic, interval, resample
+from eval.intervals import Resampled, Statistic, interval, resample
 from eval.metrics import table
 from eval.metrics.inputs import build_inputs
 from eval.metrics.table import METRICS, Metric, row_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eval.bootstrap import Statistic, mean_statistic
+from eval.intervals import Statistic, mean_statistic
 from eval.metrics.inputs import Inputs
 
 

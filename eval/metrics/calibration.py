@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eval.bootstrap import Statistic
+from eval.intervals import Statistic
 from eval.metrics.inputs import Inputs
 from eval.metrics.user_side import pool_small
 

@@ -6,8 +6,9 @@ Legend: N test samples, I catalogue entries, L longest list, G groups of items.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import sparse

@@ -5,13 +5,13 @@ Legend: I catalogue entries, G item groups, GP group shares in the top-K lists, 
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 from scipy import sparse
 from scipy.stats import rankdata
 
-from eval.bootstrap import Statistic, mean_statistic, ratio
+from eval.intervals import Statistic, mean_statistic, ratio
 from eval.metrics.accuracy import hit_rates
 from eval.metrics.inputs import HEAD_SHARE, Inputs, popularity_order
 

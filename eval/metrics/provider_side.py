@@ -8,12 +8,12 @@ Legend: P providers, S size bins, I catalogue entries.
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 from scipy import sparse
 
-from eval.bootstrap import Statistic
+from eval.intervals import Statistic
 from eval.metrics.inputs import Inputs
 from eval.metrics.item_side import coverage_influence, coverage_of, gini_influence, gini_of
 

@@ -6,7 +6,7 @@ For audits that score the same samples several times (histories permuted, titles
 
 from __future__ import annotations
 
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 

@@ -5,11 +5,11 @@ A function takes (inputs, k) and returns a `Statistic`, or None where the data c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable
 
-from eval.bootstrap import Statistic
+from eval.intervals import Statistic
 from eval.metrics import accuracy, calibration, item_side, provider_side, user_side
 from eval.metrics.inputs import Inputs
 

@@ -7,12 +7,12 @@ Legend: N test samples, G groups of samples, Q measures.
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from scipy import sparse
 
-from eval.bootstrap import Statistic
+from eval.intervals import Statistic
 from eval.metrics.accuracy import gains, hit_rates, reciprocal_ranks
 from eval.metrics.inputs import Inputs
 

@@ -20,7 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from examples import entry, prediction, world  # noqa: E402
 
-from eval.bootstrap import mean_statistic  # noqa: E402
+from eval.intervals import mean_statistic  # noqa: E402
 from eval.metrics import (  # noqa: E402  # noqa: E402
     accuracy,
     evaluate,

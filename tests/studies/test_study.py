@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eval.bootstrap import Resampled, interval
+from eval.intervals import Resampled, interval
 from eval.report.figures import checked
 from eval.seeds import combine, seed_draws, t_interval
 from eval.study import main as eval_study

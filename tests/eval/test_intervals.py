@@ -10,8 +10,7 @@ import pytest
 import scipy.stats
 from scipy import sparse
 
-from eval import bootstrap
-from eval.bootstrap import (
+from eval.intervals import (
     Resampled,
     Statistic,
     compare,
@@ -20,6 +19,7 @@ from eval.bootstrap import (
     interval,
     mean_statistic,
     resample,
+    resampling,
     user_weights,
 )
 from eval.metrics import item_side
@@ -63,7 +63,7 @@ def test_chunks_of_replicates_change_nothing(monkeypatch):
     rng = np.random.default_rng(1)
     statistic = coverage_statistic(rng.integers(0, 50, size=(30, 5)), 50)
     whole = resample({"c": statistic}, np.arange(30), 33)["c"].replicates
-    monkeypatch.setattr(bootstrap, "CHUNK_BYTES", 8 * 50 * 7)
+    monkeypatch.setattr(resampling, "CHUNK_BYTES", 8 * 50 * 7)
     assert np.array_equal(whole, resample({"c": statistic}, np.arange(30), 33)["c"].replicates)
 
 
@@ -297,11 +297,12 @@ def test_what_only_the_correction_takes_away_is_called_so():
     ],
 )
 def test_a_planted_error_is_caught(name, old, new, check, monkeypatch):
-    source = inspect.getsource(getattr(bootstrap, name))
+    module = inspect.getmodule(globals()[name])
+    source = inspect.getsource(globals()[name])
     assert old in source, "the mutation no longer applies to the code"
-    space = dict(bootstrap.__dict__)
+    space = dict(module.__dict__)
     exec(compile("from __future__ import annotations\n" + source.replace(old, new), "mutated", "exec"), space)
     monkeypatch.setitem(globals(), name, space[name])
-    monkeypatch.setattr(bootstrap, name, space[name])
+    monkeypatch.setattr(module, name, space[name])
     with pytest.raises((AssertionError, ValueError, IndexError)):
         check()

@@ -1,0 +1,158 @@
+"""Two runs on the same users: paired bootstrap differences, effect sizes, Holm's correction, and a verdict in words.
+
+Legend: U users, M metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.special import ndtri
+
+from eval.intervals.interval import interval
+from eval.intervals.resampling import Resampled
+
+POWER = 0.8  # a true difference of the detectable size is found in four of five test sets
+ROUNDING = 1e-12  # a standard error below this is rounding noise
+
+
+@dataclass
+class Comparison:
+    """One metric of a run against the baseline, on the same users and the same draws of them.
+
+    Attributes:
+        baseline, value: the metric of the baseline and of the run.
+        difference: value - baseline, with its 95 % interval `ci_low` to `ci_high` and its `p_value`.
+        effect_size: difference / (standard error * sqrt(U)). For means this is Cohen's d_z, and curved statistics get
+            the same scale.
+        minimum_detectable: the smallest true difference that is found with 80 % power at the 5 % level with these users.
+        n: samples that the smaller of the two values rests on.
+        family: whether Holm's correction runs over this metric.
+        p_holm, ci_holm: the corrected p-value, and the interval at the corrected level; None outside the family.
+        verdict: the result in words.
+    """
+
+    baseline: float
+    value: float
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    effect_size: float
+    minimum_detectable: float
+    n: int
+    family: bool = False
+    p_holm: float | None = None
+    ci_holm: tuple[float, float] | None = None
+    verdict: str = field(default="")
+
+
+def compare(baseline: Resampled, other: Resampled, num_users: int, level: float = 0.95) -> Comparison:
+    """Paired bootstrap difference `other - baseline`; both must come from `resample` with the same seed and users."""
+    difference = other.value - baseline.value
+    paired = _paired(baseline, other)
+    low, high = interval(paired, level)
+    finite = paired.replicates[np.isfinite(paired.replicates)]
+    error = paired.standard_error
+    if finite.size == 0 or not np.isfinite(difference):
+        p_value = float("nan")
+    elif error == 0:
+        p_value = 1.0 if difference == 0 else 1.0 / (finite.size + 1)
+    else:  # the replicates moved to the null: how often is a difference this large met by chance?
+        p_value = (1 + np.sum(np.abs(finite - finite.mean()) >= abs(difference))) / (finite.size + 1)
+    power = (ndtri((1 + level) / 2) + ndtri(POWER)) * error
+    return Comparison(
+        baseline=baseline.value,
+        value=other.value,
+        difference=difference,
+        ci_low=low,
+        ci_high=high,
+        p_value=float(p_value),
+        effect_size=_effect_size(difference, error, num_users),
+        minimum_detectable=float(power),
+        n=min(baseline.n, other.n),
+    )
+
+
+def _effect_size(difference: float, error: float, num_users: int) -> float:
+    """difference / (standard error * sqrt(U)); identical predictions have an effect of 0, and NaN where it is undefined."""
+    if error > ROUNDING:
+        return float(difference / (error * np.sqrt(num_users)))
+    return 0.0 if difference == 0 else float("nan")
+
+
+def _paired(baseline: Resampled, other: Resampled) -> Resampled:
+    """The difference of two statistics, draw by draw."""
+    return Resampled(
+        other.value - baseline.value,
+        other.replicates - baseline.replicates,
+        min(baseline.n, other.n),
+        baseline.smooth and other.smooth,
+        (-np.inf, np.inf),
+    )
+
+
+def holm(p_values: Sequence[float], alpha: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
+    """Holm's step-down correction (Holm 1979).
+
+    Returns:
+        adjusted p-values [M], and the level alpha / (M - j) that the j-th smallest p-value is tested at [M].
+        NaN p-values keep NaN and do not count as tests.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    adjusted = np.full(p.shape, np.nan)
+    levels = np.full(p.shape, np.nan)
+    tested = np.flatnonzero(np.isfinite(p))
+    running = 0.0
+    for j, index in enumerate(tested[np.argsort(p[tested], kind="stable")]):
+        running = max(running, min(1.0, (tested.size - j) * p[index]))
+        adjusted[index] = running
+        levels[index] = alpha / (tested.size - j)
+    return adjusted, levels
+
+
+def compare_family(
+    baseline: Mapping[str, Resampled],
+    other: Mapping[str, Resampled],
+    num_users: int,
+    family: Sequence[str],
+    higher_is_better: Mapping[str, bool | None],
+    level: float = 0.95,
+) -> dict[str, Comparison]:
+    """Compares all shared metrics. Holm's correction runs over the metrics of `family` only; the rest is descriptive.
+
+    An interval of a family member is also given at its Holm level (`ci_holm`), and the verdict in words follows the
+    adjusted p-value: "interval spans zero", "better" or "worse" (or "differs" where neither direction is better).
+    """
+    names = [name for name in other if name in baseline]
+    rows = {name: compare(baseline[name], other[name], num_users, level) for name in names}
+    members = [name for name in names if name in set(family)]
+    adjusted, levels = holm([rows[name].p_value for name in members], 1 - level)
+    for name, p_holm, alpha in zip(members, adjusted, levels):
+        rows[name].family = True
+        rows[name].p_holm = float(p_holm)
+        if np.isfinite(alpha):
+            rows[name].ci_holm = interval(_paired(baseline[name], other[name]), 1 - alpha)
+    for name, row in rows.items():
+        row.verdict = _verdict(row, higher_is_better.get(name), 1 - level)
+    return rows
+
+
+def _verdict(row: Comparison, higher_is_better: bool | None, alpha: float) -> str:
+    """The comparison in words; a metric outside the family is marked as uncorrected."""
+    if not np.isfinite(row.difference):
+        return "not defined"
+    spans_zero = row.ci_low <= 0 <= row.ci_high
+    if row.family and row.ci_holm is not None:
+        low, high = row.ci_holm
+        clear = row.p_holm is not None and row.p_holm <= alpha and (low > 0 or high < 0)
+        if not clear:
+            return "interval spans zero" if spans_zero else "interval spans zero after Holm's correction"
+    elif spans_zero:
+        return "interval spans zero"
+    if higher_is_better is None:
+        return "differs"
+    word = "better" if (row.difference > 0) == higher_is_better else "worse"
+    return word if row.family else f"{word} (uncorrected)"
