@@ -80,13 +80,13 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def finite(value: Any) -> Any:
-    """A JSON tree in which NaN and infinity are None; tuples become lists, NumPy scalars become numbers."""
+    """A JSON tree in which NaN and infinity are None; tuples and arrays become lists, NumPy scalars numbers."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,10 +1,14 @@
-"""Feature-ablation attribution of a target's log-probability to parts of its context, by the conventions of captum's FeatureAblation.
+"""Feature-ablation attribution of a target's log-probability to parts of its context.
 
-A part is ablated by putting one baseline token in the place of each of its tokens, so that positions stay. Attribution of part s to
-target token t:   a[s, t] = log p(y_t | whole context) - log p(y_t | context with s ablated).
-The generated prefix y_<t is a part too, an auxiliary one: captum's own text attribution keeps the target's earlier tokens in place
-and gives them nothing, which hides half of the shortcut. One pass in which all fed target tokens are ablated gives it for every t,
-because position t sees only tokens before t. The first target token has no prefix: its attribution there is 0.
+The conventions are those of captum's FeatureAblation. A part is ablated by putting one baseline token in the place of
+each of its tokens, so that positions stay. Attribution of part s to target token t:
+
+    a[s, t] = log p(y_t | whole context) - log p(y_t | context with s ablated)
+
+The generated prefix y_<t is a part too, an auxiliary one. captum's own text attribution keeps the target's earlier
+tokens in place and gives them nothing, which hides half of the shortcut. One pass in which all fed target tokens are
+ablated gives it for every t, because position t sees only tokens before t. The first target token has no prefix: its
+attribution there is 0.
 
 Legend: S parts, N target tokens of one sample.
 """
@@ -18,13 +22,20 @@ import numpy as np
 from gdrt_ds.data.prompts import SEGMENTS, EncodedPrompt
 
 PARTS = ("instruction", "template", "history", "generated prefix")
-AUXILIARY = (0, 1, 3)
+AUXILIARY = (0, 1, 3)  # indices into PARTS: what is no user's
 INTERACTION = 2
+PREFIX = 3
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Of one sample. effects: [S, N], nats. loss: [N] of the whole context. tokens: [S] tokens of each part (prefix: mean over t)."""
+    """Attribution of one sample.
+
+    Attributes:
+        effects: [S, N], nats.
+        loss: [N] with the whole context, nats.
+        tokens: [S] number of tokens of each part (for the prefix: its mean over t).
+    """
 
     effects: np.ndarray
     loss: np.ndarray
@@ -37,25 +48,34 @@ def ablated(tokens: list[int], mask: np.ndarray, baseline: int) -> list[int]:
 
 
 def part_masks(encoded: EncodedPrompt, keep: set[int]) -> list[np.ndarray]:
-    """Bool[prompt tokens] of instruction, template and history. `keep`: special tokens (BOS, turn marks) that are never ablated:
-    without an attention sink every part would seem to matter."""
+    """Bool[prompt tokens] of instruction, template and history.
+
+    Args:
+        keep: special tokens (BOS, turn marks), which are never ablated: without an attention sink every part
+            would seem to matter.
+    """
     prompt = slice(0, len(encoded.input_ids) - encoded.num_target)
     special = np.isin(encoded.input_ids[prompt], sorted(keep))
-    return [(encoded.segments[prompt] == SEGMENTS.index(name)) & ~special for name in PARTS[:3]]
+    return [(encoded.segments[prompt] == SEGMENTS.index(name)) & ~special for name in PARTS[:PREFIX]]
 
 
 def attribution_rows(
     prompt: list[int], target: list[int], masks: list[np.ndarray], baseline: int, prefix: bool = True
 ) -> tuple[list, list]:
-    """(rows for token_losses, true labels): whole context first, then each mask ablated, then the generated prefix."""
-    rows = [(prompt, target)] + [(ablated(prompt, mask, baseline), target) for mask in masks]
+    """(rows for token_losses, true labels).
+
+    The whole context comes first, then the context with each mask ablated, then (with `prefix`) the context with the
+    generated prefix ablated.
+    """
+    rows = [(prompt, target)]
+    rows += [(ablated(prompt, mask, baseline), target) for mask in masks]
     if prefix:
         rows.append((prompt, [baseline] * len(target)))
     return rows, [target] * len(rows)
 
 
 def effects_of(losses: list[np.ndarray]) -> np.ndarray:
-    """Losses [N] of whole and ablated contexts -> effects [S, N]: the loss that ablation adds is the attribution."""
+    """Losses [N] of whole and ablated contexts -> effects [S, N]: the attribution is the loss that ablation adds."""
     return np.stack([loss - losses[0] for loss in losses[1:]])
 
 
@@ -67,36 +87,45 @@ def baseline_token(tokenizer) -> int:
     return 0
 
 
+def prompt_and_target(context, sample) -> tuple[EncodedPrompt, list[int], list[int]]:
+    """A sample encoded with its target, and the tokens of both sides: (encoded, prompt tokens, target tokens)."""
+    catalogue = context.catalogue
+    titles = [catalogue.text_of(item) for item in sample.history]
+    encoded = context.recommender.encoder.encode(titles, catalogue.text_of(sample.target))
+    cut = len(encoded.input_ids) - encoded.num_target
+    return encoded, encoded.input_ids[:cut].tolist(), encoded.input_ids[cut:].tolist()
+
+
 def attribute(
-    context, samples, objective: str, baseline: int | None = None, what: str = "attribution"
+    context, samples, scoring: str, baseline: int | None = None, what: str = "attribution"
 ) -> list[Attribution]:
-    """Attribution of every sample's target to instruction, template, history and generated prefix: five passes each.
+    """Attribution of every sample's target to instruction, template, history and generated prefix.
+
+    Costs five passes per sample.
 
     Args:
         context: eval.audit.context.AuditContext.
-        objective: `full` or `renormalised`; tokens on which the trie allows no choice have none under the latter.
+        scoring: `full` or `renormalised`. Under the latter, tokens on which the trie allows no choice have none.
+        baseline: token that stands in for an ablated one; None = `baseline_token`.
+        what: name of the passes in lines of progress.
     """
-    encoder, catalogue = context.recommender.encoder, context.catalogue
-    tokenizer = encoder.tokenizer
-    baseline = baseline_token(tokenizer) if baseline is None else baseline
+    tokenizer = context.recommender.encoder.tokenizer
+    if baseline is None:
+        baseline = baseline_token(tokenizer)
     rows, labels, sizes = [], [], []
     for sample in samples:
-        encoded = encoder.encode(
-            [catalogue.text_of(i) for i in sample.history], catalogue.text_of(sample.target)
-        )
-        cut = len(encoded.input_ids) - encoded.num_target
-        prompt, target = encoded.input_ids[:cut].tolist(), encoded.input_ids[cut:].tolist()
+        encoded, prompt, target = prompt_and_target(context, sample)
         masks = part_masks(encoded, set(tokenizer.all_special_ids))
-        r, l = attribution_rows(prompt, target, masks, baseline)
-        rows += r
-        labels += l
-        sizes.append([*(int(m.sum()) for m in masks), (len(target) - 1) / 2])
+        own_rows, own_labels = attribution_rows(prompt, target, masks, baseline)
+        rows += own_rows
+        labels += own_labels
+        sizes.append([*(int(mask.sum()) for mask in masks), (len(target) - 1) / 2])
     losses = context.losses(rows, what, labels)
     count = len(PARTS) + 1
-    result = []
+    found = []
     for index, size in enumerate(sizes):
-        own = [losses[index * count + j][objective] for j in range(count)]
+        own = [losses[index * count + j][scoring] for j in range(count)]
         effects = effects_of(own)
-        effects[3, 0] = 0.0  # no prefix before the first token; rounding only
-        result.append(Attribution(effects, own[0], np.array(size, dtype=float)))
-    return result
+        effects[PREFIX, 0] = 0.0  # the first token has no prefix; what stands here is rounding
+        found.append(Attribution(effects, own[0], np.array(size, dtype=float)))
+    return found

@@ -1,0 +1,100 @@
+"""Finds the audits, checks the names that a user asks for, and runs them one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from eval.audit.base import DEFAULT_OPTIONS, Audit, AuditOptions
+from eval.audit.context import AuditContext
+from eval.audit.costs import CostEstimate
+from eval.folders import load_evaluations
+from gdrt_ds.errors import UserError, nearest
+from gdrt_ds.files import finite
+from gdrt_ds.registry import parts
+
+OF_MODEL = "eval.audit.model"  # a new audit is one file in one of these two rooms
+OVER_RUNS = "eval.audit.runs"
+ALL = "all"
+FEW = 10  # a bootstrap over fewer units covers less than it says
+
+
+def audits() -> dict[str, Audit]:
+    """All audits by name, in the order of running and of the report (see `Audit.order`)."""
+    found = {**parts(OF_MODEL, "AUDIT"), **parts(OVER_RUNS, "AUDIT")}
+    return dict(sorted(found.items(), key=lambda item: (item[1].order, item[0])))
+
+
+def choose(names: Sequence[str]) -> tuple[list[str], bool]:
+    """Checked names in the order of running, and whether `all` was asked for.
+
+    Raises:
+        UserError: an unknown name (with the nearest one), or none.
+    """
+    known = list(audits())
+    names = [name.strip() for name in names if name.strip()]
+    everything = ALL in names
+    for name in names:
+        if name != ALL and name not in known:
+            raise UserError(f"--audit {name}: there is no such audit", nearest(name, [*known, ALL]))
+    if not names:
+        raise UserError("--audit names no audit", f"choose among {', '.join(known)}, or all")
+    return [name for name in known if everything or name in names], everything
+
+
+def run_audits(
+    names: Sequence[str], subject, runtime=None, options: AuditOptions = DEFAULT_OPTIONS
+) -> dict[str, dict[str, Any]]:
+    """Runs audits on a subject; prints each one's cost before it starts and its finding after.
+
+    Args:
+        names: names of audits, or "all": then those that cannot run here are left out, and a line says why.
+        subject: eval.loading.Subject, or a ready AuditContext.
+    Returns:
+        {name: result}; every rank gets the same numbers.
+    Raises:
+        UserError: unknown name; an audit asked for by name that lacks something (runs, checkpoints).
+    """
+    chosen, _ = choose(names)
+    context = subject if isinstance(subject, AuditContext) else AuditContext(subject, runtime, options)
+    if context.options.runs:
+        # A folder that was never evaluated is said now and not after the first audits.
+        load_evaluations(context.options.runs, 1)
+    estimate = CostEstimate(context)
+    found: dict[str, dict[str, Any]] = {}
+    for name in chosen:
+        audit = audits()[name]
+        lacking = audit.lacks(context)
+        if lacking is None:
+            found[name] = _run_one(name, audit, context, estimate)
+            continue
+        problem, fix = lacking
+        if name in names:
+            raise UserError(f"--audit {name}: {problem}", fix)
+        _say(context, f"audit {name}: left out of `all`: {problem} ({fix})")
+    if not found:
+        raise UserError("none of the audits can run here", "see the reasons above")
+    return found
+
+
+def _run_one(name: str, audit: Audit, context: AuditContext, estimate: CostEstimate) -> dict[str, Any]:
+    """One audit's result, with a warning about few units and with what it cost."""
+    cost = estimate.describe(audit.cost(context))
+    _say(context, f"audit {name}: {cost}")
+    started = time.time()
+    found = finite(audit.headed(audit.run(context)))
+    units = found["effect"]["n"]
+    if units < FEW:
+        found["finding"] += f" Only {units} units: intervals of so few are too narrow."
+    seconds = time.time() - started
+    runtime = context.runtime
+    found["cost"] = f"{cost}; took {seconds:.0f} s on {runtime.world} rank(s) of {runtime.device.type}"
+    _say(context, f"  {found['finding']}")
+    return found
+
+
+def _say(context: AuditContext, line: str) -> None:
+    """Prints a line on rank 0."""
+    if context.runtime.is_main:
+        print(line, flush=True)
