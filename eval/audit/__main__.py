@@ -38,9 +38,7 @@ def write_page(name: str, options: argparse.Namespace) -> str:
     audit = find_part(OVER_RUNS, "AUDIT", name, "audit")
     settings = AuditOptions(runs=tuple(options.folders), num_bootstrap=options.bootstrap)
     found = finite(audit.headed(audit.compare(options.folders, settings)))
-    page = Page(
-        "Audit over runs", f"{len(options.folders)} folders", "", [], [audit_section(name, found)]
-    )
+    page = Page("Audit over runs", f"{len(options.folders)} folders", "", [], [audit_section(name, found)])
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / f"{name}.json", found)

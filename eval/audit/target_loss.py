@@ -102,9 +102,7 @@ def _read_once(reader: PromptReader, tokens: list[int]):
     device = reader.device
     causal = torch.ones(count, count, dtype=torch.bool, device=device).tril()[None]
     positions = torch.arange(count, device=device)[None]
-    return reader.run(
-        torch.tensor([tokens], device=device), positions, causal, None, None, record=True
-    )[1]
+    return reader.run(torch.tensor([tokens], device=device), positions, causal, None, None, record=True)[1]
 
 
 def _pass(
@@ -131,8 +129,7 @@ def _pass(
     if trie is None:
         return [{"full": losses} for losses in np.split(full, bounds)]
     return [
-        {"full": f, "renormalised": r}
-        for f, r in zip(np.split(full, bounds), np.split(renormalised, bounds))
+        {"full": f, "renormalised": r} for f, r in zip(np.split(full, bounds), np.split(renormalised, bounds))
     ]
 
 

@@ -70,9 +70,7 @@ def random_model(context):
 
     recommender = context.recommender
     loaded = recommender.loaded
-    config = read_model_config(
-        loaded.path, trust_remote_code=recommender.config.model.trust_remote_code
-    )
+    config = read_model_config(loaded.path, trust_remote_code=recommender.config.model.trust_remote_code)
     if sum(p.numel() for p in unwrap(loaded.model).parameters()) > FULL_DEPTH_PARAMETERS:
         config.num_hidden_layers = 2
         if getattr(config, "layer_types", None):

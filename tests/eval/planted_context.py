@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from eval.audit.context import AuditContext
-from eval.audit.inference import probabilities
+from eval.audit.score_rows import probabilities
 
 # Every target follows from the history, so that an honest model has something to read in it.
 HONEST_DATA = "data.planted={num_items: 24, num_train: 200, num_valid: 20, num_test: 60, shortcut_share: 0}"

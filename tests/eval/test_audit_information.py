@@ -7,7 +7,7 @@ from run_folders import make_run
 from scipy.special import log_softmax
 
 from eval.audit import AuditOptions, run_audits
-from eval.audit.information import EFFECT, clean_pairs, measure, side_curves
+from eval.audit.model.information import EFFECT, clean_pairs, measure, side_curves
 from eval.loading import load_subject
 from eval.metrics.calibration import TEMPERATURES
 from eval.report import figures

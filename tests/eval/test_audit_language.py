@@ -6,7 +6,9 @@ import torch
 from planted_context import HONEST_DATA, PlantedContext
 from run_folders import make_run
 
-from eval.audit import AuditContext, AuditOptions, attribution, language, run_audits, sensitivity
+from eval.audit import AuditContext, AuditOptions, attribution, run_audits
+from eval.audit.model import language
+from eval.audit.partners import partners
 from eval.audit.target_loss import target_nll, token_losses
 from eval.loading import load_subject
 from eval.scoring import path_scores
@@ -130,7 +132,7 @@ def test_special_tokens_are_never_ablated_and_parts_do_not_overlap(context):
 def test_a_swapped_history_is_another_users_and_does_not_hold_the_target(context):
     samples = context.users(30)
     for shift in (1, 9):
-        for index, partner in enumerate(sensitivity.partners(samples, shift)):
+        for index, partner in enumerate(partners(samples, shift)):
             assert (
                 samples[partner].user_id != samples[index].user_id
                 and samples[index].target not in samples[partner].history

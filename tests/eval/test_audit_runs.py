@@ -11,18 +11,12 @@ import pytest
 import torch
 from run_folders import make_run
 
-from eval.audit import (
-    AUDITS,
-    AuditOptions,
-    amplification,
-    checkpoint_weights,
-    cross_tuning,
-    debiasing,
-    folders,
-    run_audits,
-)
+from eval import folders
+from eval.audit import AuditOptions, audits, checkpoint_weights, run_audits
 from eval.audit.__main__ import main as audit_runs
 from eval.audit.context import AuditContext
+from eval.audit.model import amplification
+from eval.audit.runs import cross_tuning, debiasing
 from eval.audit.title_prior import content_free_prompt, title_log_probs, title_tokens
 from eval.loading import load_subject
 from eval.run import main as evaluate
@@ -126,10 +120,10 @@ def test_every_audit_runs_from_the_command_line_and_is_in_the_report(runs, capsy
         ]
     )
     printed = capsys.readouterr().out
-    audits = json.loads((output / "results.json").read_text())["audits"]
-    assert set(audits) == set(AUDITS)
+    found = json.loads((output / "results.json").read_text())["audits"]
+    assert set(found) == set(audits())
     page = (output / "report.html").read_text()
-    for name, audit in audits.items():
+    for name, audit in found.items():
         assert f"audit {name}: " in printed and printed.index(f"audit {name}: ") < printed.index(
             audit["finding"]
         )
@@ -199,7 +193,7 @@ def test_all_leaves_out_what_cannot_run_and_says_so_and_a_name_is_refused(subjec
         run_audits(["cross_tuning"], subject, Runtime(), OPTIONS)
     with pytest.raises(UserError, match="holds no evaluation"):
         folders.load_evaluations([runs[0] / "base", runs[1]], 2)
-    reasons = {name: audit.lacks(AuditContext(bare, Runtime(), OPTIONS)) for name, audit in AUDITS.items()}
+    reasons = {name: audit.lacks(AuditContext(bare, Runtime(), OPTIONS)) for name, audit in audits().items()}
     assert {n for n, reason in reasons.items() if reason} == {"amplification", "cross_tuning", "debiasing"}
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from eval.audit.base import Audit, estimate_table, matrix_cost, result
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap
-from eval.folders import load_evaluations
 from eval.audit.score_rows import target_ranks, top_lists
+from eval.folders import load_evaluations
 from eval.metrics.inputs import HEAD_SHARE
 
 DEFAULT_USERS = 64

@@ -292,9 +292,7 @@ def groups_figure(rows: list[list]) -> dict:
     }
 
 
-def _relevance(
-    context: AuditContext, samples: list[Sample], settings: dict
-) -> tuple[list, str, Estimates]:
+def _relevance(context: AuditContext, samples: list[Sample], settings: dict) -> tuple[list, str, Estimates]:
     """Rows by relevance group, a sentence for the finding, and worst group and gap."""
     if context.subject.group_of_entry is None:
         return [], " Relevance groups: the run has no relevance table.", {}
@@ -306,9 +304,7 @@ def _relevance(
         ndcg(target_ranks(scores, targets)),
         **settings,
     )
-    note = (
-        f" Over relevance groups the worst NLL is {spread[WORST].text()}, the gap {spread[GAP].text()}."
-    )
+    note = f" Over relevance groups the worst NLL is {spread[WORST].text()}, the gap {spread[GAP].text()}."
     return rows, note, spread
 
 

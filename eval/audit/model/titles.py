@@ -21,9 +21,9 @@ import numpy as np
 from eval.audit.base import Audit, matrix_cost, result
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap, permutation_p
-from eval.folders import load_evaluations
 from eval.audit.list_overlap import jaccard
 from eval.audit.score_rows import exposure, gini, top_lists
+from eval.folders import load_evaluations
 
 DEFAULT_USERS = 64
 K = 10
