@@ -36,15 +36,28 @@ An unknown kind or a series of the wrong length raises UserError: a figure is ne
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from eval.report.content import build_sections, terminal_table
 from eval.report.html import render_html
 from eval.report.markdown import render_markdown
+from eval.report.page import Page
+from gdrt_ds.files import write_text
 
-__all__ = ["write_report", "terminal_table", "write_catalogue"]
+__all__ = ["read_training", "terminal_table", "write_catalogue", "write_page", "write_report"]
+
+
+def write_page(folder: str | Path, name: str, page: Page) -> list[Path]:
+    """Writes NAME.md and NAME.html and returns their paths. The folder is made if it is missing."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    markdown = folder / f"{name}.md"
+    html = folder / f"{name}.html"
+    write_text(markdown, render_markdown(page))
+    write_text(html, render_html(page))
+    return [markdown, html]
 
 
 def write_report(
@@ -56,13 +69,17 @@ def write_report(
     run_folder: str | Path | None = None,
     history_item_counts: Mapping[str, float] | None = None,
 ) -> list[Path]:
-    """Write report.md, report.html and catalogue.jsonl (what eval.compare and outsiders need to recompute every metric).
+    """Writes report.md, report.html and catalogue.jsonl.
 
-    run_folder: a training run, whose metrics.jsonl gives the training curves. history_item_counts: as for `evaluate`.
-    Returns the written paths.
+    catalogue.jsonl is what eval.compare and outsiders need to compute every metric again.
+
+    Args:
+        results: the content of results.json.
+        run_folder: a training run, whose metrics.jsonl gives the training curves.
+        history_item_counts: as for `eval.metrics.evaluate`.
+    Returns:
+        the written paths.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     page = build_sections(
         results,
         predictions,
@@ -70,41 +87,51 @@ def write_report(
         training=read_training(run_folder),
         history_item_counts=history_item_counts,
     )
-    return [
-        _write(folder / "report.md", render_markdown(page)),
-        _write(folder / "report.html", render_html(page)),
-        write_catalogue(folder / "catalogue.jsonl", catalogue_entries, history_item_counts),
-    ]
+    written = write_page(folder, "report", page)
+    catalogue = Path(folder) / "catalogue.jsonl"
+    return [*written, write_catalogue(catalogue, catalogue_entries, history_item_counts)]
 
 
 def write_catalogue(
     path: Path, catalogue_entries: Sequence[Any], history_item_counts: Mapping[str, float] | None = None
 ) -> Path:
-    """The run folder's catalogue.jsonl plus, where known, history_count (occurrences in train histories) per entry."""
+    """Writes one JSON object per catalogue entry and returns the path.
+
+    The keys are those of the run folder's catalogue.jsonl and, where it is known, `history_count`: how often the
+    entry occurs in training histories.
+    """
     lines = []
     for entry in catalogue_entries:
+        merged = list(entry.merged_ids or ())
         row = {
             "item_id": entry.item_id,
-            "merged_ids": list(entry.merged_ids or ()),
+            "merged_ids": merged,
             "text": entry.text,
             "train_count": entry.train_count,
             "provider": entry.provider,
             "groups": entry.groups or {},
         }
         if history_item_counts is not None:
-            row["history_count"] = sum(
-                history_item_counts.get(i, 0) for i in {entry.item_id, *(entry.merged_ids or ())}
-            )
+            ids = {entry.item_id, *merged}
+            row["history_count"] = sum(history_item_counts.get(item, 0) for item in ids)
         lines.append(json.dumps(row, ensure_ascii=False))
-    return _write(path, "\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
+    return path
 
 
 def read_training(run_folder: str | Path | None) -> list[dict[str, Any]]:
-    """Rows of RUN/metrics.jsonl; empty without a run folder or before the first step. A torn last line is left out."""
+    """Rows of RUN/metrics.jsonl; empty without a run folder or before the first step.
+
+    A last line that a killed process left unfinished is left out.
+
+    Raises:
+        json.JSONDecodeError: another line is damaged.
+    """
     path = None if run_folder is None else Path(run_folder) / "metrics.jsonl"
     if path is None or not path.exists():
         return []
-    rows, lines = [], path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines):
         try:
             rows.append(json.loads(line))
@@ -112,10 +139,3 @@ def read_training(run_folder: str | Path | None) -> list[dict[str, Any]]:
             if number != len(lines) - 1:
                 raise
     return rows
-
-
-def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path

@@ -1,10 +1,10 @@
-"""What a report says: sections with text, tables and figures, from which the Markdown and the HTML page are both rendered."""
+"""What the report of one evaluation says: its sections with text, tables and figures."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table as RichTable
@@ -13,6 +13,8 @@ from rich.text import Text
 from eval.metrics import METRICS, row_of
 from eval.metrics.inputs import build_inputs
 from eval.report import figures
+from eval.report.page import Card, Page, Section, Table
+from eval.report.words import arrow, direction, label, number, percent, rank_text, span
 
 HEADLINE = (
     "ndcg@10",
@@ -36,37 +38,6 @@ TERMINAL = (
     "cvar_nll",
     "temperature",
 )
-LABELS = {
-    "ndcg": "NDCG",
-    "hr": "HR",
-    "mrr": "MRR",
-    "nll": "Target NLL",
-    "nll_calibrated": "NLL, calibrated",
-    "nll_calibrated_worst_relevance_group": "NLL, calibrated, worst group",
-    "temperature": "Best temperature",
-    "mgu": "MGU",
-    "dgu": "DGU",
-    "arp": "ARP",
-    "aplt": "APLT",
-    "rsp": "RSP",
-    "reo": "REO",
-    "gini": "Gini",
-    "cvar_nll": "CVaR of NLL",
-    "cvar_rank_share": "CVaR of rank share",
-    "nll_worst_relevance_group": "NLL, worst group",
-    "nll_gap_relevance_group": "NLL, group gap",
-    "mgu_pop5": "MGU, 5 bins",
-    "dgu_pop5": "DGU, 5 bins",
-    "mgu_genres": "MGU, genres",
-    "dgu_genres": "DGU, genres",
-    "mgu_test_histories": "MGU, test histories",
-    "dgu_test_histories": "DGU, test histories",
-    "logpopdiff": "LogPopDiff",
-    "provider_l1_catalogue": "Provider L1, catalogue",
-    "provider_l1_interactions": "Provider L1",
-    "provider_minmax": "Provider min/max",
-    "provider_gini": "Provider Gini",
-}
 SIDES = {
     "accuracy": (
         "Accuracy",
@@ -90,101 +61,6 @@ DIMENSIONS = {
     "history_length": "length of the history",
 }
 EXAMPLES = 6
-
-
-@dataclass
-class Table:
-    columns: list[str]
-    rows: list[list[Any]]
-    caption: str = ""
-    first_is_label: bool = True
-
-
-@dataclass
-class Card:
-    """One headline figure: text ready to print, and numbers for the strip under it."""
-
-    label: str
-    value: str
-    interval: str
-    meaning: str
-    direction: str
-    marks: list[tuple[str, float]]  # (name, value): the run first, then floors
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass
-class Section:
-    title: str
-    paragraphs: list[str] = field(default_factory=list)
-    cards: list[Card] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    figures: list[dict[str, Any]] = field(default_factory=list)
-    examples: list[dict[str, Any]] = field(default_factory=list)
-    folded: bool = False  # long tables start closed on the page
-
-
-@dataclass
-class Page:
-    title: str
-    subtitle: str
-    warning: str
-    facts: list[tuple[str, str]]
-    sections: list[Section]
-
-
-def number(value: Any) -> str:
-    """A figure for reading: four significant places, no exponent for ordinary sizes; a dash for None and NaN. What float64 leaves of a zero is zero."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "–"
-    if isinstance(value, (bool, str)):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}"
-    return (
-        f"{value:.1f}"
-        if size >= 100
-        else f"{value:.2f}"
-        if size >= 10
-        else f"{value:.4f}"
-        if size >= 1e-3
-        else f"{0:.4f}"
-        if size < 1e-15
-        else f"{value:.2g}"
-    )
-
-
-def rank_text(rank: float | None) -> str:
-    return "–" if rank is None or rank != rank else f"{rank:,.1f}".removesuffix(".0")
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def span(figure: Mapping[str, Any]) -> str:
-    if figure.get("ci_low") is None or figure.get("ci_high") is None:
-        return "–"
-    return f"{number(figure['ci_low'])} to {number(figure['ci_high'])}"
-
-
-def label(name: str) -> str:
-    stem, _, k = name.partition("@")
-    return LABELS.get(stem, stem.replace("_", " ").capitalize()) + (f"@{k}" if k else "")
-
-
-def direction(higher_is_better: bool | None) -> str:
-    return {True: "higher is better", False: "lower is better", None: "read beside the targets"}[
-        higher_is_better
-    ]
-
-
-def arrow(higher_is_better: bool | None) -> str:
-    return {True: "↑", False: "↓", None: "·"}[higher_is_better]
 
 
 def build_sections(

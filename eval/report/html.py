@@ -6,9 +6,10 @@ import re
 from html import escape
 from typing import Any, Mapping
 
-from eval.report.content import Card, Page, Section, Table, number
+from eval.report.page import Card, Page, Section, Table
 from eval.report.page_style import STYLE
 from eval.report.plots import draw
+from eval.report.words import number
 
 
 def render_html(page: Page) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from eval.report.content import Page, Section, Table, number
+from eval.report.page import Page, Section, Table
+from eval.report.words import number
 
 
 def escape(text: Any) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.seeds import t_interval
+from eval.study.seeds import t_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 HISTORY, SHORTCUT = "ndcg@10 kind=history", "ndcg@10 kind=shortcut"

@@ -157,7 +157,7 @@ def test_a_shortcut_prompt_is_heard_and_an_honest_model_is_not(subject):
     assert (
         shortcut["language"]["measures"]["ratio after / before tuning"]["ci_low"] > 100
     )  # the honest base stands beside it
-    from eval.study import AUDITED  # a measure renamed here would leave a study's page silently
+    from eval.study.blocks import AUDITED  # a measure renamed here would leave a study's page silently
 
     assert all(measure in shortcut[audit]["measures"] for audit, measure, _ in AUDITED.values()), list(
         AUDITED.values()

@@ -12,8 +12,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from examples import world  # noqa: E402
 
-from eval.compare import compare_runs, labels_of, load_run, main  # noqa: E402
-from eval.compare_audits import audit_rows  # noqa: E402
+from eval.compare import compare_runs, load_run  # noqa: E402
+from eval.compare.__main__ import main  # noqa: E402
+from eval.compare.audits import audit_rows  # noqa: E402
+from eval.folders import FORMAT, labels_of  # noqa: E402
 from eval.metrics import evaluate  # noqa: E402
 from eval.report import write_catalogue  # noqa: E402
 from gdrt_ds.errors import UserError  # noqa: E402
@@ -27,7 +29,17 @@ def write_folder(folder: Path, skill: float, *, change=None, **world_options) ->
     counts = {e.item_id: e.train_count + 1 for e in entries}
     found = evaluate(predictions, entries, history_item_counts=counts, num_bootstrap=20, breakdowns=False)
     (folder / "results.json").write_text(
-        json.dumps({**found, "objective": "renormalised", "mode": "exact", "dtype": "float32", "limit": None})
+        json.dumps(
+            {
+                **found,
+                "format": FORMAT,
+                "scoring": "renormalised",
+                "objective": folder.parent.name,
+                "mode": "renormalised",
+                "dtype": "float32",
+                "limit": None,
+            }
+        )
     )
     (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, predictions)) + "\n")
     write_catalogue(folder / "catalogue.jsonl", entries, counts)
@@ -158,26 +170,15 @@ def test_wrong_arguments_end_with_words_and_status_2(folders, tmp_path, capsys, 
     assert words in capsys.readouterr().err
 
 
-def test_a_difference_in_objective_is_noted_and_a_limit_is_called_no_result(folders, tmp_path):
+def test_a_difference_in_scoring_is_noted_and_a_limit_is_called_no_result(folders, tmp_path):
     other = write_folder(tmp_path / "other", 2.0)
     results = json.loads((other / "results.json").read_text())
-    (other / "results.json").write_text(json.dumps({**results, "objective": "full", "limit": 300}))
+    (other / "results.json").write_text(json.dumps({**results, "scoring": "full", "limit": 300}))
     notes = compare_runs([load_run(folders[0], "base"), load_run(other, "other")], 100).notes
     assert (
         notes[0] == "not a result: limited to 300 samples"
-        and "objective differs: base renormalised, other full" in notes
+        and "scoring differs: base renormalised, other full" in notes
     )
-
-
-def test_labels_are_the_parts_of_the_paths_that_differ():
-    assert labels_of(["runs/a/eval", "runs/b/eval"]) == ["a", "b"]
-    assert labels_of(["runs/a/eval", "runs/a/eval-base"]) == ["eval", "eval-base"]
-    assert labels_of(["x/a/eval/test", "x/b/eval/test"]) == ["a", "b"]
-    assert labels_of(["r/planted-sft-eval", "r/planted-gdrt-eval"]) == ["sft", "gdrt"], (
-        "words that all names share say nothing"
-    )
-    assert labels_of(["r/a-eval", "r/a-b-eval"]) == ["a", "a-b"]
-    assert labels_of(["r/a-a", "r/a"]) == ["a-a", "a"], "no name becomes empty"
 
 
 def test_audits_stand_side_by_side_where_two_runs_have_them(folders, tmp_path, capsys):

@@ -17,10 +17,9 @@ from examples import world  # noqa: E402
 
 from eval.metrics import evaluate, evaluate_targets  # noqa: E402
 from eval.report import read_training, terminal_table, write_report  # noqa: E402
-from eval.report.content import number  # noqa: E402
 from eval.report.figures import checked  # noqa: E402
 from eval.report.plots import draw  # noqa: E402
-from eval.study_page import signed  # noqa: E402
+from eval.report.words import number, signed  # noqa: E402
 from gdrt_ds.errors import UserError  # noqa: E402
 
 EVIL = '<script>alert("x")</script> & $co$t_ | [a](javascript:x)'

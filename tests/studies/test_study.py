@@ -17,9 +17,12 @@ import pytest
 
 from eval.intervals import Resampled, interval
 from eval.report.figures import checked
-from eval.seeds import combine, seed_draws, t_interval
-from eval.study import main as eval_study
-from eval.study_page import figures, sentence
+from eval.study.__main__ import main as eval_study
+from eval.study.blocks import audit_value
+from eval.study.figures import study_figures
+from eval.study.page import sentence
+from eval.study.reading import Grid
+from eval.study.seeds import combine, seed_draws, t_interval
 from gdrt_ds.errors import UserError
 from gdrt_ds.studies.grid import cells_of, choose_cells, load_study
 from gdrt_ds.study import config_of, shares, state_of
@@ -84,8 +87,6 @@ settings:
 
 
 def test_a_setting_borrows_the_runs_of_another_and_trains_none_of_them_again(tmp_path):
-    from eval.study import _cells_beside
-
     study = load_study(study_file(tmp_path, BORROWING))
     cells = cells_of(study, tmp_path)
     assert [c.name for c in cells if c.setting == "control"] == [
@@ -96,7 +97,7 @@ def test_a_setting_borrows_the_runs_of_another_and_trains_none_of_them_again(tmp
     assert frozen.needs == ("default-gdrt-seed1",)
     assert f"dro.frozen_weights={tmp_path}/runs/default-gdrt-seed1" in frozen.overrides
     rows = [{"name": c.name, "row": c.row, "setting": c.setting, "seed": c.seed} for c in cells]
-    beside = _cells_beside(study.model_dump(), rows, "control")
+    beside = Grid(study.model_dump(), rows, []).cells_of("control")
     assert sorted(c["name"] for c in beside) == sorted(
         [
             "control-frozen-seed0",
@@ -143,16 +144,11 @@ def test_a_worker_trains_what_its_cells_read_before_them(tmp_path):
 
 
 def test_a_study_reads_ratios_of_an_audit_as_logarithms():
-    from types import SimpleNamespace
-
-    from eval.study import _audit
-
-    run = SimpleNamespace(results={"audits": {"language": {"measures": {"ratio": {"value": 4.0}}}}})
-    assert _audit(run, "language", "ratio", True) == 2.0 and _audit(run, "language", "ratio", False) == 4.0
-    assert (
-        _audit(run, "language", "absent", True) is None
-        and _audit(SimpleNamespace(results={}), "language", "ratio", True) is None
-    )
+    results = {"audits": {"language": {"measures": {"ratio": {"value": 4.0}}}}}
+    assert audit_value(results, "language", "ratio", True) == 2.0
+    assert audit_value(results, "language", "ratio", False) == 4.0
+    assert audit_value(results, "language", "absent", True) is None
+    assert audit_value({}, "language", "ratio", True) is None
 
 
 def test_cells_are_rows_times_settings_times_seeds_in_a_fixed_order(tmp_path):
@@ -427,7 +423,7 @@ def test_audits_are_drawn_with_intervals_where_a_row_has_several_seeds():
             "known without it, nats": {"sft": {0: 0.1, 1: 0.1}, "msl": {0: 0.1}},
         },
     )
-    (drawn,) = figures([block], "sft", [])
+    (drawn,) = study_figures([block], "sft", [])
     (series,) = drawn["series"]
     half = (
         12.706 * 0.5

@@ -1,14 +1,20 @@
-"""Intervals over users and seeds: one row of a study is the same training with several seeds, evaluated on the same users.
+"""Intervals over users and seeds.
 
-Two things vary: which users were asked, and which seed trained the model. A replicate draws both with replacement: the users
-once for all rows and seeds (`eval.intervals.resample`, paired), the seeds once for all rows. With v[s, b] the metric of seed s
-on the b-th draw of users, m[b] its mean over all S seeds and d[b] its mean over the drawn ones, the replicate is
+One row of a study is the same training with several seeds, evaluated on the same users. Two things vary:
+    which users
+were asked, and which seed trained the model. A replicate draws both with replacement: the users once for all
+    rows and seeds (`eval.intervals.resample`, paired), the seeds once for all rows. With v[s, b] the metric
+    of seed s on the b-th draw of users, m[b] its mean over all S seeds and d[b] its mean over the drawn ones,
+    the replicate is
 
     m[b] + sqrt(S / (S - 1)) * (d[b] - m[b])
 
-The factor undoes that S drawn seeds vary too little (their variance is short by (S - 1) / S). Seeds share users, so the draw is
-crossed, not nested. With one seed the interval is over users alone, and the page says so. Three to five seeds give a rough idea
-of the spread between trainings and no more: `t_interval` (for figures without user-level replicates) is wide for that reason.
+The factor undoes that S drawn seeds vary too little (their variance is short by (S - 1) / S). Seeds share
+users, so the draw is crossed, not nested. With one seed the interval is over users alone, and the page says
+so. Three to five seeds give a rough idea of the spread between trainings and no more. For that reason
+`t_interval`, which is for figures without replicates per user, is wide.
+
+Legend: B replicates, S seeds.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from eval.intervals import Resampled
 
 def seed_draws(num_seeds: int, num_bootstrap: int, seed: int) -> np.ndarray:
     """Share of every seed in every replicate: float64 [B, S], rows sum to 1."""
+    # A second number beside the seed: the draws of users start from the seed alone.
     rng = np.random.default_rng([seed, 77])
     draws = rng.integers(0, num_seeds, size=(num_bootstrap, num_seeds))
     return np.stack([(draws == s).mean(axis=1) for s in range(num_seeds)], axis=1)
@@ -32,10 +39,14 @@ def combine(seeds: Sequence[Resampled], seed: int = 0) -> Resampled:
     """One statistic of several trainings, resampled over the same users, as one statistic of the row.
 
     Args:
-        seeds: in the same order for every row of a study; replicates [B] each, from the same draws of users.
+        seeds: one statistic of each seed, in the same order for every row of a study. Each has replicates [B]
+            from
+            the same draws of users.
+        seed: of the draws of seeds, the same for every row.
     """
     values = np.stack([s.replicates for s in seeds], axis=1)  # [B, S]
-    count, mean = values.shape[1], values.mean(axis=1)
+    count = values.shape[1]
+    mean = values.mean(axis=1)
     replicates = mean
     if count > 1:
         drawn = (values * seed_draws(count, len(values), seed)).sum(axis=1)

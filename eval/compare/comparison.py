@@ -1,0 +1,111 @@
+"""Paired differences of runs to a baseline, over the same users.
+
+The same draws of users go through all runs, so that what the runs share cancels in the differences. Holm's
+correction runs over the primary family, which `eval.metrics.table` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from eval.compare.runs import Run, check_same
+from eval.intervals import Comparison, Resampled, compare_family, resample
+from eval.metrics import DEFAULT_KS, figure, table
+from gdrt_ds.errors import UserError
+
+
+@dataclass
+class Comparisons:
+    """All runs against the first.
+
+    Attributes:
+        runs: the baseline, then the others.
+        samples: label -> metric -> its value and bootstrap replicates.
+        rows: label -> metric -> the comparison of that run with the baseline.
+        metrics: the metrics that every run has, in the order of the metric table.
+        family: those of them that Holm's correction runs over.
+        notes: what differs between the runs, for the reader.
+        slices: (title, comparison of the samples with one value of a label); see `eval.compare.slices`.
+    """
+
+    runs: list[Run]
+    samples: dict[str, dict[str, Resampled]]
+    rows: dict[str, dict[str, Comparison]]
+    metrics: dict[str, table.Metric]
+    family: list[str]
+    num_bootstrap: int
+    notes: list[str]
+    slices: list[tuple[str, Comparisons]] = field(default_factory=list)
+
+
+def compare_runs(runs: Sequence[Run], num_bootstrap: int = 2000, seed: int = 0) -> Comparisons:
+    """Compares every run with the first.
+
+    Args:
+        num_bootstrap: draws of users. seed: of those draws.
+    Raises:
+        UserError: fewer than two runs, or runs over other data (see `check_same`).
+    """
+    if len(runs) < 2:
+        raise UserError("one folder is nothing to compare", "give at least two evaluation folders")
+    notes = check_same(runs)
+    samples = {}
+    found_metrics = {}
+    for run in runs:
+        statistics, metrics_of_run, _ = table.statistics(run.inputs, DEFAULT_KS)
+        samples[run.label] = resample(statistics, run.inputs.user_of_sample, num_bootstrap, seed)
+        found_metrics.update(metrics_of_run)
+    missing = {name for name in found_metrics if not all(name in own for own in samples.values())}
+    if missing:
+        notes.append(f"left out, because not every run has them: {', '.join(sorted(missing))}")
+    order = [metric.name_at(k) for metric in table.METRICS for k in metric.cut_offs(DEFAULT_KS)]
+    names = sorted(found_metrics.keys() - missing, key=order.index)
+    metrics = {name: found_metrics[name] for name in names}
+    family = [name for name, metric in metrics.items() if metric.is_primary(_cut_off(name))]
+    directions = {name: metric.higher_is_better for name, metric in metrics.items()}
+    kept = {label: {name: own[name] for name in names} for label, own in samples.items()}
+    baseline = kept[runs[0].label]
+    num_users = len(runs[0].inputs.user_ids)
+    rows = {
+        run.label: compare_family(baseline, kept[run.label], num_users, family, directions)
+        for run in runs[1:]
+    }
+    return Comparisons(list(runs), kept, rows, metrics, family, num_bootstrap, notes)
+
+
+def _cut_off(name: str) -> int | None:
+    """10 for ndcg@10, None for a metric of whole rankings."""
+    _, _, cut_off = name.partition("@")
+    return int(cut_off) if cut_off else None
+
+
+def to_json(found: Comparisons) -> dict[str, Any]:
+    """The content of compare.json; NaN is made null by its writer (`gdrt_ds.files.write_json`)."""
+    runs = {}
+    for run in found.runs:
+        figures = {
+            name: figure(sample, found.metrics[name].higher_is_better)
+            for name, sample in found.samples[run.label].items()
+        }
+        runs[run.label] = {
+            "folder": run.folder.name,
+            "objective": run.results.get("objective"),
+            "scoring": run.results.get("scoring"),
+            "metrics": figures,
+        }
+    comparisons = {
+        label: {name: asdict(row) for name, row in rows.items()} for label, rows in found.rows.items()
+    }
+    first = found.runs[0]
+    return {
+        "baseline": first.label,
+        "runs": runs,
+        "comparisons": comparisons,
+        "primary_family": found.family,
+        "num_bootstrap": found.num_bootstrap,
+        "num_users": len(first.inputs.user_ids),
+        "num_samples": first.inputs.num_samples,
+        "notes": found.notes,
+    }

@@ -1,0 +1,108 @@
+"""The runs of a comparison, read from evaluation folders, and the check that they may be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.folders import open_evaluation
+from eval.metrics.inputs import Inputs, build_inputs
+from gdrt_ds.errors import UserError
+
+MAY_DIFFER = ("scoring", "mode", "dtype")  # keys of results.json whose differences are noted, not refused
+
+
+@dataclass
+class Run:
+    """One evaluation folder with everything that a comparison needs.
+
+    Attributes:
+        label: its name in tables.
+        results: the content of results.json.
+        predictions: one object per test sample, sorted by sample id.
+        entries: the catalogue.
+        history_counts: item id -> its occurrences in training histories; None if the folder does not say.
+        inputs: predictions and catalogue as arrays.
+    """
+
+    label: str
+    folder: Path
+    results: Mapping[str, Any]
+    predictions: list[dict[str, Any]]
+    entries: list[Any]
+    history_counts: dict[str, float] | None
+    inputs: Inputs
+
+
+def load_run(folder: str | Path, label: str) -> Run:
+    """Reads an evaluation folder.
+
+    Raises:
+        UserError: a file is missing or damaged; names it.
+    """
+    evaluation = open_evaluation(folder, label)
+    predictions = evaluation.predictions()
+    # Samples are paired by their place, so the order of the lines in the file must not matter.
+    predictions.sort(key=lambda row: str(row["sample_id"]))
+    entries = evaluation.entries()
+    counts = evaluation.history_counts()
+    inputs = build_inputs(predictions, entries, counts)
+    return Run(label, evaluation.folder, evaluation.results, predictions, entries, counts, inputs)
+
+
+def check_same(runs: Sequence[Run]) -> list[str]:
+    """Refuses runs whose numbers cannot be compared, and says what differs in those whose numbers can.
+
+    Returns:
+        one note per difference that does not forbid the comparison.
+    Raises:
+        UserError: other items, samples, targets or train counts.
+    """
+    first = runs[0]
+    notes = []
+    for run in runs[1:]:
+        _refuse_other_data(first, run)
+        for key in MAY_DIFFER:
+            mine = first.results.get(key)
+            theirs = run.results.get(key)
+            if mine != theirs:
+                notes.append(f"{key} differs: {first.label} {mine}, {run.label} {theirs}")
+    limits = sorted({str(run.results["limit"]) for run in runs if run.results.get("limit")})
+    if limits:
+        notes.insert(0, f"not a result: limited to {', '.join(limits)} samples")
+    return notes
+
+
+def _refuse_other_data(first: Run, run: Run) -> None:
+    pair = f"{first.label} and {run.label}"
+    ours = set(first.inputs.item_ids)
+    theirs = set(run.inputs.item_ids)
+    if ours != theirs:
+        raise UserError(
+            f"{pair} have different catalogues ({len(ours)} and {len(theirs)} items, "
+            f"{len(ours & theirs)} shared)",
+            "evaluate both on the same data; ranks among different items cannot be compared",
+        )
+    our_samples = _samples(first)
+    their_samples = _samples(run)
+    if our_samples != their_samples:
+        raise UserError(
+            f"{pair} have different test samples ({len(our_samples)} and {len(their_samples)}, "
+            f"{len(our_samples & their_samples)} with the same user and target)",
+            "evaluate both with the same split, --limit and data; a paired comparison needs the same users",
+        )
+    if _train_counts(first) != _train_counts(run):
+        raise UserError(
+            f"{pair} have different train counts in their catalogues",
+            "evaluate both with the same training split",
+        )
+
+
+def _samples(run: Run) -> set[tuple[str, str, str]]:
+    return {(str(row["sample_id"]), str(row["user_id"]), row["target_id"]) for row in run.predictions}
+
+
+def _train_counts(run: Run) -> dict[str, Any]:
+    return dict(zip(run.inputs.item_ids, run.inputs.train_count, strict=True))

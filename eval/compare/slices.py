@@ -1,0 +1,77 @@
+"""The comparison inside each value of a sample label, e.g. the planted corpus's `kind`: who gains, who pays.
+
+Averages over all users hide a trade between slices of the samples. A label column in the data makes it
+visible here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from eval.compare.comparison import Comparisons, compare_runs
+from eval.compare.rows import cells
+from eval.compare.runs import Run
+from eval.metrics.inputs import build_inputs
+from eval.report.words import label
+
+SHOWN = ("ndcg@10", "nll")
+MAX_VALUES = 6
+
+
+def label_values(predictions: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Label -> its values, for labels that every sample has and that make two to six slices."""
+    found: dict[str, list[str]] = {}
+    for name in predictions[0].get("labels") or {}:
+        values = sorted({str((row.get("labels") or {}).get(name)) for row in predictions})
+        if 2 <= len(values) <= MAX_VALUES and "None" not in values:
+            found[name] = values
+    return found
+
+
+def with_predictions(run: Run, predictions: list[dict[str, Any]]) -> Run:
+    """The run with other predictions, e.g. those of a slice."""
+    inputs = build_inputs(predictions, run.entries, run.history_counts)
+    return replace(run, predictions=predictions, inputs=inputs)
+
+
+def compare_slices(runs: Sequence[Run], num_bootstrap: int, seed: int) -> list[tuple[str, Comparisons]]:
+    """[("kind = history", the comparison of those samples), ...]."""
+    found = []
+    for name, values in label_values(runs[0].predictions).items():
+        for value in values:
+            cut = []
+            for run in runs:
+                kept = [row for row in run.predictions if str(row["labels"][name]) == value]
+                cut.append(with_predictions(run, kept))
+            found.append((f"{name} = {value}", compare_runs(cut, num_bootstrap, seed)))
+    return found
+
+
+def slice_rows(slices: Sequence[tuple[str, Comparisons]]) -> list[list[str]]:
+    """Table rows; `columns` names their cells."""
+    rows = []
+    for title, found in slices:
+        samples = f"{title} ({len(found.runs[0].inputs.user_ids)} users)"
+        for metric in (name for name in SHOWN if name in found.metrics):
+            for run in found.rows:
+                row = cells(found, run, metric)
+                rows.append(
+                    [
+                        samples,
+                        label(metric),
+                        row.baseline,
+                        run,
+                        row.value,
+                        row.difference,
+                        row.interval,
+                        row.verdict,
+                    ]
+                )
+    return rows
+
+
+def columns(baseline: str) -> list[str]:
+    """The column names of `slice_rows`."""
+    return ["samples", "metric", baseline, "run", "value", "difference", "95 % interval", "verdict"]

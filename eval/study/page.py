@@ -1,0 +1,236 @@
+"""The page of a study: what was asked, what came out against the baseline and the controls, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from eval.intervals import Comparison, interval
+from eval.report.page import Page, Section, Table
+from eval.report.words import number, signed
+from eval.study.blocks import Block
+from eval.study.figures import study_figures, treatments_of
+from eval.study.reading import Grid
+from eval.study.seeds import t_interval
+from eval.study.words import name_of, same_seeds, seeds_of, seeds_text, title_of, value_text
+
+# What is left of a difference when scores that are only flatter or sharper no longer count.
+CALIBRATED = {"nll": "nll_calibrated", "nll_worst_relevance_group": "nll_calibrated_worst_relevance_group"}
+# These metrics stand first in the table of all rows.
+SHOWN_FIRST = (
+    "nll",
+    "nll_worst_relevance_group",
+    "nll_calibrated",
+    "nll_calibrated_worst_relevance_group",
+    "ndcg@10",
+    "mgu@5",
+)
+MAX_NAMED = 12  # of the cells that are not evaluated yet
+CONVENTIONS = (
+    "Values are means over the seeds. Intervals are 95 % and cover users and seeds (both drawn with "
+    "replacement; seeds are few, so read them as a rough idea of the spread between trainings). Audit "
+    "figures have Student's t interval over seeds. Detectable is the smallest true difference that these "
+    "users and seeds would show with 80 % power. Holm's correction runs over the main metrics of one pair "
+    "of rows.",
+    "Worst relevance group: the groups are those of the baseline's run in every row, so that it means the "
+    "same targets.",
+)
+AUDITS_EXPLAINED = (
+    "Known: nats of ln(catalogue) that the scores give about the target at their best temperature, through "
+    "the user's own history and without it. History sensitivity: target NLL with another user's history "
+    "minus with the true one, as scored. Auxiliary:interaction: attribution of the target's log-probability "
+    "to prompt and prefix over that to the history, log2 (0 = equal, 1 = twice), and against the base "
+    "model's (0: tuning left it where it was)."
+)
+
+
+def build_page(grid: Grid, blocks: list[Block], totals: Mapping[str, Any]) -> Page:
+    """The whole page, in reading order."""
+    study = grid.study
+    base = study["baseline"]
+    controls = study["controls"]
+    several = len(blocks) > 1
+    summary = [study["question"]]
+    for block in blocks:
+        summary += [sentence(block, row, base, several) for row in treatments_of(block, base, controls)]
+    sections = [Section("In short", summary, figures=study_figures(blocks, base, controls))]
+    for block in blocks:
+        sections += block_sections(block, base, several)
+    sections.append(_conventions(blocks, grid.absent))
+    warning = ""
+    if grid.absent:
+        num_cells = totals["cells"] + len(grid.absent)
+        warning = f"{len(grid.absent)} of {num_cells} cells are not evaluated yet."
+    return Page("Study", study["name"], warning, _facts(blocks, totals), sections)
+
+
+def _facts(blocks: Sequence[Block], totals: Mapping[str, Any]) -> list[tuple[str, str]]:
+    seeds = sorted({seed for block in blocks for found in block.seeds.values() for seed in found})
+    users = sorted({f"{block.num_users:,}" for block in blocks})
+    ranks = ", ".join(map(str, totals["worlds"]))
+    devices = ", ".join(totals["devices"])
+    return [
+        ("Cells", str(totals["cells"])),
+        ("Seeds", ", ".join(map(str, seeds))),
+        ("Test users", ", ".join(users)),
+        ("Catalogue", f"{blocks[0].num_items:,} items"),
+        ("Trained on", f"{devices}, {ranks} rank(s), {totals['train_seconds']:,} s in all runs"),
+        ("Code", ", ".join(totals["git"])),
+    ]
+
+
+def _conventions(blocks: Sequence[Block], absent: Sequence[str]) -> Section:
+    notes = [*CONVENTIONS, *dict.fromkeys(note for block in blocks for note in block.notes)]
+    if absent:
+        more = " ..." if len(absent) > MAX_NAMED else ""
+        notes.append(f"Not evaluated yet ({len(absent)} cells): {', '.join(absent[:MAX_NAMED])}{more}.")
+    return Section("Conventions and notes", notes)
+
+
+def sentence(block: Block, row: str, base: str, name_setting: bool) -> str:
+    """One line per row: what is shown to be better or worse than the baseline.
+
+    Where a difference of scores is not shown once the scores are calibrated, the line says what is left of
+    it.
+    """
+    found: dict[str, list[str]] = {"better": [], "worse": []}
+    comparisons = block.comparisons[base][row]
+    for name, comparison in comparisons.items():
+        if not comparison.family or comparison.verdict not in found:
+            continue
+        words = signed(comparison.difference)
+        calibrated = comparisons.get(CALIBRATED.get(name, ""))
+        if calibrated is not None and calibrated.verdict != comparison.verdict:
+            shown = calibrated.verdict if calibrated.verdict in found else "not shown"
+            words += f" as scored; calibrated {signed(calibrated.difference)}, {shown}"
+        found[comparison.verdict].append(f"{name_of(name)} ({words})")
+    parts = [f"{kind} on {', '.join(names)}" for kind, names in found.items() if names]
+    text = "; ".join(parts) or "no difference of the main metrics is shown"
+    where = f" [{block.setting}]" if name_setting else ""
+    return f"**{row}**{where} against {base}: {text}."
+
+
+def block_sections(block: Block, base: str, several: bool) -> list[Section]:
+    """The sections of one setting.
+
+    Args:
+        several: whether the study has several settings, so that titles name them.
+    """
+    where = f"{block.setting}: " if several else ""
+    sections = [_all_rows(block, where)]
+    for reference, others in block.comparisons.items():
+        if others:
+            section = _against(block, reference, where)
+            section.folded = reference != base
+            sections.append(section)
+    if block.audits:
+        sections.append(_audits(block, base, where))
+    return sections
+
+
+def _all_rows(block: Block, where: str) -> Section:
+    """Every row with every metric, then the floors."""
+    metrics = list(next(iter(block.rows.values())))
+    first = [name for name in metrics if name in SHOWN_FIRST or " " in name]
+    names = first + [name for name in metrics if name not in first]
+    rows = [[row, *(value_text(samples.get(name)) for name in names)] for row, samples in block.rows.items()]
+    for floor, values in block.floors.items():
+        rows.append([f"floor: {floor}", *(number(values.get(name)) for name in names)])
+    text = f"{seeds_of(block)}; {block.num_users:,} users, {block.num_items:,} items."
+    return Section(f"{where}all rows", [text], tables=[Table(["row", *map(title_of, names)], rows)])
+
+
+def _against(block: Block, reference: str, where: str) -> Section:
+    """The differences of the main metrics to one reference row."""
+    others = block.comparisons[reference]
+    columns = ["row", "metric", reference, "row's", "difference", "95 % interval", "Holm p", "detectable"]
+    columns.append("verdict")
+    rows = []
+    for row, comparisons in others.items():
+        rows += [_difference(row, name, found) for name, found in comparisons.items() if found.family]
+    words = []
+    if not same_seeds(block):
+        shared = []
+        for row in others:
+            seeds = [str(seed) for seed in block.seeds[row] if seed in block.seeds[reference]]
+            shared.append(f"{row} {', '.join(seeds)}")
+        words.append(f"Over the seeds that both rows have: {'; '.join(shared)}.")
+    return Section(f"{where}against {reference}", words, tables=[Table(columns, rows)])
+
+
+def _difference(row: str, metric: str, found: Comparison) -> list[str]:
+    return [
+        row,
+        title_of(metric),
+        number(found.baseline),
+        number(found.value),
+        signed(found.difference),
+        f"{signed(found.ci_low)} to {signed(found.ci_high)}",
+        number(found.p_holm),
+        number(found.minimum_detectable),
+        found.verdict,
+    ]
+
+
+def _audits(block: Block, base: str, where: str) -> Section:
+    """The audits of every row, then their differences to the baseline, seed by seed."""
+    rows = []
+    for row in block.rows:
+        rows.append([row, *(seeds_text(list(values[row].values())) for values in block.audits.values())])
+    for row in block.rows:
+        if row == base or row not in block.comparisons.get(base, {}):
+            continue
+        cells = [f"{row} - {base}"]
+        for values in block.audits.values():
+            before = values[base]
+            cells.append(
+                seeds_text([value - before[seed] for seed, value in values[row].items() if seed in before])
+            )
+        rows.append(cells)
+    table = Table(["row", *block.audits], rows)
+    return Section(f"{where}what the prediction hangs on", [AUDITS_EXPLAINED], tables=[table])
+
+
+# -- study.json ------------------------------------------------------------------------------------
+def to_json(grid: Grid, blocks: list[Block], totals: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of study.json; NaN is made null by its writer (`gdrt_ds.files.write_json`)."""
+    return {
+        "study": dict(grid.study),
+        "settings": {block.setting: _block_json(block) for block in blocks},
+        "not_evaluated": grid.absent,
+        "totals": dict(totals),
+    }
+
+
+def _block_json(block: Block) -> dict[str, Any]:
+    rows = {}
+    for row, samples in block.rows.items():
+        rows[row] = {name: _figure(sample.value, *interval(sample)) for name, sample in samples.items()}
+    differences: dict[str, Any] = {}
+    for reference, others in block.comparisons.items():
+        differences[reference] = {
+            row: {name: asdict(found) for name, found in comparisons.items()}
+            for row, comparisons in others.items()
+        }
+    audits: dict[str, Any] = {}
+    for title, values in block.audits.items():
+        audits[title] = {}
+        for row, by_seed in values.items():
+            seeds = list(by_seed.values())
+            audits[title][row] = {**_figure(*t_interval(seeds)), "seeds": seeds}
+    return {
+        "seeds": sorted({seed for seeds in block.seeds.values() for seed in seeds}),
+        "seeds_of_rows": block.seeds,
+        "num_users": block.num_users,
+        "num_items": block.num_items,
+        "rows": rows,
+        "differences": differences,
+        "audits": audits,
+        "floors": block.floors,
+        "notes": block.notes,
+    }
+
+
+def _figure(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "ci_low": low, "ci_high": high}
