@@ -53,7 +53,8 @@ def _rows_side_by_side(block: Block, metrics: Sequence[str], title: str) -> dict
         "categories": list(block.rows),
         "horizontal": len(block.rows) > MAX_UPRIGHT,
         "y_label": title,
-        "caption": f"Setting {block.setting}. {seeds_of(block)}; whiskers are 95 % intervals over users and seeds.",
+        "caption": f"Setting {block.setting}. {seeds_of(block)}; "
+        "whiskers are 95 % intervals over users and seeds.",
         "series": series,
     }
 
@@ -76,9 +77,7 @@ def _bars(samples: Sequence[Resampled]) -> dict[str, list[float | None]]:
 
 
 def _audit_of_rows(block: Block, name: str) -> dict[str, Any]:
-    """An audit's figure of every row: the mean over its seeds, with Student's interval where there are
-    several.
-    """
+    """An audit's figure of every row: the mean over its seeds, with Student's interval."""
     found = [t_interval(list(block.audits[name][row].values())) for row in block.rows]
     series = {
         "name": name,
@@ -93,8 +92,8 @@ def _audit_of_rows(block: Block, name: str) -> dict[str, Any]:
         "horizontal": len(block.rows) > MAX_UPRIGHT,
         "y_label": name,
         "legend": False,
-        "caption": f"Setting {block.setting}. {seeds_of(block)}; whiskers are Student's 95 % intervals over seeds, "
-        "where there are several.",
+        "caption": f"Setting {block.setting}. {seeds_of(block)}; "
+        "whiskers are Student's 95 % intervals over seeds, where there are several.",
         "series": [finite(series)],
     }
 
@@ -102,7 +101,7 @@ def _audit_of_rows(block: Block, name: str) -> dict[str, Any]:
 def _over_settings(
     blocks: Sequence[Block], base: str, treatment: str, metrics: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The difference of a treatment to the baseline in every setting that has both; nothing for one setting."""
+    """The difference of a treatment to the baseline, by setting; nothing if only one has both rows."""
     kept = [block for block in blocks if treatment in block.comparisons.get(base, {})]
     if len(kept) < 2:
         return []

@@ -1,4 +1,4 @@
-"""The page of a study: what was asked, what came out against the baseline and the controls, and what it cost."""
+"""The page of a study: what was asked, what came out against baseline and controls, what it cost."""
 
 from __future__ import annotations
 

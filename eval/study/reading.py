@@ -1,4 +1,4 @@
-"""Reads the folder of a study: what grid.json asks for, which cells are evaluated, and what their runs cost."""
+"""Reads the folder of a study: what grid.json asks for, what is evaluated, and what the runs cost."""
 
 from __future__ import annotations
 
