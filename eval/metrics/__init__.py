@@ -5,23 +5,35 @@
     found["metrics"]["ndcg@10"]   ->  {"value": ..., "ci_low": ..., "ci_high": ..., "n": ..., "higher_is_better": True}
     found["breakdowns"]["user:gender"]["groups"]["F"]["ndcg@10"]["value"]
     found["breakdowns"]["user:gender"]["summary"]["ndcg@10"]["gap"]["value"]      (worst, best, gap, ratio)
-Definitions with formulas: docs/evaluation.md. One function and one row per metric: table.py.
+
+A metric family is one file here that binds `METRICS`; `table.py` finds it. Slices (slices.py) stand in results.json
+under `breakdowns`. Definitions with formulas: docs/evaluation.md.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.intervals import Resampled, Statistic, interval, resample
 from eval.metrics import table
+from eval.metrics.base import Metric
 from eval.metrics.inputs import build_inputs
-from eval.metrics.table import METRICS, Metric, row_of
-from eval.metrics.user_side import breakdown_statistics
+from eval.metrics.slices import all_slices
+from eval.metrics.table import metrics, row_of
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import finite
 
-__all__ = ["METRICS", "Metric", "evaluate", "evaluate_targets", "build_inputs", "row_of", "figure"]
+__all__ = [
+    "DEFAULT_KS",
+    "Metric",
+    "build_inputs",
+    "evaluate",
+    "evaluate_targets",
+    "figure",
+    "metrics",
+    "row_of",
+]
 
 DEFAULT_KS = (1, 5, 10, 20, 50)
 
@@ -36,32 +48,43 @@ def evaluate(
     seed: int = 0,
     breakdowns: bool = True,
 ) -> dict[str, Any]:
-    """Measure everything that the data defines.
+    """Measures everything that the data define.
 
-    predictions: objects as in predictions.jsonl (sample_id, user_id, target_id, rank, top_ids, target_nll, history_ids, user,
-    labels, relevance_group; optional num_tied = items that share the target's score, for exact tie handling).
-    catalogue_entries: objects with item_id, merged_ids, train_count, provider, groups.
-    history_item_counts: item id -> occurrences in train histories (GH of MGU and DGU); default: train_count, noted.
-
-    Returns {"metrics": {name: figure}, "breakdowns": {dimension: {"groups": {group: {measure: figure}}, "summary":
-    {measure: {"worst"|"best"|"gap"|"ratio": figure}}}}, "notes": [...]}; a figure is {"value", "ci_low", "ci_high", "n",
-    "higher_is_better"}, undefined numbers are None. Raises UserError on inputs that do not fit (see build_inputs).
+    Args:
+        predictions: objects as in predictions.jsonl (sample_id, user_id, target_id, rank, top_ids, target_nll,
+            history_ids, user, labels, relevance_group; optional num_tied = items that share the target's score, for
+            exact tie handling).
+        catalogue_entries: objects with item_id, merged_ids, train_count, provider, groups.
+        ks: cut-offs.
+        history_item_counts: item id -> occurrences in train histories (GH of MGU and DGU). The default is
+            train_count, and a note says so.
+        num_bootstrap, seed: of the intervals.
+        breakdowns: whether slices are measured, too.
+    Returns:
+        {"metrics": {name: figure}, "breakdowns": {dimension: {"groups": {slice: {measure: figure}}, "summary":
+        {measure: {"worst"|"best"|"gap"|"ratio": figure}}}}, "notes": [...]}. A figure is {"value", "ci_low",
+        "ci_high", "n", "higher_is_better"}; undefined numbers are None.
+    Raises:
+        UserError: inputs that do not fit (see build_inputs).
     """
     ks = _checked_ks(ks)
     inputs = build_inputs(predictions, catalogue_entries, history_item_counts)
     found, rows, notes = table.statistics(inputs, ks)
-    nested = breakdown_statistics(inputs) if breakdowns else {}
+    nested = all_slices(inputs) if breakdowns else {}
     flat = {("metric", name): statistic for name, statistic in found.items()}
-    flat.update({("breakdown", *path): statistic for path, statistic in _walk(nested)})
+    flat.update({("slice", *path): statistic for path, statistic in _walk(nested)})
     samples = resample(flat, inputs.user_of_sample, num_bootstrap, seed)
-    metrics = {name: figure(samples["metric", name], rows[name].higher_is_better) for name in found}
-    result = _figures(nested, samples)
-    no_provider = int((inputs.provider_of_item < 0).sum())
-    if inputs.provider_names and no_provider:
+    without_provider = int((inputs.provider_of_item < 0).sum())
+    if inputs.provider_names and without_provider:
         notes.append(
-            f"{no_provider} of {inputs.num_items} items have no provider; provider metrics are over the others"
+            f"{without_provider} of {inputs.num_items} items have no provider; "
+            "provider metrics are over the others"
         )
-    return {"metrics": metrics, "breakdowns": result, "notes": [*inputs.notes, *notes]}
+    return {
+        "metrics": {name: figure(samples["metric", name], rows[name].higher_is_better) for name in found},
+        "breakdowns": _figures(nested, samples),
+        "notes": [*inputs.notes, *notes],
+    }
 
 
 def evaluate_targets(
@@ -75,7 +98,8 @@ def evaluate_targets(
 ) -> dict[str, Any]:
     """The calibration metrics of the test targets themselves (lists of one item): {name: figure}.
 
-    MGU measures calibration to the history, not to the future: with a time split even a perfect recommender has this value.
+    MGU measures calibration to the history and not to the future: with a time split even a perfect recommender has
+    this value. Arguments as in `evaluate`.
     """
     inputs = build_inputs(predictions, catalogue_entries, history_item_counts).as_targets()
     found, rows, _ = table.statistics(inputs, _checked_ks(ks), only_targets=True)
@@ -86,10 +110,7 @@ def evaluate_targets(
 def figure(sample: Resampled, higher_is_better: bool | None) -> dict[str, Any]:
     """One figure of results.json; NaN and infinity become None."""
     low, high = interval(sample)
-    numbers = {
-        key: (x if math.isfinite(x) else None)
-        for key, x in (("value", sample.value), ("ci_low", low), ("ci_high", high))
-    }
+    numbers = finite({"value": sample.value, "ci_low": low, "ci_high": high})
     return {**numbers, "n": sample.n, "higher_is_better": higher_is_better}
 
 
@@ -99,28 +120,36 @@ def _checked_ks(ks: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(ks)))
 
 
+# -- slices: a tree of statistics to a tree of figures --------------------------------------------------
 MEASURE_DIRECTION = {"ndcg@10": True, "hr@10": True, "mrr": True, "nll": False}
+PART_DIRECTION = {"gap": False, "ratio": True}
+
+Path = tuple[str, ...]
+"""Keys from the root of the tree: dimension, "groups", slice, measure; or dimension, "summary", measure, part."""
 
 
-def _walk(nested: Mapping, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Statistic]]:
+def _walk(nested: Mapping, path: Path = ()) -> list[tuple[Path, Statistic]]:
     pairs = []
     for key, value in nested.items():
-        pairs += [((*path, key), value)] if isinstance(value, Statistic) else _walk(value, (*path, key))
+        here = (*path, key)
+        pairs += [(here, value)] if isinstance(value, Statistic) else _walk(value, here)
     return pairs
 
 
-def _figures(nested: Mapping, samples: Mapping, path: tuple[str, ...] = ()) -> dict[str, Any]:
-    result = {}
+def _figures(nested: Mapping, samples: Mapping, path: Path = ()) -> dict[str, Any]:
+    found = {}
     for key, value in nested.items():
         here = (*path, key)
         if isinstance(value, Statistic):
-            result[key] = figure(samples[("breakdown", *here)], _direction(here))
+            found[key] = figure(samples[("slice", *here)], _direction(here))
         else:
-            result[key] = _figures(value, samples, here)
-    return result
+            found[key] = _figures(value, samples, here)
+    return found
 
 
-def _direction(path: tuple[str, ...]) -> bool | None:
-    if path[1] == "groups":
-        return MEASURE_DIRECTION.get(path[-1])
-    return {"gap": False, "ratio": True}.get(path[-1], MEASURE_DIRECTION.get(path[2]))
+def _direction(path: Path) -> bool | None:
+    """Whether higher is better, of the figure at this path."""
+    _, kind, third, last = path
+    if kind == "groups":
+        return MEASURE_DIRECTION.get(last)
+    return PART_DIRECTION.get(last, MEASURE_DIRECTION.get(third))

@@ -1,8 +1,10 @@
 """Accuracy metrics: functions of the target's rank r and of its negative log-likelihood.
 
 Ties. When the scorer says that t items share the target's score (`num_tied`), the metric is its expectation over a random
-order of those t positions, so that a constant scorer scores exactly like chance (HR@K = K / I). A fractional rank without
-num_tied is used as it is.
+order of those t positions, so that a constant scorer scores exactly like chance (HR@K = K / I). A fractional rank
+without num_tied is used as it is.
+
+Legend: N test samples, I catalogue entries.
 """
 
 from __future__ import annotations
@@ -10,11 +12,16 @@ from __future__ import annotations
 import numpy as np
 
 from eval.intervals import Statistic, mean_statistic
+from eval.metrics.base import Metric
 from eval.metrics.inputs import Inputs
 
 
 def _expected_gain(inputs: Inputs, gain_at: np.ndarray, num_counted: int) -> np.ndarray:
-    """Mean gain over the tied positions. gain_at: [num_counted] gain at positions 1..num_counted, zero beyond. -> [N]"""
+    """Mean gain [N] over the tied positions.
+
+    Args:
+        gain_at: [num_counted] gain at positions 1..num_counted; it is zero beyond.
+    """
     first = np.rint(inputs.rank - (inputs.num_tied - 1) / 2).astype(int)  # best position of the tied block
     last = (first + inputs.num_tied - 1).astype(int)
     cumulative = np.concatenate([[0.0], np.cumsum(gain_at)])
@@ -40,9 +47,13 @@ def gains(inputs: Inputs, k: int) -> np.ndarray:
 def reciprocal_ranks(inputs: Inputs) -> np.ndarray:
     """[N] 1 / r over the whole catalogue, no cut-off."""
     size = inputs.num_items
-    return np.where(
-        _untied(inputs), 1 / inputs.rank, _expected_gain(inputs, 1 / np.arange(1, size + 1), size)
-    )
+    tied = _expected_gain(inputs, 1 / np.arange(1, size + 1), size)
+    return np.where(_untied(inputs), 1 / inputs.rank, tied)
+
+
+def rank_shares(inputs: Inputs) -> np.ndarray:
+    """[N] (r - 1) / (I - 1): 0 is first, 1 is last, 0.5 is chance."""
+    return (inputs.rank - 1) / max(1, inputs.num_items - 1)
 
 
 def hr(inputs: Inputs, k: int) -> Statistic:
@@ -58,9 +69,21 @@ def mrr(inputs: Inputs, k: int | None = None) -> Statistic:
 
 
 def nll(inputs: Inputs, k: int | None = None) -> Statistic | None:
-    return mean_statistic(inputs.target_nll, (0, np.inf)) if np.isfinite(inputs.target_nll).any() else None
+    if not np.isfinite(inputs.target_nll).any():
+        return None
+    return mean_statistic(inputs.target_nll, (0, np.inf))
 
 
 def mean_rank_share(inputs: Inputs, k: int | None = None) -> Statistic:
-    """(r - 1) / (I - 1): 0 is always first, 0.5 is chance."""
-    return mean_statistic((inputs.rank - 1) / max(1, inputs.num_items - 1), (0, 1))
+    return mean_statistic(rank_shares(inputs), (0, 1))
+
+
+METRICS = (
+    Metric(
+        "ndcg@{k}", ndcg, "accuracy", "how high the target stands in the top K", True, ks="all", primary=10
+    ),
+    Metric("hr@{k}", hr, "accuracy", "share of targets in the top K", True, ks="all", primary=10),
+    Metric("mrr", mrr, "accuracy", "mean of 1 / rank over the whole catalogue", True, primary=True),
+    Metric("nll", nll, "accuracy", "negative log-likelihood of the target item, nats", False, primary=True),
+    Metric("mean_rank_share", mean_rank_share, "accuracy", "mean rank: 0 first, 0.5 chance, 1 last", False),
+)

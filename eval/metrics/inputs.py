@@ -1,12 +1,12 @@
 """Predictions and catalogue as arrays: checked once here, so that every metric is a few lines of numpy.
 
-Legend: N test samples, I catalogue entries, L longest list, G groups of items.
+Legend: N test samples, U users, I catalogue entries, L labels of items, T temperatures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,12 +15,19 @@ from scipy import sparse
 
 from gdrt_ds.errors import UserError
 
-HEAD_SHARE = 0.2  # the most popular fifth of the items is the head, the rest the long tail (APLT); our choice, common in the field
+# The most popular fifth of the items is the head, the rest the long tail (APLT): our choice, common in the field.
+HEAD_SHARE = 0.2
+POPULARITY = "popularity_"  # labellings by popularity bins are called popularity_<bins>
 
 
 @dataclass(frozen=True, eq=False)
-class ItemGroups:
-    """A grouping of the catalogue. membership: [I, G], rows sum to 1 (an item with m labels counts 1/m in each)."""
+class Labelling:
+    """Labels of the catalogue: popularity bins, genres and the like.
+
+    Attributes:
+        names: [L] of the labels.
+        membership: [I, L], rows sum to 1 (an item with m labels counts 1/m in each).
+    """
 
     names: tuple[str, ...]
     membership: sparse.csr_matrix
@@ -30,14 +37,26 @@ class ItemGroups:
 class Inputs:
     """Everything a metric may look at.
 
-    rank: [N] 1-based expected rank; a null or NaN rank is the worst rank I (and counted in `missing_rank`).
-    num_tied: [N] items that share the target's score, itself included; 1 where the prediction does not say.
-    target_nll: [N] nats, NaN where unknown. nll_curve: [N, T] the same at each of calibration.TEMPERATURES; [N, 0] without any.
-    top: [N, L] entry indices, best first, -1 after the end of a short list.
-    history: [N, I] CSR counts of the sample's own history. target: [N] entry index.
-    train_count: [I] interactions in train. history_count: [I] occurrences in train histories (GH of MGU and DGU).
-    user_of_sample: [N] 0..U-1. attributes, labels: name -> [N] strings or None. relevance_group: [N], -1 where unknown.
-    provider_of_item: [I] index into provider_names, -1 without provider.
+    Attributes:
+        item_ids: [I] of the catalogue entries.
+        rank: [N] 1-based expected rank. A null or NaN rank is the worst rank I (and counted in `missing_rank`).
+        missing_rank: [N] whether the prediction has no rank.
+        num_tied: [N] items that share the target's score, itself included; 1 where the prediction does not say.
+        target_nll: [N] nats, NaN where unknown.
+        nll_curve: [N, T] the same at each of calibration.TEMPERATURES; [N, 0] without any.
+        top: [N, longest list] entry indices, best first, -1 after the end of a short list.
+        history: [N, I] CSR counts of the sample's own history.
+        target: [N] entry index.
+        train_count: [I] interactions in train.
+        history_count: [I] occurrences in train histories (GH of MGU and DGU).
+        user_of_sample: [N] 0..U-1; user_ids: [U].
+        attributes, labels: name -> [N] strings or None, of the user and of the sample.
+        relevance_group: [N], -1 where unknown.
+        provider_of_item: [I] index into provider_names, -1 without provider.
+        item_labels: name -> labelling of the catalogue that the data give, e.g. genres.
+        notes: what the report should say about the data.
+        lists_are_targets: see `as_targets`.
+        cache: what metrics computed and others can use again.
     """
 
     item_ids: tuple[str, ...]
@@ -58,7 +77,7 @@ class Inputs:
     relevance_group: np.ndarray
     provider_of_item: np.ndarray
     provider_names: tuple[str, ...]
-    label_groups: Mapping[str, ItemGroups]
+    item_labels: Mapping[str, Labelling]
     notes: tuple[str, ...]
     lists_are_targets: bool = False
     cache: dict[Any, Any] = field(default_factory=dict)
@@ -77,20 +96,33 @@ class Inputs:
 
     def exposure(self, k: int) -> sparse.csr_matrix:
         """[N, I] CSR, 1 where the entry is in the sample's top-k list."""
-        return self.cached(("exposure", k), lambda: self._listed(np.ones(k), k))
+
+        def make() -> sparse.csr_matrix:
+            return self._listed(np.ones(k), k)
+
+        return self.cached(("exposure", k), make)
 
     def discounted_exposure(self, k: int) -> sparse.csr_matrix:
         """[N, I] CSR, 1 / log2(position + 1) where the entry is in the sample's top-k list."""
-        return self.cached(("discounted", k), lambda: self._listed(1 / np.log2(np.arange(k) + 2), k))
 
-    def groups(self, name: str) -> ItemGroups | None:
-        """A grouping by name: popularity_<bins>, or a label of the catalogue such as genres; None if the catalogue lacks it."""
-        if name.startswith("popularity_"):
-            return self.cached(
-                ("groups", name),
-                lambda: popularity_groups(self.train_count, self.item_ids, int(name.split("_")[1])),
-            )
-        return self.label_groups.get(name)
+        def make() -> sparse.csr_matrix:
+            return self._listed(1 / np.log2(np.arange(k) + 2), k)
+
+        return self.cached(("discounted", k), make)
+
+    def labelling(self, name: str) -> Labelling | None:
+        """Labels of the catalogue by name; None if the catalogue lacks them.
+
+        Args:
+            name: popularity_<bins>, or labels that the catalogue holds, such as genres.
+        """
+        if not name.startswith(POPULARITY):
+            return self.item_labels.get(name)
+
+        def make() -> Labelling:
+            return popularity_bins(self.train_count, self.item_ids, int(name.removeprefix(POPULARITY)))
+
+        return self.cached(("labelling", name), make)
 
     def as_targets(self) -> Inputs:
         """The test targets themselves as lists of one: what a perfect recommender of the future would show."""
@@ -103,7 +135,8 @@ class Inputs:
             (weights[position], (sample, top[sample, position])), shape=(self.num_samples, self.num_items)
         )
 
-    def cached(self, key: Any, make: Any) -> Any:
+    def cached(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns, computed once per key."""
         if key not in self.cache:
             self.cache[key] = make()
         return self.cache[key]
@@ -114,8 +147,11 @@ def popularity_order(train_count: np.ndarray, item_ids: Sequence[str]) -> np.nda
     return np.lexsort((np.asarray(item_ids), -np.asarray(train_count)))
 
 
-def popularity_groups(train_count: np.ndarray, item_ids: Sequence[str], num_bins: int) -> ItemGroups:
-    """Bins of equal item count over the items seen in train, most popular first; items unseen in train join the last bin."""
+def popularity_bins(train_count: np.ndarray, item_ids: Sequence[str], num_bins: int) -> Labelling:
+    """Bins of equal item count over the items seen in train, most popular first.
+
+    Items unseen in train join the last bin.
+    """
     order = popularity_order(train_count, item_ids)
     seen = order[np.asarray(train_count)[order] > 0]
     bin_of = np.full(len(item_ids), num_bins - 1)
@@ -125,8 +161,9 @@ def popularity_groups(train_count: np.ndarray, item_ids: Sequence[str], num_bins
         (np.ones(bin_of.size), (np.arange(bin_of.size), bin_of)), shape=(bin_of.size, num_bins)
     )
     names = [f"{i + 1}" for i in range(num_bins)]
-    names[0], names[-1] = "1 (most)", f"{num_bins} (least)"
-    return ItemGroups(tuple(names), membership)
+    names[0] = "1 (most)"
+    names[-1] = f"{num_bins} (least)"
+    return Labelling(tuple(names), membership)
 
 
 def build_inputs(
@@ -134,18 +171,76 @@ def build_inputs(
     catalogue_entries: Sequence[Any],
     history_item_counts: Mapping[str, float] | None = None,
 ) -> Inputs:
-    """Check predictions against the catalogue and turn both into arrays.
+    """Checks predictions against the catalogue and turns both into arrays.
 
-    predictions: one object per test sample, keys as in predictions.jsonl. catalogue_entries: objects with item_id,
-    merged_ids, train_count, provider, groups. history_item_counts: item id -> occurrences in train histories; without it the
-    catalogue's train_count stands in, and a note says so.
-    Raises UserError for an empty split, an id outside the catalogue, a repeated sample or a rank below 1.
+    Args:
+        predictions: one object per test sample, keys as in predictions.jsonl.
+        catalogue_entries: objects with item_id, merged_ids, train_count, provider, groups.
+        history_item_counts: item id -> occurrences in train histories. Without it the catalogue's train_count stands
+            in, and a note says so.
+    Raises:
+        UserError: an empty split, an id outside the catalogue, a repeated sample or a rank below 1.
     """
+    _check_samples(predictions)
+    index_of = _index_of(catalogue_entries)
+    notes: list[str] = []
+    item_ids = tuple(str(entry.item_id) for entry in catalogue_entries)
+    rank, missing, tied = _ranks(predictions, len(item_ids), notes)
+    nll = np.array([_number(p.get("target_nll")) for p in predictions])
+    unknown = int(np.sum(~np.isfinite(nll)))
+    if unknown:
+        notes.append(f"{unknown} of {nll.size} samples have no finite target_nll; nll is over the others")
+    train_count = np.array([float(entry.train_count) for entry in catalogue_entries])
+    if history_item_counts is None:
+        history_count = train_count
+        notes.append("GH (the history share in MGU and DGU) is taken from the catalogue's train_count")
+    else:
+        history_count = _history_counts(history_item_counts, index_of, len(item_ids))
+    users = _numbered(str(p["user_id"]) for p in predictions)
+    providers = _numbered(sorted({str(e.provider) for e in catalogue_entries if e.provider}))
+    groups = [p.get("relevance_group") for p in predictions]
+    return Inputs(
+        item_ids=item_ids,
+        rank=rank,
+        missing_rank=missing,
+        num_tied=tied,
+        target_nll=nll,
+        nll_curve=_curves(predictions),
+        top=_lists(predictions, index_of, notes),
+        history=_histories(predictions, index_of, len(item_ids)),
+        target=np.array([_lookup(index_of, p["target_id"], "target_id") for p in predictions]),
+        train_count=train_count,
+        history_count=history_count,
+        user_of_sample=np.array([users[str(p["user_id"])] for p in predictions]),
+        user_ids=tuple(users),
+        attributes=_columns(predictions, "user"),
+        labels=_columns(predictions, "labels"),
+        relevance_group=np.array([-1 if g is None else int(g) for g in groups]),
+        provider_of_item=np.array(
+            [providers[str(e.provider)] if e.provider else -1 for e in catalogue_entries]
+        ),
+        provider_names=tuple(providers),
+        item_labels=_item_labels(catalogue_entries),
+        notes=tuple(notes),
+    )
+
+
+def _check_samples(predictions: Sequence[Mapping[str, Any]]) -> None:
     if not predictions:
         raise UserError(
             "there are no predictions to evaluate: the split is empty",
             "evaluate a split that has samples (--split)",
         )
+    ids = [p.get("sample_id", n) for n, p in enumerate(predictions)]
+    repeats = len(ids) - len(set(ids))
+    if repeats:
+        raise UserError(
+            f"sample_id is repeated in the predictions ({repeats} repeats)", "give each test sample once"
+        )
+
+
+def _index_of(catalogue_entries: Sequence[Any]) -> dict[str, int]:
+    """Item id (merged ones too) -> index of its catalogue entry."""
     if not catalogue_entries:
         raise UserError("the catalogue is empty", "build the catalogue from the item table first")
     index_of: dict[str, int] = {}
@@ -156,53 +251,22 @@ def build_inputs(
                     f"item id {item_id!r} is in two catalogue entries",
                     "merge duplicate items once, in the catalogue",
                 )
-    ids = [p.get("sample_id", n) for n, p in enumerate(predictions)]
-    if len(set(ids)) != len(ids):
-        raise UserError(
-            f"sample_id is repeated in the predictions ({len(ids) - len(set(ids))} repeats)",
-            "give each test sample once",
-        )
-    notes: list[str] = []
-    item_ids = tuple(str(entry.item_id) for entry in catalogue_entries)
-    rank, missing, tied = _ranks(predictions, len(item_ids), notes)
-    nll = np.array([_number(p.get("target_nll")) for p in predictions])
-    if 0 < (bad := int(np.sum(~np.isfinite(nll)))):
-        notes.append(f"{bad} of {nll.size} samples have no finite target_nll; nll is over the others")
-    train_count = np.array([float(entry.train_count) for entry in catalogue_entries])
-    if history_item_counts is None:
-        history_count = train_count
-        notes.append("GH (the history share in MGU and DGU) is taken from the catalogue's train_count")
-    else:
-        history_count = np.zeros(len(item_ids))
-        for item_id, count in history_item_counts.items():
-            history_count[_lookup(index_of, item_id, "history_item_counts")] += count
-    users = {u: i for i, u in enumerate(dict.fromkeys(str(p["user_id"]) for p in predictions))}
-    providers = {
-        p: i for i, p in enumerate(sorted({str(e.provider) for e in catalogue_entries if e.provider}))
-    }
-    groups = [p.get("relevance_group") for p in predictions]
-    return Inputs(
-        item_ids,
-        rank,
-        missing,
-        tied,
-        nll,
-        _curves(predictions),
-        _lists(predictions, index_of, notes),
-        _histories(predictions, index_of, len(item_ids)),
-        np.array([_lookup(index_of, p["target_id"], "target_id") for p in predictions]),
-        train_count,
-        history_count,
-        np.array([users[str(p["user_id"])] for p in predictions]),
-        tuple(users),
-        _columns(predictions, "user"),
-        _columns(predictions, "labels"),
-        np.array([-1 if g is None else int(g) for g in groups]),
-        np.array([providers[str(e.provider)] if e.provider else -1 for e in catalogue_entries]),
-        tuple(providers),
-        _label_groups(catalogue_entries),
-        tuple(notes),
-    )
+    return index_of
+
+
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    """Distinct names in the order of their first appearance -> 0, 1, 2, ..."""
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}
+
+
+def _history_counts(
+    history_item_counts: Mapping[str, float], index_of: Mapping[str, int], num_items: int
+) -> np.ndarray:
+    """[I] occurrences in train histories, merged items together."""
+    counts = np.zeros(num_items)
+    for item_id, count in history_item_counts.items():
+        counts[_lookup(index_of, item_id, "history_item_counts")] += count
+    return counts
 
 
 def _number(value: Any) -> float:
@@ -210,11 +274,14 @@ def _number(value: Any) -> float:
 
 
 def _curves(predictions: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """[N, T] NLL at each temperature; a row of NaN where the prediction has none."""
     found = [p.get("nll_at_temperatures") or () for p in predictions]
     width = max(map(len, found))
-    return np.array(
-        [[_number(v) for v in values] if len(values) == width else [float("nan")] * width for values in found]
-    ).reshape(len(found), width)
+    rows = np.full((len(found), width), np.nan)
+    for row, values in enumerate(found):
+        if len(values) == width:
+            rows[row] = [_number(value) for value in values]
+    return rows
 
 
 def _lookup(index_of: Mapping[str, int], item_id: str, where: str) -> int:
@@ -231,15 +298,17 @@ def _ranks(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rank = np.array([_number(p.get("rank")) for p in predictions])
     missing = ~np.isfinite(rank)
-    if np.any(rank[~missing] < 1) or np.any(rank[~missing] > num_items):
-        bad = float(rank[~missing][(rank[~missing] < 1) | (rank[~missing] > num_items)][0])
+    given = rank[~missing]
+    outside = given[(given < 1) | (given > num_items)]
+    if outside.size:
         raise UserError(
-            f"rank {bad:g} is outside 1..{num_items} (the catalogue)",
+            f"rank {float(outside[0]):g} is outside 1..{num_items} (the catalogue)",
             "ranks are 1-based; check the scorer and the catalogue",
         )
     if missing.any():
         notes.append(
-            f"{int(missing.sum())} of {rank.size} targets have no rank (not found, or NaN scores): counted at the worst rank {num_items}"
+            f"{int(missing.sum())} of {rank.size} targets have no rank (not found, or NaN scores): "
+            f"counted at the worst rank {num_items}"
         )
     tied = np.array([max(1.0, _number(p.get("num_tied", 1))) for p in predictions])
     tied[missing] = 1.0
@@ -292,21 +361,27 @@ def _columns(predictions: Sequence[Mapping[str, Any]], key: str) -> dict[str, np
     return columns
 
 
-def _label_groups(catalogue_entries: Sequence[Any]) -> dict[str, ItemGroups]:
-    result = {}
-    for key in sorted({key for e in catalogue_entries for key in (e.groups or {})}):
-        labels = []
-        for e in catalogue_entries:
-            value = (e.groups or {}).get(key)
-            value = [value] if isinstance(value, str) else list(value or ())
-            labels.append([str(v) for v in dict.fromkeys(value) if v] or ["(none)"])
-        names = {name: i for i, name in enumerate(sorted({v for values in labels for v in values}))}
-        if len(names) < 2:  # no item has this label, or all share one: nothing to compare
+def _item_labels(catalogue_entries: Sequence[Any]) -> dict[str, Labelling]:
+    """The labellings that the catalogue holds, by name.
+
+    Those that no item has, or of which all items share one label, are left out: there is nothing to compare.
+    """
+    found = {}
+    for key in sorted({key for entry in catalogue_entries for key in (entry.groups or {})}):
+        labels = [_labels_of(entry, key) for entry in catalogue_entries]
+        names = _numbered(sorted({label for values in labels for label in values}))
+        if len(names) < 2:
             continue
-        rows = [r for r, values in enumerate(labels) for _ in values]
+        rows = [row for row, values in enumerate(labels) for _ in values]
+        columns = [names[label] for values in labels for label in values]
         data = [1 / len(values) for values in labels for _ in values]
-        columns = [names[v] for values in labels for v in values]
-        result[key] = ItemGroups(
-            tuple(names), sparse.csr_matrix((data, (rows, columns)), shape=(len(labels), len(names)))
-        )
-    return result
+        membership = sparse.csr_matrix((data, (rows, columns)), shape=(len(labels), len(names)))
+        found[key] = Labelling(tuple(names), membership)
+    return found
+
+
+def _labels_of(entry: Any, key: str) -> list[str]:
+    """The distinct labels of one catalogue entry; `(none)` where it has none."""
+    value = (entry.groups or {}).get(key)
+    values = [value] if isinstance(value, str) else list(value or ())
+    return [str(label) for label in dict.fromkeys(values) if label] or ["(none)"]

@@ -1,11 +1,15 @@
 """Item-side metrics: which items the lists show, against the histories and against the catalogue.
 
-Legend: I catalogue entries, G item groups, GP group shares in the top-K lists, GH group shares in the histories.
+MGU and DGU, RSP and REO look at labels of the items: popularity bins, genres. Their papers call these item groups.
+
+Legend: N test samples, I catalogue entries, L labels, B bootstrap replicates, U users; GP shares of the labels in the
+top-K lists, GH their shares in the histories.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from scipy import sparse
@@ -13,66 +17,81 @@ from scipy.stats import rankdata
 
 from eval.intervals import Statistic, mean_statistic, ratio
 from eval.metrics.accuracy import hit_rates
+from eval.metrics.base import item_metric
 from eval.metrics.inputs import HEAD_SHARE, Inputs, popularity_order
 
+BINS = "popularity_8"
 
+
+# -- shares of labels, against the histories -----------------------------------------------------------
 def _shares(totals: np.ndarray) -> np.ndarray:
     """Rows to shares; NaN rows where a row is empty."""
     return totals / totals.sum(axis=1, keepdims=True)
 
 
-def _group_features(inputs: Inputs, k: int, groups: str, histories: bool) -> np.ndarray:
-    """[N, G] recommendations per group, and with `histories` [N, 2G] the sample's own history per group beside them."""
+def _label_features(inputs: Inputs, k: int, labels: str, histories: bool) -> np.ndarray:
+    """[N, L] recommendations per label; with `histories` [N, 2L], the sample's own history per label beside them."""
 
     def make() -> np.ndarray:
-        membership = inputs.groups(groups).membership
+        membership = inputs.labelling(labels).membership
         shown = (inputs.exposure(k) @ membership).toarray()
-        return np.hstack([shown, (inputs.history @ membership).toarray()]) if histories else shown
+        if not histories:
+            return shown
+        return np.hstack([shown, (inputs.history @ membership).toarray()])
 
-    return inputs.cached(("group_features", k, groups, histories), make)
+    return inputs.cached(("label_features", k, labels, histories), make)
 
 
-def _group_unfairness(
-    inputs: Inputs,
-    k: int,
-    groups: str,
-    histories: bool,
-    summary: Callable[[np.ndarray], np.ndarray],
-    bounds: tuple[float, float],
+def _unfairness(
+    inputs: Inputs, k: int, labels: str, histories: bool, summary: Callable[[np.ndarray], np.ndarray]
 ) -> Statistic | None:
-    grouping = inputs.groups(groups)
-    if grouping is None:
+    """A summary of GP - GH over the labels, as a statistic."""
+    labelling = inputs.labelling(labels)
+    if labelling is None:
         return None
     if histories:
         if inputs.history.nnz == 0:
             return None
-        num_groups = len(grouping.names)
+        num_labels = len(labelling.names)
 
         def finish(totals: np.ndarray) -> np.ndarray:
-            return summary(_shares(totals[:, :num_groups]) - _shares(totals[:, num_groups:]))
+            return summary(_shares(totals[:, :num_labels]) - _shares(totals[:, num_labels:]))
     else:
         if inputs.history_count.sum() == 0:
             return None
-        train_share = _shares(np.asarray(inputs.history_count[None, :] @ grouping.membership))
+        train_share = _shares(np.asarray(inputs.history_count[None, :] @ labelling.membership))
 
         def finish(totals: np.ndarray) -> np.ndarray:
             return summary(_shares(totals) - train_share)
 
-    return Statistic(_group_features(inputs, k, groups, histories), finish, inputs.num_samples, False, bounds)
+    features = _label_features(inputs, k, labels, histories)
+    return Statistic(features, finish, inputs.num_samples, smooth=False, bounds=(0, 2))
 
 
-def mgu(inputs: Inputs, k: int, groups: str = "popularity_8", histories: bool = False) -> Statistic | None:
-    """Mean group unfairness: mean over groups of |GP_g - GH_g|. GH: train histories, or the test samples' own (`histories`)."""
-    return _group_unfairness(inputs, k, groups, histories, lambda gap: np.abs(gap).mean(axis=1), (0, 2))
+def _mean_distance(gap: np.ndarray) -> np.ndarray:
+    return np.abs(gap).mean(axis=1)
 
 
-def dgu(inputs: Inputs, k: int, groups: str = "popularity_8", histories: bool = False) -> Statistic | None:
-    """Disparity of group unfairness: max over groups of (GP_g - GH_g) minus their min."""
-    return _group_unfairness(
-        inputs, k, groups, histories, lambda gap: gap.max(axis=1) - gap.min(axis=1), (0, 2)
-    )
+def _range(gap: np.ndarray) -> np.ndarray:
+    return gap.max(axis=1) - gap.min(axis=1)
 
 
+def mgu(inputs: Inputs, k: int, labels: str = BINS, histories: bool = False) -> Statistic | None:
+    """Mean group unfairness: mean over labels g of |GP_g - GH_g|.
+
+    Args:
+        labels: name of the labelling of the catalogue.
+        histories: GH is that of the test samples' own histories instead of the train histories.
+    """
+    return _unfairness(inputs, k, labels, histories, _mean_distance)
+
+
+def dgu(inputs: Inputs, k: int, labels: str = BINS, histories: bool = False) -> Statistic | None:
+    """Disparity of group unfairness: max over labels g of (GP_g - GH_g) minus their min. Arguments as in `mgu`."""
+    return _unfairness(inputs, k, labels, histories, _range)
+
+
+# -- spread over single items --------------------------------------------------------------------------
 def coverage_of(totals: np.ndarray) -> np.ndarray:
     """Share of columns with any exposure. [B, n] -> [B]"""
     return (totals > 0).mean(axis=1)
@@ -90,25 +109,26 @@ def coverage(inputs: Inputs, k: int) -> Statistic:
 
 
 def gini_of(totals: np.ndarray) -> np.ndarray:
-    """Gini index of each row, zeros included: sum_j (2j - n - 1) x_(j) / (n sum x), x sorted ascending. [B, n] -> [B]"""
+    """Gini index of each row, zeros included: sum_j (2j - n - 1) x_(j) / (n sum x), x ascending. [B, n] -> [B]"""
     size = totals.shape[1]
-    ordered = np.sort(
-        totals.astype(np.float32), axis=1
-    )  # counts below 2^24 are exact, and float32 sorts twice as fast
+    # Counts below 2^24 are exact in float32, which sorts twice as fast.
+    ordered = np.sort(totals.astype(np.float32), axis=1)
     return ordered.astype(np.float64) @ (2 * np.arange(1, size + 1) - size - 1) / (size * totals.sum(axis=1))
 
 
 def gini_influence(features: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
-    """Derivative of the Gini index along each user's features; of tied columns the lowest place, which a column takes when it loses.
+    """Derivative of the Gini index along each user's features. [U, n], [n] -> [U]
 
-    [U, n], [n] -> [U]
+    Tied columns stand at their lowest place, which is the one that a column takes when it loses.
     """
-    size, total = totals.size, totals.sum()
+    size = totals.size
+    total = totals.sum()
     places = rankdata(totals, method="min")
     return features @ ((2 * places - size - 1) / (size * total) - gini_of(totals[None, :])[0] / total)
 
 
 def gini(inputs: Inputs, k: int) -> Statistic:
+    """Gini index of the items' exposure, unseen items included."""
     return Statistic(inputs.exposure(k), gini_of, inputs.num_samples, False, (0, 1), gini_influence)
 
 
@@ -137,46 +157,49 @@ def entropy_influence(features: sparse.csr_matrix, totals: np.ndarray) -> np.nda
 
 
 def entropy(inputs: Inputs, k: int) -> Statistic:
+    """Shannon entropy of the items' exposure, in nats."""
     return Statistic(
         inputs.exposure(k), entropy_of, inputs.num_samples, False, (0, np.inf), entropy_influence
     )
 
 
-def _mean_over_list(inputs: Inputs, k: int, item_values: np.ndarray) -> np.ndarray:
+# -- popularity ----------------------------------------------------------------------------------------
+def mean_over_list(inputs: Inputs, k: int, item_values: np.ndarray) -> np.ndarray:
     """[N] mean of an item value over the sample's top-k list; NaN for an empty list."""
     return _mean_over(inputs.exposure(k), item_values)
 
 
 def _mean_over(counts: sparse.csr_matrix, item_values: np.ndarray) -> np.ndarray:
+    """[N] mean of an item value weighted by each row's counts; NaN for an empty row."""
     sizes = np.asarray(counts.sum(axis=1)).ravel()
     return np.divide(counts @ item_values, sizes, out=np.full(sizes.size, np.nan), where=sizes > 0)
 
 
 def arp(inputs: Inputs, k: int) -> Statistic:
     """Average recommendation popularity: mean over samples of the mean train count of the list."""
-    return mean_statistic(_mean_over_list(inputs, k, inputs.train_count))
+    return mean_statistic(mean_over_list(inputs, k, inputs.train_count))
 
 
 def long_tail(inputs: Inputs) -> np.ndarray:
     """[I] True for items outside the most popular fifth of the catalogue (ceil(0.2 I) items)."""
+    order = popularity_order(inputs.train_count, inputs.item_ids)
     tail = np.ones(inputs.num_items, dtype=bool)
-    tail[
-        popularity_order(inputs.train_count, inputs.item_ids)[: int(np.ceil(HEAD_SHARE * inputs.num_items))]
-    ] = False
+    tail[order[: int(np.ceil(HEAD_SHARE * inputs.num_items))]] = False
     return tail
 
 
 def aplt(inputs: Inputs, k: int) -> Statistic:
     """Average percentage of long-tail items: mean over samples of the share of the list in the long tail."""
-    return mean_statistic(_mean_over_list(inputs, k, long_tail(inputs).astype(float)), (0, 1))
+    return mean_statistic(mean_over_list(inputs, k, long_tail(inputs).astype(float)), (0, 1))
 
 
 def popularity_lift(inputs: Inputs, k: int) -> Statistic | None:
-    """(GAP_lists - GAP_profiles) / GAP_profiles, GAP = mean over samples of the mean train count; samples with a history only."""
-    shown, profile = (
-        _mean_over_list(inputs, k, inputs.train_count),
-        _mean_over(inputs.history, inputs.train_count),
-    )
+    """(GAP_lists - GAP_profiles) / GAP_profiles, GAP = mean over samples of the mean train count.
+
+    Over samples with a history only.
+    """
+    shown = mean_over_list(inputs, k, inputs.train_count)
+    profile = _mean_over(inputs.history, inputs.train_count)
     valid = np.isfinite(shown) & np.isfinite(profile)
     if not valid.any():
         return None
@@ -185,56 +208,111 @@ def popularity_lift(inputs: Inputs, k: int) -> Statistic | None:
 
 
 def logpopdiff(inputs: Inputs, k: int) -> Statistic | None:
-    """Mean of ln(train count + 1) over the list minus the same over the sample's history; samples with a history only."""
+    """Mean of ln(train count + 1) over the list minus the same over the sample's history; samples with one only."""
     values = np.log1p(inputs.train_count)
-    difference = _mean_over_list(inputs, k, values) - _mean_over(inputs.history, values)
-    return mean_statistic(difference) if np.isfinite(difference).any() else None
+    difference = mean_over_list(inputs, k, values) - _mean_over(inputs.history, values)
+    if not np.isfinite(difference).any():
+        return None
+    return mean_statistic(difference)
 
 
+# -- parity of chances ---------------------------------------------------------------------------------
 def _relative_deviation(rates: np.ndarray) -> np.ndarray:
-    """Standard deviation / mean of each row over its groups that exist (not NaN); NaN where the mean is 0. [B, G] -> [B]"""
+    """Standard deviation / mean of each row over its labels that exist (not NaN). [B, L] -> [B]
+
+    NaN where the mean is 0.
+    """
     exists = np.isfinite(rates)
-    count, known = exists.sum(axis=1), np.where(exists, rates, 0.0)
+    count = exists.sum(axis=1)
+    known = np.where(exists, rates, 0.0)
     mean = known.sum(axis=1) / count
     variance = np.where(exists, (known - mean[:, None]) ** 2, 0.0).sum(axis=1) / count
     return np.sqrt(variance) / mean
 
 
-def rsp(inputs: Inputs, k: int, groups: str = "popularity_8") -> Statistic | None:
-    """Ranking-based statistical parity: std / mean over groups of P(in the top k | item of group g); 0 is parity.
+def rsp(inputs: Inputs, k: int, labels: str = BINS) -> Statistic | None:
+    """Ranking-based statistical parity: std / mean over labels of P(in the top k | item of the label); 0 is parity.
 
-    Every catalogue entry is a candidate for every sample, as in the scorer. Groups without items are left out.
+    Every catalogue entry is a candidate for every sample, as in the scorer. Labels without items are left out.
     """
-    grouping = inputs.groups(groups)
-    if grouping is None:
+    labelling = inputs.labelling(labels)
+    if labelling is None:
         return None
-    sizes = np.asarray(grouping.membership.sum(axis=0)).ravel()
-    sizes = np.where(sizes > 0, sizes, np.nan)  # shares over N cancel in std / mean
-    return Statistic(
-        _group_features(inputs, k, groups, False),
-        lambda totals: _relative_deviation(totals / sizes),
-        inputs.num_samples,
-        False,
-        (0, np.inf),
-    )
-
-
-def reo(inputs: Inputs, k: int, groups: str = "popularity_8") -> Statistic | None:
-    """Ranking-based equal opportunity: std / mean over groups of P(in the top k | target of group g); 0 is equal opportunity.
-
-    Groups without a test target are left out.
-    """
-    grouping = inputs.groups(groups)
-    if grouping is None:
-        return None
-    target_groups = grouping.membership[inputs.target].toarray()  # [N, G]
-    num_groups = target_groups.shape[1]
-    features = np.hstack([target_groups * hit_rates(inputs, k)[:, None], target_groups])
+    sizes = np.asarray(labelling.membership.sum(axis=0)).ravel()
+    sizes = np.where(sizes > 0, sizes, np.nan)
 
     def finish(totals: np.ndarray) -> np.ndarray:
-        hits, targets = totals[:, :num_groups], totals[:, num_groups:]
-        return _relative_deviation(
-            np.divide(hits, targets, out=np.full_like(hits, np.nan), where=targets > 0)
-        )
+        return _relative_deviation(totals / sizes)  # rates are per sample; N cancels in std / mean
+
+    features = _label_features(inputs, k, labels, False)
+    return Statistic(features, finish, inputs.num_samples, False, (0, np.inf))
+
+
+def reo(inputs: Inputs, k: int, labels: str = BINS) -> Statistic | None:
+    """Ranking-based equal opportunity: std / mean over labels of P(in the top k | target of the label); 0 is equal.
+
+    Labels without a test target are left out.
+    """
+    labelling = inputs.labelling(labels)
+    if labelling is None:
+        return None
+    target_labels = labelling.membership[inputs.target].toarray()  # [N, L]
+    num_labels = target_labels.shape[1]
+    features = np.hstack([target_labels * hit_rates(inputs, k)[:, None], target_labels])
+
+    def finish(totals: np.ndarray) -> np.ndarray:
+        hits = totals[:, :num_labels]
+        targets = totals[:, num_labels:]
+        rates = np.divide(hits, targets, out=np.full_like(hits, np.nan), where=targets > 0)
+        return _relative_deviation(rates)
 
     return Statistic(features, finish, inputs.num_samples, False, (0, np.inf))
+
+
+METRICS = (
+    item_metric("mgu@{k}", mgu, "mean |list share - history share| over 8 popularity bins", False, primary=5),
+    item_metric(
+        "dgu@{k}", dgu, "spread of (list share - history share) over 8 popularity bins", False, primary=5
+    ),
+    item_metric("mgu_pop5@{k}", partial(mgu, labels="popularity_5"), "MGU over 5 popularity bins", False),
+    item_metric("dgu_pop5@{k}", partial(dgu, labels="popularity_5"), "DGU over 5 popularity bins", False),
+    item_metric(
+        "mgu_genres@{k}", partial(mgu, labels="genres"), "MGU over genres (m genres: 1/m each)", False
+    ),
+    item_metric("dgu_genres@{k}", partial(dgu, labels="genres"), "DGU over genres", False),
+    item_metric(
+        "mgu_test_histories@{k}",
+        partial(mgu, histories=True),
+        "MGU against the test samples' histories (IFairLRS)",
+        False,
+    ),
+    item_metric(
+        "dgu_test_histories@{k}",
+        partial(dgu, histories=True),
+        "DGU against the test samples' histories (IFairLRS)",
+        False,
+    ),
+    item_metric("coverage@{k}", coverage, "share of the catalogue that is in some list", True),
+    item_metric("gini@{k}", gini, "inequality of exposure over items, unseen ones included", False),
+    item_metric("entropy@{k}", entropy, "entropy of exposure over items, nats", True),
+    item_metric("arp@{k}", arp, "mean train count of recommended items", None),
+    item_metric("aplt@{k}", aplt, "share of lists outside the most popular fifth of items", None),
+    item_metric(
+        "popularity_lift@{k}", popularity_lift, "relative rise of popularity from profile to list", None
+    ),
+    item_metric(
+        "logpopdiff@{k}",
+        logpopdiff,
+        "mean ln(popularity + 1) of the list minus that of the profile",
+        None,
+    ),
+    item_metric("rsp@{k}", rsp, "uneven chance of being shown, over popularity bins", False),
+    item_metric(
+        "reo@{k}",
+        reo,
+        "uneven chance of being hit when it is the target, over popularity bins",
+        False,
+        targets=False,
+        needs_lists=False,  # it reads the rank of the target
+    ),
+)

@@ -3,7 +3,7 @@
 Exposure of a provider is the discounted attention to its items: sum over lists and positions of 1 / log2(position + 1).
 Items without a provider are left out of all shares (their number is in the report's notes).
 
-Legend: P providers, S size bins, I catalogue entries.
+Legend: N test samples, P providers, S size bins, I catalogue entries.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from scipy import sparse
 
 from eval.intervals import Statistic
+from eval.metrics.base import provider_metric
 from eval.metrics.inputs import Inputs
 from eval.metrics.item_side import coverage_influence, coverage_of, gini_influence, gini_of
 
@@ -31,9 +32,11 @@ def _provider_matrix(inputs: Inputs) -> sparse.csr_matrix:
 
 def provider_exposure(inputs: Inputs, k: int) -> sparse.csr_matrix:
     """[N, P] CSR discounted exposure that each sample's list gives to each provider."""
-    return inputs.cached(
-        ("provider_exposure", k), lambda: (inputs.discounted_exposure(k) @ _provider_matrix(inputs)).tocsr()
-    )
+
+    def make() -> sparse.csr_matrix:
+        return (inputs.discounted_exposure(k) @ _provider_matrix(inputs)).tocsr()
+
+    return inputs.cached(("provider_exposure", k), make)
 
 
 def catalogue_share(inputs: Inputs) -> np.ndarray:
@@ -59,9 +62,9 @@ def size_bins(inputs: Inputs) -> np.ndarray:
     middle = np.cumsum(share[order]) - share[order] / 2
     bins = np.empty(share.size, dtype=int)
     bins[order] = np.minimum((middle * NUM_SIZE_BINS).astype(int), NUM_SIZE_BINS - 1)
-    return np.unique(bins, return_inverse=True)[
-        1
-    ]  # one huge provider may leave a bin empty: number the filled ones
+    # One huge provider may leave a bin empty: only the filled ones are numbered.
+    _, numbered = np.unique(bins, return_inverse=True)
+    return numbered
 
 
 def _statistic(
@@ -87,19 +90,27 @@ def provider_l1_interactions(inputs: Inputs, k: int) -> Statistic | None:
 
 
 def _l1(inputs: Inputs, k: int, reference: Callable[[Inputs], np.ndarray]) -> Statistic | None:
-    if len(inputs.provider_names) < 2 or not np.isfinite(share := reference(inputs)).all():
+    if len(inputs.provider_names) < 2:
         return None
-    return _statistic(
-        inputs,
-        k,
-        lambda totals: np.abs(totals / totals.sum(axis=1, keepdims=True) - share).sum(axis=1),
-        (0, 2),
-    )
+    expected = reference(inputs)
+    if not np.isfinite(expected).all():
+        return None
+
+    def finish(totals: np.ndarray) -> np.ndarray:
+        return np.abs(totals / totals.sum(axis=1, keepdims=True) - expected).sum(axis=1)
+
+    return _statistic(inputs, k, finish, (0, 2))
 
 
 def provider_minmax(inputs: Inputs, k: int) -> Statistic | None:
-    """Min over max, over provider size bins, of exposure share / catalogue share: 1 is parity, 0 is an unseen bin."""
-    if len(inputs.provider_names) < 2 or (bins := size_bins(inputs)).max() == 0:
+    """Min over max, over provider size bins, of exposure share / catalogue share.
+
+    1 is parity, 0 is a bin that is never shown.
+    """
+    if len(inputs.provider_names) < 2:
+        return None
+    bins = size_bins(inputs)
+    if bins.max() == 0:
         return None
     in_bin = np.eye(bins.max() + 1)[bins]  # [P, S]
     size = catalogue_share(inputs) @ in_bin
@@ -126,17 +137,38 @@ def exposure_by_size(inputs: Inputs, k: int) -> list[dict[str, float | str]]:
     if len(inputs.provider_names) < 2:
         return []
     exposure = np.asarray(provider_exposure(inputs, k).sum(axis=0)).ravel()
-    bins, rows = size_bins(inputs), []
     total = exposure.sum()
-    for index in range(bins.max() + 1):
+    offered = catalogue_share(inputs)
+    chosen = interaction_share(inputs)
+    bins = size_bins(inputs)
+    names = [str(index + 1) for index in range(bins.max() + 1)]
+    names[-1] = "smallest"
+    names[0] = "largest"
+    rows = []
+    for index, name in enumerate(names):
         members = bins == index
         rows.append(
             {
-                "providers": f"{'largest' if index == 0 else 'smallest' if index == bins.max() else index + 1}",
+                "providers": name,
                 "num_providers": int(members.sum()),
-                "catalogue_share": float(catalogue_share(inputs)[members].sum()),
-                "interaction_share": float(interaction_share(inputs)[members].sum()),
+                "catalogue_share": float(offered[members].sum()),
+                "interaction_share": float(chosen[members].sum()),
                 "exposure_share": float(exposure[members].sum() / total) if total else float("nan"),
             }
         )
     return rows
+
+
+METRICS = (
+    provider_metric(
+        "provider_l1_catalogue@{k}", provider_l1_catalogue, "exposure against catalogue share", False
+    ),
+    provider_metric(
+        "provider_l1_interactions@{k}", provider_l1_interactions, "exposure against interaction share", False
+    ),
+    provider_metric(
+        "provider_minmax@{k}", provider_minmax, "least over most favoured provider size bin", True
+    ),
+    provider_metric("provider_gini@{k}", provider_gini, "inequality of exposure over providers", False),
+    provider_metric("provider_coverage@{k}", provider_coverage, "share of providers shown at all", True),
+)

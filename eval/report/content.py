@@ -10,7 +10,8 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from eval.metrics import METRICS, row_of
+from eval.metrics import metrics as all_metrics
+from eval.metrics import row_of
 from eval.metrics.inputs import build_inputs
 from eval.report import figures
 from eval.report.page import Card, Page, Section, Table
@@ -336,7 +337,7 @@ def terminal_table(results: Mapping[str, Any], every: bool = False) -> RichTable
         table.add_column(
             column, justify="left" if column == "metric" else "right", no_wrap=column != "metric"
         )
-    order = [m.name_at(k) for m in METRICS for k in ((None,) if m.ks is None else (1, 5, 10, 20, 50))]
+    order = [m.name_at(k) for m in all_metrics() for k in ((None,) if m.ks is None else (1, 5, 10, 20, 50))]
     for name in [n for n in order if n in results["metrics"] and (every or n in TERMINAL)]:
         figure = results["metrics"][name]
         table.add_row(

@@ -99,7 +99,7 @@ def exposure_figures(inputs: Inputs) -> list[dict[str, Any]]:
             "genres, an item with m of them counts 1/m in each",
         ),
     ):
-        grouping = inputs.groups(groups)
+        grouping = inputs.labelling(groups)
         if grouping is None:
             continue
 

@@ -20,14 +20,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from examples import entry, prediction, world  # noqa: E402
 
-from eval.intervals import mean_statistic  # noqa: E402
-from eval.metrics import (  # noqa: E402  # noqa: E402
+from eval.metrics import (  # noqa: E402
     accuracy,
     evaluate,
     evaluate_targets,
     inputs,
     item_side,
     provider_side,
+    slices,
     table,
     user_side,
 )
@@ -172,7 +172,7 @@ def test_mgu_and_dgu_equal_the_hand_computed_case():
 def test_popularity_bins_hold_equal_numbers_of_seen_items_and_unseen_items_join_the_last():
     counts = np.array([0, 5, 9, 1, 7, 3, 0, 8, 2, 6])
     names = [f"i{n}" for n in range(10)]
-    bins = np.asarray(inputs.popularity_groups(counts, names, 4).membership.argmax(axis=1)).ravel()
+    bins = np.asarray(inputs.popularity_bins(counts, names, 4).membership.argmax(axis=1)).ravel()
     assert [sorted(counts[bins == b].tolist(), reverse=True) for b in range(4)] == [
         [9, 8],
         [7, 6],
@@ -184,7 +184,7 @@ def test_popularity_bins_hold_equal_numbers_of_seen_items_and_unseen_items_join_
 def test_a_genre_share_is_split_over_the_genres_of_an_item():
     entries = [entry("i0", 1, genres=("A", "B")), entry("i1", 1, genres=("A",))]
     found = evaluate([prediction(0, "i0", 1, ["i0"])], entries, ks=(1, 5), **FAST)
-    grouping = inputs.build_inputs([prediction(0, "i0", 1, ["i0"])], entries).groups("genres")
+    grouping = inputs.build_inputs([prediction(0, "i0", 1, ["i0"])], entries).labelling("genres")
     assert grouping.membership.toarray().tolist() == [[0.5, 0.5], [1.0, 0.0]]
     assert (
         any("K is larger than the catalogue (2)" in note for note in found["notes"])
@@ -366,29 +366,6 @@ def test_inputs_that_do_not_fit_are_refused_in_words(change, words):
         evaluate(predictions, [entry(f"i{i}") for i in range(5)], **FAST)
 
 
-def test_adding_a_metric_is_one_function_and_one_row(monkeypatch):
-    def rare_share(data, k):
-        rare = data.train_count <= np.median(data.train_count)
-        return mean_statistic(item_side._mean_over_list(data, k, rare.astype(float)), (0, 1))
-
-    row = table.Metric(
-        "rare_share@{k}",
-        rare_share,
-        "item",
-        "share of the list in the less popular half",
-        None,
-        (5,),
-        targets=True,
-    )
-    monkeypatch.setattr(table, "METRICS", (*table.METRICS, row))
-    predictions, entries = popular_and_rare()
-    found = evaluate(predictions, entries, ks=(5,), **FAST)["metrics"]["rare_share@5"]
-    assert found["value"] == pytest.approx(1 / 5) and found["ci_low"] is not None
-    assert evaluate_targets(predictions, entries, ks=(5,), num_bootstrap=20)["rare_share@5"][
-        "value"
-    ] == pytest.approx(1 / 2)
-
-
 def test_lists_that_are_missing_or_short_leave_list_metrics_out_with_words():
     entries = [entry(f"i{i}", 3) for i in range(30)]
     found = evaluate([prediction(n, "i0", 2, []) for n in range(3)], entries, **FAST)
@@ -453,8 +430,8 @@ MUTATIONS = [
         "np.where(missing, 1.0, rank)",
         test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place,
     ),
-    (item_side, "mgu", "mean(axis=1)", "max(axis=1)", test_mgu_and_dgu_equal_the_hand_computed_case),
-    (item_side, "dgu", "- gap.min(axis=1)", "", test_mgu_and_dgu_equal_the_hand_computed_case),
+    (item_side, "_mean_distance", "mean(axis=1)", "max(axis=1)", test_mgu_and_dgu_equal_the_hand_computed_case),
+    (item_side, "_range", "- gap.min(axis=1)", "", test_mgu_and_dgu_equal_the_hand_computed_case),
     (
         item_side,
         "gini_of",
@@ -471,14 +448,14 @@ MUTATIONS = [
     ),
     (
         inputs,
-        "popularity_groups",
+        "popularity_bins",
         "num_bins - 1)",
         "0)",
         test_popularity_bins_hold_equal_numbers_of_seen_items_and_unseen_items_join_the_last,
     ),
     (
         inputs,
-        "_label_groups",
+        "_item_labels",
         "1 / len(values)",
         "1.0",
         test_a_genre_share_is_split_over_the_genres_of_an_item,
@@ -498,7 +475,7 @@ MUTATIONS = [
         test_provider_exposure_equals_the_hand_computed_case,
     ),
     (
-        user_side,
+        slices,
         "summary_statistics",
         "if higher_is_better else",
         "if not higher_is_better else",
@@ -538,10 +515,10 @@ def test_a_planted_error_is_caught(module, name, old, new, check, monkeypatch):
         row
         if row.function is not original and getattr(row.function, "func", None) is not original
         else _replaced(row, original, mutated)
-        for row in table.METRICS
+        for row in table.metrics()
     )
-    monkeypatch.setattr(table, "METRICS", rows)
-    for user in (accuracy, inputs, item_side, provider_side, user_side):
+    monkeypatch.setattr(table, "metrics", lambda: rows)
+    for user in (accuracy, inputs, item_side, provider_side, slices, user_side):
         if getattr(user, name, None) is original:
             monkeypatch.setattr(user, name, mutated)
     with pytest.raises((AssertionError, KeyError)):

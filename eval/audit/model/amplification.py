@@ -21,7 +21,7 @@ from eval.audit.checkpoint_weights import adapter_weights, checkpoint_folders, s
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap, permutation_p
 from eval.audit.score_rows import entropy, exposure, probabilities, top_lists
-from eval.metrics.inputs import popularity_groups as popularity_bins
+from eval.metrics.inputs import popularity_bins
 from gdrt_ds.inference.prompt_reader import PromptReader
 
 DEFAULT_USERS = 16
