@@ -60,7 +60,7 @@ def compare_runs(runs: Sequence[Run], num_bootstrap: int = 2000, seed: int = 0) 
     missing = {name for name in found_metrics if not all(name in own for own in samples.values())}
     if missing:
         notes.append(f"left out, because not every run has them: {', '.join(sorted(missing))}")
-    order = [metric.name_at(k) for metric in table.METRICS for k in metric.cut_offs(DEFAULT_KS)]
+    order = [metric.name_at(k) for metric in table.metrics() for k in metric.cut_offs(DEFAULT_KS)]
     names = sorted(found_metrics.keys() - missing, key=order.index)
     metrics = {name: found_metrics[name] for name in names}
     family = [name for name, metric in metrics.items() if metric.is_primary(_cut_off(name))]
