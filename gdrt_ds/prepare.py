@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
 
         check_combination(config, read_deepspeed_config(config.deepspeed))
         from gdrt_ds.runtime import start_runtime
-        from gdrt_ds.training.trainer import Trainer
+        from gdrt_ds.training.run import prepare_only
 
-        Trainer(config, start_runtime(config.train.timeout_s)).prepare_only()
+        prepare_only(config, start_runtime(config.train.timeout_s))
         import torch.distributed as dist
 
         dist.destroy_process_group()

@@ -85,7 +85,7 @@ def write_grid(study: Study, folder: Path, cells: list[Cell]) -> None:
 def train_in_process(study: Study, folder: Path, cells: list[Cell]) -> int:
     """Trains cells one after the other on one process group of one rank. Returns the number of failures, or 75 if interrupted."""
     from gdrt_ds.runtime import start_runtime
-    from gdrt_ds.training.trainer import Trainer
+    from gdrt_ds.training.run import run_training
 
     runtime, failures = None, 0
     for cell in cells:
@@ -95,14 +95,14 @@ def train_in_process(study: Study, folder: Path, cells: list[Cell]) -> int:
         runtime = runtime or start_runtime(config.train.timeout_s)
         started, log = time.process_time(), folder / "logs" / f"{cell.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        trainer, problem, status = Trainer(config, runtime), "", 1
+        problem, status = "", 1
         with (
             open(log, "w", encoding="utf-8") as stream,
             contextlib.redirect_stdout(stream),
             contextlib.redirect_stderr(stream),
         ):
             try:
-                status = trainer.run()
+                status = run_training(config, runtime, keep_engine=False)
             except UserError as error:
                 problem = str(error)
             except (
@@ -112,8 +112,6 @@ def train_in_process(study: Study, folder: Path, cells: list[Cell]) -> int:
 
                 traceback.print_exc(file=stream)
                 problem = f"{type(error).__name__}: {error}"
-        if getattr(trainer, "engine", None) is not None:
-            trainer.engine.destroy()
         if status == EXIT_INTERRUPTED or runtime.stop_signal is not None:
             print(f"{cell.name}: interrupted", flush=True)
             return EXIT_INTERRUPTED

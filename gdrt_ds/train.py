@@ -62,10 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.plan:
             return 0
         from gdrt_ds.runtime import ignore_stop_signals, start_runtime
-        from gdrt_ds.training.trainer import Trainer
+        from gdrt_ds.training.run import run_training
 
         runtime = start_runtime(config.train.timeout_s)
-        status = Trainer(config, runtime).run()
+        status = run_training(config, runtime)
         ignore_stop_signals()
         import torch.distributed as dist
 

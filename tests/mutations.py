@@ -445,11 +445,6 @@ def main() -> int:
         print("these mutations no longer find their place in the source:\n" + "\n".join(lost_places(chosen)))
         return 1
     import bitsandbytes  # noqa: E401, F401 once, before the forks
-    import deepspeed
-    import peft
-    import pytest
-    import scipy.optimize
-    import transformers
 
     print("| planted error | test | result | s |\n|---|---|---|---|", flush=True)
     survivors, tests = 0, {}

@@ -12,5 +12,6 @@ tokens), reference.py (plain torch, the judge of all others).
 from gdrt_ds.loss.allowed import AllowedTokens
 from gdrt_ds.loss.group_loss import GroupLoss, describe, group_cross_entropy
 from gdrt_ds.loss.reference import reference_group_cross_entropy
+from gdrt_ds.loss.rowwise import group_sums
 
-__all__ = ["AllowedTokens", "GroupLoss", "describe", "group_cross_entropy", "reference_group_cross_entropy"]
+__all__ = ["AllowedTokens", "GroupLoss", "describe", "group_cross_entropy", "group_sums", "reference_group_cross_entropy"]

@@ -14,16 +14,14 @@ from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import REPOSITORY
 
-PACKAGE_ROOT = REPOSITORY
-
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
     """Raises: UserError for a missing file, invalid JSON, or a top-level value that is not an object."""
     file = Path(path)
-    if not file.is_file() and not file.is_absolute() and (PACKAGE_ROOT / path).is_file():
-        file = PACKAGE_ROOT / path
+    if not file.is_file() and not file.is_absolute() and (REPOSITORY / path).is_file():
+        file = REPOSITORY / path
     if not file.is_file():
-        presets = sorted(p.name for p in (PACKAGE_ROOT / "ds_configs").glob("*.json"))
+        presets = sorted(p.name for p in (REPOSITORY / "ds_configs").glob("*.json"))
         near = difflib.get_close_matches(Path(path).name, presets, n=1)
         raise UserError(
             f"deepspeed config {path}: no such file"
@@ -151,18 +149,3 @@ def _leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
             for leaf in _leaves(value, f"{prefix}.{key}" if prefix else key)
         ]
     return [(prefix, node)]
-
-
-def learning_rate(step: int, run: RunConfig, total_steps: int) -> float:
-    """lr of optimizer step `step` (0-based): linear warm-up, then constant, linear or cosine to zero. A function, so resuming is exact."""
-    import math
-
-    train = run.train
-    if step < train.warmup_steps:
-        return train.lr * (step + 1) / train.warmup_steps
-    done = (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps)
-    if train.schedule == "linear":
-        return train.lr * max(0.0, 1.0 - done)
-    if train.schedule == "cosine":
-        return train.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-    return train.lr

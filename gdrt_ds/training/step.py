@@ -1,17 +1,23 @@
 """One optimizer step: micro-batches forward, one packed all-reduce, weights, backward, optimizer.
 
-Three orders, chosen by what the weights need (method.md):
-  early    weights known before the forward (sft, ema, fixed token weights): forward and backward per micro-batch, then reduce
-  late     weights from this batch's losses, one micro-batch: forward, reduce, backward
-  two-pass the same under accumulation: a no-grad pass with the same dropout masks, reduce, then forward and backward.
-           Several micro-batch graphs are never held at once: under ZeRO-3 that overwrites gradients silently.
-DeepSpeed averages gradients over ranks; `F` is a sum over the global batch, so the local scalar is multiplied by the world
-size here, in this one place, and the engine is told not to divide by the accumulation steps.
+What the weights need decides the order (method.md). Each order is one method of `StepRunner`:
+  _early_order     Weights are known before the forward (sft, moving averages, fixed token weights).
+                   Every micro-batch runs forward and backward; the all-reduce comes last.
+  _late_order      Weights need this batch's losses, and the rank has one micro-batch: forward, all-reduce, backward.
+  _two_pass_order  The same under gradient accumulation: a pass without gradients, all-reduce, then forward and
+                   backward with the same dropout masks. Several micro-batch graphs are never held at once,
+                   because ZeRO-3 then overwrites gradients silently.
+
+DeepSpeed averages gradients over ranks, while F is a sum over the global batch. So the local scalar is multiplied by
+the world size here, in `_backward` alone, and the engine is told not to divide by the accumulation steps.
+
+Shapes: N target tokens of a micro-batch, M target tokens of the global batch, G groups.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,40 +26,32 @@ from torch import Tensor
 from gdrt_ds import dro
 from gdrt_ds.batches import BatchPlan, MicroBatch, build_micro_batch
 from gdrt_ds.config import RunConfig
-from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.errors import UserError
-from gdrt_ds.loss import AllowedTokens
+from gdrt_ds.loss import AllowedTokens, group_sums
 from gdrt_ds.objectives import GroupView, Objective, TokenView
 from gdrt_ds.runtime import Runtime
+from gdrt_ds.training.step_inputs import TrainTokens
+
+SMALLEST_COUNT = 1e-300  # stands in for a count of 0 under a division whose numerator is 0 too
 
 
 class NonFiniteLoss(UserError):
     """NaN or inf on some rank; raised on every rank in the same step, before the optimizer."""
 
 
-@dataclass
-class TrainTokens:
-    """The train split as the step needs it. Arrays over its target tokens unless said otherwise.
-
-    groups int16; weights float64 (all 1 where the objective has none); reference float32 or None (loss of the reference
-    model with history, for dro.excess); trie_node int32 or None with trie_offsets, trie_tokens (masked softmax);
-    history_free: the same samples without history, or None.
-    """
-
-    store: TokenStore
-    groups: np.ndarray
-    num_groups: int
-    weights: np.ndarray | None = None
-    reference: np.ndarray | None = None
-    trie_node: np.ndarray | None = None
-    trie_offsets: Tensor | None = None
-    trie_tokens: Tensor | None = None
-    history_free: TokenStore | None = None
-
-
-@dataclass
+@dataclass(frozen=True)
 class StepResult:
-    """Device tensors and counts of one step. `group_loss` is NaN for absent groups; `skipped` = non-finite and skipped."""
+    """What a step measured; device tensors, so that reading them later costs no synchronisation.
+
+    Attributes:
+        loss: float64[] token mean of the values that were trained on, over the global batch.
+        objective: float64[] F.
+        group_loss, group_weight: float64[G], NaN for groups absent from this global batch.
+        group_count: float64[G] target tokens (or their weights) of this global batch.
+        tokens: tokens that this rank computed, padding not counted.
+        stop: some rank was asked to stop.
+        skipped: the step was not taken, because a loss or gradient was not finite.
+    """
 
     loss: Tensor
     objective: Tensor
@@ -65,10 +63,52 @@ class StepResult:
     skipped: bool
 
 
-def group_sums(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """[N] -> float64[G], deterministic (a matrix product, no atomics)."""
-    onehot = torch.nn.functional.one_hot(groups, num_groups).to(torch.float64)
-    return values.to(torch.float64) @ onehot
+@dataclass(frozen=True)
+class StepFacts:
+    """What is known of a step before any forward. Every rank computes it from the plan, without talking.
+
+    Attributes:
+        micro_steps: sample indices of this rank's micro-batches.
+        counts: float64[G] target tokens (or their weights) of the global batch.
+        reference: float64[G] sums of the reference losses (dro.excess), or None.
+        groups: int16[M] groups of the target tokens of the global batch, in the order of the plan.
+        slots: per micro-batch Long[N], the places of its target tokens among those M; only for weights per token.
+    """
+
+    micro_steps: list[np.ndarray]
+    counts: Tensor
+    reference: Tensor | None
+    groups: np.ndarray
+    slots: list[Tensor] | None
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One micro-batch after its forward: sums float[G] and values float[N] are differentiable; groups Long[N]."""
+
+    sums: Tensor
+    values: Tensor
+    groups: Tensor
+    micro: MicroBatch
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What an order of events leaves: gradients in the engine unless `nonfinite`, and what went into them.
+
+    Attributes:
+        losses: float64[G] group losses over all ranks, minus the reference's with dro.excess.
+        q: float64[G] weights, NaN if `nonfinite`.
+        objective: float64[] F.
+        tokens: tokens that this rank computed.
+    """
+
+    losses: Tensor
+    q: Tensor
+    objective: Tensor
+    tokens: int
+    nonfinite: bool
+    stop: bool
 
 
 class StepRunner:
@@ -85,120 +125,243 @@ class StepRunner:
         runtime: Runtime,
         *,
         packing: str,
-        head_length: int,
+        prefix_length: int,
         pad_id: int,
         frozen_q: Tensor | None = None,
     ):
-        self.engine, self.plan, self.tokens, self.objective, self.config, self.state = (
-            engine,
-            plan,
-            tokens,
-            objective,
-            config,
-            state,
-        )
-        self.runtime, self.packing, self.head_length, self.pad_id = runtime, packing, head_length, pad_id
+        self.engine = engine
+        self.plan = plan
+        self.tokens = tokens
+        self.objective = objective
+        self.config = config
+        self.state = state
+        self.runtime = runtime
+        self.packing = packing
+        self.prefix_length = prefix_length
+        self.pad_id = pad_id
         self.frozen_q = frozen_q
         self.per_token = objective.per_token(config.dro)
         self.late = objective.is_late(config.dro)
-        temperature = config.options.msl_temperature if objective.masked_softmax else 1.0
-        self.temperature = temperature
+        self.temperature = config.options.msl_temperature if objective.masked_softmax else 1.0
 
-    # -- data of one step ------------------------------------------------------------------------------------------------
-    def _micro(self, samples: np.ndarray) -> tuple[MicroBatch, MicroBatch | None]:
-        build = lambda store: build_micro_batch(
-            store, samples, self.packing, self.head_length, self.pad_id, self.runtime.device
-        )
-        return build(self.tokens.store), build(
-            self.tokens.history_free
-        ) if self.tokens.history_free is not None else None
+    def with_groups(self, groups: np.ndarray) -> StepRunner:
+        """The same runner on other groups [train target tokens]; engine and group-DRO state are shared."""
+        other = copy.copy(self)
+        other.tokens = replace(self.tokens, groups=groups)
+        return other
 
-    def _step_facts(self, layout: list[list[np.ndarray]]) -> tuple[Tensor, Tensor | None, np.ndarray]:
-        """Group counts and reference sums of the whole global batch, and its target tokens in the order of the layout.
+    # -- the step --------------------------------------------------------------------------------------------------
+    def run(self, step: int, lr: float) -> StepResult:
+        """Takes optimizer step `step` (0-based) at learning rate `lr`. Every rank calls it.
 
-        Every rank computes them from the plan, without talking. A sample that comes twice in a step (the turn of an epoch)
-        is there twice.
+        Raises:
+            NonFiniteLoss: on every rank, when any rank saw NaN or inf and train.on_nonfinite = stop.
         """
+        facts = self._facts(step)
+        buffer = dro.StepBuffer(
+            self.tokens.num_groups, self.runtime.device, len(facts.groups) if self.per_token else 0
+        )
+        if self.runtime.stop_signal is not None:
+            buffer.request_stop()
+        for parameters in self.engine.optimizer.param_groups:
+            parameters["lr"] = lr
+        if not self.late:
+            weighed = self._early_order(step, facts, buffer)
+        elif len(facts.micro_steps) == 1:
+            weighed = self._late_order(step, facts, buffer)
+        else:
+            weighed = self._two_pass_order(step, facts, buffer)
+        taken = not weighed.nonfinite and self._take_step(step, weighed.q)
+        if taken:
+            self._remember(weighed.losses, facts.counts)
+        return self._result(facts, buffer, weighed, skipped=not taken)
+
+    def _early_order(self, step: int, facts: StepFacts, buffer: dro.StepBuffer) -> Weighed:
+        q = self._early_weights(facts.counts)
+        coefficients = q / facts.counts.clamp_min(SMALLEST_COUNT)
+        tokens = 0
+        for index, samples in enumerate(facts.micro_steps):
+            self._mark_boundary(index, facts)
+            found = self._forward(samples, step, index)
+            self._measure(found, buffer)
+            self._backward(found.sums, found.values, coefficients, None)
+            tokens += found.micro.num_tokens
+        losses, nonfinite, stop = self._reduce(step, facts, buffer)
+        if nonfinite:
+            discard_gradients(self.engine)
+            return self._not_finite(losses, tokens, stop)
+        objective = (q * torch.where(facts.counts > 0, losses, 0.0)).sum()
+        return Weighed(losses, q, objective, tokens, nonfinite, stop)
+
+    def _late_order(self, step: int, facts: StepFacts, buffer: dro.StepBuffer) -> Weighed:
+        self._mark_boundary(0, facts)
+        found = self._forward(facts.micro_steps[0], step, 0)
+        self._measure(found, buffer, facts.slots[0] if self.per_token else None)
+        losses, nonfinite, stop = self._reduce(step, facts, buffer)
+        if nonfinite:
+            return self._not_finite(losses, found.micro.num_tokens, stop)
+        q, objective, token_q = self._late_weights(losses, facts, buffer)
+        coefficients = q / facts.counts.clamp_min(SMALLEST_COUNT)
+        own_token_q = None if token_q is None else token_q[facts.slots[0]]
+        self._backward(found.sums, found.values, coefficients, own_token_q)
+        return Weighed(losses, q, objective, found.micro.num_tokens, nonfinite, stop)
+
+    def _two_pass_order(self, step: int, facts: StepFacts, buffer: dro.StepBuffer) -> Weighed:
+        tokens = 0
+        for index, samples in enumerate(facts.micro_steps):
+            self._mark_boundary(index, facts)
+            with torch.no_grad():
+                found = self._forward(samples, step, index)
+            self._measure(found, buffer, facts.slots[index] if self.per_token else None)
+            tokens += found.micro.num_tokens
+        losses, nonfinite, stop = self._reduce(step, facts, buffer)
+        if nonfinite:
+            return self._not_finite(losses, tokens, stop)
+        q, objective, token_q = self._late_weights(losses, facts, buffer)
+        coefficients = q / facts.counts.clamp_min(SMALLEST_COUNT)
+        for index, samples in enumerate(facts.micro_steps):
+            self._mark_boundary(index, facts)
+            found = self._forward(samples, step, index)  # the seed of `_forward` gives the first pass's masks
+            own_token_q = None if token_q is None else token_q[facts.slots[index]]
+            self._backward(found.sums, found.values, coefficients, own_token_q)
+        return Weighed(losses, q, objective, tokens, nonfinite, stop)
+
+    # -- what is known before the forward ----------------------------------------------------------------------------
+    def _facts(self, step: int) -> StepFacts:
+        """A sample that comes twice in a step (at the turn of an epoch) is counted twice."""
+        layout = self.plan.step(step)
         offsets = self.tokens.store.target_offsets
-        index = np.concatenate(
-            [np.arange(offsets[s], offsets[s + 1]) for slots in layout for samples in slots for s in samples]
-        )
-        groups, size = self.tokens.groups[index], self.tokens.num_groups
+        spans = [
+            np.arange(offsets[s], offsets[s + 1]) for slots in layout for samples in slots for s in samples
+        ]
+        index = np.concatenate(spans)
+        groups = self.tokens.groups[index]
         weights = None if self.tokens.weights is None else self.tokens.weights[index]
-        counts = torch.from_numpy(np.bincount(groups, weights, size).astype(np.float64)).to(
-            self.runtime.device
-        )
         reference = None
         if self.tokens.reference is not None:
-            reference = torch.from_numpy(np.bincount(groups, self.tokens.reference[index], size)).to(
-                self.runtime.device
-            )
-        return counts, reference, index
+            reference = self._sums_over_groups(groups, self.tokens.reference[index])
+        return StepFacts(
+            micro_steps=[slots[self.runtime.rank] for slots in layout],
+            counts=self._sums_over_groups(groups, weights),
+            reference=reference,
+            groups=groups,
+            slots=self._token_slots(layout) if self.per_token else None,
+        )
+
+    def _sums_over_groups(self, groups: np.ndarray, values: np.ndarray | None) -> Tensor:
+        """float64[G] on the device: sums of `values` [M] by group, or the number of tokens where values is None."""
+        sums = np.bincount(groups, values, self.tokens.num_groups).astype(np.float64)
+        return torch.from_numpy(sums).to(self.runtime.device)
 
     def _token_slots(self, layout: list[list[np.ndarray]]) -> list[Tensor]:
         """Per micro-batch of this rank: Long[N], the places of its target tokens among those of the global batch."""
-        lengths = np.array(
-            [[int(self.tokens.store.num_target[samples].sum()) for samples in slots] for slots in layout]
-        )
+        num_target = self.tokens.store.num_target
+        lengths = np.array([[int(num_target[samples].sum()) for samples in slots] for slots in layout])
         stops = lengths.cumsum().reshape(lengths.shape)
-        rank = self.runtime.rank
+        rank, device = self.runtime.rank, self.runtime.device
         return [
-            torch.arange(stops[a, rank] - lengths[a, rank], stops[a, rank], device=self.runtime.device)
-            for a in range(len(layout))
+            torch.arange(stops[row, rank] - lengths[row, rank], stops[row, rank], device=device)
+            for row in range(len(layout))
         ]
 
-    # -- forward ---------------------------------------------------------------------------------------------------------
-    def _seed(self, step: int, micro: int) -> None:
-        """Dropout is a function of (seed, step, micro-batch, rank): both passes and a resumed run draw the same masks."""
-        mixed = np.random.SeedSequence(
-            [self.config.train.seed, step, micro, self.runtime.rank]
-        ).generate_state(2)
-        torch.manual_seed(int(mixed[0]) << 31 ^ int(mixed[1]))
+    def _mark_boundary(self, index: int, facts: StepFacts) -> None:
+        """DeepSpeed reduces gradients in the backward of the last micro-batch, and has to be told which one that is."""
+        self.engine.set_gradient_accumulation_boundary(index == len(facts.micro_steps) - 1)
 
-    def _forward(
-        self, samples: np.ndarray, step: int, index: int
-    ) -> tuple[Tensor, Tensor, Tensor, MicroBatch]:
-        """(S[G] differentiable, v[N] differentiable, groups[N], micro-batch)."""
+    # -- forward -----------------------------------------------------------------------------------------------------
+    def _forward(self, samples: np.ndarray, step: int, index: int) -> Forward:
+        """Runs micro-batch `index` of a step. Dropout masks depend on (seed, step, index, rank) alone."""
         self._seed(step, index)
-        micro, history_free = self._micro(samples)
-        groups = torch.from_numpy(self.tokens.groups[micro.token_index].astype(np.int64)).to(
-            self.runtime.device
-        )
-        allowed = None
-        if self.tokens.trie_node is not None:
-            node = torch.from_numpy(self.tokens.trie_node[micro.token_index].astype(np.int64))
-            allowed = AllowedTokens(node, self.tokens.trie_offsets, self.tokens.trie_tokens)
+        micro = self._micro_batch(self.tokens.store, samples)
+        history_free = None
+        if self.tokens.history_free is not None:
+            history_free = self._micro_batch(self.tokens.history_free, samples)
+        groups = self._groups_of(micro)
         sums, losses, counterfactual = self.engine(
-            micro, groups, self.tokens.num_groups, self.temperature, allowed, history_free
+            micro, groups, self.tokens.num_groups, self.temperature, self._allowed_tokens(micro), history_free
         )
         weights = self.tokens.weights
         if self.objective.token_term is None and weights is None:
-            return sums, losses, groups, micro
+            return Forward(sums, losses, groups, micro)
         values = losses
         if self.objective.token_term is not None:
-            store = self.tokens.store
-            owner = (
-                np.repeat(micro.samples, store.num_target[micro.samples])
-                if len(micro.samples)
-                else np.zeros(0, dtype=np.int64)
-            )
-            place = torch.from_numpy((micro.token_index - store.target_offsets[owner]).astype(np.int64)).to(
-                self.runtime.device
-            )
-            length = torch.from_numpy(store.num_target[owner].astype(np.int64)).to(self.runtime.device)
-            values = self.objective.token_term(
-                TokenView(losses, place, length, self.config.options, counterfactual)
-            )
+            values = self.objective.token_term(self._token_view(micro, losses, counterfactual))
         if weights is not None:
             values = values * torch.from_numpy(weights[micro.token_index]).to(values)
-        return (
-            group_sums(values, groups, self.tokens.num_groups) + 0.0 * sums.to(torch.float64),
-            values,
-            groups,
-            micro,
+        own_sums = group_sums(values, groups, self.tokens.num_groups)
+        # The fused sums are not used, but they stay in the graph with factor 0: a rank whose micro-batch has no target
+        # token must still run the backward of the fused loss, or it would leave the others alone in a collective.
+        return Forward(own_sums + 0.0 * sums.to(torch.float64), values, groups, micro)
+
+    def _seed(self, step: int, index: int) -> None:
+        """Both passes of a step, and a resumed run, draw the same dropout masks."""
+        entropy = [self.config.train.seed, step, index, self.runtime.rank]
+        mixed = np.random.SeedSequence(entropy).generate_state(2)
+        torch.manual_seed(int(mixed[0]) << 31 ^ int(mixed[1]))
+
+    def _micro_batch(self, store, samples: np.ndarray) -> MicroBatch:
+        return build_micro_batch(
+            store, samples, self.packing, self.prefix_length, self.pad_id, self.runtime.device
         )
 
-    # -- weights ---------------------------------------------------------------------------------------------------------
+    def _groups_of(self, micro: MicroBatch) -> Tensor:
+        """Long[N]: the group of each target token of a micro-batch."""
+        return torch.from_numpy(self.tokens.groups[micro.token_index].astype(np.int64)).to(
+            self.runtime.device
+        )
+
+    def _allowed_tokens(self, micro: MicroBatch) -> AllowedTokens | None:
+        """The catalogue's valid next tokens at each target token, for objectives with a masked softmax."""
+        if self.tokens.trie_node is None:
+            return None
+        node = torch.from_numpy(self.tokens.trie_node[micro.token_index].astype(np.int64))
+        return AllowedTokens(node, self.tokens.trie_offsets, self.tokens.trie_tokens)
+
+    def _token_view(self, micro: MicroBatch, losses: Tensor, counterfactual: Tensor | None) -> TokenView:
+        store, device = self.tokens.store, self.runtime.device
+        owner = np.zeros(0, dtype=np.int64)
+        if len(micro.samples):
+            owner = np.repeat(micro.samples, store.num_target[micro.samples])
+        position = (micro.token_index - store.target_offsets[owner]).astype(np.int64)
+        length = store.num_target[owner].astype(np.int64)
+        return TokenView(
+            losses,
+            torch.from_numpy(position).to(device),
+            torch.from_numpy(length).to(device),
+            self.config.options,
+            counterfactual,
+        )
+
+    # -- measuring ---------------------------------------------------------------------------------------------------
+    def _measure(self, found: Forward, buffer: dro.StepBuffer, slots: Tensor | None = None) -> None:
+        """Adds one micro-batch to the step's buffer; `slots` where single token losses are needed."""
+        counts = group_sums(self._weights_of(found.micro), found.groups, self.tokens.num_groups)
+        buffer.add(found.sums, counts)
+        if slots is not None:
+            buffer.add_tokens(slots, found.values)
+
+    def _weights_of(self, micro: MicroBatch) -> Tensor:
+        """float64[N]: fixed weights of the target tokens, 1 where the objective has none."""
+        if self.tokens.weights is None:
+            return torch.ones(len(micro.token_index), dtype=torch.float64, device=self.runtime.device)
+        return torch.from_numpy(self.tokens.weights[micro.token_index]).to(self.runtime.device)
+
+    def _reduce(self, step: int, facts: StepFacts, buffer: dro.StepBuffer) -> tuple[Tensor, bool, bool]:
+        """The one all-reduce: (group losses [G], non-finite on some rank, stop asked on some rank).
+
+        Raises:
+            NonFiniteLoss: on every rank, if train.on_nonfinite = stop.
+        """
+        buffer.reduce().wait()
+        nonfinite, stop = buffer.flags()
+        if nonfinite and self.config.train.on_nonfinite == "stop":
+            raise self._nonfinite_error(step, "loss")
+        losses = buffer.losses
+        if facts.reference is not None:
+            losses = losses - facts.reference / facts.counts.clamp_min(SMALLEST_COUNT)
+        return losses, nonfinite, stop
+
+    # -- weights -----------------------------------------------------------------------------------------------------
     def _view(self, losses: Tensor | None, counts: Tensor) -> GroupView:
         return GroupView(losses, counts, self.state, self.config.dro, self.frozen_q)
 
@@ -206,148 +369,88 @@ class StepRunner:
         """q before the forward: from the state (moving averages after step t-1), or from counts alone."""
         if not self.objective.needs_losses or self.frozen_q is not None:
             return self.objective.aggregate(self._view(None, counts))[0]
-        if self.state.steps == 0 and self.objective.remember is None:  # group_dro starts from its own q
+        if self.state.steps == 0 and self.objective.remember is None:
+            # Nothing is known yet, so the first weights are the prior. group_dro starts from its own q instead.
             return dro.prior(counts, self.config.dro.prior)
         losses, seen = self.state.ema_losses()
-        neutral = (losses * counts * seen).sum() / (counts * seen).sum().clamp_min(
-            1e-300
-        )  # unseen groups: the average of the seen ones
-        return self.objective.aggregate(self._view(torch.where(seen, losses, neutral), counts))[0]
+        # A group that was never seen counts as the average of those that were: neither favoured nor left out.
+        average = (losses * counts * seen).sum() / (counts * seen).sum().clamp_min(SMALLEST_COUNT)
+        return self.objective.aggregate(self._view(torch.where(seen, losses, average), counts))[0]
 
+    def _late_weights(
+        self, losses: Tensor, facts: StepFacts, buffer: dro.StepBuffer
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(q[G], objective, weights per target token of the global batch [M] or None)."""
+        if not self.per_token:
+            q, objective = self.objective.aggregate(self._view(losses, buffer.counts))
+            return q, objective, None
+        # Every token is a group of its own here; q of a real group is the sum over its tokens, for the log.
+        ones = torch.full_like(buffer.token_losses, 1.0)
+        token_q, objective = self.objective.aggregate(self._view(buffer.token_losses, ones))
+        groups = torch.from_numpy(facts.groups.astype(np.int64)).to(self.runtime.device)
+        return group_sums(token_q, groups, self.tokens.num_groups), objective, token_q
+
+    # -- backward and optimizer --------------------------------------------------------------------------------------
     def _backward(
         self, sums: Tensor, values: Tensor, coefficients: Tensor, token_coefficients: Tensor | None
     ) -> None:
+        """Gradients of sum_g coefficients[g] * sums[g], or of the same over single tokens."""
         if token_coefficients is not None:
-            scalar = (token_coefficients * values.to(torch.float64)).sum() + 0.0 * sums.to(
-                torch.float64
-            ).sum()
+            scalar = (token_coefficients * values.to(torch.float64)).sum()
+            # Factor 0 keeps the fused loss in the graph of a rank without target tokens (see `_forward`).
+            scalar = scalar + 0.0 * sums.to(torch.float64).sum()
         else:
             scalar = (coefficients * sums.to(torch.float64)).sum()
         self.engine.backward((scalar * self.runtime.world).to(torch.float32), scale_wrt_gas=False)
 
-    # -- the step --------------------------------------------------------------------------------------------------------
-    def run(self, step: int, lr: float) -> StepResult:
-        """Raises NonFiniteLoss on every rank when any rank saw NaN or inf and train.on_nonfinite = stop."""
-        layout = self.plan.step(step)
-        micro_steps = [slots[self.runtime.rank] for slots in layout]
-        counts, reference, token_index = self._step_facts(layout)
-        slots_of = self._token_slots(layout) if self.per_token else None
-        self._slot_groups = self.tokens.groups[token_index]
-        buffer = dro.StepBuffer(
-            self.tokens.num_groups, self.runtime.device, len(token_index) if self.per_token else 0
-        )
-        if self.runtime.stop_signal is not None:
-            buffer.request_stop()
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        safe_counts = counts.clamp_min(1e-300)
-        q = self._early_weights(counts) if not self.late else None
-        tokens, held, discard = 0, None, False
-        two_pass = self.late and len(micro_steps) > 1
-        for index, samples in enumerate(micro_steps):
-            last = index == len(micro_steps) - 1
-            self.engine.set_gradient_accumulation_boundary(last)
-            with torch.set_grad_enabled(not two_pass):
-                sums, values, groups, micro = self._forward(samples, step, index)
-            tokens += micro.num_tokens
-            buffer.add(sums, group_sums(self._weights_of(micro), groups, self.tokens.num_groups))
-            if self.per_token:
-                buffer.add_tokens(slots_of[index], values)
-            held = (sums, values, groups)
-            if not self.late:
-                self._backward(sums, values, q / safe_counts, None)
-                held = None
-        buffer.reduce().wait()
-        nonfinite, stop = buffer.flags()
-        if nonfinite and self.config.train.on_nonfinite == "stop":
-            raise NonFiniteLoss(*self._nonfinite_message(step))
-        losses = buffer.losses - (reference / safe_counts if reference is not None else 0.0)
-        objective = None
-        if self.late and not nonfinite:
-            q, objective, token_q = self._late_weights(losses, buffer)
-            if two_pass:
-                self._second_pass(micro_steps, step, q / safe_counts, token_q, slots_of)
-            else:
-                sums, values, groups = held
-                self._backward(
-                    sums, values, q / safe_counts, token_q[slots_of[0]] if token_q is not None else None
-                )
-        if nonfinite:
-            q = counts * float("nan")
-            if not self.late:
-                discard_gradients(self.engine)
-            discard = True
-        else:
-            if self.config.train.debug_sync:
-                dro.assert_equal_on_all_ranks(q, f"the DRO weights of step {step}")
-            self.engine.set_gradient_accumulation_boundary(True)
-            skipped_before = self.engine.skipped_steps
-            self.engine.step()
-            discard = (
-                self.engine.skipped_steps > skipped_before
-            )  # finite losses, but DeepSpeed found gradients that are not, on all ranks
-            if (
-                discard and self.config.train.on_nonfinite == "stop" and not self.engine.fp16_enabled()
-            ):  # float16: the loss scale adapts that way
-                raise NonFiniteLoss(*self._nonfinite_message(step, "gradients"))
-            if not discard:
-                self._remember(losses, counts)
-        if objective is None:
-            objective = (q * torch.where(counts > 0, losses, 0.0)).sum()
-        absent = torch.where(counts > 0, 0.0, float("nan"))
-        unknown = float("nan") if nonfinite else 0.0  # the buffer holds the finite part of the sums only
-        return StepResult(
-            buffer.loss_sums.sum() / buffer.counts.sum().clamp_min(1e-300) + unknown,
-            objective,
-            buffer.losses + absent + unknown,
-            q + absent,
-            counts,
-            tokens,
-            stop,
-            discard,
-        )
-
-    def _weights_of(self, micro: MicroBatch) -> Tensor:
-        if self.tokens.weights is None:
-            return torch.ones(len(micro.token_index), dtype=torch.float64, device=self.runtime.device)
-        return torch.from_numpy(self.tokens.weights[micro.token_index]).to(self.runtime.device)
-
-    def _late_weights(self, losses: Tensor, buffer: dro.StepBuffer) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(q[G], objective, per-token coefficients or None)."""
-        if not self.per_token:
-            q, objective = self.objective.aggregate(self._view(losses, buffer.counts))
-            return q, objective, None
-        single = torch.full_like(buffer.token_losses, 1.0)
-        token_q, objective = self.objective.aggregate(self._view(buffer.token_losses, single))
-        groups = torch.from_numpy(self._slot_groups.astype(np.int64)).to(self.runtime.device)
-        return group_sums(token_q, groups, self.tokens.num_groups), objective, token_q
-
-    def _second_pass(
-        self,
-        micro_steps,
-        step: int,
-        coefficients: Tensor,
-        token_q: Tensor | None,
-        slots_of: list[Tensor] | None,
-    ) -> None:
-        for index, samples in enumerate(micro_steps):
-            self.engine.set_gradient_accumulation_boundary(index == len(micro_steps) - 1)
-            sums, values, _, _ = self._forward(samples, step, index)
-            self._backward(
-                sums, values, coefficients, token_q[slots_of[index]] if token_q is not None else None
-            )
+    def _take_step(self, step: int, q: Tensor) -> bool:
+        """Lets the optimizer step; False if DeepSpeed found gradients that are not finite, on all ranks."""
+        if self.config.train.debug_sync:
+            dro.assert_equal_on_all_ranks(q, f"the DRO weights of step {step}")
+        self.engine.set_gradient_accumulation_boundary(True)
+        skipped_before = self.engine.skipped_steps
+        self.engine.step()
+        if self.engine.skipped_steps == skipped_before:
+            return True
+        # In float16 a skipped step is how the loss scale adapts; elsewhere it means that training has broken.
+        if self.config.train.on_nonfinite == "stop" and not self.engine.fp16_enabled():
+            raise self._nonfinite_error(step, "gradients")
+        return False
 
     def _remember(self, losses: Tensor, counts: Tensor) -> None:
-        present = counts > 0
-        self.state.update_ema(losses, present, self.config.dro.ema_rate)
+        self.state.update_ema(losses, counts > 0, self.config.dro.ema_rate)
         if self.objective.remember is not None:
             self.objective.remember(self._view(losses, counts))
         self.state.steps += 1
 
-    def _nonfinite_message(self, step: int, where: str = "loss") -> tuple[str, str]:
-        return (
+    # -- results -----------------------------------------------------------------------------------------------------
+    def _not_finite(self, losses: Tensor, tokens: int, stop: bool) -> Weighed:
+        unknown = torch.full_like(losses, float("nan"))
+        return Weighed(losses, unknown, unknown.sum(), tokens, nonfinite=True, stop=stop)
+
+    def _result(
+        self, facts: StepFacts, buffer: dro.StepBuffer, weighed: Weighed, skipped: bool
+    ) -> StepResult:
+        absent = torch.where(facts.counts > 0, 0.0, float("nan"))
+        # The buffer holds only the finite part of the sums: where some were not finite, the total is unknown.
+        unknown = float("nan") if weighed.nonfinite else 0.0
+        mean = buffer.loss_sums.sum() / buffer.counts.sum().clamp_min(SMALLEST_COUNT)
+        return StepResult(
+            loss=mean + unknown,
+            objective=weighed.objective,
+            group_loss=buffer.losses + absent + unknown,
+            group_weight=weighed.q + absent,
+            group_count=facts.counts,
+            tokens=weighed.tokens,
+            stop=weighed.stop,
+            skipped=skipped,
+        )
+
+    def _nonfinite_error(self, step: int, where: str) -> NonFiniteLoss:
+        return NonFiniteLoss(
             f"step {step + 1}: NaN or inf in the {where} of some rank; no rank has taken this step",
-            "lower train.lr, check model.dtype (float16 overflows), or set train.on_nonfinite=skip; resume=auto goes on from the last checkpoint",
+            "lower train.lr, check model.dtype (float16 overflows), or set train.on_nonfinite=skip; "
+            "resume=auto goes on from the last checkpoint",
         )
 
 
@@ -355,7 +458,8 @@ def discard_gradients(engine) -> None:
     """Throws this step's accumulated gradients away on every ZeRO stage."""
     optimizer = engine.optimizer
     for name in ("averaged_gradients", "all_grad_tensors"):
-        if isinstance(getattr(optimizer, name, None), dict):
-            getattr(optimizer, name).clear()
+        held = getattr(optimizer, name, None)
+        if isinstance(held, dict):
+            held.clear()
     optimizer.zero_grad()
     engine.zero_grad()

@@ -1,8 +1,9 @@
-"""Facts that an objective needs beside losses: places in the catalogue trie, token weights, weights fixed from the start."""
+"""The train split as a step needs it: the group of every target token, and what the objective asks for beside losses."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,51 +11,87 @@ import torch
 from torch import Tensor
 
 from gdrt_ds.config import ObjectiveOptions
+from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
 from gdrt_ds.objectives import Objective, TokenTable
 from gdrt_ds.training.preparation import Prepared
-from gdrt_ds.training.step import TrainTokens
 
 LAST_STEPS = 20  # of a run whose final weights are taken: their mean, so that one batch does not decide
 
 
-def add_trie_facts(
-    tokens: TrainTokens, prepared: Prepared, objective: Objective, options: ObjectiveOptions
-) -> None:
-    """Where each target token of train stands in the catalogue trie: its node for masked softmax, its facts for token weights."""
-    store, trie = prepared.stores["train"], prepared.trie()
-    walks = {
-        entry: trie.walk(prepared.encoder.target_ids(e.text))
-        for entry, e in enumerate(prepared.catalogue.entries)
-    }
-    entries = [prepared.catalogue.index_of[s.target] for s in prepared.corpus.split("train")]
-    node = np.concatenate(
-        [np.asarray(walks[e][:n], dtype=np.int32) for e, n in zip(entries, store.num_target)]
+@dataclass(frozen=True)
+class TrainTokens:
+    """Facts of every target token of the train split. Arrays have one entry per target token unless said otherwise.
+
+    Attributes:
+        store: the tokenised samples.
+        groups: int16, in 0 .. num_groups - 1.
+        weights: float64 fixed weights; None where the objective has none, which means 1.
+        reference: float64 losses of the reference model with history (dro.excess), or None.
+        trie_node: int32 node of the catalogue trie at which the token is chosen (masked softmax), or None.
+        trie_offsets, trie_tokens: Long[nodes + 1], Long[edges]: the tokens that may follow each node of the trie.
+        history_free: the same samples without their history (cft), or None.
+    """
+
+    store: TokenStore
+    groups: np.ndarray
+    num_groups: int
+    weights: np.ndarray | None = None
+    reference: np.ndarray | None = None
+    trie_node: np.ndarray | None = None
+    trie_offsets: Tensor | None = None
+    trie_tokens: Tensor | None = None
+    history_free: TokenStore | None = None
+
+
+def trie_nodes(prepared: Prepared, trie: TokenTrie) -> np.ndarray:
+    """int32[train target tokens]: the node at which each target token is chosen."""
+    entries = prepared.catalogue.entries
+    walks = [trie.walk(prepared.encoder.target_ids(entry.text)) for entry in entries]
+    lengths = prepared.stores["train"].num_target
+    targets = target_entries(prepared)
+    return np.concatenate(
+        [np.asarray(walks[e][:n], dtype=np.int32) for e, n in zip(targets, lengths, strict=True)]
     )
-    if objective.masked_softmax:
-        tokens.trie_node = node
-        tokens.trie_offsets = torch.from_numpy(np.asarray(trie.child_offsets, dtype=np.int64))
-        tokens.trie_tokens = torch.from_numpy(
-            np.asarray(trie.token)[np.asarray(trie.child_nodes)].astype(np.int64)
-        )
-    if objective.token_weights is not None:
-        leaves = np.concatenate([[0], np.cumsum(np.asarray(trie.entry) >= 0)])
-        items_below = leaves[np.asarray(trie.end)] - leaves[np.arange(len(trie.end))]
-        after = items_below[np.concatenate([node[1:], [0]])]
-        after[store.target_offsets[1:] - 1] = 1  # the terminator leaves one item
-        counts = np.array([prepared.catalogue.entries[e].train_count for e in entries])
-        table = TokenTable(
-            train_count=np.repeat(counts, store.num_target),
-            branching=np.asarray(trie.branching)[node],
-            valid_before=items_below[node],
-            valid_after=after,
-            options=options,
-        )
-        tokens.weights = np.asarray(objective.token_weights(table), dtype=np.float64)
+
+
+def next_tokens(trie: TokenTrie) -> tuple[Tensor, Tensor]:
+    """(Long[nodes + 1], Long[edges]): offsets of each node's children, and the tokens that lead to them."""
+    offsets = torch.from_numpy(np.asarray(trie.child_offsets, dtype=np.int64))
+    tokens = torch.from_numpy(np.asarray(trie.token)[np.asarray(trie.child_nodes)].astype(np.int64))
+    return offsets, tokens
+
+
+def token_weights(
+    prepared: Prepared, trie: TokenTrie, node: np.ndarray, objective: Objective, options: ObjectiveOptions
+) -> np.ndarray:
+    """float64[train target tokens]: the objective's fixed weights. `node`: see `trie_nodes`."""
+    store = prepared.stores["train"]
+    leaves_before = np.concatenate([[0], np.cumsum(np.asarray(trie.entry) >= 0)])
+    items_below = leaves_before[np.asarray(trie.end)] - leaves_before[np.arange(len(trie.end))]
+    after = items_below[np.concatenate([node[1:], [0]])]
+    after[store.target_offsets[1:] - 1] = 1  # the last token of a title leaves one item
+    counts = np.array([prepared.catalogue.entries[entry].train_count for entry in target_entries(prepared)])
+    table = TokenTable(
+        train_count=np.repeat(counts, store.num_target),
+        branching=np.asarray(trie.branching)[node],
+        valid_before=items_below[node],
+        valid_after=after,
+        options=options,
+    )
+    return np.asarray(objective.token_weights(table), dtype=np.float64)
+
+
+def target_entries(prepared: Prepared) -> list[int]:
+    """The catalogue entry that each train sample has as its target."""
+    return [prepared.catalogue.index_of[sample.target] for sample in prepared.corpus.split("train")]
 
 
 def frozen_weights(given: list[float] | str | None, num_groups: int, device: torch.device) -> Tensor | None:
-    """float64[G] on the simplex: `dro.frozen_weights` as a list, or the mean of the last steps of a run folder; None if not set.
+    """float64[G] on the simplex: `dro.frozen_weights` as a list, or the mean of the last steps of a run folder.
+
+    Returns None if the setting is not given.
 
     Raises:
         UserError: a folder without metrics; another number of groups.
@@ -62,17 +99,7 @@ def frozen_weights(given: list[float] | str | None, num_groups: int, device: tor
     if given is None:
         return None
     if isinstance(given, str):
-        path = Path(given) / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        if not lines:
-            raise UserError(
-                f"dro.frozen_weights = {given}: no metrics.jsonl there",
-                "give the folder of a finished gdrt run, or a list of numbers",
-            )
-        tail = [json.loads(line)["group_weight"] for line in lines[-LAST_STEPS:]]
-        rows = np.array([[np.nan if w is None else w for w in row] for row in tail], dtype=float)
-        seen = np.isfinite(rows).sum(0)  # a group that was absent in all of these steps has weight 0
-        given = (np.nansum(rows, axis=0) / np.maximum(seen, 1)).tolist()
+        given = final_weights(Path(given))
     if len(given) != num_groups:
         raise UserError(
             f"dro.frozen_weights has {len(given)} weights, there are {num_groups} groups",
@@ -80,3 +107,18 @@ def frozen_weights(given: list[float] | str | None, num_groups: int, device: tor
         )
     q = torch.tensor(given, dtype=torch.float64, device=device)
     return q / q.sum()
+
+
+def final_weights(run: Path) -> list[float]:
+    """Mean group weights over the last steps of a run; a group absent in all of them has weight 0."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not lines:
+        raise UserError(
+            f"dro.frozen_weights = {run}: no metrics.jsonl there",
+            "give the folder of a finished gdrt run, or a list of numbers",
+        )
+    last = [json.loads(line)["group_weight"] for line in lines[-LAST_STEPS:]]
+    rows = np.array([[np.nan if weight is None else weight for weight in row] for row in last], dtype=float)
+    seen = np.isfinite(rows).sum(0)
+    return (np.nansum(rows, axis=0) / np.maximum(seen, 1)).tolist()

@@ -5,6 +5,7 @@ Metrics stay on the device until they are written, every `train.log_every` steps
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -180,7 +181,18 @@ class Telemetry:
             (self.bar.console.print if self.bar is not None else print)(text)
             sys.stdout.flush()
 
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None:
+            self.close()
+            return
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that ended the run
+            self.close()
+
     def close(self) -> None:
+        """Writes what is pending and closes every file and board."""
         self.flush()
         if self.runtime.is_main:
             self.stream.close()

@@ -150,14 +150,14 @@ def make_tokens(cell: Cell) -> TrainTokens:
     owner = np.repeat(np.arange(NUM_SAMPLES), store.num_target)
     place = np.arange(len(owner)) - store.target_offsets[owner]
     groups = np.where(owner == 7, 4, (owner // 2 + (place > 2)) % 4).astype(np.int16)
-    tokens, rng = TrainTokens(store, groups, NUM_GROUPS), np.random.default_rng(9)
+    facts, rng = {}, np.random.default_rng(9)
     objective = get_objective(cell.objective)
     if objective.token_weights is not None:
-        tokens.weights = rng.uniform(0.2, 2.0, len(owner))
+        facts["weights"] = rng.uniform(0.2, 2.0, len(owner))
     if cell.excess:
-        tokens.reference = rng.uniform(4.0, 7.0, len(owner)).astype(np.float32)
+        facts["reference"] = rng.uniform(4.0, 7.0, len(owner)).astype(np.float32)
     if objective.history_free_pass:
-        tokens.history_free = history_free
+        facts["history_free"] = history_free
     if objective.masked_softmax:
         labels = np.concatenate(
             [
@@ -166,12 +166,12 @@ def make_tokens(cell: Cell) -> TrainTokens:
             ]
         )
         allowed = [np.unique(np.append(rng.integers(3, 250, k % 9), label)) for k, label in enumerate(labels)]
-        tokens.trie_node = np.arange(len(owner), dtype=np.int32)
-        tokens.trie_offsets = torch.from_numpy(
+        facts["trie_node"] = np.arange(len(owner), dtype=np.int32)
+        facts["trie_offsets"] = torch.from_numpy(
             np.concatenate([[0], np.cumsum([len(a) for a in allowed])]).astype(np.int64)
         )
-        tokens.trie_tokens = torch.from_numpy(np.concatenate(allowed).astype(np.int64))
-    return tokens
+        facts["trie_tokens"] = torch.from_numpy(np.concatenate(allowed).astype(np.int64))
+    return TrainTokens(store, groups, NUM_GROUPS, **facts)
 
 
 def make_config(cell: Cell, folder: Path, world: int) -> RunConfig:
@@ -292,7 +292,7 @@ def start_runner(
         DroState(NUM_GROUPS),
         runtime,
         packing=cell.packing,
-        head_length=HEAD_LENGTH,
+        prefix_length=HEAD_LENGTH,
         pad_id=2,
     )
 

@@ -240,9 +240,6 @@ def main() -> int:
     quiet_libraries()
     warnings.simplefilter("ignore")
     import bitsandbytes  # noqa: E401, F401 imported once, before the ranks are forked
-    import deepspeed
-    import peft
-    import transformers
 
     started = time.perf_counter()
 

@@ -117,7 +117,7 @@ def hung_rank(site: Site, quick: bool) -> str:
             f"the live rank ended with {done.statuses[other]}\n{done.outputs[other][-1500:]}",
         )
         stacks = (run / "logs" / f"stacks_rank_{other}.txt").read_text()
-        need("trainer.py" in stacks, f"the stacks do not show the trainer: {stacks[:500]}")
+        need("run.py" in stacks, f"the stacks do not show the run: {stacks[:500]}")
     return f"status 70 and stacks after {max(waited):.1f} s (train.timeout_s={limit})"
 
 

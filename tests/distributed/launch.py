@@ -26,13 +26,10 @@ def preload() -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     import bitsandbytes  # noqa: E401, F401
-    import deepspeed
-    import peft
-    import transformers
     from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
     import gdrt_ds.train  # noqa: F401
-    import gdrt_ds.training.trainer  # noqa: F401
+    import gdrt_ds.training.run  # noqa: F401
 
 
 @dataclass

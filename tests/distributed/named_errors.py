@@ -10,16 +10,17 @@ import gc
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from gdrt_ds.dro.groups import GroupPlan
 from gdrt_ds.runtime import Runtime
-from gdrt_ds.training import checkpoint
+from gdrt_ds.training import checkpoint, lives
+from gdrt_ds.training.grouping import Grouped
+from gdrt_ds.training.resuming import client_state
 from gdrt_ds.training.telemetry import Telemetry
-from gdrt_ds.training.trainer import Trainer
+from gdrt_ds.training.validation import Best
 from tests.distributed.exact_cells import (
     LR,
     NUM_GROUPS,
@@ -136,24 +137,15 @@ def error_10(folder):
 def _resume(rank, world, cell, folder):
     """(weights of steps 3 and 4 of a straight run, the same after a checkpoint was read into a fresh engine)."""
     straight, resumed = start_runner(cell, rank, world, folder), None
-    trainer = object.__new__(Trainer)
-    trainer.best, trainer.bad_validations, trainer.config, trainer.table, trainer.state = (
-        None,
-        0,
-        straight.config,
-        None,
-        straight.state,
-    )
-    trainer.prepared, trainer.group_plan = (
-        SimpleNamespace(stores={"train": make_stores()[0]}),
-        GroupPlan("relevance", NUM_GROUPS),
-    )
+    grouped = Grouped(GroupPlan("relevance", NUM_GROUPS), {}, None, None)
     for step in (0, 1):
         straight.run(step, LR)
     run = Path(folder) / f"resume_{cell.objective}"
-    life = checkpoint.begin_life(run) if rank == 0 else 1
+    life = lives.begin_life(run) if rank == 0 else 1
     torch.distributed.barrier()
-    checkpoint.save(straight.engine, run, 2, trainer._client_state(2), life=life, fingerprint="0" * 64)
+    data = make_stores()[0].fingerprint
+    state = client_state(straight.config, 2, Best(), straight.state, data, grouped)
+    checkpoint.save(straight.engine, run, 2, state, life=life, fingerprint="0" * 64)
     wanted = [straight.run(step, LR).group_weight.numpy().tolist() for step in (2, 3)]
     straight.engine.destroy()
     gc.collect()

@@ -6,6 +6,7 @@ here returns a `fault(rank)` for launch.Job.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import resource
@@ -15,7 +16,7 @@ from pathlib import Path
 
 KINDS = {
     "save_file": "write",
-    "_write_text": "write",
+    "write_text": "write",
     "save": "write",
     "fsync": "fsync",
     "replace": "rename",
@@ -29,7 +30,7 @@ def _wrap(owner, name: str, make) -> None:
 
 
 def _path(name: str, args) -> Path | None:
-    position = {"save_file": 1, "_write_text": 0, "replace": 1, "rmtree": 0, "save": 2}.get(name)
+    position = {"save_file": 1, "write_text": 0, "replace": 1, "rmtree": 0, "save": 2}.get(name)
     return Path(args[position]) if position is not None and position < len(args) else None
 
 
@@ -44,7 +45,7 @@ def file_operations(log: Path, victim: int, die_at: int | None = None, when: str
 
         from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-        from gdrt_ds.training import checkpoint
+        from gdrt_ds.training import checkpoint, durable
 
         armed, counter = [False], [0]
 
@@ -85,8 +86,8 @@ def file_operations(log: Path, victim: int, die_at: int | None = None, when: str
 
         _wrap(checkpoint, "save", arm)
         for owner, name in (
-            (checkpoint, "save_file"),
-            (checkpoint, "_write_text"),
+            (durable, "save_file"),
+            (durable, "write_text"),
             (os, "fsync"),
             (os, "replace"),
             (shutil, "rmtree"),
@@ -107,10 +108,11 @@ def nan_loss(victim: int, step: int):
 
         def poison(forward):
             def poisoned(self, samples, at, index):
-                sums, values, groups, micro = forward(self, samples, at, index)
+                found = forward(self, samples, at, index)
                 if rank == victim and at == step:
-                    return sums * float("nan"), values * float("nan"), groups, micro
-                return sums, values, groups, micro
+                    nan = float("nan")
+                    return dataclasses.replace(found, sums=found.sums * nan, values=found.values * nan)
+                return found
 
             return poisoned
 
@@ -230,11 +232,11 @@ def pause(phase: str, seconds: float = 1.0, step: int = 2):
 
     def fault(rank: int) -> None:
         from gdrt_ds.dro import relevance
-        from gdrt_ds.training import checkpoint, trainer
+        from gdrt_ds.training import checkpoint, run
         from gdrt_ds.training.step import StepRunner
 
         where = {
-            "data loading": (trainer, "prepare"),
+            "data loading": (run, "prepare"),
             "relevance scoring": (relevance, "score_entries"),
             "training": (StepRunner, "run"),
             "saving": (checkpoint, "_write_own"),

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from gdrt_ds.errors import UserError
-from gdrt_ds.training import checkpoint
+from gdrt_ds.training import checkpoint, lives
+from gdrt_ds.training.adapter import save_adapter
 from tests.distributed import engines
 from tests.distributed.ranks import run_ranks
 
@@ -25,7 +26,7 @@ def straight(rank, world, stage, model, run, total, save_at, dtype="float32"):
     loaded = engines.load(model, rank, world, stage, dtype=dtype)
     engine = engines.start(loaded, stage, world, dtype)
     losses = engines.train_steps(engine, rank, world, 0, save_at)
-    life = checkpoint.begin_life(run) if rank == 0 else 1
+    life = lives.begin_life(run) if rank == 0 else 1
     checkpoint.save(engine, run, save_at, client_state=CLIENT, life=life, fingerprint=loaded.fingerprint)
     losses += engines.train_steps(engine, rank, world, save_at, total)
     return losses, engines.trainable_state(engine), engine.lr_scheduler.get_last_lr(), engine.global_steps
@@ -35,7 +36,7 @@ def resumed(rank, world, stage, model, run, total, dtype="float32"):
     torch.manual_seed(99 + rank)  # restored by the checkpoint: dropout masks go on where they were
     loaded = engines.load(model, rank, world, stage, seed=7, dtype=dtype)
     engine = engines.start(loaded, stage, world, dtype)
-    path = checkpoint.resolve_resume(run, "auto")
+    path, _ = checkpoint.resolve_resume(run, "auto")
     restored = checkpoint.load(engine, path, fingerprint=loaded.fingerprint)
     before = engines.trainable_state(engine)
     losses = engines.train_steps(engine, rank, world, restored.step, total)
@@ -68,7 +69,7 @@ def faults(rank, world, model, run):
     engines.train_steps(engine, rank, world, 0, 1)
     life = 1
     if rank == 0:
-        life = checkpoint.begin_life(run)
+        life = lives.begin_life(run)
     torch.distributed.barrier()
     options = dict(client_state={"a": 1}, life=1, fingerprint=loaded.fingerprint)
     checkpoint.save(engine, run, 1, **options)
@@ -86,7 +87,7 @@ def faults(rank, world, model, run):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     torch.distributed.barrier()
     if rank == 0:
-        checkpoint.begin_life(run)
+        lives.begin_life(run)
     torch.distributed.barrier()
     try:
         checkpoint.save(engine, run, 3, **options)
@@ -98,7 +99,7 @@ def faults(rank, world, model, run):
         checkpoint.load(engine, checkpoint.find_latest_valid(run), fingerprint="0" * 64)
     except UserError as error:
         wrong = error.problem
-    checkpoint.save_adapter(engine, Path(run) / "adapter")
+    save_adapter(engine, Path(run) / "adapter")
     masters = engines.trainable_state(engine)
     return (
         messages,

@@ -22,7 +22,7 @@ from eval.loading import load_subject
 from eval.run import main as evaluate
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import Runtime
-from gdrt_ds.training import checkpoint
+from gdrt_ds.training import checkpoint, durable, lives
 
 REPOSITORY = Path(__file__).parents[2]
 OPTIONS = AuditOptions(users=6, num_bootstrap=50, permutations=2)
@@ -45,7 +45,7 @@ def publish(run, step: int, scale: float, world: int = 2) -> None:
         )
         slices[0][f"{name}|0|exp_avg"] = torch.zeros(cut)
     for rank, part in enumerate(slices):
-        checkpoint._save_tensors(
+        durable.save_tensors(
             {**part, "rng.torch": torch.zeros(4, dtype=torch.uint8)}, scratch / f"rank_{rank:05d}.safetensors"
         )
     (scratch / "state.json").write_text("{}")
@@ -85,7 +85,7 @@ def runs(tmp_path_factory):
                 ]
             )
             made.append(run)
-    checkpoint.begin_life(made[0])
+    lives.begin_life(made[0])
     publish(made[0], 10, 0.5)
     publish(made[0], 20, 1.0)
     return made
@@ -225,7 +225,7 @@ def test_checkpoint_slices_give_the_adapter_back_to_the_bit_and_damage_is_refuse
     }
     keys = sorted(k for k in torn if k.startswith("model.") and k.endswith("|weight"))
     torn[keys[0].replace("|", "|1", 1)] = torn.pop(keys[0])
-    checkpoint._save_tensors(torn, steps[0][1] / "rank_00001.safetensors")
+    durable.save_tensors(torn, steps[0][1] / "rank_00001.safetensors")
     with pytest.raises(UserError, match="do not join"):
         checkpoint_weights.adapter_weights(steps[0][1])
     assert [step for step, _ in checkpoint_weights.checkpoint_folders(runs[0])] == [

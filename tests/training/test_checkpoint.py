@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gdrt_ds.errors import UserError
-from gdrt_ds.training import checkpoint
+from gdrt_ds.training import checkpoint, durable, lives
 from gdrt_ds.training.engine_state import export_rng, import_rng
 
 
@@ -31,7 +31,7 @@ def publish(run, step, life=1, keep=9, best=False, content=b"weights"):
 
 @pytest.fixture
 def run(tmp_path):
-    checkpoint.begin_life(tmp_path)
+    lives.begin_life(tmp_path)
     return tmp_path
 
 
@@ -71,8 +71,8 @@ def _flip(path):
 def test_a_damaged_checkpoint_is_passed_over_in_words(run, damage, words):
     older = publish(run, 1)
     damage(publish(run, 2))
-    notes = []
-    assert checkpoint.find_latest_valid(run, notes) == older
+    found, notes = checkpoint.search_valid(run)
+    assert found == older
     assert len(notes) == 1 and notes[0].startswith("step_2 is passed over") and words in notes[0]
     with pytest.raises(UserError, match="damaged"):
         checkpoint.resolve_resume(run, str(run / "checkpoints" / "step_2"))
@@ -83,7 +83,7 @@ def test_leftovers_of_killed_saves_are_no_checkpoints_and_disappear_at_the_next_
     leftover = run / "checkpoints" / ".step_4.life_1"
     shutil.copytree(good, leftover)
     assert checkpoint.find_latest_valid(run) == good
-    assert checkpoint.begin_life(run) == 2
+    assert lives.begin_life(run) == 2
     assert not leftover.exists() and checkpoint.find_latest_valid(run) == good
 
 
@@ -102,7 +102,7 @@ def test_retention_keeps_the_newest_and_the_best(run):
 
 def test_an_older_life_publishes_nothing(run):
     publish(run, 1)
-    checkpoint.begin_life(run)
+    lives.begin_life(run)
     with pytest.raises(UserError, match="taken over by start number 2"):
         publish(run, 2, life=1)
     assert checkpoint.find_latest_valid(run).name == "step_1"
@@ -110,14 +110,14 @@ def test_an_older_life_publishes_nothing(run):
 
 def test_a_newer_life_counts_as_newer_than_a_larger_step_of_an_abandoned_one(run):
     publish(run, 30)
-    checkpoint.begin_life(run)
+    lives.begin_life(run)
     publish(run, 20, life=2)
     assert checkpoint.find_latest_valid(run).name == "step_20"
 
 
 def test_a_step_reached_again_by_a_newer_life_replaces_the_old_one(run):
     publish(run, 5, content=b"damaged")
-    checkpoint.begin_life(run)
+    lives.begin_life(run)
     path = publish(run, 5, life=2, content=b"renewed")
     assert (path / "rank_00000.safetensors").read_bytes().startswith(b"renewed")
     assert checkpoint.verify(path) is None
@@ -125,16 +125,16 @@ def test_a_step_reached_again_by_a_newer_life_replaces_the_old_one(run):
 
 
 def test_resume_auto_without_checkpoints_starts_anew_and_an_explicit_path_must_exist(run):
-    assert checkpoint.resolve_resume(run, None) is None
-    assert checkpoint.resolve_resume(run, "auto") is None
+    assert checkpoint.resolve_resume(run, None) == (None, [])
+    assert checkpoint.resolve_resume(run, "auto") == (None, [])
     publish(run, 7)
-    assert checkpoint.resolve_resume(run, "step_7") == run / "checkpoints" / "step_7"
+    assert checkpoint.resolve_resume(run, "step_7") == (run / "checkpoints" / "step_7", [])
     with pytest.raises(UserError, match="no such checkpoint") as error:
         checkpoint.resolve_resume(run, "step_8")
     assert "step_7" in error.value.fix
 
 
-@pytest.mark.parametrize("operation", ["_rename", "_write_text", "_fsync"])
+@pytest.mark.parametrize("operation", ["rename", "write_text", "fsync"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_save_that_dies_at_any_file_operation_leaves_a_valid_newest_checkpoint(
     run, monkeypatch, operation, when
@@ -144,7 +144,7 @@ def test_a_save_that_dies_at_any_file_operation_leaves_a_valid_newest_checkpoint
     class Died(BaseException):
         pass
 
-    original, died, target = getattr(checkpoint, operation), True, 0
+    original, died, target = getattr(durable, operation), True, 0
     step = 1
     publish(run, step)
     while died:
@@ -159,13 +159,13 @@ def test_a_save_that_dies_at_any_file_operation_leaves_a_valid_newest_checkpoint
             if calls == target + 1:
                 raise Died
 
-        monkeypatch.setattr(checkpoint, operation, dying)
+        monkeypatch.setattr(durable, operation, dying)
         try:
             publish(run, step + 1, keep=2)
             died = False
         except Died:
             pass
-        monkeypatch.setattr(checkpoint, operation, original)
+        monkeypatch.setattr(durable, operation, original)
         found = checkpoint.find_latest_valid(run)
         assert found is not None and found.name in (f"step_{step}", f"step_{step + 1}")
         step = int(found.name.split("_")[1])

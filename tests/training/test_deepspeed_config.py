@@ -11,10 +11,9 @@ import torch
 from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import load_config
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import REPOSITORY
 from gdrt_ds.training.deepspeed_config import (
-    PACKAGE_ROOT,
     fill_deepspeed_config,
-    learning_rate,
     read_deepspeed_config,
     zero_stage,
 )
@@ -27,7 +26,7 @@ def fill(raw, run=RUN, plan=PLAN, dtype=torch.float32):
     return fill_deepspeed_config(raw, run, plan, dtype, 64)
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE_ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda p: p.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_preset_fills_completely_and_keeps_the_file_as_it_was(path, dtype):
     raw = read_deepspeed_config(str(path))
@@ -108,16 +107,3 @@ def test_files_that_are_missing_or_broken_are_told_with_the_nearest_preset(tmp_p
     (tmp_path / "y.json").write_text("[]")
     with pytest.raises(UserError, match="expected an object, found list"):
         read_deepspeed_config(str(tmp_path / "y.json"))
-
-
-def test_the_learning_rate_is_a_function_of_the_step():
-    run = load_config(None, ["train.lr=1.0", "train.warmup_steps=4", "train.schedule=cosine"])
-    assert [learning_rate(s, run, 12) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert (
-        learning_rate(4, run, 12) == 1.0
-        and learning_rate(8, run, 12) == pytest.approx(0.5)
-        and learning_rate(12, run, 12) == pytest.approx(0.0)
-    )
-    linear = load_config(None, ["train.lr=1.0", "train.warmup_steps=0", "train.schedule=linear"])
-    assert [learning_rate(s, linear, 4) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    assert learning_rate(99, load_config(None, ["train.lr=0.5", "train.schedule=constant"]), 100) == 0.5

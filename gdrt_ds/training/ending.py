@@ -1,0 +1,75 @@
+"""The end of a run: the adapter of the best step, and summary.json."""
+
+from __future__ import annotations
+
+import time
+
+from gdrt_ds.runtime import EXIT_INTERRUPTED
+from gdrt_ds.training import checkpoint, run_folder
+from gdrt_ds.training.adapter import save_adapter
+from gdrt_ds.training.job import Job
+from gdrt_ds.training.loading import Loaded
+from gdrt_ds.training.loop import Result
+from gdrt_ds.training.memory_use import format_bytes
+from gdrt_ds.training.preparation import Prepared
+from gdrt_ds.training.telemetry import duration
+
+
+def end(job: Job, prepared: Prepared, loaded: Loaded, result: Result) -> int:
+    """Publishes what the run leaves behind; returns the exit status. Every rank calls it."""
+    if result.interrupted:
+        return _interrupted(job, loaded, result)
+    adapter_step = _publish_adapter(job, prepared, loaded, result)
+    peak = loaded.memory.largest()
+    job.say(f"memory per rank: peak {format_bytes(peak)}; --plan predicts it")
+    seconds = time.time() - job.started
+    if job.runtime.is_main:
+        run_folder.write_summary(
+            job.folder,
+            "completed",
+            step=result.step,
+            total_steps=loaded.total_steps,
+            adapter_step=adapter_step,
+            stopped_early=result.stopped_early,
+            best=result.best.figures,
+            seconds=round(seconds, 1),
+            tokens_per_rank=result.tokens,
+            samples=result.step * job.config.train.global_batch,
+            objective=job.config.objective,
+            world=job.runtime.world,
+            launcher=job.runtime.launcher,
+            device=job.runtime.device.type,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            packing=loaded.packing,
+            loading=loaded.base.loading,
+            life=job.life,
+            base_fingerprint=loaded.base.fingerprint,
+            peak_memory_bytes=peak,
+        )
+    job.say(f"done: {job.folder} ({duration(seconds)}); next: python -m eval.run --run {job.folder}")
+    job.runtime.barrier()
+    return 0
+
+
+def _interrupted(job: Job, loaded: Loaded, result: Result) -> int:
+    if job.runtime.is_main:
+        run_folder.write_summary(
+            job.folder, "interrupted", step=result.step, total_steps=loaded.total_steps, life=job.life
+        )
+    job.say(f"interrupted by a signal: all ranks saved step {result.step}; go on with resume=auto")
+    job.runtime.barrier()
+    return EXIT_INTERRUPTED
+
+
+def _publish_adapter(job: Job, prepared: Prepared, loaded: Loaded, result: Result) -> int:
+    """Writes RUN/adapter from the best checkpoint that is still there, else from the last step; returns that step."""
+    step = result.step
+    best = result.best.figures
+    if best is not None and best["step"] != step:
+        folder = job.folder / "checkpoints" / f"step_{best['step']}"
+        if folder.is_dir():
+            checkpoint.load(loaded.engine, folder, restore_rng=False)
+            step = best["step"]
+            job.say(f"adapter: from step {step}, the best by validation {job.config.train.select_by}")
+    save_adapter(loaded.engine, job.folder / "adapter", tokenizer=prepared.tokenizer)
+    return step

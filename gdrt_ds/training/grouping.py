@@ -1,0 +1,245 @@
+"""Gives every target token its group: relevance under the reference, bins or labels, one array per split.
+
+This is where `groups.*` is carried out. What a group is stands in gdrt_ds/dro/groups.py, what relevance is in
+gdrt_ds/dro/relevance.py; here the engine scores, the cache answers, and the run folder keeps the result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.numpy import save_file
+
+from gdrt_ds.batches import MicroBatch
+from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.dro import relevance
+from gdrt_ds.dro.groups import GroupPlan, apply_groups, fit_groups, token_relevance
+from gdrt_ds.files import cache_folder, replacing, sha256_of
+from gdrt_ds.models.reference_adapters import AUXILIARY, reference, reference_adapters
+from gdrt_ds.training.job import Job
+from gdrt_ds.training.loading import Loaded
+from gdrt_ds.training.losses import token_losses
+from gdrt_ds.training.preparation import Prepared
+from gdrt_ds.training.telemetry import duration
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """r of every target token of every catalogue entry.
+
+    Attributes:
+        values: float32[target tokens of the catalogue], log p(token | prompt without history, title so far).
+        store: one sample without history per entry; its offsets say which values are whose.
+        key: fingerprint of all that the values depend on.
+    """
+
+    values: np.ndarray
+    store: TokenStore
+    key: str
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The group of every target token.
+
+    Attributes:
+        plan: bin edges or labels, fitted on train.
+        groups: split -> int16[target tokens of the split].
+        scores: what the bins are over; None where groups come from labels, counts or places.
+        train_relevance: float32[train target tokens], or None likewise.
+    """
+
+    plan: GroupPlan
+    groups: dict[str, np.ndarray]
+    scores: Relevance | None
+    train_relevance: np.ndarray | None
+
+    @property
+    def relevance(self) -> np.ndarray | None:
+        """The values of `scores`."""
+        return None if self.scores is None else self.scores.values
+
+
+def relevance_cache() -> Path:
+    """Shared by all runs of this user; the fingerprint in a file's name tells tables apart."""
+    return cache_folder() / "relevance"
+
+
+def group_tokens(
+    job: Job,
+    prepared: Prepared,
+    loaded: Loaded,
+    on_progress: Callable[[], None],
+    saved_plan: GroupPlan | None = None,
+    saved_table: np.ndarray | None = None,
+) -> Grouped:
+    """Scores relevance where it is needed, fits the groups on train, applies them to every split.
+
+    Args:
+        on_progress: called after every scored micro-batch.
+        saved_plan, saved_table: of a checkpoint, for groups.reference=live: the model that gave this table was the one
+            at the last refresh, which cannot be scored again.
+    Raises:
+        UserError: a label that the data lacks, more groups than distinct values.
+    """
+    section = job.config.groups
+    scores = None
+    if section.by in ("relevance", "random"):
+        scores = score_relevance(job, prepared, loaded, on_progress, saved_table)
+    train_relevance = _relevance_of(prepared, scores, "train")
+    plan = saved_plan
+    if plan is None:
+        plan = fit_groups(
+            section,
+            prepared.corpus,
+            prepared.catalogue,
+            prepared.stores["train"],
+            train_relevance,
+            job.config.train.seed,
+            "" if scores is None else scores.key,
+        )
+    groups = {}
+    for split, store in prepared.stores.items():
+        groups[split] = apply_groups(
+            plan,
+            section,
+            prepared.corpus,
+            prepared.catalogue,
+            prepared.corpus.splits[split],
+            store,
+            _relevance_of(prepared, scores, split),
+            split,
+        )
+    return Grouped(plan, groups, scores, train_relevance)
+
+
+def _relevance_of(prepared: Prepared, scores: Relevance | None, split: str) -> np.ndarray | None:
+    """float32[target tokens of the split], or None."""
+    if scores is None:
+        return None
+    return token_relevance(
+        scores.values,
+        scores.store.target_offsets,
+        prepared.catalogue,
+        prepared.corpus.splits[split],
+        prepared.stores[split],
+    )
+
+
+def score_relevance(
+    job: Job,
+    prepared: Prepared,
+    loaded: Loaded,
+    on_progress: Callable[[], None],
+    saved_table: np.ndarray | None = None,
+) -> Relevance:
+    """r under `groups.reference`: from a checkpoint, from counting, from the cache, or from a pass of the model."""
+    reference_name = job.config.groups.reference
+    store = relevance.entry_store(prepared.encoder, [entry.text for entry in prepared.catalogue.entries])
+    key = _fingerprint(job, prepared, loaded, store)
+    what = f"{int(store.target_offsets[-1]):,} target tokens of {len(prepared.catalogue.entries):,} titles"
+    if reference_name == "live" and saved_table is not None:
+        return Relevance(saved_table, store, key)
+    if reference_name == "corpus":
+        job.say(f"relevance: {what} from train frequencies")
+        values = relevance.corpus_scores(store, _target_counts(prepared))
+        return Relevance(values, store, relevance.fingerprint(key, prepared.stores["train"].fingerprint))
+    if reference_name != "live":
+        cached = _cached_on_every_rank(job, key, int(store.target_offsets[-1]))
+        if cached is not None:
+            job.say(f"relevance: {what} from the cache ({key[:12]})")
+            return Relevance(cached, store, key)
+    started = time.time()
+    values = _score_with_model(job, prepared, loaded, store, on_progress)
+    if job.runtime.is_main and reference_name != "live":
+        relevance.save_cached(relevance_cache(), key, values)
+    job.say(f"relevance: {what} under `{reference_name}` in {duration(time.time() - started)}")
+    return Relevance(values, store, key)
+
+
+def _fingerprint(job: Job, prepared: Prepared, loaded: Loaded, store: TokenStore) -> str:
+    adapter = ""
+    if job.config.groups.reference == "auxiliary_sft":
+        adapter = sha256_of(reference_adapters(job.config)[AUXILIARY] / "adapter_model.safetensors")
+    return relevance.fingerprint(
+        loaded.base.fingerprint,
+        prepared.template.fingerprint,
+        relevance.store_digest(store),
+        job.config.groups.reference,
+        adapter,
+    )
+
+
+def _cached_on_every_rank(job: Job, key: str, num_tokens: int) -> np.ndarray | None:
+    """The cached table if every rank can read it: a rank that scored while others do not would wait for ever."""
+    cached = relevance.load_cached(relevance_cache(), key, num_tokens)
+    found = torch.tensor([float(cached is not None)], device=job.runtime.device)
+    if job.runtime.world > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return cached if found.item() > 0 else None
+
+
+def _score_with_model(
+    job: Job, prepared: Prepared, loaded: Loaded, store: TokenStore, on_progress: Callable[[], None]
+) -> np.ndarray:
+    device, engine = job.runtime.device, loaded.engine
+    kind = job.config.groups.reference
+
+    def losses(micro: MicroBatch) -> torch.Tensor:
+        if kind == "live":
+            return token_losses(engine, micro, device)
+        with reference(loaded.base.model, AUXILIARY if kind == "auxiliary_sft" else None):
+            return token_losses(engine, micro, device)
+
+    def progress(done: int, total: int) -> None:
+        on_progress()
+        if done == total or done % max(1, total // 4) == 0:
+            job.say(f"relevance: {done}/{total} micro-batches")
+
+    engine.eval()
+    values = relevance.score_entries(
+        store,
+        losses,
+        job.runtime,
+        packing=loaded.packing,
+        pad_id=prepared.tokenizer.pad_token_id,
+        progress=progress,
+    )
+    engine.train()
+    return values
+
+
+def _target_counts(prepared: Prepared) -> np.ndarray:
+    """int64[entries]: train samples whose target the entry is."""
+    catalogue = prepared.catalogue
+    targets = [catalogue.index_of[sample.target] for sample in prepared.corpus.split("train")]
+    return np.bincount(targets, minlength=len(catalogue.entries))
+
+
+def save_groups(job: Job, prepared: Prepared, grouped: Grouped) -> None:
+    """Writes groups.json and groups.safetensors into the run folder; rank 0 only."""
+    if not job.runtime.is_main:
+        return
+    grouped.plan.save(job.folder / "groups.json")
+    store = prepared.stores["train"]
+    tensors = {
+        "sample_offsets": store.offsets,
+        "token_offsets": store.target_offsets,
+        "group": grouped.groups["train"],
+    }
+    if grouped.scores is not None:
+        tensors["r"] = grouped.train_relevance
+        tensors["entry_offsets"] = grouped.scores.store.target_offsets
+        tensors["entry_r"] = grouped.scores.values
+    with replacing(job.folder / "groups.safetensors") as scratch:
+        save_file(
+            {name: np.ascontiguousarray(value) for name, value in tensors.items()},
+            scratch,
+            metadata={"fingerprint": grouped.plan.fingerprint},
+        )

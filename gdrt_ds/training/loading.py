@@ -1,0 +1,93 @@
+"""The model under its DeepSpeed engine: base, adapter, packing, batch plan, optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gdrt_ds.batches import BatchPlan
+from gdrt_ds.batches.packing import choose_packing
+from gdrt_ds.batches.tree_attention import ATTENTION_NAME
+from gdrt_ds.models.load import LoadedModel, compute_dtype, load_model
+from gdrt_ds.models.reference_adapters import load_reference_adapters
+from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config, zero_stage
+from gdrt_ds.training.job import Job
+from gdrt_ds.training.memory_use import PeakMemory
+from gdrt_ds.training.model_with_loss import FusedLossModel
+from gdrt_ds.training.optimizer import make_optimizer
+from gdrt_ds.training.preparation import Prepared, plan_batches, total_steps
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What can compute losses and take steps.
+
+    Attributes:
+        base: the loaded model, with the lines that were announced.
+        engine: the DeepSpeed engine around it.
+        plan: which samples every rank computes in every step.
+        total_steps: optimizer steps of the whole run.
+        packing: none, packed or shared_prefix.
+        memory: measures the peak from just before loading on.
+    """
+
+    base: LoadedModel
+    engine: object
+    plan: BatchPlan
+    total_steps: int
+    packing: str
+    dtype: torch.dtype
+    memory: PeakMemory
+
+
+def load(job: Job, prepared: Prepared) -> Loaded:
+    """Loads the model and starts the engine. Every rank calls it.
+
+    Raises:
+        UserError: every refusal of the model, the DeepSpeed config and their combination.
+    """
+    import deepspeed
+
+    config, runtime = job.config, job.runtime
+    memory = PeakMemory(runtime.device)
+    packing, packing_line = choose_packing(config, prepared.model_config)
+    dtype = compute_dtype(config.model.dtype, runtime.device)
+    store = prepared.stores["train"]
+    plan = plan_batches(config, store, runtime.world)
+    hidden_size = prepared.model_config.get_text_config().hidden_size
+    raw = read_deepspeed_config(config.deepspeed)
+    deepspeed_config = fill_deepspeed_config(raw, config, plan, dtype, hidden_size)
+    base = load_model(
+        config.model,
+        runtime,
+        train=True,
+        path=prepared.model_folder,
+        seed=config.train.seed,
+        attention=ATTENTION_NAME if packing != "none" else None,
+        deepspeed_config=deepspeed_config,
+    )
+    job.say(
+        f"launcher: {runtime.launcher}, {runtime.world} rank(s) on {runtime.device.type}, "
+        f"{runtime.threads} CPU thread(s) each"
+    )
+    for line in base.lines:
+        job.say(line)
+    job.say(packing_line)
+    job.say(f"engine: DeepSpeed ZeRO stage {zero_stage(deepspeed_config)}; {plan.describe()}")
+    for line in load_reference_adapters(base.model, config, base.fingerprint):
+        job.say(line)
+    module = FusedLossModel(base.model)
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = None
+    if "optimizer" not in deepspeed_config:
+        optimizer = make_optimizer(trainable, config.train, deepspeed_config, runtime.device)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=trainable,
+        config=deepspeed_config,
+        optimizer=optimizer,
+        dist_init_required=False,
+    )
+    engine.train()
+    return Loaded(base, engine, plan, total_steps(config, store), packing, dtype, memory)

@@ -1,0 +1,183 @@
+"""The loop of a run: step, validation, checkpoint, until the end, an early stop or an interruption."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+from gdrt_ds.runtime import Watchdog
+from gdrt_ds.training import checkpoint
+from gdrt_ds.training.grouping import Grouped, group_tokens, save_groups
+from gdrt_ds.training.job import Job
+from gdrt_ds.training.loading import Loaded
+from gdrt_ds.training.optimizer import learning_rate
+from gdrt_ds.training.preparation import Prepared
+from gdrt_ds.training.resuming import Resumed, client_state
+from gdrt_ds.training.step import NonFiniteLoss, StepResult, StepRunner
+from gdrt_ds.training.telemetry import Telemetry
+from gdrt_ds.training.validation import Best, validate
+
+
+@dataclass(frozen=True)
+class Result:
+    """How the loop ended.
+
+    Attributes:
+        step: optimizer steps that are done.
+        best: the best validation.
+        tokens: tokens that this rank computed since the start, padding not counted.
+        interrupted: a signal ended it; `step` is saved and the run can go on.
+        stopped_early: train.patience ended it.
+    """
+
+    step: int
+    best: Best
+    tokens: int = 0
+    interrupted: bool = False
+    stopped_early: bool = False
+
+
+def train(
+    job: Job,
+    prepared: Prepared,
+    loaded: Loaded,
+    resumed: Resumed,
+    grouped: Grouped,
+    runner: StepRunner,
+    watchdog: Watchdog,
+) -> Result:
+    """Takes the steps that are left. Every rank calls it.
+
+    Raises:
+        NonFiniteLoss: NaN or inf with train.on_nonfinite=stop; nothing of that step is published.
+        StorageError: a checkpoint could not be written.
+    """
+    with Telemetry(job.folder, job.config, job.runtime, loaded.total_steps, resumed.first_step) as telemetry:
+        loop = _Loop(job, prepared, loaded, telemetry, watchdog)
+        result = Result(resumed.first_step, resumed.best)
+        while result.step < loaded.total_steps and not (result.interrupted or result.stopped_early):
+            if _groups_are_due(job, result.step):
+                telemetry.flush()
+                grouped = group_tokens(job, prepared, loaded, watchdog.beat)
+                save_groups(job, prepared, grouped)
+                runner = runner.with_groups(grouped.groups["train"])
+            result = loop.advance(result, runner, grouped)
+        return result
+
+
+def _groups_are_due(job: Job, step: int) -> bool:
+    """groups.reference=live: relevance is scored again by the model in training, every `refresh_every` steps."""
+    section = job.config.groups
+    live = section.reference == "live" and section.by == "relevance"
+    return live and step > 0 and step % section.refresh_every == 0
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What stays the same from step to step."""
+
+    job: Job
+    prepared: Prepared
+    loaded: Loaded
+    telemetry: Telemetry
+    watchdog: Watchdog
+
+    def advance(self, before: Result, runner: StepRunner, grouped: Grouped) -> Result:
+        """One optimizer step, and the validation and checkpoint that follow it where they are due."""
+        self.watchdog.beat()
+        job, total = self.job, self.loaded.total_steps
+        lr = learning_rate(before.step, job.config, total)
+        stepped = runner.run(before.step, lr)
+        gradient_norm = None if stepped.skipped else self.loaded.engine.get_global_grad_norm()
+        done = before.step + 1
+        self._record(done, lr, gradient_norm, stepped)
+
+        result = replace(before, step=done, tokens=before.tokens + stepped.tokens)
+        is_best = False
+        if self._validation_is_due(done):
+            result, is_best = self._validate(result, grouped)
+        finished = done == total or result.stopped_early
+        if self._checkpoint_is_due(done, is_best) or finished or stepped.stop:
+            self._refuse_broken_weights(done, gradient_norm)
+            self._save(result, runner, grouped, is_best)
+        if stepped.stop and not finished:
+            return replace(result, interrupted=True)
+        if result.stopped_early:
+            self.telemetry.note(
+                f"early stop at step {done}: no better validation {job.config.train.select_by} "
+                f"in {job.config.train.patience} validations"
+            )
+        return result
+
+    def _record(self, done: int, lr: float, gradient_norm, stepped: StepResult) -> None:
+        self.telemetry.step(
+            {
+                "step": done,
+                "loss": stepped.loss,
+                "lr": lr,
+                "grad_norm": gradient_norm,
+                "tokens": stepped.tokens * self.job.runtime.world,
+                "group_loss": stepped.group_loss,
+                "group_weight": stepped.group_weight,
+                "group_count": stepped.group_count,
+                "objective": stepped.objective,
+                "skipped": stepped.skipped,
+            }
+        )
+
+    def _validation_is_due(self, done: int) -> bool:
+        if "valid" not in self.prepared.stores:
+            return False
+        train = self.job.config.train
+        steps_per_epoch = -(-len(self.prepared.stores["train"]) // train.global_batch)
+        every = train.eval_every or max(1, steps_per_epoch)
+        return done % every == 0 or done == self.loaded.total_steps
+
+    def _checkpoint_is_due(self, done: int, is_best: bool) -> bool:
+        train = self.job.config.train
+        if is_best and train.eval_every is not None:
+            return True
+        return train.save_every is not None and done % train.save_every == 0
+
+    def _validate(self, result: Result, grouped: Grouped) -> tuple[Result, bool]:
+        """(the result with its new best, whether this validation is the best)."""
+        train = self.job.config.train
+        found = validate(self.job, self.prepared, self.loaded, grouped, result.step, self.watchdog.beat)
+        is_best = result.best.is_beaten_by(found, train.select_by)
+        best = result.best.after(found, train.select_by)
+        self.telemetry.validation({"step": result.step, **found.figures(), "group_loss": found.group_loss})
+        self.telemetry.note(
+            f"validation at step {result.step}: nll {found.nll:.4f}  worst group {found.worst_group:.4f}"
+            + ("  (best so far)" if is_best else "")
+        )
+        stopped_early = train.patience is not None and best.later >= train.patience
+        return replace(result, best=best, stopped_early=stopped_early), is_best
+
+    def _refuse_broken_weights(self, done: int, gradient_norm) -> None:
+        """A finite loss can have a gradient that is not. The next step would notice; a checkpoint must not come first."""
+        if gradient_norm is not None and not math.isfinite(float(gradient_norm)):
+            raise NonFiniteLoss(
+                f"step {done - 1}: the gradient norm is {float(gradient_norm)} though the loss is finite; "
+                "this step is not published",
+                "resume=auto goes on from the last checkpoint; lower train.lr, "
+                "or check model.dtype (float16 overflows)",
+            )
+
+    def _save(self, result: Result, runner: StepRunner, grouped: Grouped, is_best: bool) -> None:
+        self.telemetry.flush()
+        started = time.time()
+        job, store = self.job, self.prepared.stores["train"]
+        state = client_state(job.config, result.step, result.best, runner.state, store.fingerprint, grouped)
+        checkpoint.save(
+            self.loaded.engine,
+            job.folder,
+            result.step,
+            state,
+            life=job.life,
+            fingerprint=self.loaded.base.fingerprint,
+            keep=job.config.train.keep_checkpoints,
+            best=is_best,
+        )
+        self.watchdog.beat()
+        self.telemetry.note(f"checkpoint: step {result.step} published in {time.time() - started:.1f} s")

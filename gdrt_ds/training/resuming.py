@@ -1,0 +1,92 @@
+"""What a checkpoint remembers beside the engine's state, and how a run goes on from it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gdrt_ds.config import RunConfig
+from gdrt_ds.dro import DroState
+from gdrt_ds.dro.groups import GroupPlan
+from gdrt_ds.errors import UserError
+from gdrt_ds.training import checkpoint
+from gdrt_ds.training.grouping import Grouped
+from gdrt_ds.training.job import Job
+from gdrt_ds.training.loading import Loaded
+from gdrt_ds.training.preparation import Prepared
+from gdrt_ds.training.validation import Best
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run starts; the defaults are a run that starts at the beginning.
+
+    Attributes:
+        first_step: optimizer steps that are done.
+        best: the best validation so far, and how many validations came after it without being better.
+        dro_state: moving averages and online weights, as `DroState.state_dict` wrote them.
+        group_plan, live_table: the groups of that moment and the relevance they came from (groups.reference=live).
+    """
+
+    first_step: int = 0
+    best: Best = Best()
+    dro_state: dict[str, torch.Tensor] | None = None
+    group_plan: GroupPlan | None = None
+    live_table: np.ndarray | None = None
+
+
+def resume(job: Job, prepared: Prepared, loaded: Loaded) -> Resumed:
+    """Puts the checkpoint that `resume` names into the engine. Every rank calls it.
+
+    Raises:
+        UserError: no such checkpoint, or one of other data, another prompt or another base model.
+    """
+    path, notes = checkpoint.resolve_resume(job.folder, job.config.resume)
+    for note in notes:
+        job.say(f"resume: {note}")
+    if path is None:
+        if job.config.resume is not None:
+            job.say("resume: no checkpoint yet, starting at step 0")
+        return Resumed()
+    restored = checkpoint.load(loaded.engine, path, fingerprint=loaded.base.fingerprint)
+    saved = restored.client_state
+    if saved["data_fingerprint"] != prepared.stores["train"].fingerprint:
+        raise UserError(
+            f"{path}: the training data or the prompt changed since this checkpoint",
+            "restore data.* and prompt.*, or start a new run.dir",
+        )
+    where = ""
+    if not restored.same_world:
+        where = (
+            f" (saved on {restored.world} ranks, now {job.runtime.world}: "
+            "equal up to rounding and dropout masks)"
+        )
+    job.say(f"resume: step {saved['step']} from {path}{where}")
+    live_table = saved.get("live_table")
+    return Resumed(
+        first_step=saved["step"],
+        best=Best(saved["best"], saved["bad_validations"]),
+        dro_state=saved["dro"],
+        group_plan=GroupPlan(**saved["group_plan"]),
+        live_table=None if live_table is None else live_table.numpy(),
+    )
+
+
+def client_state(
+    config: RunConfig, step: int, best: Best, state: DroState, data_fingerprint: str, grouped: Grouped
+) -> dict[str, Any]:
+    """What `checkpoint.save` stores beside the engine: nested JSON values and tensors, the same on every rank."""
+    saved = {
+        "step": step,
+        "best": best.figures,
+        "bad_validations": best.later,
+        "dro": state.state_dict(),
+        "data_fingerprint": data_fingerprint,
+        "group_plan": asdict(grouped.plan),
+    }
+    if config.groups.reference == "live" and grouped.relevance is not None:
+        saved["live_table"] = torch.from_numpy(grouped.relevance)
+    return saved

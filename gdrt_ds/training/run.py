@@ -1,0 +1,206 @@
+"""A run from its settings to its adapter. Each stage is a function that returns what it made:
+
+open_job -> Job        the run folder is ours
+prepare -> Prepared    data, catalogue, prompt, tokens
+load -> Loaded         model, engine, batch plan
+resume -> Resumed      where to start
+group_tokens -> Grouped    the group of every target token
+make_runner -> StepRunner  one optimizer step (step.py)
+train -> Result        the loop
+end -> exit status     adapter and summary
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from gdrt_ds import dro
+from gdrt_ds.config import RunConfig
+from gdrt_ds.data.prompts import tokenise_split
+from gdrt_ds.models.reference_adapters import EXCESS, reference
+from gdrt_ds.objectives import Objective, get_objective
+from gdrt_ds.runtime import Runtime
+from gdrt_ds.training import run_folder
+from gdrt_ds.training.ending import end
+from gdrt_ds.training.grouping import Grouped, group_tokens, relevance_cache, save_groups
+from gdrt_ds.training.job import Job, last_word, open_job, stop_if_asked
+from gdrt_ds.training.loading import Loaded, load
+from gdrt_ds.training.loop import train
+from gdrt_ds.training.losses import split_losses
+from gdrt_ds.training.preparation import Prepared, prepare
+from gdrt_ds.training.resuming import Resumed, resume
+from gdrt_ds.training.step import StepRunner
+from gdrt_ds.training.step_inputs import TrainTokens, frozen_weights, next_tokens, token_weights, trie_nodes
+from gdrt_ds.training.telemetry import say
+
+SETUP_TIMEOUT_S = 600  # relevance scoring beats once per micro-batch, and the first one may take this long
+
+
+def run_training(config: RunConfig, runtime: Runtime, *, keep_engine: bool = True) -> int:
+    """Trains to the end or to an interruption; returns the exit status. Every rank calls it.
+
+    Args:
+        keep_engine: False frees the engine at the end, for a process that trains several runs one after the other.
+    Raises:
+        UserError: every refusal of a setting, and what went wrong with the machine, in words.
+    """
+    if config.resume is not None and run_folder.status(Path(config.run.dir)) == "completed":
+        say(runtime, f"{config.run.dir} is a finished run: nothing to do")
+        return 0
+    objective = get_objective(config.objective)
+    job = open_job(config, runtime)
+    with last_word(job), contextlib.ExitStack() as cleanup:
+        prepared = prepare_data(job)
+        loaded = load(job, prepared)
+        if not keep_engine:
+            cleanup.callback(loaded.engine.destroy)
+        stop_if_asked(job)
+        resumed, grouped, runner = make_ready(job, prepared, loaded, objective)
+        with job.watchdog(config.train.timeout_s) as watchdog:
+            if runtime.is_main:
+                run_folder.settle(job.folder)
+            result = train(job, prepared, loaded, resumed, grouped, runner, watchdog)
+            return end(job, prepared, loaded, result)
+
+
+def prepare_only(config: RunConfig, runtime: Runtime) -> None:
+    """Tokenises and fills the relevance cache, so that a short job can do it before a long one starts."""
+    objective = get_objective(config.objective)
+    job = open_job(config, runtime)
+    prepared = prepare_data(job)
+    loaded = load(job, prepared)
+    stop_if_asked(job)
+    make_ready(job, prepared, loaded, objective)
+    job.say(f"prepared: {relevance_cache()}")
+
+
+def prepare_data(job: Job) -> Prepared:
+    """Data and prompt, and the files that evaluation needs: written now, so that a broken run can be looked at too."""
+    prepared = prepare(job.config)
+    stop_if_asked(job)
+    for line in prepared.notes:
+        job.say(f"data: {line}")
+    if job.runtime.is_main:
+        prepared.catalogue.save(job.folder / "catalogue.jsonl")
+        prepared.template.save(job.folder / "prompt.json")
+    return prepared
+
+
+def make_ready(
+    job: Job, prepared: Prepared, loaded: Loaded, objective: Objective
+) -> tuple[Resumed, Grouped, StepRunner]:
+    """Restores a checkpoint if there is one, gives every target token its group, and builds the step."""
+    section = job.config.groups
+    with job.watchdog(max(job.config.train.timeout_s, SETUP_TIMEOUT_S)) as watchdog:
+        resumed = resume(job, prepared, loaded)
+
+        def on_progress() -> None:
+            watchdog.beat()
+            stop_if_asked(job, resumed.first_step)
+
+        live = section.reference == "live"
+        grouped = group_tokens(
+            job,
+            prepared,
+            loaded,
+            on_progress,
+            saved_plan=resumed.group_plan if live else None,
+            saved_table=resumed.live_table if live else None,
+        )
+        counts = " ".join(f"{count:,}" for count in grouped.plan.counts)
+        job.say(f"groups: {grouped.plan.num} by {section.by}, train tokens {counts}")
+        save_groups(job, prepared, grouped)
+        tokens = train_tokens(job, prepared, loaded, resumed, grouped, objective, watchdog.beat)
+        runner = make_runner(job, prepared, loaded, resumed, tokens, objective)
+    return resumed, grouped, runner
+
+
+def train_tokens(
+    job: Job,
+    prepared: Prepared,
+    loaded: Loaded,
+    resumed: Resumed,
+    grouped: Grouped,
+    objective: Objective,
+    beat: Callable[[], None],
+) -> TrainTokens:
+    """Groups, and what this objective asks for beside losses."""
+    facts = {}
+    if objective.masked_softmax or objective.token_weights is not None:
+        trie = prepared.trie()
+        node = trie_nodes(prepared, trie)
+        if objective.masked_softmax:
+            facts["trie_node"] = node
+            facts["trie_offsets"], facts["trie_tokens"] = next_tokens(trie)
+        if objective.token_weights is not None:
+            facts["weights"] = token_weights(prepared, trie, node, objective, job.config.options)
+    if objective.history_free_pass:
+        samples = prepared.corpus.split("train")
+        facts["history_free"], _ = tokenise_split(
+            prepared.encoder, prepared.catalogue, samples, mask_history=True
+        )
+    if job.config.dro.excess:
+        facts["reference"] = losses_to_exceed(job, prepared, loaded, resumed.first_step, beat)
+    return TrainTokens(prepared.stores["train"], grouped.groups["train"], grouped.plan.num, **facts)
+
+
+def losses_to_exceed(
+    job: Job, prepared: Prepared, loaded: Loaded, first_step: int, beat: Callable[[], None]
+) -> np.ndarray:
+    """float64[train target tokens]: the reference's losses with the history (dro.excess).
+
+    NaN in samples that no step will use, so that a use that was not foreseen cannot pass unnoticed.
+    """
+    store = prepared.stores["train"]
+    steps_per_epoch = -(-len(store) // job.config.train.global_batch)
+    last_step = min(loaded.total_steps, first_step + steps_per_epoch + 1)
+    steps = [loaded.plan.samples(step) for step in range(first_step, last_step)]
+    used = np.unique(np.concatenate(steps or [[]])).astype(np.int64)
+    excess = job.config.dro.excess
+    loaded.engine.eval()
+    with reference(loaded.base.model, EXCESS if isinstance(excess, str) else None):
+        losses = split_losses(
+            job,
+            prepared,
+            loaded,
+            "train",
+            beat=beat,
+            samples=used,
+            announce=f"excess losses: {len(used):,} samples under the reference",
+        )
+    loaded.engine.train()
+    owner = np.repeat(np.arange(len(store)), store.num_target)
+    losses[~np.isin(owner, used)] = np.nan
+    return losses
+
+
+def make_runner(
+    job: Job,
+    prepared: Prepared,
+    loaded: Loaded,
+    resumed: Resumed,
+    tokens: TrainTokens,
+    objective: Objective,
+) -> StepRunner:
+    """The step, with the group-DRO state that a checkpoint remembers."""
+    state = dro.DroState(tokens.num_groups).to(job.runtime.device)
+    if resumed.dro_state is not None:
+        state.load_state_dict(resumed.dro_state)
+    frozen_q = frozen_weights(job.config.dro.frozen_weights, tokens.num_groups, job.runtime.device)
+    return StepRunner(
+        loaded.engine,
+        loaded.plan,
+        tokens,
+        objective,
+        job.config,
+        state,
+        job.runtime,
+        packing=loaded.packing,
+        prefix_length=len(prepared.encoder.head_ids),
+        pad_id=prepared.tokenizer.pad_token_id,
+        frozen_q=frozen_q,
+    )

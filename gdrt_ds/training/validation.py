@@ -1,0 +1,74 @@
+"""Plain losses of the validation split by group, and which validation was the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gdrt_ds import dro
+from gdrt_ds.loss import group_sums
+from gdrt_ds.training.grouping import Grouped
+from gdrt_ds.training.job import Job
+from gdrt_ds.training.loading import Loaded
+from gdrt_ds.training.losses import split_losses
+from gdrt_ds.training.preparation import Prepared
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation in nats per target token: the mean, the worst group's, F of the group losses, and float64[G]."""
+
+    step: int
+    nll: float
+    worst_group: float
+    objective: float
+    group_loss: torch.Tensor
+
+    def figures(self) -> dict[str, float]:
+        return {"nll": self.nll, "worst_group": self.worst_group, "objective": self.objective}
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best validation so far as checkpoints store it (step, value, figures), and how many came after it."""
+
+    figures: dict[str, Any] | None = None
+    later: int = 0
+
+    def is_beaten_by(self, validation: Validation, select_by: str) -> bool:
+        return self.figures is None or validation.figures()[select_by] < self.figures["value"]
+
+    def after(self, validation: Validation, select_by: str) -> Best:
+        """The best once `validation` is counted; `select_by`: nll, worst_group or objective."""
+        if not self.is_beaten_by(validation, select_by):
+            return Best(self.figures, self.later + 1)
+        value = validation.figures()[select_by]
+        return Best({"step": validation.step, "value": value, **validation.figures()}, 0)
+
+
+def validate(
+    job: Job, prepared: Prepared, loaded: Loaded, grouped: Grouped, step: int, beat: Callable[[], None]
+) -> Validation:
+    """Scores the validation split after `step` steps. Every rank calls it and gets the same."""
+    loaded.engine.eval()
+    losses = torch.from_numpy(split_losses(job, prepared, loaded, "valid", beat=beat))
+    loaded.engine.train()
+    groups = torch.from_numpy(grouped.groups["valid"].astype(np.int64))
+    counts = torch.bincount(groups, minlength=grouped.plan.num).double()
+    group_loss = group_sums(losses, groups, grouped.plan.num) / counts.clamp_min(1)
+    group_loss[counts == 0] = float("nan")
+    section = job.config.dro
+    _, objective = dro.closed_form_weights(
+        group_loss.nan_to_num(), dro.prior(counts, section.prior), section.tau
+    )
+    return Validation(
+        step=step,
+        nll=losses.mean().item(),
+        worst_group=group_loss[counts > 0].max().item(),
+        objective=objective.item(),
+        group_loss=group_loss,
+    )
