@@ -86,8 +86,9 @@ MUTATIONS = [
         (
             (
                 "training/step.py",
-                "            held = (sums, values, groups)\n",
-                "            held = (sums, values, groups)\n            if not last:\n"
+                "            self._measure(found, buffer, facts.slots[index] if self.per_token else None)\n",
+                "            self._measure(found, buffer, facts.slots[index] if self.per_token else None)\n"
+                "            if index < len(facts.micro_steps) - 1:\n"
                 "                self._remember(buffer.losses, buffer.counts)\n",
             ),
         ),
@@ -98,8 +99,8 @@ MUTATIONS = [
         (
             (
                 "training/step.py",
-                "                self._remember(losses, counts)\n",
-                "                if self.runtime.is_main:\n                    self._remember(losses, counts)\n",
+                "        if taken:\n",
+                "        if taken and self.runtime.is_main:\n",
             ),
         ),
     ),
@@ -109,9 +110,10 @@ MUTATIONS = [
         (
             (
                 "training/step.py",
-                "self._backward(sums, values, q / safe_counts, None)",
-                "self._backward(sums, values, q / (group_sums(self._weights_of(micro), groups, "
-                "self.tokens.num_groups).clamp_min(1) * len(micro_steps) * self.runtime.world), None)",
+                "self._backward(found.sums, found.values, coefficients, None)",
+                "self._backward(found.sums, found.values, q / (group_sums(self._weights_of(found.micro), "
+                "found.groups, self.tokens.num_groups).clamp_min(1) * len(facts.micro_steps) "
+                "* self.runtime.world), None)",
             ),
         ),
     ),
@@ -121,8 +123,9 @@ MUTATIONS = [
         (
             (
                 "training/step.py",
-                "            buffer.add(sums, group_sums(",
-                "            buffer.add(sums if q is None else sums.detach().mul_(q * self.tokens.num_groups), group_sums(",
+                "            self._measure(found, buffer)\n            self._backward(",
+                "            found.sums.data.mul_(q * self.tokens.num_groups)\n"
+                "            self._measure(found, buffer)\n            self._backward(",
             ),
         ),
     ),
@@ -169,9 +172,9 @@ MUTATIONS = [
         "test_error_11_weights_and_moving_averages_come_back_from_the_checkpoint",
         (
             (
-                "training/trainer.py",
-                '"dro": self.state.state_dict(),',
-                '"dro": dro.DroState(self.group_plan.num).state_dict(),',
+                "training/resuming.py",
+                '"dro": state.state_dict(),',
+                '"dro": DroState(grouped.plan.num).state_dict(),',
             ),
         ),
     ),

@@ -197,7 +197,8 @@ def held_graphs(rank, world, folder):
             graphs = []
             for index, samples in enumerate(micro_steps):
                 runner.engine.set_gradient_accumulation_boundary(index == 1)
-                graphs.append(runner._forward(samples, 0, index)[:2])
+                forward = runner._forward(samples, 0, index)
+                graphs.append((forward.sums, forward.values))
                 if not held:
                     runner._backward(*graphs.pop(), coefficients, None)
             for index, graph in enumerate(graphs):

@@ -21,14 +21,14 @@ def test_a_step_makes_one_collective_beyond_deepspeeds_own(report):
     assert len(report["watch"]) == 2 and len(report["watch"][0]) == 6
     for rank in report["watch"]:
         for cell in rank:
-            assert cell["collectives"] == {"dro.py:reduce:all_reduce": 1}, cell
+            assert cell["collectives"] == {"buffer.py:reduce:all_reduce": 1}, cell
 
 
 def test_a_step_reads_the_device_once_for_the_flags(report):
     for rank in report["watch"]:
         for cell in rank:
             reads = {k: n for k, n in cell["reads"].items() if not k.startswith(CPU_CHECKS)}
-            assert reads == {"dro.py:flags:tolist": 1}, cell
+            assert reads == {"buffer.py:flags:tolist": 1}, cell
 
 
 def test_nan_on_one_rank_skips_the_step_on_all_and_leaves_no_trace(report):
