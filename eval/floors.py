@@ -1,9 +1,10 @@
-"""Two floors that every model is shown beside: most-popular, and last-item Markov. Fitted on train, no parameter is tuned.
+"""Two floors that every model is shown beside: most-popular, and last-item Markov. Fitted on train, no
+parameter is tuned.
 
-Both give probabilities over the whole catalogue, so every metric, target NLL included, is computed for them as for a model.
-popularity  P(i) = (n_i + 1) / (n + I)
-markov      P(i | last item j) = (n_ji + P(i)) / (n_j + 1), n_ji = train windows whose history ends in j and whose target is i
-I entries; n_i train interactions of entry i.
+Both give probabilities over the whole catalogue, so every metric, target NLL included, is computed for them
+as for a model. popularity  P(i) = (n_i + 1) / (n + I)
+markov      P(i | last item j) = (n_ji + P(i)) / (n_j + 1), n_ji = train windows whose history ends in j and
+whose target is i I entries; n_i train interactions of entry i.
 """
 
 from __future__ import annotations

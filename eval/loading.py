@@ -1,9 +1,11 @@
-"""What is evaluated: a run folder, its base model, or a model trained elsewhere; always with data, prompt and catalogue that
-belong together (`gdrt_ds.inference.recommender` refuses those that do not).
+"""What is evaluated: a run folder, its base model, or a model trained elsewhere; always with data, prompt and
+catalogue that belong together (`gdrt_ds.inference.recommender` refuses those that do not).
 
-    load_subject(run=FOLDER)                         the run's base + adapter, its prompt.json and catalogue.jsonl
+    load_subject(run=FOLDER)                         the run's base + adapter, its prompt.json and
+    catalogue.jsonl
     load_subject(run=FOLDER, base=True)              its base model under the same prompt
-    load_subject(model=M, adapter=A, prompt=P, data=D)   any causal LM, any PEFT adapter, a template file (or alpaca, plain, chat)
+    load_subject(model=M, adapter=A, prompt=P, data=D)   any causal LM, any PEFT adapter, a template file (or
+    alpaca, plain, chat)
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class Subject:
 
     Attributes:
         name: for tables. samples: of the split, cut by `limit`. run: the run folder, if any.
-        group_of_entry: relevance group of each catalogue entry, -1 where unknown; None without a relevance table.
+        group_of_entry: relevance group of each catalogue entry, -1 where unknown; None without a relevance
+            table.
     """
 
     name: str
@@ -38,6 +41,13 @@ class Subject:
     limit: int | None
     run: Path | None = None
     group_of_entry: np.ndarray | None = None
+
+    @property
+    def objective(self) -> str | None:
+        """The training objective; None for a base model or a model that was trained elsewhere."""
+        if self.run is None or self.recommender.adapter is None:
+            return None
+        return self.recommender.config.objective
 
     @property
     def catalogue(self) -> Catalogue:
@@ -55,7 +65,8 @@ class Subject:
 
 
 def choose_samples(samples: list[Sample], limit: int | None) -> list[Sample]:
-    """All samples, or a sample of `limit` of them that is the same for every model (seed 0), in the split's order.
+    """All samples, or a sample of `limit` of them that is the same for every model (seed 0), in the split's
+    order.
 
     Raises:
         UserError: limit below 1.
@@ -69,10 +80,11 @@ def choose_samples(samples: list[Sample], limit: int | None) -> list[Sample]:
 
 
 def relevance_groups(run: Path, corpus: Corpus, catalogue: Catalogue) -> np.ndarray | None:
-    """Relevance group of every entry: mean r over the tokens of its title, in quantile bins over the train targets.
+    """Relevance group of every entry: mean r over the tokens of its title, in quantile bins over the train
+    targets.
 
-    0 = least predictable from auxiliary tokens alone. Token-level groups serve training; a sample needs one group.
-    None if the run has no relevance table (groups.by is a label).
+    0 = least predictable from auxiliary tokens alone. Token-level groups serve training; a sample needs one
+    group. None if the run has no relevance table (groups.by is a label).
     """
     import json
 
@@ -111,14 +123,16 @@ def load_subject(
     """Opens what the command line names.
 
     Args:
-        overrides: `key.sub=value` on the run's config (or on the defaults), e.g. model.dtype=float32 or data.history_length=10.
+        overrides: `key.sub=value` on the run's config (or on the defaults), e.g. model.dtype=float32 or
+            data.history_length=10.
     Raises:
         UserError: contradictory options, and every refusal of gdrt_ds.inference.recommender; an empty split.
     """
     if (run is None) == (model is None):
         raise UserError(
             "give either --run or --model" if run is None else "--run and --model exclude each other",
-            "--run RUN_DIR for a run of this project, --model PATH [--adapter PATH] --prompt FILE --data PATH for another model",
+            "--run RUN_DIR for a run of this project, --model PATH [--adapter PATH] --prompt FILE --data "
+            "PATH for another model",
         )
     if run is not None:
         if adapter or prompt or data:

@@ -1,17 +1,16 @@
-"""From a subject to an evaluation folder: scores, metrics, floors, audits, report. `eval.run` is its command line."""
+"""From a subject to an evaluation folder: scores, metrics, floors, audits, report. `eval.run` calls it."""
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from eval.floors import FLOORS, floor_predictions
+from eval.folders import FORMAT, RESULTS, is_evaluation, read_results
 from eval.loading import Subject
 from eval.metrics import evaluate, evaluate_targets
 from eval.predictions import (
-    OBJECTIVES,
     Progress,
     ScoringOptions,
     check_exactness,
@@ -21,6 +20,7 @@ from eval.predictions import (
     scoring_key,
 )
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import write_json
 from gdrt_ds.runtime import Runtime, detect_rank, single_process_runtime, start_runtime
 from gdrt_ds.training.run_folder import git_hash, versions
 
@@ -36,15 +36,17 @@ def evaluation_runtime() -> Runtime:
 
 
 def default_output(subject: Subject, options: ScoringOptions) -> Path:
-    """RUN/eval/SPLIT-MODE[-base][-limitN]; for other models ./eval-NAME-SPLIT-MODE."""
+    """RUN/eval/SPLIT-MODE[-SCORING][-limitN][-base]; ./eval-NAME-SPLIT-MODE for models trained elsewhere."""
     parts = [subject.split, options.mode]
-    if options.mode not in OBJECTIVES and options.objective != "renormalised":
-        parts.append(options.objective)
+    if not options.exact and options.scoring != "renormalised":
+        parts.append(options.scoring)
     if subject.limit:
         parts.append(f"limit{subject.limit}")
     if subject.run is None:
         return Path("-".join(["eval", subject.name, *parts]).replace("/", "-"))
-    return subject.run / "eval" / "-".join(parts + (["base"] if subject.recommender.adapter is None else []))
+    if subject.recommender.adapter is None:
+        parts.append("base")
+    return subject.run / "eval" / "-".join(parts)
 
 
 def run_evaluation(
@@ -62,32 +64,39 @@ def run_evaluation(
     """Scores, measures, audits and reports.
 
     Args:
-        audits: names of eval.audit, or all; they run after the scores are safe on disk, with `audit_options` (AuditOptions). Others that an
-            earlier call left in the same output stay.
+        output: the evaluation folder; by default `default_output`.
+        overwrite: drop other predictions in it.
+        floors: also measure popularity and Markov.
+        num_bootstrap: draws of users for the intervals.
+        audits: names of eval.audit, or all. They run after the scores are safe on disk. Audits that an
+            earlier call
+            left in the same output stay.
+        audit_options: `AuditOptions` of eval.audit.
     Returns:
         the content of results.json on rank 0, None elsewhere.
+    Raises:
+        UserError: an unknown audit, an output that cannot be used, or a model that cannot be scored exactly.
     """
-    context, keep = None, frozenset()
+    context = None
+    keep: frozenset[int] = frozenset()
     if audits:
-        from eval.audit import AuditContext, AuditOptions, choose, run_audits
+        from eval.audit import AuditContext, AuditOptions, choose
 
         choose(audits)  # a misspelt name is refused before hours of scoring
         context = AuditContext(subject, runtime, audit_options or AuditOptions())
-        keep = context.wanted_scores() if options.mode == "renormalised" else keep
+        if options.mode == "renormalised":
+            keep = context.wanted_scores()
     output = output or default_output(subject, options)
-    key, size = scoring_key(subject, options), len(subject.catalogue)
+    key = scoring_key(subject, options)
     if runtime.is_main:
-        for line in subject.recommender.lines:
-            print(line)
-        if options.k > size:
-            print(f"lists: the catalogue has {size} items, so lists end there (--k {options.k})")
-        print(check_exactness(subject, options), flush=True)
-        claim_output(output, key, overwrite)
+        _begin(subject, options, output, key, overwrite)
     runtime.barrier()
     with Progress(runtime, f"{subject.name}: {options.mode}") as progress:
         predictions, scores = predict(subject, options, output, runtime, progress, keep)
     audited = {}
     if context is not None:
+        from eval.audit import run_audits
+
         context.remember(scores)
         audited = run_audits(audits, context)
     if predictions is None:
@@ -101,13 +110,28 @@ def run_evaluation(
     return results
 
 
+def _begin(
+    subject: Subject, options: ScoringOptions, output: Path, key: dict[str, Any], overwrite: bool
+) -> None:
+    """Says what is evaluated, checks that it can be scored, and makes the output ready."""
+    for line in subject.recommender.lines:
+        print(line)
+    num_items = len(subject.catalogue)
+    if options.k > num_items:
+        print(f"lists: the catalogue has {num_items} items, so lists end there (--k {options.k})")
+    print(check_exactness(subject, options), flush=True)
+    claim_output(output, key, overwrite)
+
+
 def earlier_audits(output: Path, key: dict[str, Any]) -> dict[str, Any]:
-    """Audits in OUTPUT/results.json, if that was made from the same model, prompt, samples and mode; else none."""
-    try:
-        before = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Audits in OUTPUT/results.json, if it has the same model, prompt, samples and mode; else none."""
+    if not is_evaluation(output):
         return {}
-    return before.get("audits") or {} if before.get("scoring") == key else {}
+    try:
+        before = read_results(output)
+    except UserError:  # damaged: this evaluation writes it anew
+        return {}
+    return before.get("audits") or {} if before.get("scoring_key") == key else {}
 
 
 def measure(
@@ -118,33 +142,10 @@ def measure(
     floors: bool = True,
     num_bootstrap: int = 1000,
 ) -> dict[str, Any]:
-    """results.json: metrics and breakdowns of the model, the floors and the test targets themselves."""
-    entries, counts = subject.catalogue.entries, subject.train_history_counts()
+    """The content of results.json: metrics and slices of the model, the floors, the test targets."""
+    entries = subject.catalogue.entries
+    counts = subject.train_history_counts()
     results = evaluate(predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap)
-    notes = list(results.get("notes", []))
-    num_nan = sum(1 for p in predictions if p.get("num_nan"))
-    if num_nan:
-        notes.append(
-            f"{num_nan} of {len(predictions)} samples have NaN scores, which count as the worst rank"
-        )
-    if subject.limit:
-        notes.append(f"--limit {subject.limit}: not a result")
-    if options.mode == "best_first":
-        full = sum(p["certified"] >= len(p["top_ids"]) for p in predictions)
-        nodes = sum(p["nodes_expanded"] for p in predictions) / len(predictions)
-        notes.append(
-            f"best-first: {full} of {len(predictions)} lists certified exact; {nodes:.0f} of {subject.recommender.trie.num_nodes} trie "
-            "nodes opened per user; a target outside its list has no rank and counts as the worst"
-        )
-        results["search"] = {
-            "certified_share": full / len(predictions),
-            "nodes_per_user": nodes,
-            "trie_nodes": subject.recommender.trie.num_nodes,
-        }
-    if options.mode == "beam":
-        notes.append(
-            f"beam search with {options.beams} beams: approximate lists; a target outside its list has no rank and counts as the worst"
-        )
     found: dict[str, Any] = {}
     if floors:
         order = item_order(subject)
@@ -156,29 +157,65 @@ def measure(
     found["targets"] = evaluate_targets(
         predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap
     )
-    config = subject.recommender.config
+    if options.mode == "best_first":
+        results["search"] = _search_figures(subject, predictions)
     return {
         **results,
-        "notes": notes,
+        "format": FORMAT,
+        "notes": [*results.get("notes", []), *_notes(subject, options, predictions)],
         "name": subject.name,
         "split": subject.split,
         "num_samples": len(predictions),
         "num_items": len(entries),
-        "objective": options.objective,
+        "objective": subject.objective,
+        "scoring": options.scoring,
         "mode": options.mode,
         "k": options.k,
         "limit": subject.limit,
         "dtype": str(subject.recommender.reader.mask_dtype).removeprefix("torch."),
         "floors": found,
-        "config": config.model_dump(mode="json"),
+        "config": subject.recommender.config.model_dump(mode="json"),
         "versions": versions(),
         "git_hash": git_hash(),
-        "scoring": scoring_key(subject, options),
+        "scoring_key": scoring_key(subject, options),
     }
 
 
+def _search_figures(subject: Subject, predictions: list[dict[str, Any]]) -> dict[str, float]:
+    """How far best-first searches got: share of lists proven exact, and trie nodes opened per user."""
+    certified = sum(row["certified"] >= len(row["top_ids"]) for row in predictions)
+    return {
+        "certified_share": certified / len(predictions),
+        "nodes_per_user": sum(row["nodes_expanded"] for row in predictions) / len(predictions),
+        "trie_nodes": subject.recommender.trie.num_nodes,
+    }
+
+
+def _notes(subject: Subject, options: ScoringOptions, predictions: list[dict[str, Any]]) -> list[str]:
+    """What a reader of the numbers has to know."""
+    notes = []
+    num_nan = sum(1 for row in predictions if row.get("num_nan"))
+    if num_nan:
+        notes.append(
+            f"{num_nan} of {len(predictions)} samples have NaN scores, which count as the worst rank"
+        )
+    if subject.limit:
+        notes.append(f"--limit {subject.limit}: not a result")
+    no_rank = "a target outside its list has no rank and counts as the worst"
+    if options.mode == "best_first":
+        search = _search_figures(subject, predictions)
+        certified = round(search["certified_share"] * len(predictions))
+        notes.append(
+            f"best-first: {certified} of {len(predictions)} lists certified exact; "
+            f"{search['nodes_per_user']:.0f} of {search['trie_nodes']} trie nodes opened per user; {no_rank}"
+        )
+    if options.mode == "beam":
+        notes.append(f"beam search with {options.beams} beams: approximate lists; {no_rank}")
+    return notes
+
+
 def write(output: Path, results: dict[str, Any], predictions: list[dict[str, Any]], subject: Subject) -> None:
-    """results.json, then report.md and report.html, then the table on the terminal; the parts go last.
+    """Writes results.json, then report.md and report.html, and prints the table.
 
     Raises:
         UserError: the folder cannot be written.
@@ -188,11 +225,7 @@ def write(output: Path, results: dict[str, Any], predictions: list[dict[str, Any
     from eval.report import terminal_table, write_report
 
     try:
-        temporary = output / "results.json.part"
-        temporary.write_text(
-            json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False), encoding="utf-8"
-        )
-        os.replace(temporary, output / "results.json")
+        write_json(output / RESULTS, results)
         write_report(
             output,
             results,
@@ -207,7 +240,5 @@ def write(output: Path, results: dict[str, Any], predictions: list[dict[str, Any
             "free space; the predictions are kept and need no new scoring",
         ) from None
     Console().print(terminal_table(results))
-    print(
-        f"written: {output}/results.json, predictions.jsonl, report.md, report.html"
-        + ("   (--limit: not a result)" if subject.limit else "")
-    )
+    warning = "   (--limit: not a result)" if subject.limit else ""
+    print(f"written: {output}/results.json, predictions.jsonl, report.md, report.html{warning}")

@@ -1,17 +1,29 @@
-"""Evaluates a run, its base model, or a model trained elsewhere: exact scores, metrics with intervals, floors, a report.
+"""Evaluates a run, its base model, or a model trained elsewhere.
 
-    python -m eval.run --run RUN_DIR [--split test] [--mode renormalised|full|best_first|beam] [--output DIR] [--limit N]
-    python -m eval.run --run RUN_DIR --base                      the run's base model under the same prompt and catalogue
+Computes exact scores, metrics with intervals, floors and a report.
+
+    python -m eval.run --run RUN_DIR [--split test] [--mode MODE] [--output DIR] [--limit N]
+    python -m eval.run --run RUN_DIR --base       the run's base model under the same prompt and catalogue
     python -m eval.run --model PATH [--adapter PATH] --prompt FILE --data PATH
-    torchrun --nproc_per_node 2 -m eval.run --run-dir RUN_DIR    users split over ranks (deepspeed and srun likewise);
-                                                                 torchrun takes --run for an abbreviation of its own --run-path
-Settings of the run can be overridden with key.sub=value, e.g. model.dtype=float32. Started again, it goes on where it ended.
+    torchrun --nproc_per_node 2 -m eval.run --run-dir RUN_DIR
+                                                  users are split over ranks (deepspeed and srun likewise)
+torchrun takes --run for an abbreviation of its own --run-path, hence --run-dir. MODE is renormalised, full,
+best_first or beam. Settings of the run can be overridden with key.sub=value, e.g. model.dtype=float32.
+Started again, it goes on where it ended.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+
+class FormerName(argparse.Action):
+    """An option under its former name: it is taken, and one line says what it is called now."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(f"{option_string} is called --{self.dest} now; the former name is still read", flush=True)
+        setattr(namespace, self.dest, values)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -29,14 +41,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--mode",
         default="renormalised",
         choices=("renormalised", "full", "best_first", "beam"),
-        help="exact over the catalogue's tokens (default) or over the whole vocabulary; certified top-k; beam search",
+        help="exact over the catalogue's tokens (default) or over the whole vocabulary; certified top-k; "
+        "beam search",
     )
     parser.add_argument(
-        "--objective",
+        "--scoring",
         default="renormalised",
         choices=("renormalised", "full"),
-        help="for best_first and beam",
+        help="for best_first and beam: probabilities over the catalogue's tokens or the whole vocabulary",
     )
+    parser.add_argument("--objective", dest="scoring", action=FormerName, help=argparse.SUPPRESS)
     parser.add_argument("--k", type=int, default=50, help="length of the lists (default 50)")
     parser.add_argument("--beams", type=int, default=10, help="width of beam mode")
     parser.add_argument(
@@ -88,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         scoring = ScoringOptions(
             options.mode,
-            options.objective,
+            options.scoring,
             options.k,
             options.batch_size,
             options.max_score_bytes,

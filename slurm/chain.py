@@ -317,8 +317,8 @@ def evaluation_name(words: list[str]) -> str:
             "leave --output out",
         )
     parts = [chosen.split, chosen.mode]
-    if chosen.mode in ("best_first", "beam") and chosen.objective != "renormalised":
-        parts.append(chosen.objective)
+    if chosen.mode in ("best_first", "beam") and chosen.scoring != "renormalised":
+        parts.append(chosen.scoring)
     return "-".join(parts + ([f"limit{chosen.limit}"] if chosen.limit else []))
 
 

@@ -1,35 +1,40 @@
-"""Reports of one evaluation: report.md, report.html (one self-contained page), and the same table for the terminal.
+"""Reports of one evaluation: report.md, report.html (one self-contained page), and the same table for the
+terminal.
 
     from eval.report import write_report, terminal_table
     write_report(folder, results, predictions, catalogue.entries, run_folder=run)
     rich.print(terminal_table(results))
 
-`results` is the content of results.json: "metrics" and "breakdowns" and "notes" (from eval.metrics.evaluate), "floors"
-({name: metrics}; the name "targets" is the test targets themselves), "config", "versions", "git_hash", "objective", "mode",
-"dtype", "limit", "audits". Missing keys leave their section out.
+`results` is the content of results.json: "metrics" and "breakdowns" and "notes" (from eval.metrics.evaluate),
+"floors" ({name: metrics}; the name "targets" is the test targets themselves), "config", "versions",
+"git_hash", "objective" (what was trained), "scoring", "mode", "dtype", "limit", "audits". Missing keys leave
+their section out.
 
 Audits fill in `results["audits"] = {name: audit}` with
     audit = {"title": str, "question": str, "finding": str (one sentence),
              "table": {"columns": [str], "rows": [[str | number | None]]} | None,
              "figures": [figure, ...], "control": str, "cost": str}
 
-Figures: plain dictionaries (they survive JSON), drawn by eval.report.plots as inline SVG that follows the reader's light or
-dark mode. All have "kind", "title" and "caption" (one sentence that says what to see). Optional everywhere but in tokens:
-"x_label", "y_label", "legend": False, "percent": True (share axis),
-"ordered": True (series are ordered groups: one colour ramp instead of distinct colours),
-"smooth": True (a noisy curve is drawn faint under its moving average),
-"reference": {"value": y, "label": str} (a dashed line). None in a list of numbers is a gap.
+Figures: plain dictionaries (they survive JSON), drawn by eval.report.plots as inline SVG that follows the
+    reader's light or dark mode. All have "kind", "title" and "caption" (one sentence that says what to see).
+    Optional everywhere but in tokens: "x_label", "y_label", "legend": False, "percent": True (share axis),
+    "ordered": True (series are ordered groups: one colour ramp instead of distinct colours), "smooth": True
+    (a noisy curve is drawn faint under its moving average), "reference": {"value": y, "label": str} (a dashed
+    line). None in a list of numbers is a gap.
     bar           "categories": [str], "series": [{"name": str, "values": [y], "low": [y]?, "high": [y]?}],
                   "stacked": bool?, "horizontal": bool?
-    line          "series": [{"name": str, "x": [x], "y": [y], "low": [y]?, "high": [y]?}], "log_x": bool?, "log_y": bool?
+    line          "series": [{"name": str, "x": [x], "y": [y], "low": [y]?, "high": [y]?}], "log_x": bool?,
+    "log_y": bool?
     stacked_area  "x": [x], "series": [{"name": str, "y": [y]}]       (shares, or counts per step)
-    scatter       "points": [{"x": x, "y": y, "label": str?, "series": str?, "x_low", "x_high", "y_low", "y_high"?}],
+    scatter       "points": [{"x": x, "y": y, "label": str?, "series": str?, "x_low", "x_high", "y_low",
+    "y_high"?}],
                   "log_x": bool?, "log_y": bool?
     heatmap       "rows": [str], "columns": [str], "values": [[v]]    (numbers are written into the cells)
-    tokens        "prompts": [{"title": str?, "tokens": [{"text": str, "segment": "instruction"|"template"|"history"|"target",
-                  "group": int?, "weight": float?}]}], "num_groups": int?
-                  Tokens with a group are coloured along the group ramp (0 = least, last = most tied to auxiliary tokens);
-                  tokens with a weight by its share of the prompt's largest |weight| (warm: raises, cool: lowers).
+    tokens        "prompts": [{"title": str?, "tokens": [{"text": str, "segment":
+    "instruction"|"template"|"history"|"target",
+                  "group": int?, "weight": float?}]}], "num_groups": int? Tokens with a group are coloured
+                  along the group ramp (0 = least, last = most tied to auxiliary tokens); tokens with a weight
+                  by its share of the prompt's largest |weight| (warm: raises, cool: lowers).
 An unknown kind or a series of the wrong length raises UserError: a figure is never dropped silently.
 """
 
@@ -97,8 +102,8 @@ def write_catalogue(
 ) -> Path:
     """Writes one JSON object per catalogue entry and returns the path.
 
-    The keys are those of the run folder's catalogue.jsonl and, where it is known, `history_count`: how often the
-    entry occurs in training histories.
+    The keys are those of the run folder's catalogue.jsonl and, where it is known, `history_count`: how often
+    the entry occurs in training histories.
     """
     lines = []
     for entry in catalogue_entries:

@@ -86,7 +86,8 @@ def build_sections(
     config = results.get("config") or {}
     name = str(results.get("name") or (config.get("run") or {}).get("dir") or "")
     facts = [
-        ("Objective", results.get("objective")),
+        ("Training objective", results.get("objective")),
+        ("Scoring", results.get("scoring")),
         ("Mode", results.get("mode")),
         ("Precision", results.get("dtype")),
         ("Samples", f"{inputs.num_samples:,}"),
@@ -94,7 +95,7 @@ def build_sections(
         ("Catalogue", f"{inputs.num_items:,} items"),
         ("Git", str(results.get("git_hash") or "")[:10]),
     ]
-    trained = config.get("objective")
+    trained = results.get("objective")
     subtitle = ", ".join(
         str(x)
         for x in (
@@ -325,7 +326,7 @@ def terminal_table(results: Mapping[str, Any], every: bool = False) -> RichTable
     floors = _floors(results)
     limit = results.get("limit")
     title = " ".join(
-        dict.fromkeys(str(results[key]) for key in ("name", "objective", "mode") if results.get(key))
+        dict.fromkeys(str(results[key]) for key in ("name", "scoring", "mode") if results.get(key))
     )
     table = RichTable(
         title=Text(f"NOT A RESULT (limit {limit}): {title}" if limit else title) if title or limit else None,

@@ -13,7 +13,7 @@ STYLE = """
 --g0:#4a8fb8;--g1:#4ca3b5;--g2:#6abbaa;--g3:#9dcc90;--g4:#d9cd74;--g5:#ecb566;--g6:#e8935a;--g7:#dc6f5b;--warm:#e8935a;--cool:#6ea9db}}
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 var(--sans)}
-header,main{max-width:1080px;margin:0 auto;padding:0 24px}header{padding-top:44px}
+header,main{max-width:1180px;margin:0 auto;padding:0 24px}header{padding-top:44px}
 .kicker{margin:0;color:var(--muted);font-size:13px;letter-spacing:.08em;text-transform:uppercase}
 h1,h2{font-family:var(--serif);font-weight:600;line-height:1.2;letter-spacing:-.01em;overflow-wrap:anywhere}h1{font-size:36px;
 margin:4px 0 12px}h2{font-size:25px;margin:0 0 8px}
@@ -45,9 +45,10 @@ figure svg{display:block;width:100%;height:auto;max-width:620px;font-family:var(
 figcaption{font-size:13.5px;color:var(--muted);line-height:1.45;margin-top:8px}
 .scroll{overflow-x:auto;margin:8px 0 16px;-webkit-overflow-scrolling:touch}table{border-collapse:separate;border-spacing:0;font-size:14px;
 width:100%}
-caption{text-align:left;font-weight:600;padding:14px 0 6px}th,td{padding:6px 14px 6px 0;text-align:left;
+caption{text-align:left;font-weight:600;padding:14px 0 6px}th,td{padding:6px 12px 6px 0;text-align:left;
 border-bottom:1px solid var(--rule);vertical-align:top}
 td{min-width:5em}tbody th{white-space:nowrap;max-width:22em;overflow:hidden;text-overflow:ellipsis}td.text{min-width:15em}
+td.text:last-child{min-width:8.5em}
 td:last-child{color:var(--muted)}td.n:last-child{color:inherit}thead th{color:var(--muted);font-weight:600;font-size:13px;
 vertical-align:bottom}tbody th{font-weight:500}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}

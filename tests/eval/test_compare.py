@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -210,3 +213,27 @@ def test_audits_stand_side_by_side_where_two_runs_have_them(folders, tmp_path, c
     )
     assert "0.7500 [0.6500, 0.8500]" in capsys.readouterr().out
     assert "What the predictions hang on" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_every_column_of_the_page_is_seen_in_a_window_of_1280_pixels(folders, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    # sft and gdrt differ little, so that verdicts and numbers are of the longest kind.
+    output = tmp_path / "out"
+    main([*map(str, folders[1:]), "--output", str(output), "--num-bootstrap", "200"])
+    probe = (
+        "<script>onload=()=>{document.querySelectorAll('details').forEach(d=>d.open=true);"
+        "document.title=[...document.querySelectorAll('.scroll')]"
+        ".map(s=>s.scrollWidth-s.clientWidth).join(' ')}</script>"
+    )
+    page = tmp_path / "probed.html"
+    written = (output / "compare.html").read_text(encoding="utf-8")
+    assert "interval spans zero after Holm" in written
+    page.write_text(written.replace("</body>", probe + "</body>"), encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,1000"]
+    command += ["--virtual-time-budget=4000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    hidden = [int(pixels) for pixels in re.search("<title>([^<]*)<", done.stdout)[1].split()]
+    assert len(hidden) == 4 and max(hidden) == 0, f"pixels of each table beyond the page: {hidden}"

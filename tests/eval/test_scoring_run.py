@@ -15,7 +15,7 @@ from eval import predictions as predictions_module
 from eval.floors import Floors
 from eval.loading import load_subject
 from eval.metrics.calibration import nll_curve
-from eval.run import main
+from eval.run import main, parse
 from eval.scoring import expected_rank, per_item_scores
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.errors import UserError
@@ -76,10 +76,11 @@ def test_predictions_equal_an_independent_scoring_of_every_item(run, evaluated):
         assert row["history_ids"] == list(sample.history) and len(row["top_ids"]) == len(ids)
 
 
-def test_results_name_objective_mode_versions_and_floors(evaluated):
+def test_results_name_scoring_training_objective_versions_and_floors(evaluated):
     results = json.loads((evaluated / "results.json").read_text())
     assert (
-        results["objective"] == results["mode"] == "renormalised"
+        results["scoring"] == results["mode"] == "renormalised"
+        and results["objective"] == "gdrt"
         and results["dtype"] == "float32"
         and results["limit"] is None
     )
@@ -233,9 +234,35 @@ def test_audits_of_the_same_predictions_stay_and_those_of_others_go(run, evaluat
     assert audits() == {}
 
 
+def test_an_evaluation_of_an_earlier_version_is_reused_with_its_audits(run, evaluated, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(evaluated, out)
+    results = json.loads((out / "results.json").read_text())
+    key = results.pop("scoring_key")
+    key["objective"] = key.pop("scoring")
+    del results["format"]
+    results |= {"objective": results.pop("scoring"), "scoring": key, "audits": {"kept": {"effect": None}}}
+    (out / "results.json").write_text(json.dumps(results))
+    (out / "scoring.json").write_text(json.dumps(key))
+    before = (out / "parts" / "rank_0.jsonl").stat().st_mtime_ns
+    main(["--run", str(run), "--output", str(out), *FAST])
+    said = capsys.readouterr().out
+    assert "scoring.json of an earlier version: its `objective` is read as `scoring`" in said
+    assert (out / "parts" / "rank_0.jsonl").stat().st_mtime_ns == before, "samples were scored again"
+    found = json.loads((out / "results.json").read_text())
+    assert found["audits"] == {"kept": {"effect": None}}
+    assert found["scoring_key"]["scoring"] == "renormalised"
+
+
+def test_the_former_name_of_scoring_is_taken_and_said(capsys):
+    options = parse(["--run", "x", "--mode", "beam", "--objective", "full"])
+    assert options.scoring == "full"
+    assert capsys.readouterr().out == "--objective is called --scoring now; the former name is still read\n"
+
+
 def test_predictions_of_different_settings_are_never_mixed(run, evaluated, tmp_path, capsys):
     shutil.copytree(evaluated, tmp_path / "out")
-    assert "another mode, objective" in fails(
+    assert "another mode, scoring" in fails(
         capsys, ["--run", run, "--output", tmp_path / "out", "--mode", "full", *FAST]
     )
     assert "limit" in fails(capsys, ["--run", run, "--output", tmp_path / "out", "--limit", 5, *FAST])

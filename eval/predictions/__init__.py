@@ -1,0 +1,29 @@
+"""Scores the samples of a subject and writes predictions.jsonl: in batches, over ranks, resumable, with
+progress.
+
+options.py   how to score
+scorer.py    batches of samples -> predictions; the check against scoring items one by one
+rows.py      one object of predictions.jsonl
+predict.py   scores what is missing, rank by rank, and joins the parts
+progress.py  what a person sees meanwhile
+"""
+
+from eval.predictions.options import MODES, SCORINGS, ScoringOptions
+from eval.predictions.predict import claim_output, predict, scoring_key
+from eval.predictions.progress import Progress
+from eval.predictions.rows import describe, item_order
+from eval.predictions.scorer import SampleScorer, check_exactness
+
+__all__ = [
+    "MODES",
+    "SCORINGS",
+    "Progress",
+    "SampleScorer",
+    "ScoringOptions",
+    "check_exactness",
+    "claim_output",
+    "describe",
+    "item_order",
+    "predict",
+    "scoring_key",
+]

@@ -1,0 +1,58 @@
+"""How to score: the options of `python -m eval.run` that decide what predictions say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gdrt_ds.errors import UserError
+from gdrt_ds.inference.catalogue_scoring import OBJECTIVES as SCORINGS
+
+MODES = ("renormalised", "full", "best_first", "beam")
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How to score.
+
+    Attributes:
+        mode: `renormalised` or `full` scores the whole catalogue exactly, with probabilities over the
+            catalogue's
+            tokens or over the whole vocabulary; `best_first` finds a certified exact top-k; `beam` is
+            constrained beam search.
+        scoring: `renormalised` or `full` for best_first and beam. In the exact modes it is the mode.
+        k: length of the lists.
+        batch_size: users scored at once.
+        max_score_bytes: bound on working memory beside weights and prompts, in bytes.
+        beams: width of beam mode.
+        length_penalty: of beam mode; transformers' default is 1.
+        max_nodes: best_first gives up certification after this many nodes per user; None = never.
+
+    Raises:
+        UserError: an unknown mode or scoring, or a number below 1.
+    """
+
+    mode: str = "renormalised"
+    scoring: str = "renormalised"
+    k: int = 50
+    batch_size: int = 8
+    max_score_bytes: int = 2 << 30
+    beams: int = 10
+    length_penalty: float = 0.0
+    max_nodes: int | None = None
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise UserError(f"--mode {self.mode} is unknown", f"choose one of {', '.join(MODES)}")
+        if self.scoring not in SCORINGS:
+            raise UserError(f"--scoring {self.scoring} is unknown", f"choose one of {', '.join(SCORINGS)}")
+        for name in ("k", "batch_size", "beams", "max_score_bytes"):
+            value = getattr(self, name)
+            if value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} is too small", "give at least 1")
+        if self.exact:
+            object.__setattr__(self, "scoring", self.mode)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every item of the catalogue gets its exact score."""
+        return self.mode in SCORINGS
