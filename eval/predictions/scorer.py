@@ -27,8 +27,8 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 
 # Largest difference to per-item scoring at the start of a scoring job, in nats. fp32 rounding of a title
-# stays below 1e-3 on every family tried; a wrong mask or position gives tenths and more. Half precision rounds
-# logits to 1/64 and less.
+# stays below 1e-3 on every family tried; a wrong mask or position gives tenths and more. Half precision
+# rounds logits to 1/64 and less.
 CHECK_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 1.0, torch.float16: 0.3}
 
 
