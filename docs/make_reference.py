@@ -23,12 +23,12 @@ WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false
 
 HEAD = """# Every setting
 
-This page is written by `python docs/make_reference.py` from gdrt_ds/config.py. A test fails where it is stale.
+This page is written by `python docs/make_reference.py` from gdrt_ds/config.py. A test fails if it is stale.
 
 A run config is a YAML file of sections. Any key can also be given on the command line as `section.key=value`,
 e.g. `dro.tau=0.3` or `model.lora.r=16`; the command line wins. Every key has a default. An unknown key is an
-error that names the nearest known one. "empty" is written `null` in YAML and `key=` on the command line. Words
-that are special to this project are explained in the [glossary](glossary.md).
+error that names the nearest known one. "empty" is written `null` in YAML and `key=` on the command line.
+Words that are special to this project are explained in the [glossary](glossary.md).
 """
 
 

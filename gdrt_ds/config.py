@@ -1,8 +1,8 @@
 """The settings of a run: one YAML file plus `key.sub=value` overrides, checked before anything is loaded.
 
 `RunConfig` is the whole tree; each key carries its default, its range and its description, from which
-docs/config-reference.md is written. `load_config` reads a file and overrides. Unknown keys are errors that name
-the nearest key. Every other module receives its own section and never the whole tree.
+docs/config-reference.md is written. `load_config` reads a file and overrides. Unknown keys are errors that
+name the nearest key. Every other module receives its own section and never the whole tree.
 """
 
 from __future__ import annotations

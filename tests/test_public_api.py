@@ -38,3 +38,8 @@ def test_the_version_is_the_one_of_pyproject():
     project = Path(gdrt_ds.__file__).parents[1] / "pyproject.toml"
     written = re.search(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), re.MULTILINE)
     assert gdrt_ds.__version__ == written.group(1)
+
+
+def test_the_citation_names_the_same_version():
+    citation = Path(gdrt_ds.__file__).parents[1] / "CITATION.cff"
+    assert re.search(r"^version: (.+)$", citation.read_text(), re.MULTILINE).group(1) == gdrt_ds.__version__

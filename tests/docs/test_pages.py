@@ -1,0 +1,44 @@
+"""README and docs point to files that exist, and show the commands that users rely on."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from gdrt_ds.files import REPOSITORY
+
+PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
+PATH = re.compile(
+    r"`((?:gdrt_ds|eval|docs|configs|ds_configs|slurm|tests|benchmarks)/[\w./-]+\.\w+)(?:::?[^`]*)?`"
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    links = [page.parent / target for target in LINK.findall(text) if "://" not in target]
+    named = [REPOSITORY / target for target in PATH.findall(text)]
+    missing = sorted({str(path.relative_to(REPOSITORY)) for path in links + named if not path.exists()})
+    assert not missing, f"{page.name} names files that do not exist: {missing}"
+
+
+def test_the_readme_shows_the_commands_that_users_rely_on():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for command in (
+        "make quickstart",
+        "make test",
+        "make test-fast",
+        "deepspeed gdrt_ds/train.py",
+        "sbatch slurm/gdrt.sh",
+        "python -m eval.run",
+    ):
+        assert command in text, command
+
+
+def test_the_tour_names_ten_files_of_the_code():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    tour = text.split("## A tour of the code")[1].split("\n## ")[0]
+    assert len(re.findall(r"^\d+\. \[", tour, re.MULTILINE)) == 10
