@@ -3,9 +3,10 @@
     python docs/figures/method_picture.py              # draws from docs/figures/method.json
     python docs/figures/method_picture.py --measure    # computes that file with SmolLM2-135M first (a minute)
 
-Every number is computed, none is invented. The relevance and the loss of each target token come from the untuned
-SmolLM2-135M-Instruct. The groups are four equal shares of the tokens. The weights follow the method's
-closed form, with this one sample as the whole batch; a training does the same over all samples of a step.
+Every number is computed, none is invented. The relevance and the loss of each target token come from
+the untuned SmolLM2-135M-Instruct. The groups are four equal shares of the tokens. The weights follow the
+method's closed form, with this one sample as the whole batch. A training does the same over all samples of
+a step.
 """
 
 from __future__ import annotations
