@@ -1,14 +1,14 @@
 """Feature-ablation attribution of a target's log-probability to parts of its context.
 
-The conventions are those of captum's FeatureAblation. A part is ablated by putting one baseline token in the place of
-each of its tokens, so that positions stay. Attribution of part s to target token t:
+The conventions are those of captum's FeatureAblation. A part is ablated by putting one baseline token in
+the place of each of its tokens, so that positions stay. Attribution of part s to target token t:
 
     a[s, t] = log p(y_t | whole context) - log p(y_t | context with s ablated)
 
-The generated prefix y_<t is a part too, an auxiliary one. captum's own text attribution keeps the target's earlier
-tokens in place and gives them nothing, which hides half of the shortcut. One pass in which all fed target tokens are
-ablated gives it for every t, because position t sees only tokens before t. The first target token has no prefix: its
-attribution there is 0.
+The generated prefix y_<t is a part too, an auxiliary one. captum's own text attribution keeps the target's
+earlier tokens in place and gives them nothing, which hides half of the shortcut. One pass in which all fed
+target tokens are ablated gives it for every t, because position t sees only tokens before t. The first
+target token has no prefix: its attribution there is 0.
 
 Legend: S parts, N target tokens of one sample.
 """
@@ -64,8 +64,8 @@ def attribution_rows(
 ) -> tuple[list, list]:
     """(rows for token_losses, true labels).
 
-    The whole context comes first, then the context with each mask ablated, then (with `prefix`) the context with the
-    generated prefix ablated.
+    The whole context comes first, then the context with each mask ablated, then (with `prefix`) the context
+    with the generated prefix ablated.
     """
     rows = [(prompt, target)]
     rows += [(ablated(prompt, mask, baseline), target) for mask in masks]
@@ -75,7 +75,7 @@ def attribution_rows(
 
 
 def effects_of(losses: list[np.ndarray]) -> np.ndarray:
-    """Losses [N] of whole and ablated contexts -> effects [S, N]: the attribution is the loss that ablation adds."""
+    """Losses [N] of whole and ablated contexts -> effects [S, N]: the loss that ablation adds."""
     return np.stack([loss - losses[0] for loss in losses[1:]])
 
 
@@ -88,7 +88,7 @@ def baseline_token(tokenizer) -> int:
 
 
 def prompt_and_target(context, sample) -> tuple[EncodedPrompt, list[int], list[int]]:
-    """A sample encoded with its target, and the tokens of both sides: (encoded, prompt tokens, target tokens)."""
+    """A sample encoded with its target, and both sides: (encoded, prompt tokens, target tokens)."""
     catalogue = context.catalogue
     titles = [catalogue.text_of(item) for item in sample.history]
     encoded = context.recommender.encoder.encode(titles, catalogue.text_of(sample.target))
@@ -105,7 +105,8 @@ def attribute(
 
     Args:
         context: eval.audit.context.AuditContext.
-        scoring: `full` or `renormalised`. Under the latter, tokens on which the trie allows no choice have none.
+        scoring: `full` or `renormalised`. Under the latter, tokens on which the trie allows no choice have
+            none.
         baseline: token that stands in for an ablated one; None = `baseline_token`.
         what: name of the passes in lines of progress.
     """

@@ -69,11 +69,12 @@ class Audit:
         title, question: head of its section in the report.
         run: does it all and returns `result(...)`.
         cost: what `run` is going to cost; it is printed before `run` starts.
-        order: place in the report and in the order of running; audits of one order are sorted by name. Audits of
-            the prompt come first, because they are cheap and their scores serve the others. Then come audits of
-            the lists, of the logs and of training, and at last those over several runs.
+        order: place in the report and in the order of running; audits of one order are sorted by name.
+            Audits of the prompt come first, because they are cheap and their scores serve the others. Then
+            come audits of the lists, of the logs and of training, and at last those over several runs.
         lacks: None if the audit can run here, else what is missing.
-        compare: for an audit over several runs, the same without a model: (folders, options) -> `result(...)`.
+        compare: for an audit over several runs, the same without a model: (folders, options) ->
+            `result(...)`.
     """
 
     title: str
@@ -151,7 +152,8 @@ def result(
         effect, effect_name: the one number that stands for the audit.
         speaks: whether the audit found something.
         measures: all its estimates by name.
-        better: which way the effect improves: `null` (towards its null value), `higher`, `lower`, None = neither.
+        better: which way the effect improves: `null` (towards its null value), `higher`, `lower`, None =
+            neither.
         extra: further keys of this audit alone.
     """
     return {

@@ -1,4 +1,4 @@
-"""Which figures of results.json stand for biases when runs are compared: metrics with a bias in them, audit effects."""
+"""Which figures of results.json stand for biases when runs are compared: metrics, and effects of audits."""
 
 METRICS = (
     "mgu@5",

@@ -1,7 +1,10 @@
-"""Adapter weights of a published checkpoint, without DeepSpeed: the ranks' slices of RUN/checkpoints/step_N put together.
+"""Adapter weights of a published checkpoint, without DeepSpeed.
+
+The ranks' parts of RUN/checkpoints/step_N are put together.
 
     weights = adapter_weights(RUN / "checkpoints" / "step_40");  set_adapter(model, weights)
-Slice names are gdrt_ds.training.engine_state's: `<parameter>|<offset>|weight`, float32, 1-D, of any world size.
+Names of the parts are gdrt_ds.training.engine_state's: `<parameter>|<offset>|weight`, float32, 1-D, of any
+world size.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ def adapter_weights(folder: Path) -> dict[str, Tensor]:
     """Parameter name (as PEFT names it) -> flat float32 weights.
 
     Raises:
-        UserError: slices with a hole or an overlap.
+        UserError: parts with a hole or an overlap.
     """
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for file in sorted(folder.glob("rank_*.safetensors")):
@@ -54,7 +57,7 @@ def adapter_weights(folder: Path) -> dict[str, Tensor]:
         for offset, values in pieces:
             if offset != position:
                 raise UserError(
-                    f"checkpoint {folder}: the slices of {name} do not join at value {position}",
+                    f"checkpoint {folder}: the parts of {name} do not join at value {position}",
                     "the checkpoint is damaged; use another one",
                 )
             position += values.numel()

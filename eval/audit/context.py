@@ -1,8 +1,8 @@
 """What an audit may ask for: a sample of users, scores of histories, losses of targets, the base model.
 
 An audit is a measurement (numbers in, numbers out, pure numpy) behind model passes that all go through
-`AuditContext`: batched, split over ranks, with progress. A context whose `score_batch` is a formula with a known
-bias tests the measurement (tests/eval/planted_context.py).
+`AuditContext`: batched, split over ranks, with progress. A context whose `score_batch` is a formula with a
+known bias tests the measurement (tests/eval/planted_context.py).
 
 Shapes: B prompts, U users, I catalogue entries.
 """
@@ -68,7 +68,8 @@ class AuditContext:
     def users(self, default: int, where: Callable[[Sample], bool] = any_sample) -> list[Sample]:
         """One sample per user, so that samples are independent, in the split's order.
 
-        The choice depends on the split and the seed alone: all audits with the same number see the same users.
+        The choice depends on the split and the seed alone: all audits with the same number see the same
+            users.
 
         Args:
             default: most users, unless the option `users` says otherwise.
@@ -220,7 +221,7 @@ class AuditContext:
         return title_log_probs(self, which)
 
     def each(self, items: list, compute: Callable[[list], list], what: str, batch: int) -> list:
-        """`compute` over batches of items, split over ranks. Every rank gets all results in the items' order."""
+        """`compute` over batches of items, split over ranks. Every rank gets all results, in order."""
         rank = self.runtime.rank
         world = self.runtime.world
         mine = items[rank::world]

@@ -1,4 +1,4 @@
-"""What an audit is going to cost, in words and in seconds: one pass of each kind is timed before the audit starts."""
+"""What an audit is going to cost, in words and seconds: one pass of each kind is timed before it starts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class CostEstimate:
 
 
 def _timed(work: Callable[[], Any]) -> float:
-    """Seconds of the second call: the first one plans the catalogue and reads the prompt's constant prefix."""
+    """Seconds of the second call: the first one plans the catalogue and reads the constant prompt prefix."""
     work()
     started = time.time()
     work()

@@ -17,8 +17,9 @@ def jaccard(first: Sequence, second: Sequence) -> float:
 def rank_biased_overlap(first: Sequence, second: Sequence, persistence: float = 0.9) -> float:
     """Rank-biased overlap of two lists cut to their shared length (Webber, Moffat & Zobel 2010, equation 23).
 
-    The agreement at depth d is the share of the first d items that both lists hold; it weighs persistence^(d-1).
-    Beyond the shared length the last agreement is assumed to go on. Identical lists give 1, disjoint ones 0.
+    The agreement at depth d is the share of the first d items that both lists hold; it weighs
+    persistence^(d-1). Beyond the shared length the last agreement is assumed to go on. Identical lists give
+    1, disjoint ones 0.
     """
     depth = min(len(first), len(second))
     if depth == 0:

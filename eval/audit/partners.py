@@ -1,4 +1,4 @@
-"""Other users whose history can stand in for a user's own: what audits swap to see whether the history is read."""
+"""Other users whose history can stand in for a user's own: audits swap it to see whether it is read."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def probabilities(scores: np.ndarray) -> np.ndarray:
-    """Log scores [..., I] -> probabilities over the catalogue that sum to one. NaN scores count as impossible."""
+    """Log scores [..., I] -> probabilities that sum to one over the catalogue. NaN counts as impossible."""
     scores = np.where(np.isnan(scores), -np.inf, scores)
     shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
@@ -18,8 +18,8 @@ def probabilities(scores: np.ndarray) -> np.ndarray:
 def top_lists(scores: np.ndarray, k: int) -> np.ndarray:
     """[U, I] -> entry indices [U, k], best first.
 
-    Ties stand in a fixed pseudo-random order of the items, so that no item has an advantage by its place in the
-    catalogue.
+    Ties stand in a fixed pseudo-random order of the items, so that no item has an advantage by its place in
+    the catalogue.
     """
     order = np.random.default_rng(0).permutation(scores.shape[1])
     keys = np.where(np.isnan(scores), -np.inf, scores)[:, order]

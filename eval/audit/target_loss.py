@@ -1,8 +1,9 @@
 """Losses of given targets under teacher forcing: what history sensitivity and attribution read.
 
-No catalogue is scored. `target_nll(context, prompts, targets)` is the batched public function, `token_losses` the pass
-behind it: prompt and target stand in one right-padded batch, the constant prompt prefix comes from the prompt cache
-(other beginnings that the rows share are read once), and the lm_head runs on target positions only.
+No catalogue is scored. `target_nll(context, prompts, targets)` is the batched public function,
+`token_losses` the pass behind it: prompt and target stand in one right-padded batch, the constant prompt
+prefix comes from the prompt cache (other beginnings that the rows share are read once), and the lm_head
+runs on target positions only.
 
 Shapes: B rows, T positions, N target tokens of the batch, H hidden, V vocabulary.
 """
@@ -23,7 +24,7 @@ LOGIT_BYTES = 128 << 20  # float32 logits [rows, V] of one slice of target posit
 
 @dataclass(frozen=True)
 class TargetNll:
-    """Negative log-likelihood of each target under both scorings, summed over its tokens: nats, float64 [B]."""
+    """-log P of each target under both scorings, summed over its tokens: nats, float64 [B]."""
 
     full: np.ndarray
     renormalised: np.ndarray
@@ -60,14 +61,15 @@ def token_losses(
     """Losses per target token.
 
     Args:
-        rows: (prompt tokens, target tokens). The loss of token t is conditioned on the prompt and on the target
-            tokens before t as given.
-        trie: of the catalogue. None leaves `renormalised` out; the targets need not be catalogue entries then.
-        labels: the true targets, where the given target tokens are an ablation of them. The trie is walked with
-            them, too.
+        rows: (prompt tokens, target tokens). The loss of token t is conditioned on the prompt and on the
+            target tokens before t as given.
+        trie: of the catalogue. None leaves `renormalised` out; the targets need not be catalogue entries
+            then.
+        labels: the true targets, where the given target tokens are an ablation of them. The trie is walked
+            with them, too.
     Returns:
-        per row {"full", "renormalised"}: float64 [target tokens], nats. `renormalised` is 0 where the trie allows
-        one token only.
+        per row {"full", "renormalised"}: float64 [target tokens], nats. `renormalised` is 0 where the trie
+        allows one token only.
     """
     prefix_length = reader.num_shared
     prefix = list(reader.head_ids[:prefix_length])
@@ -159,7 +161,7 @@ def _hidden(reader: PromptReader, sequences: list[list[int]], skip: int, past) -
 def _losses_of_states(
     reader: PromptReader, trie: TokenTrie | None, states_NH: torch.Tensor, labels: list[list[int]]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Losses [N] of the true tokens over the vocabulary, and over what the trie allows (None without a trie)."""
+    """Losses [N] of the true tokens over the vocabulary, and over what the trie allows (None without)."""
     device = reader.device
     truth = torch.tensor([token for target in labels for token in target], device=device)
     nodes = []

@@ -1,8 +1,9 @@
 """What a language model thinks of a title before any task: its log-probability under a content-free prompt.
 
-The prompt names the domain and nothing else ("A movie:", a line end). Then comes the title as the template writes
-targets, without the terminator, whose probability says how a text ends and not how known the title is. The
-probability is over the whole vocabulary, and the losses come from the same pass as all target losses.
+The prompt names the domain and nothing else ("A movie:", a line end). Then comes the title as the template
+writes targets, without the terminator, whose probability says how a text ends and not how known the title
+is. The probability is over the whole vocabulary, and the losses come from the same pass as all target
+losses.
 
 Shapes: I catalogue entries.
 """
@@ -39,7 +40,8 @@ def title_log_probs(context, which: str) -> np.ndarray:
 
     Args:
         context: eval.audit.context.AuditContext.
-        which: `base` = the base model; `random` = the same architecture and tokenizer, initialised anew (control).
+        which: `base` = the base model; `random` = the same architecture and tokenizer, initialised anew
+            (control).
     """
     prompt = content_free_prompt(context)
     rows = [(prompt, title) for title in title_tokens(context)]

@@ -1,6 +1,6 @@
 """Intervals over users: resampling, interval, paired comparison of two runs, correction for many tests.
 
-    samples = resample(statistics, user_of_sample)       # one thousand draws of users, the same for every statistic
+    samples = resample(statistics, user_of_sample)     # the same draws of users for every statistic
     low, high = interval(samples["ndcg@10"])
     rows = compare_family(baseline_samples, samples, num_users, family, higher_is_better)
 

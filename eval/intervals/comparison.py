@@ -1,4 +1,4 @@
-"""Two runs on the same users: paired bootstrap differences, effect sizes, Holm's correction, and a verdict in words.
+"""Two runs on the same users: paired bootstrap, effect sizes, Holm's correction, and a verdict in words.
 
 Legend: U users, M metrics.
 """
@@ -25,12 +25,14 @@ class Comparison:
     Attributes:
         baseline, value: the metric of the baseline and of the run.
         difference: value - baseline, with its 95 % interval `ci_low` to `ci_high` and its `p_value`.
-        effect_size: difference / (standard error * sqrt(U)). For means this is Cohen's d_z, and curved statistics get
-            the same scale.
-        minimum_detectable: the smallest true difference that is found with 80 % power at the 5 % level with these users.
+        effect_size: difference / (standard error * sqrt(U)). For means this is Cohen's d_z, and curved
+            statistics get the same scale.
+        minimum_detectable: the smallest true difference that is found with 80 % power at the 5 % level with
+            these users.
         n: samples that the smaller of the two values rests on.
         family: whether Holm's correction runs over this metric.
-        p_holm, ci_holm: the corrected p-value, and the interval at the corrected level; None outside the family.
+        p_holm, ci_holm: the corrected p-value, and the interval at the corrected level; None outside the
+            family.
         verdict: the result in words.
     """
 
@@ -50,7 +52,10 @@ class Comparison:
 
 
 def compare(baseline: Resampled, other: Resampled, num_users: int, level: float = 0.95) -> Comparison:
-    """Paired bootstrap difference `other - baseline`; both must come from `resample` with the same seed and users."""
+    """Paired bootstrap difference `other - baseline`.
+
+    Both must come from `resample` with the same seed and users.
+    """
     difference = other.value - baseline.value
     paired = _paired(baseline, other)
     low, high = interval(paired, level)
@@ -77,7 +82,7 @@ def compare(baseline: Resampled, other: Resampled, num_users: int, level: float 
 
 
 def _effect_size(difference: float, error: float, num_users: int) -> float:
-    """difference / (standard error * sqrt(U)); identical predictions have an effect of 0, and NaN where it is undefined."""
+    """difference / (standard error * sqrt(U)); 0 for identical predictions, NaN where it is undefined."""
     if error > ROUNDING:
         return float(difference / (error * np.sqrt(num_users)))
     return 0.0 if difference == 0 else float("nan")
@@ -121,10 +126,11 @@ def compare_family(
     higher_is_better: Mapping[str, bool | None],
     level: float = 0.95,
 ) -> dict[str, Comparison]:
-    """Compares all shared metrics. Holm's correction runs over the metrics of `family` only; the rest is descriptive.
+    """Compares all shared metrics.
 
-    An interval of a family member is also given at its Holm level (`ci_holm`), and the verdict in words follows the
-    adjusted p-value: "interval spans zero", "better" or "worse" (or "differs" where neither direction is better).
+    Holm's correction runs over the metrics of `family` only; the rest is descriptive. An interval of a
+    family member is also given at its Holm level (`ci_holm`), and the verdict in words follows the adjusted
+    p-value: "interval spans zero", "better" or "worse" (or "differs" where neither direction is better).
     """
     names = [name for name in other if name in baseline]
     rows = {name: compare(baseline[name], other[name], num_users, level) for name in names}

@@ -1,14 +1,15 @@
 """95 % bootstrap intervals of one of three kinds, chosen by what a `Statistic` says about itself.
 
 - `percentile` for ratios of sums (means). Their bootstrap distribution is centred on the estimate.
-- `centred` for curved statistics (absolute differences, maxima). Noise makes |GP - GH| of a resample too large on
-  average, so the spread of the replicates is right and their place is not. The percentile interval is moved by
-  (estimate - bootstrap mean) and cut to the metric's range.
-- `linearised` for statistics over single items (coverage, Gini, entropy). A resample holds 63 % of the users, so items
-  that one user alone was shown vanish or are doubled, and the resampled statistic has neither the right place nor the
-  right spread (a quarter of the variance for such items). Instead each user gets an influence, the value with them
-  minus the value without them, and the replicates are estimate + (weights - 1) @ influences. This is the bootstrap of
-  the infinitesimal jackknife; `resample` makes the replicates, and the interval is then centred.
+- `centred` for curved statistics (absolute differences, maxima). Noise makes |GP - GH| of a resample too
+  large on average, so the spread of the replicates is right and their place is not. The percentile interval
+  is moved by (estimate - bootstrap mean) and cut to the metric's range.
+- `linearised` for statistics over single items (coverage, Gini, entropy). A resample holds 63 % of the
+  users, so items that one user alone was shown vanish or are doubled, and the resampled statistic has
+  neither the right place nor the right spread (a quarter of the variance for such items). Instead each user
+  gets an influence, the value with them minus the value without them, and the replicates are estimate +
+  (weights - 1) @ influences. This is the bootstrap of the infinitesimal jackknife; `resample` makes the
+  replicates, and the interval is then centred.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def _edge_of_range(sample: Resampled, finite: np.ndarray) -> float | None:
 def _reach_from_edge(sample: Resampled, edge: float, level: float) -> tuple[float, float]:
     """The interval of a mean whose replicates all lie on an end of its range.
 
-    n draws without a single success leave a success rate of up to 1 - (alpha / 2)^(1 / n) plausible (Clopper-Pearson).
-    A mean of values in [0, 1] is below its rate of non-zero values.
+    n draws without a single success leave a success rate of up to 1 - (alpha / 2)^(1 / n) plausible
+    (Clopper-Pearson). A mean of values in [0, 1] is below its rate of non-zero values.
     """
     lowest, highest = sample.bounds
     reach = (1 - ((1 - level) / 2) ** (1 / max(1, sample.n))) * (highest - lowest)

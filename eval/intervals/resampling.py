@@ -1,9 +1,10 @@
 """The bootstrap over users: a metric as a `Statistic`, and its values on many resampled sets of users.
 
-Everything here rests on one idea. A metric is a `Statistic`: additive features per test sample and a function of their
-totals. NDCG is (sum of gains) / (number of samples). MGU is a function of the number of recommendations per label.
-Coverage and Gini are functions of the number of recommendations per item. A bootstrap replicate draws users with
-replacement, so its totals are `weights @ features`, and a thousand replicates are one matrix product.
+Everything here rests on one idea. A metric is a `Statistic`: additive features per test sample and a
+function of their totals. NDCG is (sum of gains) / (number of samples). MGU is a function of the number of
+recommendations per label. Coverage and Gini are functions of the number of recommendations per item. A
+bootstrap replicate draws users with replacement, so its totals are `weights @ features`, and a thousand
+replicates are one matrix product.
 
 Legend: N test samples, U users, F features, B bootstrap replicates.
 """
@@ -32,8 +33,8 @@ class Statistic:
         n: number of test samples that the value rests on.
         smooth: True for ratios of sums (percentile interval), False for curved statistics (centred interval).
         bounds: range of the metric. Centred intervals are cut to it.
-        influence: (user features [U, F], totals [F]) -> [U], what the value loses without each user. Where it is
-            given, the interval is the linearised one.
+        influence: (user features [U, F], totals [F]) -> [U], what the value loses without each user. Where
+            it is given, the interval is the linearised one.
     """
 
     features: Matrix
@@ -50,7 +51,8 @@ class Resampled:
 
     Attributes:
         value: the estimate on all users.
-        replicates: float64 [B], the same statistic on each draw of users; NaN where a draw does not define it.
+        replicates: float64 [B], the same statistic on each draw of users; NaN where a draw does not define
+            it.
         n: number of test samples that the value rests on.
         smooth, bounds: of the `Statistic`.
     """
@@ -100,8 +102,8 @@ def resample(
     """Bootstraps all statistics over the same users with the same draws.
 
     Args:
-        user_of_sample: [N] index of each sample's user, 0..U-1. All samples of a user are drawn together (cluster
-            bootstrap).
+        user_of_sample: [N] index of each sample's user, 0..U-1. All samples of a user are drawn together
+            (cluster bootstrap).
     Returns:
         one `Resampled` per name. The same seed gives the same draws, whatever the set of statistics.
     """
@@ -144,7 +146,7 @@ def _sum_by_user(user_of_sample: np.ndarray, num_users: int) -> sparse.csr_matri
 
 
 def _sharing_features(statistics: Mapping[str, Statistic]) -> list[list[str]]:
-    """Names of the statistics, those that share one feature matrix together: its totals are resampled once."""
+    """Names of the statistics, together where they share a feature matrix: its totals are resampled once."""
     sharing: dict[int, list[str]] = {}
     for name, statistic in statistics.items():
         sharing.setdefault(id(statistic.features), []).append(name)

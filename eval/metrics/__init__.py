@@ -1,13 +1,13 @@
-"""Metrics over predictions: accuracy, item side, provider side, user side, each with a bootstrap interval over users.
+"""Metrics over predictions: accuracy, item, provider and user side, each with an interval over users.
 
     from eval.metrics import evaluate, evaluate_targets
     found = evaluate(predictions, catalogue.entries, history_item_counts=counts)
-    found["metrics"]["ndcg@10"]   ->  {"value": ..., "ci_low": ..., "ci_high": ..., "n": ..., "higher_is_better": True}
+    found["metrics"]["ndcg@10"]   ->  {"value", "ci_low", "ci_high", "n", "higher_is_better"}
     found["breakdowns"]["user:gender"]["groups"]["F"]["ndcg@10"]["value"]
     found["breakdowns"]["user:gender"]["summary"]["ndcg@10"]["gap"]["value"]      (worst, best, gap, ratio)
 
-A metric family is one file here that binds `METRICS`; `table.py` finds it. Slices (slices.py) stand in results.json
-under `breakdowns`. Definitions with formulas: docs/evaluation.md.
+A metric family is one file here that binds `METRICS`; `table.py` finds it. Slices (slices.py) stand in
+results.json under `breakdowns`. Definitions with formulas: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def evaluate(
     """Measures everything that the data define.
 
     Args:
-        predictions: objects as in predictions.jsonl (sample_id, user_id, target_id, rank, top_ids, target_nll,
-            history_ids, user, labels, relevance_group; optional num_tied = items that share the target's score, for
-            exact tie handling).
+        predictions: objects as in predictions.jsonl (sample_id, user_id, target_id, rank, top_ids,
+            target_nll, history_ids, user, labels, relevance_group; optional num_tied = items that share the
+            target's score, for exact tie handling).
         catalogue_entries: objects with item_id, merged_ids, train_count, provider, groups.
         ks: cut-offs.
         history_item_counts: item id -> occurrences in train histories (GH of MGU and DGU). The default is
@@ -61,9 +61,9 @@ def evaluate(
         num_bootstrap, seed: of the intervals.
         breakdowns: whether slices are measured, too.
     Returns:
-        {"metrics": {name: figure}, "breakdowns": {dimension: {"groups": {slice: {measure: figure}}, "summary":
-        {measure: {"worst"|"best"|"gap"|"ratio": figure}}}}, "notes": [...]}. A figure is {"value", "ci_low",
-        "ci_high", "n", "higher_is_better"}; undefined numbers are None.
+        {"metrics": {name: figure}, "breakdowns": {dimension: {"groups": {slice: {measure: figure}},
+        "summary": {measure: {"worst"|"best"|"gap"|"ratio": figure}}}}, "notes": [...]}. A figure is
+        {"value", "ci_low", "ci_high", "n", "higher_is_better"}; undefined numbers are None.
     Raises:
         UserError: inputs that do not fit (see build_inputs).
     """
@@ -98,8 +98,8 @@ def evaluate_targets(
 ) -> dict[str, Any]:
     """The calibration metrics of the test targets themselves (lists of one item): {name: figure}.
 
-    MGU measures calibration to the history and not to the future: with a time split even a perfect recommender has
-    this value. Arguments as in `evaluate`.
+    MGU measures calibration to the history and not to the future: with a time split even a perfect
+    recommender has this value. Arguments as in `evaluate`.
     """
     inputs = build_inputs(predictions, catalogue_entries, history_item_counts).as_targets()
     found, rows, _ = table.statistics(inputs, _checked_ks(ks), only_targets=True)
@@ -125,7 +125,7 @@ MEASURE_DIRECTION = {"ndcg@10": True, "hr@10": True, "mrr": True, "nll": False}
 PART_DIRECTION = {"gap": False, "ratio": True}
 
 Path = tuple[str, ...]
-"""Keys from the root of the tree: dimension, "groups", slice, measure; or dimension, "summary", measure, part."""
+"""Keys from the root: (dimension, "groups", slice, measure) or (dimension, "summary", measure, part)."""
 
 
 def _walk(nested: Mapping, path: Path = ()) -> list[tuple[Path, Statistic]]:

@@ -1,8 +1,8 @@
 """Accuracy metrics: functions of the target's rank r and of its negative log-likelihood.
 
-Ties. When the scorer says that t items share the target's score (`num_tied`), the metric is its expectation over a random
-order of those t positions, so that a constant scorer scores exactly like chance (HR@K = K / I). A fractional rank
-without num_tied is used as it is.
+Ties. When the scorer says that t items share the target's score (`num_tied`), the metric is its expectation
+over a random order of those t positions, so that a constant scorer scores exactly like chance (HR@K = K /
+I). A fractional rank without num_tied is used as it is.
 
 Legend: N test samples, I catalogue entries.
 """

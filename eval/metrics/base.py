@@ -27,8 +27,10 @@ class Metric:
         function: (inputs, k) -> Statistic, or None where the data cannot define it (no providers, no NLL).
         side: one of `SIDES`.
         meaning: what it is, in a few words.
-        higher_is_better: None where neither direction is better by itself (read it beside the targets' own value).
-        ks: "all" = every requested cut-off, a tuple = those of them that are requested too, None = no cut-off.
+        higher_is_better: None where neither direction is better by itself (read it beside the targets' own
+            value).
+        ks: "all" = every requested cut-off, a tuple = those of them that are requested too, None = no
+            cut-off.
         targets: whether the value of the test targets themselves is shown beside it.
         primary: member of the family that `eval.compare` corrects for (a metric with {k}: at which k).
         needs_lists: whether it reads the recommended lists, which may be shorter than k.

@@ -1,13 +1,13 @@
 """Better knowledge, or only flatter scores? The target's NLL at the one temperature that suits a run best.
 
-    p_T(i) = exp(s_i / T) / sum_j exp(s_j / T)        s_i: log-probability of catalogue entry i, T: temperature
+    p_T(i) = exp(s_i / T) / sum_j exp(s_j / T)      s_i: log-probability of entry i, T: temperature
     calibrated NLL = min over T of mean over samples of -ln p_T(target)
 
-A model that is sure of the wrong titles lowers its NLL by being less sure of everything, without knowing anything
-more. One temperature for the whole run takes that difference away and leaves every ranking as it is. A run that knows
-nothing has ln I (T to infinity is uniform over the I entries), so ln I minus this figure is what the scores tell about
-targets, in nats. Temperature scaling: Guo et al., ICML 2017. T is fitted on the samples it is measured on: one number,
-about 1 / (2 N) nats too low.
+A model that is sure of the wrong titles lowers its NLL by being less sure of everything, without knowing
+anything more. One temperature for the whole run takes that difference away and leaves every ranking as it
+is. A run that knows nothing has ln I (T to infinity is uniform over the I entries), so ln I minus this
+figure is what the scores tell about targets, in nats. Temperature scaling: Guo et al., ICML 2017. T is
+fitted on the samples it is measured on: one number, about 1 / (2 N) nats too low.
 
 Shapes: N samples, T temperatures, G relevance groups, B bootstrap replicates, I catalogue entries.
 """
@@ -31,8 +31,8 @@ TEMPERATURES = 2.0 ** (np.arange(-2 * STEPS_PER_OCTAVE, 6 * STEPS_PER_OCTAVE + 1
 def log_sums(scores: np.ndarray) -> np.ndarray:
     """ln sum_i exp(s_i / T) at each of TEMPERATURES, float64 [T].
 
-    Halving a temperature squares exp(s / T): one octave of exponentials gives all the others by multiplication, in an
-    eighth of the time.
+    Halving a temperature squares exp(s / T): one octave of exponentials gives all the others by
+    multiplication, in an eighth of the time.
 
     Args:
         scores: [I]; NaN counts as impossible.
@@ -54,7 +54,8 @@ def nll_curve(scores: np.ndarray, target: int) -> np.ndarray:
     """-ln p_T(target) at each of TEMPERATURES, float64 [T].
 
     Args:
-        scores: [I] log-probabilities, normalised or not; NaN counts as impossible, and a target with NaN gives NaN.
+        scores: [I] log-probabilities, normalised or not; NaN counts as impossible, and a target with NaN
+            gives NaN.
     """
     return log_sums(scores) - float(scores[target]) / TEMPERATURES
 
@@ -72,7 +73,8 @@ def _fit(mean_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where curves are lowest, by a parabola through the lowest point and its neighbours.
 
     Returns:
-        index of the lowest point [B], and offset of the parabola's vertex from it [B], in steps; 0 at the ends.
+        index of the lowest point [B], and offset of the parabola's vertex from it [B], in steps; 0 at the
+        ends.
     """
     place = np.argmin(np.where(np.isfinite(mean_BT), mean_BT, np.inf), axis=1)
     inner = (place > 0) & (place < mean_BT.shape[1] - 1)
@@ -98,8 +100,8 @@ def lowest(mean_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _features(inputs: Inputs) -> np.ndarray | None:
     """[N, (1 + G) (T + 1)]: the curve and a one, for all samples and then for each relevance group.
 
-    G is 0 without two groups. None if no sample has a curve: it was scored without the whole catalogue, or on other
-    temperatures.
+    G is 0 without two groups. None if no sample has a curve: it was scored without the whole catalogue, or
+    on other temperatures.
     """
 
     def make() -> np.ndarray | None:

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from gdrt_ds.errors import UserError
 
-# The most popular fifth of the items is the head, the rest the long tail (APLT): our choice, common in the field.
+# The most popular fifth of the items is the head, the rest the long tail (APLT): common in the field.
 HEAD_SHARE = 0.2
 POPULARITY = "popularity_"  # labellings by popularity bins are called popularity_<bins>
 
@@ -39,9 +39,11 @@ class Inputs:
 
     Attributes:
         item_ids: [I] of the catalogue entries.
-        rank: [N] 1-based expected rank. A null or NaN rank is the worst rank I (and counted in `missing_rank`).
+        rank: [N] 1-based expected rank. A null or NaN rank is the worst rank I (and counted in
+            `missing_rank`).
         missing_rank: [N] whether the prediction has no rank.
-        num_tied: [N] items that share the target's score, itself included; 1 where the prediction does not say.
+        num_tied: [N] items that share the target's score, itself included; 1 where the prediction does not
+            say.
         target_nll: [N] nats, NaN where unknown.
         nll_curve: [N, T] the same at each of calibration.TEMPERATURES; [N, 0] without any.
         top: [N, longest list] entry indices, best first, -1 after the end of a short list.
@@ -125,7 +127,7 @@ class Inputs:
         return self.cached(("labelling", name), make)
 
     def as_targets(self) -> Inputs:
-        """The test targets themselves as lists of one: what a perfect recommender of the future would show."""
+        """The test targets themselves as lists of one: what a perfect recommender would show."""
         return replace(self, top=self.target[:, None], lists_are_targets=True, cache={})
 
     def _listed(self, weights: np.ndarray, k: int) -> sparse.csr_matrix:
@@ -143,7 +145,7 @@ class Inputs:
 
 
 def popularity_order(train_count: np.ndarray, item_ids: Sequence[str]) -> np.ndarray:
-    """Entry indices from most to least popular; ties by item id, so that the catalogue's order does not matter."""
+    """Entry indices from most to least popular; ties by item id, so the catalogue's order is no matter."""
     return np.lexsort((np.asarray(item_ids), -np.asarray(train_count)))
 
 
@@ -176,8 +178,8 @@ def build_inputs(
     Args:
         predictions: one object per test sample, keys as in predictions.jsonl.
         catalogue_entries: objects with item_id, merged_ids, train_count, provider, groups.
-        history_item_counts: item id -> occurrences in train histories. Without it the catalogue's train_count stands
-            in, and a note says so.
+        history_item_counts: item id -> occurrences in train histories. Without it the catalogue's
+            train_count stands in, and a note says so.
     Raises:
         UserError: an empty split, an id outside the catalogue, a repeated sample or a rank below 1.
     """

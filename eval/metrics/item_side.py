@@ -1,9 +1,10 @@
 """Item-side metrics: which items the lists show, against the histories and against the catalogue.
 
-MGU and DGU, RSP and REO look at labels of the items: popularity bins, genres. Their papers call these item groups.
+MGU and DGU, RSP and REO look at labels of the items: popularity bins, genres. Their papers call these item
+groups.
 
-Legend: N test samples, I catalogue entries, L labels, B bootstrap replicates, U users; GP shares of the labels in the
-top-K lists, GH their shares in the histories.
+Legend: N test samples, I catalogue entries, L labels, B bootstrap replicates, U users; GP shares of the
+labels in the top-K lists, GH their shares in the histories.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _shares(totals: np.ndarray) -> np.ndarray:
 
 
 def _label_features(inputs: Inputs, k: int, labels: str, histories: bool) -> np.ndarray:
-    """[N, L] recommendations per label; with `histories` [N, 2L], the sample's own history per label beside them."""
+    """[N, L] recommendations per label; with `histories` [N, 2L], the own history per label beside them."""
 
     def make() -> np.ndarray:
         membership = inputs.labelling(labels).membership
@@ -87,7 +88,7 @@ def mgu(inputs: Inputs, k: int, labels: str = BINS, histories: bool = False) -> 
 
 
 def dgu(inputs: Inputs, k: int, labels: str = BINS, histories: bool = False) -> Statistic | None:
-    """Disparity of group unfairness: max over labels g of (GP_g - GH_g) minus their min. Arguments as in `mgu`."""
+    """Disparity of group unfairness: max over labels g of (GP_g - GH_g) minus min. Arguments as in `mgu`."""
     return _unfairness(inputs, k, labels, histories, _range)
 
 
@@ -109,7 +110,7 @@ def coverage(inputs: Inputs, k: int) -> Statistic:
 
 
 def gini_of(totals: np.ndarray) -> np.ndarray:
-    """Gini index of each row, zeros included: sum_j (2j - n - 1) x_(j) / (n sum x), x ascending. [B, n] -> [B]"""
+    """Gini index of rows, zeros included: sum_j (2j - n - 1) x_(j) / (n sum x), x ascending. [B, n] -> [B]"""
     size = totals.shape[1]
     # Counts below 2^24 are exact in float32, which sorts twice as fast.
     ordered = np.sort(totals.astype(np.float32), axis=1)
@@ -208,7 +209,7 @@ def popularity_lift(inputs: Inputs, k: int) -> Statistic | None:
 
 
 def logpopdiff(inputs: Inputs, k: int) -> Statistic | None:
-    """Mean of ln(train count + 1) over the list minus the same over the sample's history; samples with one only."""
+    """Mean of ln(train count + 1) over the list minus the same over the history; samples with one only."""
     values = np.log1p(inputs.train_count)
     difference = mean_over_list(inputs, k, values) - _mean_over(inputs.history, values)
     if not np.isfinite(difference).any():
@@ -231,9 +232,10 @@ def _relative_deviation(rates: np.ndarray) -> np.ndarray:
 
 
 def rsp(inputs: Inputs, k: int, labels: str = BINS) -> Statistic | None:
-    """Ranking-based statistical parity: std / mean over labels of P(in the top k | item of the label); 0 is parity.
+    """Ranking-based statistical parity: 0 is parity.
 
-    Every catalogue entry is a candidate for every sample, as in the scorer. Labels without items are left out.
+    It is std / mean over labels of P(in the top k | item of the label). Every catalogue entry is a
+    candidate for every sample, as in the scorer. Labels without items are left out.
     """
     labelling = inputs.labelling(labels)
     if labelling is None:
@@ -249,9 +251,10 @@ def rsp(inputs: Inputs, k: int, labels: str = BINS) -> Statistic | None:
 
 
 def reo(inputs: Inputs, k: int, labels: str = BINS) -> Statistic | None:
-    """Ranking-based equal opportunity: std / mean over labels of P(in the top k | target of the label); 0 is equal.
+    """Ranking-based equal opportunity: 0 is equal.
 
-    Labels without a test target are left out.
+    It is std / mean over labels of P(in the top k | target of the label). Labels without a test target are
+    left out.
     """
     labelling = inputs.labelling(labels)
     if labelling is None:

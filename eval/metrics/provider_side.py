@@ -1,7 +1,8 @@
 """Provider-side metrics: how exposure falls on brands, authors, directors or publishers.
 
-Exposure of a provider is the discounted attention to its items: sum over lists and positions of 1 / log2(position + 1).
-Items without a provider are left out of all shares (their number is in the report's notes).
+Exposure of a provider is the discounted attention to its items: sum over lists and positions of 1 /
+log2(position + 1). Items without a provider are left out of all shares (their number is in the report's
+notes).
 
 Legend: N test samples, P providers, S size bins, I catalogue entries.
 """
@@ -55,7 +56,8 @@ def interaction_share(inputs: Inputs) -> np.ndarray:
 def size_bins(inputs: Inputs) -> np.ndarray:
     """[P] bin of each provider by catalogue size: bins of about equal item count, 0 = the largest providers.
 
-    A provider belongs to the bin that holds the middle of its items when providers are laid out from large to small.
+    A provider belongs to the bin that holds the middle of its items when providers are laid out from large
+    to small.
     """
     share = catalogue_share(inputs)
     order = np.lexsort((np.asarray(inputs.provider_names), -share))
@@ -133,7 +135,7 @@ def provider_coverage(inputs: Inputs, k: int) -> Statistic | None:
 
 
 def exposure_by_size(inputs: Inputs, k: int) -> list[dict[str, float | str]]:
-    """For the report: per size bin, number of providers, shares of catalogue, train interactions and exposure."""
+    """For the report, per size bin: providers, and shares of catalogue, train interactions and exposure."""
     if len(inputs.provider_names) < 2:
         return []
     exposure = np.asarray(provider_exposure(inputs, k).sum(axis=0)).ravel()

@@ -1,9 +1,9 @@
 """Slices: for whom the model works. The samples are cut along every dimension that the data name.
 
-A dimension (history length, a label of the data, a user attribute, the relevance group) cuts the samples into slices.
-Each slice has its means, and each dimension its worst and best slice, gap and ratio. Conventions are those of fairlearn's
-MetricFrame: group_min, group_max, difference = max - min, ratio = min / max. results.json keeps all this under
-`breakdowns`, and the slices of a dimension under its key `groups`.
+A dimension (history length, a label of the data, a user attribute, the relevance group) cuts the samples
+into slices. Each slice has its means, and each dimension its worst and best slice, gap and ratio.
+Conventions are those of fairlearn's MetricFrame: group_min, group_max, difference = max - min, ratio = min
+/ max. results.json keeps all this under `breakdowns`, and the slices of a dimension under its key `groups`.
 
 Legend: N test samples, S slices, B bootstrap replicates.
 """
@@ -125,7 +125,7 @@ def in_reading_order(slice_of_N: np.ndarray) -> list[str]:
 
 
 def pool_small(slice_of_N: np.ndarray) -> np.ndarray:
-    """Slices under MIN_SIZE samples, and all but the MAX_SLICES largest, become one; a single one keeps its name."""
+    """Slices under MIN_SIZE samples, and all but the MAX_SLICES largest, become one; a single one stays."""
     names, counts = np.unique([name for name in slice_of_N if name is not None], return_counts=True)
     largest = sorted(zip(-counts, names))[:MAX_SLICES]
     keep = {str(name) for count, name in largest if -count >= MIN_SIZE}
@@ -168,7 +168,7 @@ def length_buckets(lengths: np.ndarray) -> np.ndarray:
 
 
 def bin_numbers(values: np.ndarray) -> np.ndarray:
-    """An attribute with more than MAX_SLICES distinct numbers (an age) is cut at its quartiles; others stay."""
+    """An attribute with over MAX_SLICES distinct numbers (an age) is cut at its quartiles; others stay."""
     known = [value for value in values if value is not None]
     if len(set(known)) <= MAX_SLICES:
         return values
@@ -190,7 +190,8 @@ def bin_numbers(values: np.ndarray) -> np.ndarray:
 def all_slices(inputs: Inputs) -> dict[str, dict[str, Mapping[str, Mapping[str, Statistic]]]]:
     """Every dimension: {"groups": {slice: {measure: Statistic}}, "summary": {measure: {part: Statistic}}}.
 
-    A part is worst, best, gap or ratio. Dimensions with one slice have no summary. The keys are those of results.json.
+    A part is worst, best, gap or ratio. Dimensions with one slice have no summary. The keys are those of
+    results.json.
     """
     found = {}
     for dimension, slice_of_N in dimensions(inputs).items():

@@ -1,4 +1,4 @@
-"""The table of all metrics, gathered from the families of this folder, and their statistics on given predictions."""
+"""The table of all metrics, gathered from the families of this folder, and their statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ FAMILIES = "eval.metrics"  # the folder in which a family is one file
 def metrics() -> tuple[Metric, ...]:
     """All metrics in the order of the report.
 
-    The order is by side. Within a side the family that is named after it comes first, then the others by name.
+    The order is by side. Within a side the family that is named after it comes first, then the others by
+    name.
     """
     rows = []
     for family, members in parts(FAMILIES, "METRICS").items():

@@ -1,4 +1,4 @@
-"""User-side metrics: whom the model serves badly. The tail of the samples (CVaR) and the worst relevance group.
+"""User-side metrics: whom the model serves badly. The tail of samples (CVaR) and the worst relevance group.
 
 Legend: N test samples, B bootstrap replicates.
 """

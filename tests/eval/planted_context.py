@@ -1,8 +1,8 @@
 """Audit contexts whose scorer is a formula with a known bias: they test the measurement, not a model.
 
-The catalogue, prompts, tokenizer and samples are those of a real (tiny) run folder; only `score_batch`, `loss_batch` and
-`title_log_probs` are replaced. The honest scorer likes items of the class that the history is about, in any order and for any
-provider; a plant adds exactly one bias to it.
+The catalogue, prompts, tokenizer and samples are those of a real (tiny) run folder; only `score_batch`,
+`loss_batch` and `title_log_probs` are replaced. The honest scorer likes items of the class that the history
+is about, in any order and for any provider. A plant adds exactly one bias to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ HONEST_DATA = "data.planted={num_items: 24, num_train: 200, num_valid: 20, num_t
 
 
 class PlantedContext(AuditContext):
-    """plant: None, "position", "popularity", "provider" or "shortcut". `strength` is in nats (or weight per slot)."""
+    """A context with a formula for a model.
+
+    Args:
+        plant: None, "position", "popularity", "provider" or "shortcut".
+        strength: of the plant, in nats (or weight per slot).
+    """
 
     def __init__(
         self, subject, runtime, options, plant: str | None = None, strength: float = 3.0, seed: int = 0
@@ -44,7 +49,7 @@ class PlantedContext(AuditContext):
     def has_adapter(self) -> bool:
         return True
 
-    def base(self) -> "PlantedContext":
+    def base(self) -> PlantedContext:
         return PlantedContext(self.subject, self.runtime, self.options)
 
     def score_batch(self, histories):
@@ -69,7 +74,7 @@ class PlantedContext(AuditContext):
         return np.array(rows)
 
     def loss_batch(self, rows, labels, full_only=False):
-        """Each target token costs 6 nats, less what the instruction (a shortcut) or words of the history (honest) give."""
+        """Each target token costs 6 nats, less what instruction (shortcut) or history (honest) gives."""
         found = []
         for (prompt, _), label in zip(rows, labels):
             intact = np.mean(

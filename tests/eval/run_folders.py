@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, made in seconds: real corpus, tiny random model, a LoRA adapter with random lora_B."""
+"""Run folders as training leaves them, made in seconds: real corpus, tiny random model and adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ TINY = [
 
 
 def make_run(folder: Path, overrides: list[str] = (), *, zero: bool = False, seed: int = 0) -> Path:
-    """Writes config.yaml, prompt.json, catalogue.jsonl, base/ and adapter/; with `zero`, lora_B stays as PEFT makes it."""
+    """Writes config.yaml, prompt.json, catalogue.jsonl, base/ and adapter/.
+
+    With `zero`, lora_B stays as PEFT makes it; else it is random.
+    """
     config = load_config(None, [*TINY, f"run.dir={folder}", *overrides])
     folder.mkdir(parents=True, exist_ok=True)
     prepared = prepare(config)

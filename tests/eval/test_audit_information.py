@@ -1,4 +1,4 @@
-"""The audit `information` on scorers whose knowledge is known, whatever their temperature, and on a real (tiny) model."""
+"""The audit `information` on scorers whose knowledge is known, and on a real (tiny) model."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def subject(tmp_path_factory):
 
 
 def drawn(users: int = 150, items: int = 60, through: float = 1.5, without: float = 1.0, seed: int = 0):
-    """(log-probabilities [U, I], targets [U]) of a scorer that is right: targets are drawn from its own probabilities."""
+    """(log-probabilities [U, I], targets [U]) of a scorer that is right: it draws the targets."""
     rng = np.random.default_rng(seed)
     scores = log_softmax(without * rng.normal(size=items) + through * rng.normal(size=(users, items)), axis=1)
     return scores, np.array([rng.choice(items, p=np.exp(row)) for row in scores])

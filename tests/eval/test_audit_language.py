@@ -1,4 +1,4 @@
-"""Attribution, history sensitivity and target losses against per-token references, captum, and planted models."""
+"""Attribution, sensitivity and target losses against per-token references, captum and planted models."""
 
 import numpy as np
 import pytest

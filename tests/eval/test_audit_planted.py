@@ -1,4 +1,4 @@
-"""Each planted bias makes the right audit speak and leaves the others silent; permuted labels silence every audit."""
+"""Each planted bias makes the right audit speak and no other; permuted labels silence every audit."""
 
 import numpy as np
 import pytest

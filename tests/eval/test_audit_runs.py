@@ -29,7 +29,7 @@ OPTIONS = AuditOptions(users=6, num_bootstrap=50, permutations=2)
 
 
 def publish(run, step: int, scale: float, world: int = 2) -> None:
-    """A checkpoint as the trainer's ranks leave it: `scale` x the adapter's weights, cut in `world` slices at odd places."""
+    """A checkpoint as the trainer's ranks leave it: `scale` x the adapter's weights, cut at odd places."""
     from safetensors.torch import load_file
 
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
@@ -267,12 +267,9 @@ def test_runs_are_compared_without_a_model_and_identical_runs_differ_by_nothing(
 
 
 def test_a_run_with_less_bias_everywhere_scores_better_and_flipped_signs_do_not():
-    figure = lambda value, direction: {
-        "value": value,
-        "ci_low": value - 0.02,
-        "ci_high": value + 0.02,
-        "higher_is_better": direction,
-    }  # noqa: E731
+    def figure(value, direction):
+        ends = {"ci_low": value - 0.02, "ci_high": value + 0.02}
+        return {"value": value, **ends, "higher_is_better": direction}
 
     def run(shift):
         metrics = {

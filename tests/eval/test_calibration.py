@@ -1,4 +1,4 @@
-"""The calibrated NLL against scipy's minimiser, its invariance to flatter scores, and what it says of scorers whose truth is known."""
+"""The calibrated NLL against scipy's minimiser, under flatter scores, and of scorers whose truth is known."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_flatter_scores_lower_the_nll_and_leave_the_calibrated_one_alone():
     assert sure["temperature"]["value"] == pytest.approx(3 * flat["temperature"]["value"], rel=0.02)
 
 
-def test_a_scorer_whose_probabilities_are_the_truth_has_temperature_one_and_one_that_knows_nothing_has_ln_of_the_catalogue():
+def test_a_scorer_that_is_right_has_temperature_one_and_one_that_knows_nothing_has_ln_of_the_catalogue():
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(2000, 50)) * 2
     chance = np.exp(log_softmax(scores, axis=1))

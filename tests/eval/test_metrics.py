@@ -1,4 +1,4 @@
-"""Metrics against independent implementations (scikit-learn, RecBole, fairlearn) and hand-computed cases; planted errors must fail."""
+"""Metrics against scikit-learn, RecBole, fairlearn and hand-computed cases; planted errors must fail."""
 
 from __future__ import annotations
 
@@ -41,12 +41,16 @@ def value(found: dict, name: str) -> float:
 
 
 def recbole(class_name: str, method: str):
-    """A method of RecBole's metrics, compiled from its installed file (importing the package would need all its dependencies)."""
+    """A method of RecBole's metrics, compiled from its installed file.
+
+    Importing the package would need all its dependencies.
+    """
     try:
         path = importlib.metadata.distribution("recbole").locate_file("recbole/evaluator/metrics.py")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(
-            "recbole is not installed, so its metrics cannot be compared with; `make install` brings it (pip install --no-deps recbole==1.2.1)"
+            "recbole is not installed, so its metrics cannot be compared with; "
+            "`make install` brings it (pip install --no-deps recbole==1.2.1)"
         )
     tree = ast.parse(Path(str(path)).read_text())
     owner = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
@@ -199,7 +203,10 @@ def test_lift_log_difference_and_long_tail_equal_the_hand_computed_case():
     assert value(found, "popularity_lift@5") == pytest.approx(
         (np.mean(lists) - np.mean(profiles)) / np.mean(profiles)
     )
-    logs = lambda counts: np.mean(np.log(np.array(counts) + 1))
+
+    def logs(counts):
+        return np.mean(np.log(np.array(counts) + 1))
+
     expected = np.mean([logs([80, 70, 60, 50, 40]) - logs([80, 70]), logs([80, 70, 60, 50, 30]) - logs([10])])
     assert value(found, "logpopdiff@5") == pytest.approx(expected)
     assert value(found, "aplt@5") == pytest.approx(3 / 5)  # head: ceil(0.2 * 8) = 2 items, both in both lists
@@ -430,7 +437,13 @@ MUTATIONS = [
         "np.where(missing, 1.0, rank)",
         test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place,
     ),
-    (item_side, "_mean_distance", "mean(axis=1)", "max(axis=1)", test_mgu_and_dgu_equal_the_hand_computed_case),
+    (
+        item_side,
+        "_mean_distance",
+        "mean(axis=1)",
+        "max(axis=1)",
+        test_mgu_and_dgu_equal_the_hand_computed_case,
+    ),
     (item_side, "_range", "- gap.min(axis=1)", "", test_mgu_and_dgu_equal_the_hand_computed_case),
     (
         item_side,

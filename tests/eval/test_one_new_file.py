@@ -1,4 +1,4 @@
-"""A new metric and a new audit are one file each: the docs' examples are found, run, and shown in the report."""
+"""A new metric and a new audit are one file each: the docs' examples are found, run, and reported."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A metric in one file: how much of the lists is less popular than the median item.
 
-Put the file into eval/metrics/. `METRICS` is what the table of metrics looks for. Intervals, paired comparisons,
-the tables of the report and the value of the test targets beside it follow from the `Statistic`.
+Put the file into eval/metrics/. `METRICS` is what the table of metrics looks for. Intervals, paired
+comparisons, the tables of the report and the value of the test targets beside it follow from the
+`Statistic`.
 """
 
 import numpy as np

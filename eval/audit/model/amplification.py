@@ -1,11 +1,12 @@
 """Audit `amplification`: does training make a bias grow?
 
-It follows exposure along the run's checkpoints; step 0 is the base model. Per step, over the users' top-10 lists:
-exposure share of five popularity bins, entropy of exposure, KL of the mean catalogue distribution to the base's and to
-the (smoothed) train popularity, and the share of list places on the base's favourites, which are the tenth of the
-catalogue with the largest mean probability under the base. The effect is that last share at the last step minus step 0.
-Control: step labels of first and last permuted within users, which makes the difference zero on average. Keep
-checkpoints with train.save_every and train.keep_checkpoints.
+It follows exposure along the run's checkpoints; step 0 is the base model. Per step, over the users' top-10
+lists: exposure share of five popularity bins, entropy of exposure, KL of the mean catalogue distribution to
+the base's and to the (smoothed) train popularity, and the share of list places on the base's favourites,
+which are the tenth of the catalogue with the largest mean probability under the base. The effect is that
+last share at the last step minus step 0. Control: step labels of first and last permuted within users,
+which makes the difference zero on average. Keep checkpoints with train.save_every and
+train.keep_checkpoints.
 
 Shapes: U users, I catalogue entries, G popularity bins.
 """
@@ -94,7 +95,7 @@ def measure_step(
 def measure_change(
     first: np.ndarray, last: np.ndarray, num_bootstrap: int, seed: int
 ) -> tuple[Estimate, float, np.ndarray]:
-    """Per-user shares [U] at the first and last step -> difference, two-sided p of sign flips, null values."""
+    """Per-user shares [U] at both ends of training -> difference, two-sided p of sign flips, null values."""
     difference = last - first
     rng = np.random.default_rng(seed)
     null = np.empty(PERMUTATIONS)
@@ -148,9 +149,10 @@ def run(context: AuditContext) -> dict:
     popular = bootstrap(last.popular - first.popular, num=options.num_bootstrap, seed=options.seed)
     shown = "" if p <= 0.05 else ", not shown"
     finding = (
-        f"From the base model to step {last_step} the share of list places on the base's top-decile items changes "
-        f"by {effect.text()} (p = {p:.2g}{shown}; {effect.n} users), that on the most popular fifth of items by "
-        f"{popular.text()}; entropy goes from {first.entropy:.2f} to {last.entropy:.2f} nats, "
+        f"From the base model to step {last_step} the share of list places on the base's top-decile items "
+        f"changes by {effect.text()} (p = {p:.2g}{shown}; {effect.n} users), "
+        f"that on the most popular fifth of items by {popular.text()}; "
+        f"entropy goes from {first.entropy:.2f} to {last.entropy:.2f} nats, "
         f"KL to the data from {first.kl_data:.2f} to {last.kl_data:.2f}."
     )
     return result(

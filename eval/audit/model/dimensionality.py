@@ -2,11 +2,12 @@
 
     effective rank = exp(entropy of sigma / sum sigma)          (Roy & Vetterli 2007)
 
-The matrix is that of the log-probabilities, centred by user and by item, so that neither popularity nor a user's
-sharpness counts. Beside it stand distinct top-10 lists per user, and the head-tail gap: the mean relative rank of tail
-targets minus that of head targets. Control: every item's column permuted over users, which keeps all marginals and
-breaks what users share. The effect is the ratio of effective ranks, 1 where nothing is shared. Its interval comes from
-half samples of users (Shao & Wu 1989), since repeating users lowers a rank.
+The matrix is that of the log-probabilities, centred by user and by item, so that neither popularity nor a
+user's sharpness counts. Beside it stand distinct top-10 lists per user, and the head-tail gap: the mean
+relative rank of tail targets minus that of head targets. Control: every item's column permuted over users,
+which keeps all marginals and breaks what users share. The effect is the ratio of effective ranks, 1 where
+nothing is shared. Its interval comes from half samples of users (Shao & Wu 1989), since repeating users
+lowers a rank.
 With --runs: the same figures of other evaluated runs over their LoRA rank, against accuracy (a Pareto plot).
 
 Shapes: U users, I catalogue entries.
@@ -123,8 +124,9 @@ def run(context: AuditContext) -> dict:
     effect = found[RATIO]
     rank = found[RANK].value
     finding = (
-        f"The score matrix of {len(samples)} users has effective rank {rank:.1f}, {effect.text()} of a matrix "
-        f"without structure; {found[DISTINCT].value:.0%} of the users' top-10 sets are distinct; "
+        f"The score matrix of {len(samples)} users has effective rank {rank:.1f}, "
+        f"{effect.text()} of a matrix without structure; "
+        f"{found[DISTINCT].value:.0%} of the users' top-10 sets are distinct; "
         f"tail targets rank {found[GAP].text()} of the catalogue below head targets."
     )
     figures = [singular_values(scores, options.seed)]

@@ -1,16 +1,18 @@
-"""Audit `information`: how much do the scores tell about the target, and how much of that is the user's own history?
+"""Audit `information`: how much do the scores tell about the target?
 
-With p_T(i | h) = softmax over the catalogue of log-probability / T, targets y_u, histories h_u, and I entries,
+And how much of that comes from the user's own history? With p_T(i | h) = softmax over the catalogue of
+log-probability / T, targets y_u, histories h_u, and I entries,
 
     L_own   = min over T of mean_u        -ln p_T(y_u | h_u)
     L_other = min over T of mean_u mean_v -ln p_T(y_u | h_v)
     known about the target = ln I - L_own
                            = (ln I - L_other: without the own history)  +  (L_other - L_own: through it)
 
-in nats. v runs over all other users in the audit whose history does not hold y_u. Each side has the temperature that
-suits it best, so that a training which only makes scores flatter or sharper changes nothing here
-(eval/metrics/calibration.py). `sensitivity` is the same difference as the scores stand, and moves with their sharpness.
-One exact scoring per user serves all pairs. Control: one other user's history in the place of the own one; expected 0.
+in nats. v runs over all other users in the audit whose history does not hold y_u. Each side has the
+temperature that suits it best, so that a training which only makes scores flatter or sharper changes
+nothing here (eval/metrics/calibration.py). `sensitivity` is the same difference as the scores stand, and
+moves with their sharpness. One exact scoring per user serves all pairs. Control: one other user's history
+in the place of the own one; expected 0.
 
 Shapes: U users, I catalogue entries, T temperatures.
 """
@@ -72,7 +74,7 @@ def side_curves(
 
 
 def clean_pairs(samples: list[Sample]) -> np.ndarray:
-    """Bool [U, U]: the history of v stands in for that of u; where no user's does, that of every other user."""
+    """Bool [U, U]: the history of v stands in for that of u; where none does, that of every other user."""
     found = np.array([[stands_in(v, u) for v in samples] for u in samples])
     other = ~np.eye(len(samples), dtype=bool)
     return np.where(found.any(axis=1, keepdims=True), found, other)

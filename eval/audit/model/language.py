@@ -1,14 +1,16 @@
 """Audit `language`: what does the target's probability hang on?
 
-Instruction, template and generated prefix are auxiliary: they are no user's. The history is the interaction part.
+Instruction, template and generated prefix are auxiliary: they are no user's. The history is the interaction
+part.
 
     A_s = mean over target tokens of |a[s, t]|        (feature ablation, eval.audit.attribution)
     share_s = A_s / sum of A;   density_s = A_s / tokens of s
     ratio = (A_instruction + A_template + A_prefix) / A_history
 
-This is reported of the model and of its base, so that tuning shows as a change of the ratio, with NLL and accuracy by
-relevance group. Control: the same model with every history swapped for another user's. What looks like use of this
-user's history but is only the effect of any text in that place stays, and is shown beside it.
+This is reported of the model and of its base, so that tuning shows as a change of the ratio, with NLL and
+accuracy by relevance group. Control: the same model with every history swapped for another user's. What
+looks like use of this user's history but is only the effect of any text in that place stays, and is shown
+beside it.
 
 Shapes: U users, S parts of the context.
 """
@@ -199,8 +201,8 @@ def run(context: AuditContext) -> dict:
         effect_name=f"log2 of {RATIO}",
         better="lower",
         speaks=verdict.low > 0,
-        control=f"with another user's history in place, the ratio is {control[RATIO].text()}: the part of the "
-        "history's attribution that any text in its place would get",
+        control=f"with another user's history in place, the ratio is {control[RATIO].text()}: "
+        "the part of the history's attribution that any text in its place would get",
         measures=measures,
         table=table(models),
         figures=figures,

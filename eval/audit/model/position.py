@@ -2,15 +2,16 @@
 
 It makes two measurements.
 
-- Random orders of every history are compared with the true order, list against list: Kendall tau over all items,
-  rank-biased overlap (Webber et al. 2010, persistence 0.9, first 50), Jaccard of the top 10, and the spread of NDCG@10
-  over orders.
-- A probe item is moved through the history. Its influence at a slot is the total variation between the catalogue
-  distributions with the probe there and without it. A model blind to order has a flat curve.
+- Random orders of every history are compared with the true order, list against list: Kendall tau over all
+  items, rank-biased overlap (Webber et al. 2010, persistence 0.9, first 50), Jaccard of the top 10, and the
+  spread of NDCG@10 over orders.
+- A probe item is moved through the history. Its influence at a slot is the total variation between the
+  catalogue distributions with the probe there and without it. A model blind to order has a flat curve.
 
-The audit speaks when the curve's spread, (max - min) / mean over slots, exceeds that of slots permuted within users
-with p <= 0.05. Controls: that permutation; and another user's history, which gives the scale of what a list can change
-at all. Order is also information (tastes move): the audit says that order counts, not that it should not.
+The audit speaks when the curve's spread, (max - min) / mean over slots, exceeds that of slots permuted
+within users with p <= 0.05. Controls: that permutation; and another user's history, which gives the scale
+of what a list can change at all. Order is also information (tastes move): the audit says that order counts,
+not that it should not.
 
 Shapes: U users, I catalogue entries, P orders, S slots.
 """
@@ -96,7 +97,7 @@ def spread(curve: np.ndarray) -> float:
 def measure_probe(
     influence: np.ndarray, num_bootstrap: int, seed: int
 ) -> tuple[Estimate, float, np.ndarray, list[Estimate]]:
-    """Influence [U, S] -> spread (null = mean of permuted slots), p, null values, the curve with intervals."""
+    """Influence [U, S] -> spread (null = mean of permuted slots), p, null values, curve with intervals."""
     settings = {"num": num_bootstrap, "seed": seed}
     rng = np.random.default_rng(seed)
     null = np.array([spread(rng.permuted(influence, axis=1).mean(axis=0)) for _ in range(PERMUTATIONS)])
@@ -114,7 +115,8 @@ def probe_histories(
 ) -> tuple[list[list[History]], list[History]]:
     """Per user the history with the probe at SLOTS places, oldest first, and without it.
 
-    The probe is a popular item that the user has not seen. The oldest item makes room, so that the length stays.
+    The probe is a popular item that the user has not seen. The oldest item makes room, so that the length
+    stays.
     """
     rng = np.random.default_rng([context.options.seed, 3])
     catalogue = context.catalogue
@@ -187,8 +189,9 @@ def run(context: AuditContext) -> dict:
         "Moving a probe item through the history changes its influence by "
         f"{effect.value:.3g} [{effect.low:.3g}, {effect.high:.3g}] of its mean "
         f"(permuted slots {null.mean():.3g}, p = {p:.2g}: {verdict}); "
-        f"reordering keeps {found['Jaccard@10, other orders'].text()} of the top 10 (Jaccard) and changes lists by "
-        f"{found[CHANGE].text(2)} of what another user's history changes, over {len(samples)} users."
+        f"reordering keeps {found['Jaccard@10, other orders'].text()} of the top 10 (Jaccard) "
+        f"and changes lists by {found[CHANGE].text(2)} of what another user's history changes, "
+        f"over {len(samples)} users."
     )
     return result(
         finding=finding,

@@ -2,11 +2,12 @@
 
     log e_i = b1 * prior_i + b2 * log(n_i + 1) + rest          (all standardised over items)
 
-e_i is the exposure of item i: the mean over users of P(i | history), the exact catalogue probability. prior_i is the
-log-probability of the title under a content-free prompt (base model, whole vocabulary), n_i the train interactions. b1
-with its partial R^2 is what pretraining adds beyond what the data say. Items are the units of the bootstrap.
-Control: the same regression with the prior of a randomly initialised model of the same architecture and tokenizer (it
-knows the titles' lengths and nothing else), and with the prior permuted over items.
+e_i is the exposure of item i: the mean over users of P(i | history), the exact catalogue probability.
+prior_i is the log-probability of the title under a content-free prompt (base model, whole vocabulary), n_i
+the train interactions. b1 with its partial R^2 is what pretraining adds beyond what the data say. Items are
+the units of the bootstrap. Control: the same regression with the prior of a randomly initialised model of
+the same architecture and tokenizer (it knows the titles' lengths and nothing else), and with the prior
+permuted over items.
 
 Shapes: I catalogue entries.
 """
@@ -47,8 +48,10 @@ def measure(
     seed: int = 0,
     extra: np.ndarray | None = None,
 ) -> dict[str, Estimate]:
-    """Regression of log exposure [I] on prior [I] and log(popularity + 1) [I], and on another column if given.
+    """Regression of log exposure [I] on prior [I] and log(popularity + 1) [I].
 
+    Args:
+        extra: another predictor [I].
     Returns:
         `MEASURES`: betas, partial R^2 and Spearman correlations.
     """
@@ -94,15 +97,16 @@ def run(context: AuditContext) -> dict:
     effect = mine["beta: prior"]
     held = rows[HELD]["beta: prior"]
     finding = (
-        f"One standard deviation of the base model's title log-probability moves log exposure by {effect.text()} "
-        f"standard deviations beyond popularity (partial R^2 {mine['partial R2: prior'].value:.2g}; "
+        f"One standard deviation of the base model's title log-probability moves log exposure "
+        f"by {effect.text()} standard deviations beyond popularity "
+        f"(partial R^2 {mine['partial R2: prior'].value:.2g}; "
         f"popularity {mine['beta: popularity'].text()}, {effect.n} items); "
         f"with title length held {held.text()}."
     )
     random = rows[RANDOM]
     control = (
-        f"a randomly initialised model's prior: beta {random['beta: prior'].text()}, Spearman with popularity "
-        f"{random['Spearman: prior and popularity'].value:.2f} "
+        f"a randomly initialised model's prior: beta {random['beta: prior'].text()}, "
+        f"Spearman with popularity {random['Spearman: prior and popularity'].value:.2f} "
         f"(base model {mine['Spearman: prior and popularity'].text()}); "
         f"permuted over items: {rows[PERMUTED]['beta: prior'].text()}"
     )

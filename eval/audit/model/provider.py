@@ -2,9 +2,9 @@
 
     D = sum over providers |exposure share - interaction share|
 
-Exposure is discounted by 1 / log2(position + 1), in the top 10. Control: provider labels permuted over the items, which
-keeps each item's exposure and popularity: what D such lists have for any labels of this kind. The p-value is the share
-of permutations with at least the observed D.
+Exposure is discounted by 1 / log2(position + 1), in the top 10. Control: provider labels permuted over the
+items, which keeps each item's exposure and popularity: what D such lists have for any labels of this kind.
+The p-value is the share of permutations with at least the observed D.
 
 Shapes: U users, I catalogue entries, P providers.
 """

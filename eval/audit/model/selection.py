@@ -1,20 +1,22 @@
 """Audit `selection`: how much of the logged choices is the slot an item stood in?
 
-And what do metrics say once that is weighed out? Logs rarely say where an item was shown. Where a sample has the label
-`slot` or `position` (an extra column: 1 = top), it is used. Otherwise the slot that a most-popular list would have given
-stands in: items in bins by popularity rank, bin 1 = the top. The result says which.
+And what do metrics say once that is weighed out? Logs rarely say where an item was shown. Where a sample
+has the label `slot` or `position` (an extra column: 1 = top), it is used. Otherwise the slot that a
+most-popular list would have given stands in: items in bins by popularity rank, bin 1 = the top. The result
+says which.
 
-A shallow tower (Zhao et al., RecSys 2019) stands beside the main score s_ui = log P(i | history), which stays frozen:
+A shallow tower (Zhao et al., RecSys 2019) stands beside the main score s_ui = log P(i | history), which
+stays frozen:
 
     P(choice of u = i) ~ exp(s_ui + b[slot of i])        by maximum likelihood
 
-b[slot] > 0 says that items there are chosen more often than the main score says, as if the slot itself drew choices.
-With labelled slots, which only the chosen item has, b[slot] = -log(mean relevance of the choices there), relevance being
-exp(-NLL of the target / its standard deviation).
+b[slot] > 0 says that items there are chosen more often than the main score says, as if the slot itself drew
+choices. With labelled slots, which only the chosen item has, b[slot] = -log(mean relevance of the choices
+there), relevance being exp(-NLL of the target / its standard deviation).
 
-Inverse propensity: weight = min(1 / propensity, CLIP x the smallest weight), propensity = exp(b[slot]) scaled to 1 at
-most, self-normalised: HR and NDCG = sum w m / sum w, beside the plain means. Control: slots permuted over items (or
-samples).
+Inverse propensity: weight = min(1 / propensity, CLIP x the smallest weight), propensity = exp(b[slot])
+scaled to 1 at most, self-normalised: HR and NDCG = sum w m / sum w, beside the plain means. Control: slots
+permuted over items (or samples).
 
 Shapes: U users, I catalogue entries, S slots.
 """
@@ -72,8 +74,8 @@ def slot_mass(scores: np.ndarray, slots: np.ndarray) -> np.ndarray:
 def fit_tower(log_mass: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Maximum-likelihood slot terms beside frozen scores: b [S], mean 0.
 
-    One pseudo-choice per slot, spread like the main score's own mass, keeps a slot without choices finite and pulls
-    b to 0.
+    One pseudo-choice per slot, spread like the main score's own mass, keeps a slot without choices finite
+    and pulls b to 0.
 
     Args:
         log_mass: [U, S] of `slot_mass`.
@@ -100,9 +102,10 @@ def fit_tower(log_mass: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def fit_labelled(nll: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """b [S], mean 0, where only the chosen item's slot [U] is known: -log mean relevance of the slot's choices.
+    """b [S], mean 0, where only the chosen item's slot [U] is known.
 
-    A slot whose choices are little relevant was chosen for its place.
+    It is -log mean relevance of the slot's choices. A slot whose choices are little relevant was chosen for
+    its place.
     """
     num = int(slots.max()) + 1
     relevance = np.exp(-(nll - nll.min()) / max(float(nll.std()), 1e-9))
@@ -260,14 +263,16 @@ def figure(names: list[str], tower: list[Estimate]) -> dict:
         "y_label": "log odds beside the main score",
         "legend": False,
         "categories": names,
-        "caption": "Above zero: chosen more often than the main score says, as if the slot itself drew choices.",
+        "caption": "Above zero: chosen more often than the main score says, "
+        "as if the slot itself drew choices.",
         "series": [estimate_series("b", tower)],
     }
 
 
 AUDIT = Audit(
     title="Selection bias in the logs",
-    question="Do choices follow the slot an item stood in, and do the metrics change once that is weighed out?",
+    question="Do choices follow the slot an item stood in, "
+    "and do the metrics change once that is weighed out?",
     run=run,
     cost=matrix_cost(DEFAULT_USERS),
     order=30,

@@ -1,13 +1,13 @@
 """Audit `sensitivity`: does the model read the history?
 
-Target NLL with the true history, with a swapped one, with none, and without the instruction. For user u with history
-h_u and target y_u:
+Target NLL with the true history, with a swapped one, with none, and without the instruction. For user u
+with history h_u and target y_u:
 
     d_swap = NLL(y_u | h_v) - NLL(y_u | h_u),    v another user;    likewise d_removed and d_blank
 
-A model that uses the history pays when it is swapped. This takes five passes over prompt and target per user; no
-catalogue is scored. Control: the same difference between a second other user's history and the first one's, whose
-expectation is zero.
+A model that uses the history pays when it is swapped. This takes five passes over prompt and target per
+user; no catalogue is scored. Control: the same difference between a second other user's history and the
+first one's, whose expectation is zero.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def figure(found: dict[str, Estimate]) -> dict:
         "horizontal": True,
         "y_label": "nats above the true prompt",
         "legend": False,
-        "caption": "A bar away from zero is context that the model uses; the control compares two wrong histories.",
+        "caption": "A bar away from zero is context that the model uses; "
+        "the control compares two wrong histories.",
         "categories": bars,
         "series": [estimate_series("NLL difference", [found[bar] for bar in bars])],
     }

@@ -1,13 +1,14 @@
 """Audit `shift`: where does the model lose when the world moves?
 
-Environments are bins of the test users along three axes: time of the sample, popularity of the target (cold = not in
-train), length of the history. The value of an environment is its target NLL over the catalogue (and NDCG@10); its
-relative drop is (its NLL - mean NLL) / mean NLL. Noisy titles are one more: two neighbouring letters of every third word
-of the history's titles change places, paired with the clean NLL.
+Environments are bins of the test users along three axes: time of the sample, popularity of the target (cold
+= not in train), length of the history. The value of an environment is its target NLL over the catalogue
+(and NDCG@10); its relative drop is (its NLL - mean NLL) / mean NLL. Noisy titles are one more: two
+neighbouring letters of every third word of the history's titles change places, paired with the clean NLL.
 
-Beside them stands the popularity shift itself: total variation between train popularity and the test targets, against
-the value that targets drawn from train popularity have in a sample of this size. Control: environment labels permuted
-over users, per axis. The spread (largest minus smallest mean NLL) must exceed theirs, p Holm-corrected over the axes.
+Beside them stands the popularity shift itself: total variation between train popularity and the test
+targets, against the value that targets drawn from train popularity have in a sample of this size. Control:
+environment labels permuted over users, per axis. The spread (largest minus smallest mean NLL) must exceed
+theirs, p Holm-corrected over the axes.
 
 Shapes: U users, I catalogue entries.
 """
@@ -166,7 +167,7 @@ def noisy(title: str) -> str:
 
 
 def popularity_shift(targets: np.ndarray, popularity: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """(total variation of test targets to train popularity, its mean for targets drawn from the latter, p)."""
+    """Total variation of test targets to train popularity, its mean for targets drawn from the latter, p."""
     share = popularity / popularity.sum()
 
     def distance(chosen: np.ndarray) -> float:

@@ -1,12 +1,13 @@
-"""Audit `titles`: the same titles everywhere? The exposure of the most shown items against their part in the data.
+"""Audit `titles`: the same titles everywhere? The exposure of the most shown items against the data.
 
-    excess = exposure share of the 20 most shown items  -  share of train interactions of the 20 most chosen items
+    excess = exposure share of the 20 most shown items  -  share of train interactions of the 20 most chosen
+    items
 
-(a fifth of the catalogue where it has fewer than 100 items). Lists are the top 10 of every user. Control: lists of the
-same number and length drawn from train popularity without replacement, which is what a recommender as concentrated as
-the data would show to these few users; p over such draws.
-With --runs: Jaccard of the top-20 sets of titles between evaluated runs, also on different data sets, beside that of
-the data's own top-20.
+(a fifth of the catalogue where it has fewer than 100 items). Lists are the top 10 of every user. Control:
+lists of the same number and length drawn from train popularity without replacement, which is what a
+recommender as concentrated as the data would show to these few users; p over such draws.
+With --runs: Jaccard of the top-20 sets of titles between evaluated runs, also on different data sets,
+beside that of the data's own top-20.
 
 Shapes: U users, I catalogue entries, k list length, R runs.
 """
@@ -116,8 +117,8 @@ def run(context: AuditContext) -> dict:
     speaks = p <= 0.05 and not effect.spans_null
     verdict = "a few titles are everywhere" if speaks else "no more concentrated than the data"
     finding = (
-        f"The {top} most shown titles take {found[SHARE].text()} of the exposure, {effect.text()} more than lists "
-        f"drawn from train popularity (p = {p:.2g}: {verdict}); "
+        f"The {top} most shown titles take {found[SHARE].text()} of the exposure, "
+        f"{effect.text()} more than lists drawn from train popularity (p = {p:.2g}: {verdict}); "
         f"the {top} most chosen have {top_share(popularity, top):.3g} of the choices."
     )
     counts = exposure(lists, scores.shape[1])
@@ -161,7 +162,8 @@ def most_shown(titles: list[str], places: np.ndarray, choices: np.ndarray) -> di
         "horizontal": True,
         "percent": True,
         "categories": titles,
-        "caption": "Exposure far above a title's share of the choices is concentration that the data do not ask for.",
+        "caption": "Exposure far above a title's share of the choices is concentration "
+        "that the data do not ask for.",
         "series": [
             {"name": "share of list places", "values": places},
             {"name": "share of train interactions", "values": choices},

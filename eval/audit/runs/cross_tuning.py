@@ -1,12 +1,13 @@
-"""Audit `cross_tuning`: over runs of several backbones, data sets, objectives and seeds, what do biases go with?
+"""Audit `cross_tuning`: what do biases go with, the backbone, the data, the objective or the seed?
 
-Every evaluated run is a vector of bias metrics, standardised over runs. Per factor (backbone, data, objective, seed):
+Every evaluated run is a vector of bias metrics, standardised over runs. Per factor (backbone, data,
+objective, seed):
 
-    silhouette   mean over runs of (b - a) / max(a, b), a = mean distance to runs of the same level, b = to the
-                 nearest other level's; p from permuting the levels over runs (the control)
-    variance     share of each metric's variance that goes with the factor: R^2 increments averaged over all orders
-                 of the factors (Lindeman, Merenda & Gold 1980); what backbone, data and objective leave is seed
-                 and rest
+    silhouette   mean over runs of (b - a) / max(a, b), a = mean distance to runs of the same level,
+                 b = to the nearest other level's; p from permuting the levels over runs (the control)
+    variance     share of each metric's variance that goes with the factor: R^2 increments averaged over
+                 all orders of the factors (Lindeman, Merenda & Gold 1980); what backbone, data and
+                 objective leave is seed and rest
 
 If biases cluster by backbone and not by data, they came with pretraining (the design of Itzhak et al. 2025).
 

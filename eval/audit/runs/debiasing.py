@@ -1,14 +1,15 @@
-"""Audit `debiasing`: does reweighting the data do what the objective does? Runs (sft, reweight, gdrt, ...) over all biases.
+"""Audit `debiasing`: does reweighting the data do what the objective does?
 
-Rows are the bias metrics of results.json and the effects of the audits that every folder has. Each value becomes a
-badness (smaller is better): by the metric's direction, or its distance to the value of the test targets themselves where
-neither direction is better, or an effect's distance to its null.
+Runs (sft, reweight, gdrt, ...) are compared over all biases. Rows are the bias metrics of results.json and
+the effects of the audits that every folder has. Each value becomes a badness (smaller is better): by the
+metric's direction, or its distance to the value of the test targets themselves where neither direction is
+better, or an effect's distance to its null.
 
     z = (badness of the run - badness of the baseline) / joint standard error of the two intervals
 
-A row is better or worse where |z| > 1.96. The effect of a run is the mean z over rows, with a bootstrap over rows.
-Control: signs of z flipped. Rows are measured on the same users and are correlated: this is a summary and no test;
-paired tests per metric are eval.compare's.
+A row is better or worse where |z| > 1.96. The effect of a run is the mean z over rows, with a bootstrap
+over rows. Control: signs of z flipped. Rows are measured on the same users and are correlated: this is a
+summary and no test; paired tests per metric are eval.compare's.
 
     python -m eval.audit debiasing SFT_DIR REWEIGHT_DIR GDRT_DIR ...
 
@@ -37,7 +38,7 @@ BASELINE_OBJECTIVE = "sft"
 
 @dataclass(frozen=True)
 class Badness:
-    """One measure of one run: its value, how bad that is, and the standard error that its interval implies."""
+    """One measure of one run: its value, how bad that is, and the standard error behind its interval."""
 
     value: float
     badness: float
