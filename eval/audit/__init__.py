@@ -8,8 +8,9 @@ An audit is one file: in model/ if it needs a model, in runs/ if it reads evalua
 stands beside them. Definitions, controls and how to add one: docs/audits.md.
 """
 
-from eval.audit.base import Audit, AuditOptions, Cost
+from eval.audit.base import Audit, Cost
 from eval.audit.context import AuditContext
+from eval.audit.options import AuditOptions
 from eval.audit.running import audits, choose, run_audits
 
 __all__ = ["Audit", "AuditContext", "AuditOptions", "Cost", "audits", "choose", "run_audits"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eval.audit.base import AuditOptions
+from eval.audit.options import AuditOptions
 from eval.audit.running import OVER_RUNS
 from gdrt_ds.files import finite, write_json, write_text
 from gdrt_ds.registry import find_part, part_names

@@ -1,42 +1,18 @@
-"""What an audit is: its definition, its settings, what it costs and the form of its result."""
+"""What an audit is: its definition, what it costs and the form of its result."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate
-
-if TYPE_CHECKING:
-    from eval.audit.context import AuditContext
+from eval.audit.options import AuditOptions
 
 Result = dict[str, Any]
 Lack = tuple[str, str] | None
 """What an audit lacks: (problem, fix) in words, or None if it can run."""
-
-
-@dataclass(frozen=True)
-class AuditOptions:
-    """Settings that audits share.
-
-    Attributes:
-        users: number of users that are looked at; None = the audit's own default.
-        permutations: random orders of every history (`position`). Controls permute labels 200 times, whatever
-            this number is.
-        runs: other run or evaluation folders, for audits over several of them.
-        num_bootstrap: resamples of the intervals.
-        seed: of the choice of users, of permutations and of resamples.
-    """
-
-    users: int | None = None
-    permutations: int = 8
-    runs: tuple[str, ...] = ()
-    num_bootstrap: int = 1000
-    seed: int = 0
-
-
-DEFAULT_OPTIONS = AuditOptions()
 
 
 @dataclass(frozen=True)

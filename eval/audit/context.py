@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from eval.audit.base import DEFAULT_OPTIONS, AuditOptions
+from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
 from gdrt_ds.data.corpus import Sample
 from gdrt_ds.errors import UserError
 

@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from eval.audit.base import DEFAULT_OPTIONS, Audit, AuditOptions
+from eval.audit.base import Audit
 from eval.audit.context import AuditContext
 from eval.audit.costs import CostEstimate
+from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
 from eval.folders import load_evaluations
 from gdrt_ds.errors import UserError, nearest
 from gdrt_ds.files import finite

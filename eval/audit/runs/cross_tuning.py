@@ -24,9 +24,10 @@ from itertools import permutations
 
 import numpy as np
 
-from eval.audit.base import DEFAULT_OPTIONS, AuditOptions, audit_over_runs, result
+from eval.audit.base import audit_over_runs, result
 from eval.audit.bias_measures import METRICS, audit_measure
 from eval.audit.estimates import Estimate, permutation_p
+from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
 from eval.folders import Evaluation, load_evaluations
 from eval.intervals import holm
 from gdrt_ds.errors import UserError

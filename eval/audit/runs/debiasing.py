@@ -23,9 +23,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.audit.base import DEFAULT_OPTIONS, AuditOptions, audit_over_runs, result
+from eval.audit.base import audit_over_runs, result
 from eval.audit.bias_measures import METRICS, audit_measure
 from eval.audit.estimates import bootstrap
+from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
 from eval.folders import Evaluation, load_evaluations
 from gdrt_ds.errors import UserError
 
