@@ -1,1 +1,1 @@
-"""Evaluation of catalogue recommenders: exact scores, metrics, audits, reports. `python -m eval.run` is the entry."""
+"""Evaluation of catalogue recommenders: exact scores, metrics, audits, reports (`python -m eval.run`)."""

@@ -42,7 +42,8 @@ TERMINAL = (
 SIDES = {
     "accuracy": (
         "Accuracy",
-        "How well the held-out item of each sample is found. Chance and the two floors need no language model.",
+        "How well the held-out item of each sample is found. Chance and the two floors need no language "
+        "model.",
     ),
     "item": (
         "Item side",
@@ -168,7 +169,8 @@ def _sentence(
     elif hit["ci_high"] < rates[best]:
         verdict = f"; that is below the floor {best} with {percent(rates[best])}."
     else:
-        verdict = f"; the floor {best} with {percent(rates[best])} lies inside that interval, so no difference is shown."
+        floor = f"the floor {best} with {percent(rates[best])}"
+        verdict = f"; {floor} lies inside that interval, so no difference is shown."
     return text + verdict
 
 
@@ -302,8 +304,8 @@ def _examples(predictions: Sequence[Mapping[str, Any]], catalogue_entries: Seque
         for p in (ordered[i] for i in places[:EXAMPLES])
     ]
     text = (
-        "Users at fixed places of the rank distribution (best, 10 %, 30 %, median, 70 %, 95 %), not picked by hand. "
-        "A filled dot marks the held-out item, a ring an item of the history."
+        "Users at fixed places of the rank distribution (best, 10 %, 30 %, median, 70 %, 95 %), not picked "
+        "by hand. A filled dot marks the held-out item, a ring an item of the history."
     )
     return Section("Example users", [text], examples=examples)
 
@@ -311,8 +313,8 @@ def _examples(predictions: Sequence[Mapping[str, Any]], catalogue_entries: Seque
 def _conventions(results: Mapping[str, Any]) -> Section:
     versions = results.get("versions") or {}
     text = [
-        "Intervals are 95 % bootstrap intervals over users (percentile for means, centred for curved statistics such as coverage and "
-        "MGU). Formulas and conventions: docs/evaluation.md."
+        "Intervals are 95 % bootstrap intervals over users (percentile for means, centred for curved "
+        "statistics such as coverage and MGU). Formulas and conventions: docs/evaluation.md."
     ]
     text += [f"Note: {note}." for note in results.get("notes") or ()]
     tables = (
@@ -322,7 +324,7 @@ def _conventions(results: Mapping[str, Any]) -> Section:
 
 
 def terminal_table(results: Mapping[str, Any], every: bool = False) -> RichTable:
-    """The report's main table for a terminal (rich); `every` shows all metrics instead of the usual cut-offs."""
+    """The report's main table for a terminal; `every` shows all metrics instead of the usual cut-offs."""
     floors = _floors(results)
     limit = results.get("limit")
     title = " ".join(

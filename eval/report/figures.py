@@ -1,9 +1,10 @@
-"""The report's own figures as dictionaries of the schema in eval/report/__init__.py, and the check of that schema."""
+"""The report's own figures, as dictionaries of the schema in eval/report/__init__.py, and its check."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,11 @@ MAX_POINTS = 400  # a training curve is thinned to this many means
 
 
 def checked(figure: Mapping[str, Any]) -> dict[str, Any]:
-    """The figure, once it fits the schema; raises UserError that names the figure and what is wrong with it."""
+    """The figure, once it fits the schema.
+
+    Raises:
+        UserError: it does not; names the figure and what is wrong with it.
+    """
 
     def wrong(problem: str) -> UserError:
         return UserError(
@@ -81,7 +86,8 @@ def accuracy_by_cutoff(metrics: Mapping[str, Any], floors: Mapping[str, Any]) ->
         "x_label": "K",
         "y_label": "NDCG@K",
         "log_x": True,
-        "caption": "The run must stand clear of the floors, which use no language model; the band is the 95 % interval.",
+        "caption": "The run must stand clear of the floors, which use no language model. "
+        "The band is the 95 % interval.",
     }
 
 
@@ -103,15 +109,12 @@ def exposure_figures(inputs: Inputs) -> list[dict[str, Any]]:
         if grouping is None:
             continue
 
-        def share(counts: np.ndarray) -> np.ndarray:
-            totals = np.asarray(counts).ravel() @ grouping.membership
-            return totals / totals.sum()
-
-        parts = {
-            "train histories": share(inputs.history_count),
-            f"top-{k} lists": share(inputs.exposure(k).sum(axis=0)),
-            "test targets": share(np.bincount(inputs.target, minlength=inputs.num_items)),
+        counts = {
+            "train histories": inputs.history_count,
+            f"top-{k} lists": inputs.exposure(k).sum(axis=0),
+            "test targets": np.bincount(inputs.target, minlength=inputs.num_items),
         }
+        parts = {name: _shares(found, grouping.membership) for name, found in counts.items()}
         keep = (
             np.argsort(-parts["train histories"], kind="stable")[:14]
             if len(grouping.names) > 8
@@ -131,11 +134,17 @@ def exposure_figures(inputs: Inputs) -> list[dict[str, Any]]:
                 "percent": True,
                 "horizontal": len(keep) > 8,
                 "series": [{"name": name, "values": values[keep].tolist()} for name, values in parts.items()],
-                "caption": f"Shares over {what}{left_out}: {measure}@{k} is the mean distance between the first two bars; "
-                "the third shows where the future itself went.",
+                "caption": f"Shares over {what}{left_out}: {measure}@{k} is the mean distance between the "
+                "first two bars; the third shows where the future itself went.",
             }
         )
     return found
+
+
+def _shares(counts: np.ndarray, membership: Any) -> np.ndarray:
+    """Counts of items [I] as shares of their labels [G]; membership: [I, G], rows sum to 1."""
+    totals = np.asarray(counts).ravel() @ membership
+    return totals / totals.sum()
 
 
 def provider_figures(inputs: Inputs) -> list[dict[str, Any]]:
@@ -159,7 +168,7 @@ def provider_figures(inputs: Inputs) -> list[dict[str, Any]]:
             "y_label": "share",
             "percent": True,
             "caption": "Providers from the largest to the smallest (number in brackets): "
-            "compare the discounted exposure in the top {k} with "
+            f"compare the discounted exposure in the top {k} with "
             "what providers offer and with what users took.",
         }
     ]
@@ -181,6 +190,11 @@ def by_group(title: str, groups: Mapping[str, Mapping[str, Any]], measure: str) 
         if apart
         else "their intervals overlap, so this test set hardly tells them apart"
     )
+    if shown[high]["value"] > shown[low]["value"]:
+        caption = f"Highest for {high}, lowest for {low}; {overlap} (95 %, over users)."
+    else:
+        same = f"{shown[high]['value']:.4g}"
+        caption = f"All slices have the same value, {same}; whiskers are 95 % intervals over users."
     return {
         "kind": "bar",
         "title": f"{name} by {title}",
@@ -195,9 +209,7 @@ def by_group(title: str, groups: Mapping[str, Mapping[str, Any]], measure: str) 
             }
         ],
         "horizontal": len(shown) > 8,
-        "caption": f"Highest for {high}, lowest for {low}; {overlap} (95 %, over users)."
-        if shown[high]["value"] > shown[low]["value"]
-        else f"All groups have the same value, {shown[high]['value']:.4g}; whiskers are 95 % intervals over users.",
+        "caption": caption,
     }
 
 
@@ -212,7 +224,8 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         (
             "group_loss",
             "Group losses",
-            "One line per group (0 = least tied to the auxiliary tokens): GDRT pulls the upper lines down; moving averages.",
+            "One line per group (0 = least tied to the auxiliary tokens): GDRT pulls the upper lines down; "
+            "moving averages.",
             0,
         ),
         (

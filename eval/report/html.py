@@ -1,10 +1,14 @@
-"""report.html: one page that holds everything (styles, figures), runs no script, asks no network, and escapes every text."""
+"""One HTML page that holds everything, styles and figures included.
+
+It runs no script and asks no network, and every text is escaped.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from html import escape
-from typing import Any, Mapping
+from typing import Any
 
 from eval.report.page import Card, Page, Section, Table
 from eval.report.page_style import STYLE
@@ -22,7 +26,8 @@ def render_html(page: Page) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n<title>{title}</title>\n'
+        f'<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f"<title>{title}</title>\n"
         f"<style>{STYLE}</style>\n</head>\n<body>\n"
         f'<header><p class="kicker">{escape(page.title)}</p><h1>{escape(page.subtitle or page.title)}</h1>'
         f'{warning}<p class="facts">{facts}</p>'
@@ -53,7 +58,8 @@ def _section(section: Section, counter: list[int]) -> str:
     tables = "".join(_table(t) for t in section.tables)
     if tables and section.folded:
         rows = sum(len(t.rows) for t in section.tables)
-        tables = f"<details><summary>Table{'s' if len(section.tables) > 1 else ''} with all {rows} rows</summary>{tables}</details>"
+        noun = "Tables" if len(section.tables) > 1 else "Table"
+        tables = f"<details><summary>{noun} with all {rows} rows</summary>{tables}</details>"
     parts.append(tables)
     if section.examples:
         parts.append('<div class="examples">' + "".join(_example(e) for e in section.examples) + "</div>")
@@ -61,10 +67,14 @@ def _section(section: Section, counter: list[int]) -> str:
 
 
 def _card(card: Card) -> str:
-    """Value, interval and a strip on which the run (dot, interval) and the floors (ticks) stand on one scale."""
+    """Value, interval, and a strip with the run (dot, interval) and the floors (ticks) on one scale."""
     numbers = [v for _, v in card.marks] + [v for v in (card.low, card.high) if v is not None]
-    low, high = min(0.0, min(numbers)), max(numbers) * 1.04 or 1.0
-    place = lambda v: f"{100 * (v - low) / (high - low):.2f}%"
+    low = min(0.0, min(numbers))
+    high = max(numbers) * 1.04 or 1.0
+
+    def place(value: float) -> str:
+        return f"{100 * (value - low) / (high - low):.2f}%"
+
     strip = ""
     if card.low is not None and card.high is not None:
         strip += f'<i class="span" style="left:{place(card.low)};right:calc(100% - {place(card.high)})"></i>'
@@ -79,7 +89,8 @@ def _card(card: Card) -> str:
     return (
         f'<div class="card"><h3>{escape(card.label)}</h3><p class="value">{escape(card.value)}</p>'
         f'<p class="interval">{escape(card.interval)}</p>'
-        f'<div class="strip">{strip}</div><ul>{beside}</ul><p class="meaning">{escape(card.meaning)}; {escape(card.direction)}</p></div>'
+        f'<div class="strip">{strip}</div><ul>{beside}</ul>'
+        f'<p class="meaning">{escape(card.meaning)}; {escape(card.direction)}</p></div>'
     )
 
 
@@ -97,7 +108,8 @@ def _table(table: Table) -> str:
         ]
         cells[0] = cells[0].replace("<td", '<th scope="row"', 1).replace("</td>", "</th>")
         rows.append("<tr>" + "".join(cells) + "</tr>")
-    return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scroll"><table>{caption}{body}</table></div>'
 
 
 def _is_number(value: Any) -> bool:
@@ -107,7 +119,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _class(numeric: Any, value: Any = "") -> str:
-    return ' class="n"' if numeric else ' class="text"' if len(str(value)) > 24 else ""
+    if numeric:
+        return ' class="n"'
+    return ' class="text"' if len(str(value)) > 24 else ""
 
 
 def _figure(figure: Mapping[str, Any], counter: list[int]) -> str:
@@ -115,11 +129,16 @@ def _figure(figure: Mapping[str, Any], counter: list[int]) -> str:
     wide = figure["kind"] == "tokens"
     drawing = _tokens(figure) if wide else draw(figure, counter[0])
     opening = '<figure class="wide">' if wide else "<figure>"
-    return f"{opening}<h3>{escape(figure['title'])}</h3>{drawing}<figcaption>{escape(figure['caption'])}</figcaption></figure>"
+    title = f"<h3>{escape(figure['title'])}</h3>"
+    caption = f"<figcaption>{escape(figure['caption'])}</figcaption>"
+    return f"{opening}{title}{drawing}{caption}</figure>"
 
 
 def _tokens(figure: Mapping[str, Any]) -> str:
-    """Prompts as coloured text: target tokens by group, input tokens by attribution, segments by their underline."""
+    """Prompts as coloured text.
+
+    Target tokens are coloured by group, input tokens by attribution; segments have their own underline.
+    """
     num_groups = figure.get("num_groups") or 1 + max(
         (t.get("group") or 0 for p in figure["prompts"] for t in p["tokens"]), default=0
     )
@@ -132,8 +151,7 @@ def _tokens(figure: Mapping[str, Any]) -> str:
         title = f"<h4>{escape(str(prompt['title']))}</h4>" if prompt.get("title") else ""
         prompts.append(f'{title}<p class="tokens">{spans}</p>')
     groups = "".join(
-        f'<span style="background:color-mix(in srgb, var(--g{_ramp(g, num_groups)}) 55%, transparent)">{g}</span>'
-        for g in range(num_groups)
+        f'<span style="{_mixed(f"--g{_ramp(g, num_groups)}", 55)}">{g}</span>' for g in range(num_groups)
     )
     has_group = any(t.get("group") is not None for p in figure["prompts"] for t in p["tokens"])
     has_weight = any(t.get("weight") is not None for p in figure["prompts"] for t in p["tokens"])
@@ -143,22 +161,30 @@ def _tokens(figure: Mapping[str, Any]) -> str:
     if has_group:
         legend += f'<span class="scale">group {groups}</span>'
     if has_weight:
-        legend += '<span class="scale">attribution <span class="cool">lowers</span><span class="warm">raises</span></span>'
+        signs = '<span class="cool">lowers</span><span class="warm">raises</span>'
+        legend += f'<span class="scale">attribution {signs}</span>'
     return f'<p class="legend">{legend}</p>' + "".join(prompts)
 
 
+def _mixed(variable: str, percent: int) -> str:
+    """CSS: a background in one of the page's colours, thinned to `percent`."""
+    return f"background:color-mix(in srgb, var({variable}) {percent}%, transparent)"
+
+
 def _ramp(group: int, num_groups: int) -> int:
+    """The place of a group on the page's ramp of eight colours."""
     return round(group * 7 / max(1, num_groups - 1))
 
 
 def _token(token: Mapping[str, Any], largest: float, num_groups: int) -> str:
-    style, hint = "", token["segment"]
+    style = ""
+    hint = token["segment"]
     if token.get("group") is not None:
-        style = f"background:color-mix(in srgb, var(--g{_ramp(int(token['group']), num_groups)}) 55%, transparent)"
+        style = _mixed(f"--g{_ramp(int(token['group']), num_groups)}", 55)
         hint += f", group {int(token['group'])}"
     elif token.get("weight") is not None:
         strength = round(70 * abs(token["weight"]) / largest)
-        style = f"background:color-mix(in srgb, var({'--warm' if token['weight'] >= 0 else '--cool'}) {strength}%, transparent)"
+        style = _mixed("--warm" if token["weight"] >= 0 else "--cool", strength)
     if token.get("weight") is not None:
         hint += f", attribution {token['weight']:.3g}"
     text = escape(str(token["text"])).replace("\n", "↵<br>")

@@ -56,10 +56,11 @@ def _section(section: Section) -> list[str]:
     for figure in section.figures:
         lines += [f"*Figure in report.html: {escape(figure['title'])}.* {escape(figure['caption'])}", ""]
     for example in section.examples:
+        top = "; ".join(("● " if hit else "") + title for title, hit, _ in example["top"])
         lines += [
             f"- **{escape(example['user'])}**, rank {example['rank']}, held out: {escape(example['target'])}",
             f"  - history: {escape('; '.join(example['history']) or '(empty)')}",
-            f"  - top 10: {escape('; '.join(('● ' if hit else '') + title for title, hit, _ in example['top']))}",
+            f"  - top 10: {escape(top)}",
         ]
     return [*lines, ""] if section.examples else lines
 

@@ -1,8 +1,8 @@
 """Figures as inline SVG: drawn by matplotlib, coloured by the page.
 
-matplotlib writes fixed colours; here it writes marker colours that are then replaced by CSS variables, so that one SVG
-follows the reader's light or dark mode. Text stays text (searchable, in the page's font, escaped by the SVG writer).
-Figures are about 460 px wide, so that they stay readable at full width on a phone.
+matplotlib writes fixed colours; here it writes marker colours that are then replaced by CSS variables, so
+that one SVG follows the reader's light or dark mode. Text stays text (searchable, in the page's font, escaped
+by the SVG writer). Figures are about 460 px wide, so that they stay readable at full width on a phone.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Mapping
 from html import escape
-from typing import Any, Mapping
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -115,7 +116,9 @@ def _bar(axes: Any, figure: Mapping[str, Any]) -> None:
     places = np.arange(len(figure["categories"]))
     width = 0.62 if stacked or len(series) == 1 else 0.8 / len(series)
     base = np.zeros(places.size)
-    for index, (one, colour) in enumerate(zip(series, colours(len(series), bool(figure.get("ordered"))))):
+    for index, (one, colour) in enumerate(
+        zip(series, colours(len(series), bool(figure.get("ordered"))), strict=True)
+    ):
         values = _numbers(one["values"])
         at = places if stacked or len(series) == 1 else places + (index - (len(series) - 1) / 2) * width
         options = {"color": colour, "label": one["name"], "linewidth": 0}
@@ -161,7 +164,9 @@ def _bar(axes: Any, figure: Mapping[str, Any]) -> None:
 
 
 def _line(axes: Any, figure: Mapping[str, Any]) -> None:
-    for one, colour in zip(figure["series"], colours(len(figure["series"]), bool(figure.get("ordered")))):
+    for one, colour in zip(
+        figure["series"], colours(len(figure["series"]), bool(figure.get("ordered"))), strict=True
+    ):
         x, y = _numbers(one["x"]), _numbers(one["y"])
         if figure.get("smooth") and x.size > 40:
             if len(figure["series"]) == 1:
@@ -200,7 +205,7 @@ def _stacked_area(axes: Any, figure: Mapping[str, Any]) -> None:
 
 def _scatter(axes: Any, figure: Mapping[str, Any]) -> None:
     names = list(dict.fromkeys(str(p.get("series", "")) for p in figure["points"]))
-    palette = dict(zip(names, colours(len(names), bool(figure.get("ordered")))))
+    palette = dict(zip(names, colours(len(names), bool(figure.get("ordered"))), strict=True))
     many = len(figure["points"]) > 60
     for name in names:
         points = [p for p in figure["points"] if str(p.get("series", "")) == name]
@@ -340,7 +345,9 @@ def _short(text: str, length: int) -> str:
 
 
 def _inline(svg: str, description: str, number: int) -> str:
-    """The bare <svg> element: CSS colours, the page's font, ids apart from other figures', no metadata, no fixed size."""
+    """The bare <svg> element: CSS colours, the page's font, ids apart from other figures', no metadata, no
+    fixed size.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, variable in VARIABLES.items():

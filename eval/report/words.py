@@ -1,4 +1,4 @@
-"""How numbers and names of metrics are written for reading, the same on pages, in Markdown and on the terminal."""
+"""How numbers and names of metrics are written for reading: on pages, in Markdown, on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring beside the exact tree pass of `gdrt_ds.inference.catalogue_scoring` (which recommending needs too, so it lives there).
+"""Scoring beside the exact tree pass, which is in `gdrt_ds.inference.catalogue_scoring` for recommending too.
 
 per_item    the reference: one plain forward pass per item
 best_first  certified exact top-K of large catalogues

@@ -1,10 +1,11 @@
 """Constrained beam search over the catalogue trie, for parity with peers.
 
-Follows transformers' constrained beam search step by step (2 x beams candidates, an item is kept when its last token is
-among the first `beams` of them, a search ends when no open prefix can still enter the list), for two step distributions:
-- `renormalised`: softmax over the allowed tokens (HF: renormalize_logits=True);
-- `full`: softmax over the whole vocabulary, then masked (HF's default, which also divides by length: length_penalty=1).
-A beam search may miss items, its list may be short, and it says nothing about the rank of what it missed.
+Follows transformers' constrained beam search step by step (2 x beams candidates, an item is kept when its
+last token is among the first `beams` of them, a search ends when no open prefix can still enter the list),
+for two step distributions: - `renormalised`: softmax over the allowed tokens (HF: renormalize_logits=True); -
+`full`: softmax over the whole vocabulary, then masked (HF's default, which also divides by length:
+length_penalty=1). A beam search may miss items, its list may be short, and it says nothing about the rank of
+what it missed.
 More beams than items: the list is the catalogue, as far as the search reaches it.
 """
 
@@ -57,7 +58,8 @@ def beam_search(
     """Beam search for a batch of prompts.
 
     Returns:
-        per user: entries Long[<= beams], best first, and their scores float64 (log-prob / tokens ** length_penalty).
+        per user: entries Long[<= beams], best first, and their scores float64 (log-prob / tokens **
+            length_penalty).
     """
     cache, step = NodeCache(reader, trie, state), NextTokens(reader.rows, trie, objective == "full")
     users = [_Beams(beams, length_penalty) for _ in range(state.batch)]
@@ -80,11 +82,11 @@ def beam_search(
             nodes = [node for node, _ in search.open]
             candidates = []
             for (node, log_prob), values in zip(
-                search.open, step.log_probs(hidden[row, : len(nodes)], nodes)
+                search.open, step.log_probs(hidden[row, : len(nodes)], nodes), strict=True
             ):
                 candidates += [
                     (log_prob + value, child, int(trie.entry[child]))
-                    for child, value in zip(step.children(node).tolist(), values.tolist())
+                    for child, value in zip(step.children(node).tolist(), values.tolist(), strict=True)
                 ]
             search.step(candidates, depth)
     return [

@@ -1,8 +1,9 @@
 """Certified exact top-K without scoring the whole catalogue.
 
-Extending a prefix never raises its log-probability, so the best open prefix bounds every item not found yet. Once K found
-items score at least that bound, they are the exact top-K. Prefixes are opened best first, many users and several prefixes
-at a time; a prefix is opened together with the single-child chain below it, which costs no extra pass.
+Extending a prefix never raises its log-probability, so the best open prefix bounds every item not found yet.
+Once K found items score at least that bound, they are the exact top-K. Prefixes are opened best first, many
+users and several prefixes at a time; a prefix is opened together with the single-child chain below it, which
+costs no extra pass.
 
 `result.certified` says how many places of the list are proven (a node budget may end a search early).
 """
@@ -19,7 +20,8 @@ from eval.scoring.node_cache import NextTokens, NodeCache
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.inference.prompt_reader import PromptReader, PromptState
 
-# Nodes forwarded per pass over all users: below this a pass costs the reading of the weights, above it arithmetic.
+# Nodes forwarded per pass over all users. Below this a pass costs the reading of the weights, above it
+# arithmetic.
 NODES_PER_PASS = 48
 
 
@@ -45,11 +47,9 @@ class _Search:
     """Frontier of one user. Heap items: (-log-prob, node)."""
 
     def __init__(self, k: int):
-        self.k, self.frontier, self.found = (
-            k,
-            [(0.0, 0)],
-            [],
-        )  # the root is open with log-prob 0; found: min-heap of the k best
+        self.k = k
+        self.frontier = [(0.0, 0)]  # the root is open with log-prob 0
+        self.found: list[tuple[float, int]] = []  # min-heap of the k best
 
     def bound(self) -> float:
         return -self.frontier[0][0] if self.frontier else -np.inf
@@ -142,7 +142,9 @@ class BestFirst:
         return search.done() or (self.max_nodes is not None and expanded >= self.max_nodes)
 
     def _open(self, search: _Search, share: int) -> dict[tuple[float, int], list[int]]:
-        """Takes prefixes that may still matter off the frontier, with their chains, until `share` nodes are reached."""
+        """Takes prefixes that may still matter off the frontier, with their chains, until `share` nodes are
+        reached.
+        """
         opened, total = {}, 0
         while search.frontier and total < share and -search.frontier[0][0] > search.worst():
             key = heapq.heappop(search.frontier)
@@ -160,7 +162,7 @@ class BestFirst:
 
     def _descend(self, search: _Search, node: int, score: float, log_probs: np.ndarray) -> None:
         """Adds the children of an opened node: items to the found ones, prefixes to the frontier."""
-        for child, value in zip(self.step.children(node).tolist(), log_probs.tolist()):
+        for child, value in zip(self.step.children(node).tolist(), log_probs.tolist(), strict=True):
             total = score + (value if value == value else -np.inf)  # NaN: never found, never certified
             end = int(self.chain_end[child])
             if self.trie.entry[child] >= 0:

@@ -1,7 +1,7 @@
-"""Searches expand chosen trie nodes behind a batch of prompts; every expanded node's keys and values are kept.
+"""Searches expand chosen trie nodes behind a batch of prompts; their keys and values are kept.
 
-A node of the trie is a prefix, and two prefixes share their ancestors, so beams and frontiers need no cache reordering:
-an expanded node sees the prompt and those cached nodes whose subtree interval contains it.
+A node of the trie is a prefix, and two prefixes share their ancestors, so beams and frontiers need no cache
+    reordering: an expanded node sees the prompt and those cached nodes whose subtree interval contains it.
 
 Shapes: B users, T nodes expanded now (padded), N nodes expanded before (padded), H hidden.
 """
@@ -29,12 +29,10 @@ class NodeCache:
     def __init__(self, reader: PromptReader, trie: TokenTrie, state: PromptState):
         self.reader, self.trie = reader, trie
         self.past = list(state.past)
-        self.visible, self.positions, self.lengths, self.root_hidden = (
-            state.visible,
-            state.positions,
-            state.lengths,
-            state.hidden,
-        )
+        self.visible = state.visible
+        self.positions = state.positions
+        self.lengths = state.lengths
+        self.root_hidden = state.hidden
         self.nodes = np.empty((state.batch, 0), np.int64)
         self.users = list(range(state.batch))
         self.num_expanded, self.num_passes = [0] * state.batch, 0
@@ -48,7 +46,8 @@ class NodeCache:
         self.nodes, self.users = self.nodes[rows.cpu().numpy()], list(users)
 
     def expand(self, chosen: list[list[int]]) -> Tensor:
-        """Forwards nodes, one list per cached user; a node's parents stand before it in its list or were expanded before.
+        """Forwards nodes, one list per cached user; a node's parents stand before it in its list or were
+        expanded before.
 
         Returns:
             hidden [B, T, H]; row u, place i belongs to chosen[u][i].
@@ -99,7 +98,9 @@ class NextTokens:
         return self.trie.child_nodes[self.trie.child_offsets[node] : self.trie.child_offsets[node + 1]]
 
     def log_probs(self, hidden: Tensor, nodes: list[int]) -> list[np.ndarray]:
-        """hidden [N, H] of N nodes -> per node float64 log-probabilities of its children, in the trie's order."""
+        """hidden [N, H] of N nodes -> per node float64 log-probabilities of its children, in the trie's
+        order.
+        """
         kids = [self.children(node) for node in nodes]
         counts = np.array([len(k) for k in kids])
         if not counts.sum():
@@ -135,7 +136,7 @@ def path_scores(
 ) -> np.ndarray:
     """Exact log-probability of one entry per user (e.g. its target), one pass. float64 [B]."""
     leaves = np.flatnonzero(trie.entry >= 0)
-    leaf_of = dict(zip(trie.entry[leaves].tolist(), leaves.tolist()))
+    leaf_of = dict(zip(trie.entry[leaves].tolist(), leaves.tolist(), strict=True))
     paths = []
     for entry in entries:
         path, node = [], leaf_of[entry]
@@ -152,6 +153,6 @@ def path_scores(
     for user, path in enumerate(paths):
         nodes = [0] + path[:-1]
         states = torch.cat([state.hidden[user][None], hidden[user, : len(path) - 1]])
-        for node, after, values in zip(nodes, path, step.log_probs(states, nodes)):
+        for node, after, values in zip(nodes, path, step.log_probs(states, nodes), strict=True):
             scores[user] += values[np.flatnonzero(step.children(node) == after)[0]]
     return scores

@@ -1,4 +1,4 @@
-"""Reference: score every item by a plain forward pass of prompt + item. Slow, short, and what all other scorers must equal.
+"""The reference that all other scorers must equal: a plain forward pass of prompt + item for every item.
 
 No cache, no tree, no explicit mask or position: whatever transformers does by itself for this model family.
 """
@@ -30,7 +30,7 @@ def per_item_scores(
         float64 [len(entries)].
     """
     leaves = np.flatnonzero(trie.entry >= 0)
-    leaf_of = dict(zip(trie.entry[leaves].tolist(), leaves.tolist()))
+    leaf_of = dict(zip(trie.entry[leaves].tolist(), leaves.tolist(), strict=True))
     device = next(model.parameters()).device
     scores = []
     for entry in sorted(leaf_of) if entries is None else entries:

@@ -1,8 +1,9 @@
 """From scores to ranks and lists: ties, NaN and order, in one place.
 
-A tie shares its places: the rank is the expected one under random order (1 + better + equal others / 2), so that a
-constant scorer scores like chance. Scores closer than `TIE` count as equal: they are sums of the same log-probabilities in
-another order. NaN is the worst rank, and counted by the caller.
+A tie shares its places: the rank is the expected one under random order (1 + better + equal others / 2), so
+    that a
+constant scorer scores like chance. Scores closer than `TIE` count as equal: they are sums of the same
+    log-probabilities in another order. NaN is the worst rank, and counted by the caller.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def expected_rank(scores: np.ndarray, target: int) -> float:
 
 
 def num_tied(scores: np.ndarray, target: int) -> int:
-    """Entries that share the target's score, itself included (1 for NaN, which has the worst rank for certain)."""
+    """Entries that share the target's score, itself included (1 for NaN, which has the worst rank for
+    certain).
+    """
     return 1 if np.isnan(scores[target]) else int(_equal(scores, target).sum())
 
 
@@ -33,8 +36,9 @@ def _equal(scores: np.ndarray, target: int) -> np.ndarray:
 
 
 def top_entries(scores: np.ndarray, k: int, order: np.ndarray) -> np.ndarray:
-    """The k best entries, best first; equal scores by `order` (a rank per entry that does not depend on the catalogue's
-    order, e.g. of its item ids). k larger than the catalogue gives all; NaN entries come last."""
+    """The k best entries, best first; equal scores by `order` (a rank per entry that does not depend on the
+    catalogue's order, e.g. of its item ids). k larger than the catalogue gives all; NaN entries come last.
+    """
     keys = np.where(np.isnan(scores), -np.inf, scores)
     k = min(k, len(keys))
     if k < len(keys):

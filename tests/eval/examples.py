@@ -1,4 +1,4 @@
-"""Small worlds for the metric tests: a scorer of chosen skill over a catalogue with a long tail, fast and reproducible."""
+"""Small worlds for the metric tests: a scorer of chosen skill over a catalogue with a long tail."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def prediction(
 def world(
     num_samples: int = 300, num_items: int = 120, skill: float = 2.0, seed: int = 0, length: int = 20
 ) -> tuple[list[dict[str, Any]], list[Any], np.ndarray]:
-    """predictions, entries and the scores [samples, items] they were made from; the data depends on the seed, the ranking on skill too."""
+    """predictions, entries and the scores [samples, items] they were made from; the data depends on the seed,
+    the ranking on skill too.
+    """
     rng = np.random.default_rng(seed)
     counts = np.sort(rng.zipf(1.5, num_items).clip(0, 400))[::-1] - 1
     entries = [

@@ -1,4 +1,6 @@
-"""Tiny random models of five families, a random catalogue of token sequences and prompts of different lengths, for scoring tests."""
+"""Tiny random models of five families, a random catalogue of token sequences and prompts of different
+lengths, for scoring tests.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def folders(tmp_path_factory):
 
 
 def loaded(folders):
-    return [load_run(f, label) for f, label in zip(folders, labels_of(folders))]
+    return [load_run(f, label) for f, label in zip(folders, labels_of(folders), strict=True)]
 
 
 def test_values_are_those_of_the_evaluation_and_differences_are_signed_to_the_baseline(folders):

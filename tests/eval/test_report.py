@@ -1,4 +1,6 @@
-"""Reports: complete, self-contained, escaped, readable at 390 px, and opened in a real browser where there is one."""
+"""Reports: complete, self-contained, escaped, readable at 390 px, and opened in a real browser where there is
+one.
+"""
 
 from __future__ import annotations
 
@@ -328,7 +330,8 @@ def browser() -> str:
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not found:
         pytest.skip(
-            "no Chromium on this machine (Debian: apt-get install chromium), so the page was not opened in a browser"
+            "no Chromium on this machine (Debian: apt-get install chromium), so the page was not opened in "
+            "a browser"
         )
     return found
 
@@ -338,7 +341,10 @@ def test_a_browser_opens_the_page_without_console_error_network_or_sideways_scro
     report, tmp_path, width
 ):
     page = (report[0] / "report.html").read_text()
-    probe = "<script>onload=()=>parent.postMessage(document.documentElement.scrollWidth+' of '+innerWidth,'*')</script>"
+    probe = (
+        "<script>onload=()=>parent.postMessage("
+        "document.documentElement.scrollWidth+' of '+innerWidth,'*')</script>"
+    )
     (tmp_path / "report.html").write_text(page.replace("</body>", probe + "</body>"))
     copy = tmp_path / "frame.html"  # a window cannot be narrower than 500 px, a frame can
     copy.write_text(

@@ -32,7 +32,7 @@ def test_tree_scores_equal_one_forward_pass_per_item(name):
     model = family(name)
     for objective in ("renormalised", "full"):
         found = score(model, objective, tokens_per_slice=128)
-        for row, prompt in zip(found, PROMPTS):
+        for row, prompt in zip(found, PROMPTS, strict=True):
             assert torch.allclose(row[SAMPLE], reference(model, prompt, objective), atol=1e-4, rtol=0)
     spread = found.std(dim=1).min()
     assert spread > 0.5, "the catalogue must have scores that differ, or equality says nothing"
@@ -126,7 +126,8 @@ def test_the_prompt_cache_is_neither_changed_nor_copied_by_scoring():
     first, second = scorer.score_state(state), scorer.score_state(state)
     assert torch.equal(first, second)
     assert all(
-        torch.equal(k, old) and k.data_ptr() == place for (k, _), (old, place) in zip(state.past, before)
+        torch.equal(k, old) and k.data_ptr() == place
+        for (k, _), (old, place) in zip(state.past, before, strict=True)
     )
 
 

@@ -1,4 +1,6 @@
-"""SmolLM2-135M on MovieLens-100k, both from their packages: exact scores of a real catalogue against items scored one by one."""
+"""SmolLM2-135M on MovieLens-100k, both from their packages: exact scores of a real catalogue against items
+scored one by one.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""`python -m eval.run` and `gdrt_ds.recommend` on run folders and foreign models: results, restarts, ranks, refusals."""
+"""`python -m eval.run` and `gdrt_ds.recommend` on run folders and foreign models: results, restarts, ranks,
+refusals.
+"""
 
 import json
 import os
@@ -63,7 +65,7 @@ def test_predictions_equal_an_independent_scoring_of_every_item(run, evaluated):
     found = rows(evaluated)
     assert [row["sample_id"] for row in found] == [s.sample_id for s in subject.samples]
     ids = [entry.item_id for entry in subject.catalogue.entries]
-    for sample, row in list(zip(subject.samples, found))[:3]:
+    for sample, row in list(zip(subject.samples, found, strict=True))[:3]:
         recommender = subject.recommender
         scores = per_item_scores(
             recommender.loaded.model, recommender.trie, recommender.prompt_of(sample.history)
@@ -140,7 +142,7 @@ def test_a_model_trained_elsewhere_scores_like_the_run_it_is_a_copy_of(run, eval
             TINY[1],
         ]
     )
-    for mine, theirs in zip(rows(tmp_path / "out"), rows(evaluated)):
+    for mine, theirs in zip(rows(tmp_path / "out"), rows(evaluated), strict=True):
         assert (mine["rank"], mine["top_ids"]) == (theirs["rank"], theirs["top_ids"])
         assert mine["target_nll"] == pytest.approx(theirs["target_nll"], abs=1e-6)
 
@@ -179,7 +181,7 @@ def test_two_ranks_write_what_one_rank_writes(run, evaluated, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     parts = [p.read_text().count("\n") for p in sorted((tmp_path / "parts").glob("rank_*.jsonl"))]
     assert parts == [20, 20]
-    for mine, theirs in zip(rows(tmp_path), rows(evaluated)):
+    for mine, theirs in zip(rows(tmp_path), rows(evaluated), strict=True):
         assert strip(mine) == strip(theirs)
         assert np.allclose(mine["top_scores"], theirs["top_scores"], atol=1e-5)
         assert np.allclose(mine["nll_at_temperatures"], theirs["nll_at_temperatures"], atol=2e-4)
@@ -278,7 +280,7 @@ def test_the_searching_modes_agree_with_exact_ranks_where_they_give_one(run, eva
     exact = rows(evaluated)
     for mode, options in (("best_first", ["--k", "5"]), ("beam", ["--beams", "30"])):
         main(["--run", str(run), "--mode", mode, "--output", str(tmp_path / mode), *options, *FAST])
-        for mine, theirs in zip(rows(tmp_path / mode), exact):
+        for mine, theirs in zip(rows(tmp_path / mode), exact, strict=True):
             assert mine["target_nll"] == pytest.approx(theirs["target_nll"], abs=1e-4)
             assert mine["top_ids"][:5] == theirs["top_ids"][:5]
             assert mine["rank"] == (theirs["rank"] if mode == "beam" or theirs["rank"] <= 5 else None)

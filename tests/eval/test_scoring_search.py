@@ -1,4 +1,6 @@
-"""Certified best-first search, beam search and ranks, against exact scores and against transformers' own beam search."""
+"""Certified best-first search, beam search and ranks, against exact scores and against transformers' own beam
+search.
+"""
 
 import numpy as np
 import pytest
@@ -27,7 +29,9 @@ def test_best_first_finds_the_exact_top_list_and_certifies_it(name, objective):
     reader, exact, state = setting(name, objective)
     for nodes_per_pass in (4, 64):
         for scores, found in zip(
-            exact, BestFirst(reader, TRIE, objective, nodes_per_pass=nodes_per_pass).search(state, 7)
+            exact,
+            BestFirst(reader, TRIE, objective, nodes_per_pass=nodes_per_pass).search(state, 7),
+            strict=True,
         ):
             best = top_entries(scores, 7, NATURAL)
             assert found.entries.tolist() == best.tolist() and found.certified == 7
@@ -45,7 +49,7 @@ def test_best_first_opens_less_than_the_whole_tree():
 def test_a_node_budget_ends_the_search_and_certifies_only_what_is_proven():
     reader, exact, state = setting("llama", "full")
     for scores, found in zip(
-        exact, BestFirst(reader, TRIE, "full", max_nodes=40, nodes_per_pass=8).search(state, 7)
+        exact, BestFirst(reader, TRIE, "full", max_nodes=40, nodes_per_pass=8).search(state, 7), strict=True
     ):
         best = top_entries(scores, 7, NATURAL)
         assert found.certified < 7 and found.expanded < 120
@@ -56,7 +60,7 @@ def test_a_node_budget_ends_the_search_and_certifies_only_what_is_proven():
 
 def test_a_list_longer_than_the_catalogue_is_the_catalogue():
     reader, exact, state = setting("llama", "renormalised")
-    for scores, found in zip(exact, BestFirst(reader, TRIE).search(state, 1000)):
+    for scores, found in zip(exact, BestFirst(reader, TRIE).search(state, 1000), strict=True):
         assert found.entries.tolist() == top_entries(scores, 1000, NATURAL).tolist() and len(
             found.entries
         ) == len(ITEMS)
@@ -68,7 +72,9 @@ def test_a_bound_that_ignores_the_frontier_is_caught(monkeypatch):
     )
     reader, exact, state = setting("llama", "full")
     found = BestFirst(reader, TRIE, "full", nodes_per_pass=4).search(state, 7)
-    assert any(f.entries.tolist() != top_entries(s, 7, NATURAL).tolist() for f, s in zip(found, exact))
+    assert any(
+        f.entries.tolist() != top_entries(s, 7, NATURAL).tolist() for f, s in zip(found, exact, strict=True)
+    )
 
 
 @pytest.mark.parametrize("objective", ["renormalised", "full"])
@@ -87,7 +93,7 @@ def test_beam_mode_gives_the_same_list_as_transformers_constrained_beam_search(r
     reader = PromptReader(model, HEAD)
     for prompt in PROMPTS:
 
-        def allowed(_, ids):
+        def allowed(_, ids, prompt=prompt):
             node = 0
             for token in ids[len(prompt) :].tolist():
                 kids = TRIE.children(node)
@@ -119,7 +125,7 @@ def test_beam_mode_gives_the_same_list_as_transformers_constrained_beam_search(r
 
 def test_more_beams_than_items_reach_the_whole_catalogue():
     reader, exact, state = setting("gemma3", "renormalised")
-    for scores, (entries, found) in zip(exact, beam_search(reader, TRIE, state, 200)):
+    for scores, (entries, found) in zip(exact, beam_search(reader, TRIE, state, 200), strict=True):
         assert entries.tolist() == top_entries(scores, len(ITEMS), NATURAL).tolist()
         assert np.allclose(found, scores[entries], atol=1e-4)
 
