@@ -119,7 +119,7 @@ def make_runners(folder: Path, estimate: str, accumulation: int) -> tuple[StepRu
             DroState(GROUPS).to(runtime.device),
             runtime,
             packing="packed",
-            head_length=0,
+            prefix_length=0,
             pad_id=2,
         )
         for name in ("gdrt", "sft")

@@ -135,7 +135,7 @@ def predicted_bytes(overrides: list[str], world: int) -> dict[str, int]:
         prepared.model_config.get_text_config().hidden_size,
     )
     packing = choose_packing(config, prepared.model_config)[0]
-    figures = padding_figures(prepared.stores["train"], plan, len(prepared.encoder.head_ids))
+    figures = padding_figures(prepared.stores["train"], plan, len(prepared.encoder.prefix_ids))
     return memory_of(
         config, prepared, plan, figures["padded" if packing == "none" else packing], filled, world
     ).parts

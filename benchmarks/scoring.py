@@ -299,7 +299,7 @@ def on_generated_catalogues(options) -> list[dict]:
         part = titles[:size]
         encoder.warm(part)
         trie = TokenTrie.build([encoder.target_ids(t) for t in part])
-        scorer = CatalogueScorer(PromptReader(model, encoder.head_ids), trie, max_bytes=bound)
+        scorer = CatalogueScorer(PromptReader(model, encoder.prefix_ids), trie, max_bytes=bound)
         prompts = [encoder.encode(part[i * 10 : i * 10 + 8]).input_ids.tolist() for i in range(2)]
         memory = PeakMemory(torch.device("cpu"))
         scorer.score(prompts[:1])

@@ -118,7 +118,7 @@ class Bench:
             dro.DroState(num_groups).to(self.runtime.device),
             self.runtime,
             packing=packing,
-            head_length=len(self.prepared.encoder.head_ids),
+            prefix_length=len(self.prepared.encoder.prefix_ids),
             pad_id=self.prepared.tokenizer.pad_token_id,
         )
         seconds, first, tokens = [], None, 0

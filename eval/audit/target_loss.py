@@ -72,7 +72,7 @@ def token_losses(
         allows one token only.
     """
     prefix_length = reader.num_shared
-    prefix = list(reader.head_ids[:prefix_length])
+    prefix = list(reader.prefix_ids[:prefix_length])
     found: list[dict[str, np.ndarray] | None] = [None] * len(rows)
     with_prefix, without = [], []
     for index, (prompt, _) in enumerate(rows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gdrt_ds.errors import UserError
-from gdrt_ds.inference.catalogue_scoring import OBJECTIVES as SCORINGS
+from gdrt_ds.inference.catalogue_scoring import SCORINGS
 
 MODES = ("renormalised", "full", "best_first", "beam")
 

@@ -52,7 +52,7 @@ def beam_search(
     trie: TokenTrie,
     state: PromptState,
     beams: int = 10,
-    objective: str = "renormalised",
+    scoring: str = "renormalised",
     length_penalty: float = 0.0,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Beam search for a batch of prompts.
@@ -61,7 +61,7 @@ def beam_search(
         per user: entries Long[<= beams], best first, and their scores float64 (log-prob / tokens **
             length_penalty).
     """
-    cache, step = NodeCache(reader, trie, state), NextTokens(reader.rows, trie, objective == "full")
+    cache, step = NodeCache(reader, trie, state), NextTokens(reader.rows, trie, scoring == "full")
     users = [_Beams(beams, length_penalty) for _ in range(state.batch)]
     depth = 0
     while True:

@@ -82,7 +82,7 @@ def _chains(trie: TokenTrie) -> np.ndarray:
 
 
 class BestFirst:
-    """Searches for one trie and objective; `search(state, k)` for a batch of prompts.
+    """Searches for one trie and scoring; `search(state, k)` for a batch of prompts.
 
     Args:
         max_nodes: per user; the search ends there, certified as far as proven. None = until certified.
@@ -92,11 +92,11 @@ class BestFirst:
         self,
         reader: PromptReader,
         trie: TokenTrie,
-        objective: str = "renormalised",
+        scoring: str = "renormalised",
         max_nodes: int | None = None,
         nodes_per_pass: int = NODES_PER_PASS,
     ):
-        self.reader, self.trie, self.full = reader, trie, objective == "full"
+        self.reader, self.trie, self.full = reader, trie, scoring == "full"
         self.max_nodes, self.nodes_per_pass = max_nodes, nodes_per_pass
         self.chain_end = _chains(trie)
         self.step = NextTokens(reader.rows, trie, self.full)

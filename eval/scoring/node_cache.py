@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gdrt_ds.data.trie import TokenTrie
-from gdrt_ds.inference.prompt_reader import HeadRows, PromptReader, PromptState
+from gdrt_ds.inference.prompt_reader import LmHeadRows, PromptReader, PromptState
 
 _PADDING = -1
 
@@ -89,9 +89,9 @@ class NodeCache:
 
 
 class NextTokens:
-    """Log-probabilities of trie children from hidden states, under one objective."""
+    """Log-probabilities of trie children from hidden states, under one scoring."""
 
-    def __init__(self, head: HeadRows, trie: TokenTrie, full: bool):
+    def __init__(self, head: LmHeadRows, trie: TokenTrie, full: bool):
         self.head, self.trie, self.full = head, trie, full
 
     def children(self, node: int) -> np.ndarray:
@@ -132,7 +132,7 @@ class NextTokens:
 
 @torch.inference_mode()
 def path_scores(
-    reader: PromptReader, trie: TokenTrie, state: PromptState, entries: list[int], objective: str
+    reader: PromptReader, trie: TokenTrie, state: PromptState, entries: list[int], scoring: str
 ) -> np.ndarray:
     """Exact log-probability of one entry per user (e.g. its target), one pass. float64 [B]."""
     leaves = np.flatnonzero(trie.entry >= 0)
@@ -144,7 +144,7 @@ def path_scores(
             path.append(node)
             node = int(trie.parent[node])
         paths.append(path[::-1])
-    cache, step = NodeCache(reader, trie, state), NextTokens(reader.rows, trie, objective == "full")
+    cache, step = NodeCache(reader, trie, state), NextTokens(reader.rows, trie, scoring == "full")
     inner = [
         path[:-1] or path for path in paths
     ]  # the leaf's own hidden state is not needed, a pass needs a token

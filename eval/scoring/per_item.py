@@ -18,7 +18,7 @@ def per_item_scores(
     trie: TokenTrie,
     prompt: list[int],
     entries: list[int] | None = None,
-    objective: str = "renormalised",
+    scoring: str = "renormalised",
 ) -> Tensor:
     """Log-probabilities of items behind one prompt.
 
@@ -47,7 +47,7 @@ def per_item_scores(
             allowed = trie.child_nodes[trie.child_offsets[above] : trie.child_offsets[above + 1]]
             pool = (
                 row
-                if objective == "full"
+                if scoring == "full"
                 else row[torch.as_tensor(trie.token[allowed].astype(np.int64), device=device)]
             )
             total += float(row[int(trie.token[node])] - pool.logsumexp(-1))

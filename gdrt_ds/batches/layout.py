@@ -55,7 +55,7 @@ def build_micro_batch(
     store: TokenStore,
     samples: np.ndarray,
     packing: str,
-    head_length: int,
+    prefix_length: int,
     pad_id: int,
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
@@ -76,7 +76,7 @@ def build_micro_batch(
     labels = np.concatenate(targets).astype(np.int64) if targets else np.zeros(0, dtype=np.int64)
     if not rows:
         rows, targets = [np.array([pad_id], dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-    shared = head_length if packing == "shared_prefix" and len(samples) else 0
+    shared = prefix_length if packing == "shared_prefix" and len(samples) else 0
     bodies = [len(row) - shared for row in rows]
     if any(len(target) > body for target, body in zip(targets, bodies)):
         raise UserError(

@@ -266,14 +266,14 @@ class PromptEncoder:
                 f"the prompt template ends targets with {template.terminator!r}, which the tokenizer does not know",
                 "use the tokenizer that the template was made with",
             )
-        if len(self.head_ids) + len(self._after_history) >= max_length:
+        if len(self.prefix_ids) + len(self._after_history) >= max_length:
             raise UserError(
-                f"prompt.max_length={max_length}: the template alone has {len(self.head_ids) + len(self._after_history)} tokens",
+                f"prompt.max_length={max_length}: the template alone has {len(self.prefix_ids) + len(self._after_history)} tokens",
                 "raise prompt.max_length or shorten the template",
             )
 
     @property
-    def head_ids(self) -> list[int]:
+    def prefix_ids(self) -> list[int]:
         """Everything before the first history token; the same for every sample."""
         return self._bos + self._before_instruction + self._instruction + self._before_history
 
@@ -337,7 +337,7 @@ class PromptEncoder:
         instruction = [] if blank_instruction else self._instruction
         # The full instruction counts even when blanked, so that the audits compare the same history.
         room = (
-            self.max_length - len(self.head_ids) - len(self._after_history) - max(len(target), self._reserved)
+            self.max_length - len(self.prefix_ids) - len(self._after_history) - max(len(target), self._reserved)
         )
         first = len(titles)
         while first > 0:
@@ -386,7 +386,7 @@ class PromptEncoder:
         return runs
 
     def _check_target(self, title: str) -> None:
-        needed = len(self.head_ids) + len(self._after_history) + len(self._targets[title])
+        needed = len(self.prefix_ids) + len(self._after_history) + len(self._targets[title])
         if needed > self.max_length:
             raise UserError(
                 f"prompt.max_length={self.max_length}: the template and the target {title[:80]!r} alone have {needed} tokens",

@@ -2,7 +2,7 @@
 
 `CatalogueScorer(reader, trie).score(prompts)` gives log P(item | prompt) of every item, float64 [B, items].
 
-Objectives
+Scorings
 - `renormalised`: softmax over the trie's allowed next tokens. A node with a single child hands on probability 1, so only
   branching nodes and their ancestors are forwarded, and the head needs only the rows of the children.
 - `full`: softmax over the whole vocabulary at every internal node, summed along the title, no length penalty.
@@ -29,21 +29,19 @@ from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.prompt_reader import PromptReader, PromptState
 
-Objective = Literal["renormalised", "full"]
-OBJECTIVES = ("renormalised", "full")
+Scoring = Literal["renormalised", "full"]
+SCORINGS = ("renormalised", "full")
 # Longer slices gain nothing on CPU (the matrix products are saturated) and lose cache locality; see benchmarks/scoring.py.
 _TOKENS_PER_SLICE = {"cpu": 768, "cuda": 8192}
 _WIDE_NODE = 32  # children from which a matrix product beats gathering one hidden row per child
 
 
-def scored_nodes(trie: TokenTrie, objective: Objective) -> np.ndarray:
-    """Bool[n]: nodes whose next-token distribution the objective needs."""
-    if objective not in OBJECTIVES:
-        raise UserError(
-            f"scoring objective `{objective}` is unknown", f"choose one of {', '.join(OBJECTIVES)}"
-        )
+def scored_nodes(trie: TokenTrie, scoring: Scoring) -> np.ndarray:
+    """Bool[n]: nodes whose next-token distribution the scoring needs."""
+    if scoring not in SCORINGS:
+        raise UserError(f"scoring `{scoring}` is unknown", f"choose one of {', '.join(SCORINGS)}")
     return np.asarray(
-        trie.branching if objective == "renormalised" else np.diff(trie.child_offsets) > 0, dtype=bool
+        trie.branching if scoring == "renormalised" else np.diff(trie.child_offsets) > 0, dtype=bool
     )
 
 
@@ -67,15 +65,15 @@ class Slice:
 
 
 class TreePlan:
-    """What to forward and how to add up, for one trie and one objective; plain arrays, no model.
+    """What to forward and how to add up, for one trie and one scoring; plain arrays, no model.
 
     Edges are the children of scored nodes, grouped by node in depth-first order: `edge_token`, `edge_node` (place of
     the node among scored nodes), `edge_parent` (edge above, -1 at the top), `levels` (edges by number of edges above),
     `entry_edge` (last edge on each item's path, -1 if the path has none: a catalogue of one item).
     """
 
-    def __init__(self, trie: TokenTrie, objective: Objective):
-        scored = scored_nodes(trie, objective)
+    def __init__(self, trie: TokenTrie, scoring: Scoring):
+        scored = scored_nodes(trie, scoring)
         self.num_entries, n = int((trie.entry >= 0).sum()), trie.num_nodes
         end = trie.end.astype(np.int64)
         # A node is forwarded if its subtree holds a scored node; the root is the last prompt token, never forwarded.
@@ -159,23 +157,23 @@ class CatalogueScorer:
     Args:
         reader: the model and the constant head of its prompts.
         trie: token trie of the catalogue.
-        objective: `renormalised` or `full`.
+        scoring: `renormalised` or `full`.
         max_bytes: bound on the working memory of one slice (activations, masks, head), beside weights and prompt cache.
         tokens_per_slice: users x nodes forwarded at once; None = by device.
     Raises:
-        UserError: unknown objective, or a bound too small for one user.
+        UserError: unknown scoring, or a bound too small for one user.
     """
 
     def __init__(
         self,
         reader: PromptReader,
         trie: TokenTrie,
-        objective: Objective = "renormalised",
+        scoring: Scoring = "renormalised",
         max_bytes: int = 2 << 30,
         tokens_per_slice: int | None = None,
     ):
-        self.reader, self.trie, self.objective = reader, trie, objective
-        self.plan, self.max_bytes = TreePlan(trie, objective), max_bytes
+        self.reader, self.trie, self.scoring = reader, trie, scoring
+        self.plan, self.max_bytes = TreePlan(trie, scoring), max_bytes
         self.tokens_per_slice = tokens_per_slice or _TOKENS_PER_SLICE.get(reader.device.type, 4096)
         self.edge_token = torch.from_numpy(self.plan.edge_token).to(reader.device)
         self._slices: dict[int, list[Slice]] = {}
@@ -227,7 +225,7 @@ class CatalogueScorer:
         logits = torch.empty(batch, len(plan.edge_token), dtype=torch.float32, device=self.reader.device)
         normaliser = (
             torch.empty(batch, len(plan.scored), dtype=torch.float32, device=self.reader.device)
-            if self.objective == "full"
+            if self.scoring == "full"
             else None
         )
         if len(plan.scored) and plan.scored[0] == 0:

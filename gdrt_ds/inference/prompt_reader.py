@@ -1,6 +1,6 @@
 """Prompts are read once, their keys and values kept read-only, and any number of token trees hung behind them.
 
-`PromptReader(model, head_ids)` prepares a causal LM for this; `read(prompts)` returns a `PromptState` (one prompt pass for
+`PromptReader(model, prefix_ids)` prepares a causal LM for this; `read(prompts)` returns a `PromptState` (one prompt pass for
 a batch of users; the constant head of the prompt is computed once for all users); `run(...)` forwards further tokens behind
 a state under an explicit visibility mask. `gdrt_ds.inference.catalogue_scoring` and `eval.scoring` are built on these two calls.
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from gdrt_ds.errors import UserError
-from gdrt_ds.models.load import decoder, head, head_scaling
+from gdrt_ds.models.load import decoder, lm_head, lm_head_scaling
 
 KeyValues = list[tuple[Tensor, Tensor]]  # per layer: keys and values [B or 1, K, P, D]
 _ATTENTION_OF_DENSE_MASKS = ("sdpa", "eager")
@@ -99,7 +99,7 @@ class PromptState:
 
 
 @dataclass(frozen=True)
-class HeadRows:
+class LmHeadRows:
     """The output head as rows: logits of chosen tokens, or of the whole vocabulary, in float32.
 
     Reads a plain linear head, one under LoRA (its low-rank term is added to the rows asked for), or a head saved whole
@@ -113,8 +113,8 @@ class HeadRows:
     softcap: float | None
 
     @classmethod
-    def of(cls, model: nn.Module) -> "HeadRows":
-        module = head(model)
+    def of(cls, model: nn.Module) -> "LmHeadRows":
+        module = lm_head(model)
         if hasattr(module, "modules_to_save") and hasattr(module, "active_adapters"):
             module = module.modules_to_save[module.active_adapters[0]]
         low_rank = []
@@ -137,7 +137,7 @@ class HeadRows:
                 f"the output head is a {type(module).__name__}, whose rows cannot be read as floating point",
                 "load the model with an unquantised head (bitsandbytes: llm_int8_skip_modules=['lm_head'])",
             )
-        scale, softcap = head_scaling(decoder(model).config)
+        scale, softcap = lm_head_scaling(decoder(model).config)
         return cls(weight, getattr(module, "bias", None), tuple(low_rank), scale, softcap)
 
     def rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -191,14 +191,14 @@ class PromptReader:
 
     Args:
         model: causal LM of transformers, with or without PEFT adapter, in eval mode.
-        head_ids: tokens that every prompt starts with; computed once. Empty = nothing is shared.
+        prefix_ids: tokens that every prompt starts with; computed once. Empty = nothing is shared.
         padding_side: where padding stands in a batch of prompts; results do not depend on it.
     Raises:
         UserError: attention that cannot take an explicit mask, recurrent or chunked layers.
     """
 
     model: nn.Module
-    head_ids: list[int] = field(default_factory=list)
+    prefix_ids: list[int] = field(default_factory=list)
     padding_side: str = "right"
 
     def __post_init__(self):
@@ -208,14 +208,14 @@ class PromptReader:
                 "sdpa"
             )  # flash kernels take no dense mask; the report names this
         self.windows, self.window = _layer_windows(self.config)
-        self.rows = HeadRows.of(self.model)
+        self.rows = LmHeadRows.of(self.model)
         weight = self.decoder.get_input_embeddings().weight
         self.device, self.num_layers = weight.device, self.config.num_hidden_layers
         self.mask_dtype = weight.dtype  # hidden states, and so queries, have the embedding's dtype
         self.max_positions = getattr(self.config, "max_position_embeddings", None)
         self._shared: KeyValues | None = None
         # The last head token is left to `read`, so that a prompt without history still has a token to forward.
-        self.num_shared = max(0, len(self.head_ids) - 1)
+        self.num_shared = max(0, len(self.prefix_ids) - 1)
 
     def check_length(self, longest: int) -> None:
         """Raises UserError if prompt + item would not fit the model's positions."""
@@ -228,7 +228,7 @@ class PromptReader:
 
     def forget(self) -> None:
         """Drops the shared head (call after the weights changed, e.g. an adapter was switched)."""
-        self._shared, self.rows = None, HeadRows.of(self.model)
+        self._shared, self.rows = None, LmHeadRows.of(self.model)
 
     def run(
         self,
@@ -286,7 +286,7 @@ class PromptReader:
     def shared(self) -> KeyValues | None:
         """Keys and values [1, K, P, D] of the constant head, computed at first use."""
         if self._shared is None and self.num_shared:
-            tokens = torch.tensor([self.head_ids[: self.num_shared]], device=self.device)
+            tokens = torch.tensor([self.prefix_ids[: self.num_shared]], device=self.device)
             positions = torch.arange(self.num_shared, device=self.device)[None]
             _, self._shared = self.run(
                 tokens, positions, self._causal(self.num_shared)[None], None, None, record=True
@@ -295,14 +295,14 @@ class PromptReader:
 
     @torch.inference_mode()
     def read(self, prompts: list[list[int]]) -> PromptState:
-        """Reads a batch of prompts, each a token list that starts with `head_ids`.
+        """Reads a batch of prompts, each a token list that starts with `prefix_ids`.
 
         Raises:
             ValueError: a prompt that does not start with the head, or is empty.
         """
         skip = self.num_shared
         for prompt in prompts:
-            if len(prompt) <= skip or list(prompt[:skip]) != list(self.head_ids[:skip]):
+            if len(prompt) <= skip or list(prompt[:skip]) != list(self.prefix_ids[:skip]):
                 raise ValueError("a prompt does not start with the constant head tokens, or is empty")
         self.check_length(max(map(len, prompts)))
         batch, lengths = len(prompts), torch.tensor([len(p) for p in prompts], device=self.device)

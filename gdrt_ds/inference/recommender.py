@@ -216,7 +216,7 @@ def assemble(
     encoder.reserve_for(catalogue)
     titles = [entry.text for entry in catalogue.entries]
     trie = TokenTrie.build([encoder.target_ids(title) for title in titles], titles)
-    reader = PromptReader(model, encoder.head_ids)
+    reader = PromptReader(model, encoder.prefix_ids)
     return Recommender(config, loaded, encoder, catalogue, trie, reader, adapter, lines)
 
 

@@ -1,7 +1,7 @@
 """Loads a causal language model: NF4 base, LoRA adapter, attention choice; and finds its parts whatever the family.
 
 `resolve_model` turns `model.path` into a local folder, `load_model` returns the model with the lines to announce.
-`decoder`, `head` and `head_scaling` are how the loss and the evaluator reach hidden states and the output matrix without
+`decoder`, `lm_head` and `lm_head_scaling` are how the loss and the evaluator reach hidden states and the output matrix without
 building logits; they work wrapped by PEFT or DeepSpeed or not.
 
 prepare_model_for_kbit_training is never called: with ZeRO-3 it casts sharded tensors (TRL #1416). LoRA weights are kept
@@ -551,7 +551,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=lambda layers: sum(getattr(p, "ds_numel", p.numel()) for p in layers.parameters()))
 
 
-def head(model: nn.Module) -> nn.Module:
+def lm_head(model: nn.Module) -> nn.Module:
     """The output projection [V, H]: nn.Linear, or PEFT's LoRA layer around it. Some families (Phi-2) have a bias."""
     module = unwrap(model).get_output_embeddings()
     if module is None:
@@ -559,7 +559,7 @@ def head(model: nn.Module) -> nn.Module:
     return module
 
 
-def head_scaling(config) -> tuple[float, float | None]:
+def lm_head_scaling(config) -> tuple[float, float | None]:
     """(logit_scale, softcap): logits = softcap * tanh(scale * (W h + b) / softcap), softcap None = no cap.
 
     Gemma-2 caps its logits; Cohere multiplies them, Granite and MiniCPM-like families divide.

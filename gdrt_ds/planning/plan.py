@@ -38,7 +38,7 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
         raw, config, plan, dtype, prepared.model_config.get_text_config().hidden_size
     )
     steps = total_steps(config, store)
-    figures = padding_figures(store, plan, len(prepared.encoder.head_ids))
+    figures = padding_figures(store, plan, len(prepared.encoder.prefix_ids))
     packing, line = choose_packing(config, prepared.model_config)
     say(
         f"data: {len(store):,} train samples, {store.lengths.mean():.0f} tokens on average (longest {store.lengths.max()}), "

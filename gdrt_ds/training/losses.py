@@ -55,7 +55,7 @@ def split_losses(
             store,
             slots[runtime.rank],
             loaded.packing,
-            len(prepared.encoder.head_ids),
+            len(prepared.encoder.prefix_ids),
             prepared.tokenizer.pad_token_id,
             runtime.device,
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gdrt_ds.batches import MicroBatch
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens, group_cross_entropy
-from gdrt_ds.models.load import decoder, head, head_scaling
+from gdrt_ds.models.load import decoder, lm_head, lm_head_scaling
 
 
 @dataclass
@@ -36,12 +36,12 @@ class FusedLossModel(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.logit_scale, self.softcap = head_scaling(model.config)
+        self.logit_scale, self.softcap = lm_head_scaling(model.config)
         self._install_head()
 
     def _install_head(self) -> None:
         """Gives the output projection a second way to be called: with a HeadRequest it returns losses instead of logits."""
-        module = head(self.model)
+        module = lm_head(self.model)
         layer = (
             None  # PEFT's LoRA around the head; a local name: assigned to self it would be registered twice
         )

@@ -200,7 +200,7 @@ def make_runner(
         state,
         job.runtime,
         packing=loaded.packing,
-        prefix_length=len(prepared.encoder.head_ids),
+        prefix_length=len(prepared.encoder.prefix_ids),
         pad_id=prepared.tokenizer.pad_token_id,
         frozen_q=frozen_q,
     )

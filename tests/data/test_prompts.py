@@ -121,7 +121,7 @@ def test_segments_hold_exactly_their_text(bpe, style):
 def test_head_is_the_same_for_every_sample_also_without_history(bpe, words, style):
     for tokenizer in (bpe, words):
         encoder = encoder_of(tokenizer, style)
-        head = encoder.head_ids
+        head = encoder.prefix_ids
         for history in (TITLES, TITLES[4:], []):
             encoded = encoder.encode(history, TITLES[0])
             assert encoded.input_ids[: len(head)].tolist() == head
@@ -168,8 +168,8 @@ def test_blanked_instruction_removes_only_the_instruction(bpe):
 
 
 def test_bos_is_added_exactly_where_the_tokenizer_adds_it(bpe, words):
-    assert encoder_of(words).head_ids[0] == words.bos_token_id and encoder_of(words).template.bos
-    assert bpe.bos_token_id not in encoder_of(bpe).head_ids and not encoder_of(bpe).template.bos
+    assert encoder_of(words).prefix_ids[0] == words.bos_token_id and encoder_of(words).template.bos
+    assert bpe.bos_token_id not in encoder_of(bpe).prefix_ids and not encoder_of(bpe).template.bos
     encoded = encoder_of(words).encode(TITLES[:1], TITLES[1])
     assert (encoded.input_ids == words.bos_token_id).sum() == 1 and encoded.segments[0] == TEMPLATE
 
@@ -257,7 +257,7 @@ def test_histories_are_cut_alike_whatever_the_target_and_the_cut_is_noted(bpe):
         and store.lengths.max() <= limit
     )
     with pytest.raises(UserError, match="prompt.max_length"):
-        tokenise_split(encoder_of(bpe, max_length=len(roomy.head_ids) + 14), catalogue, corpus.split("train"))
+        tokenise_split(encoder_of(bpe, max_length=len(roomy.prefix_ids) + 14), catalogue, corpus.split("train"))
 
 
 def test_titles_that_spell_special_tokens_stay_ordinary_text(bpe):

@@ -25,7 +25,7 @@ from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepsp
 from gdrt_ds.training.model_with_loss import FusedLossModel
 from gdrt_ds.training.step import StepRunner, TrainTokens
 
-GLOBAL_BATCH, NUM_SAMPLES, NUM_GROUPS, HEAD_LENGTH, STEPS, LR = 48, 60, 6, 5, 5, 0.2
+GLOBAL_BATCH, NUM_SAMPLES, NUM_GROUPS, PREFIX_LENGTH, STEPS, LR = 48, 60, 6, 5, 5, 0.2
 TEXTS = [
     "The Matrix (1999)",
     "Toy Story (1995)",
@@ -118,7 +118,7 @@ class CellResult:
 def make_stores() -> tuple[TokenStore, TokenStore]:
     """(samples with history, the same without). Head of 5 constant tokens, history 0-12 tokens, targets 1-6 tokens."""
     rng = np.random.default_rng(5)
-    head = rng.integers(3, 250, HEAD_LENGTH)
+    head = rng.integers(3, 250, PREFIX_LENGTH)
     bodies, free, targets = [], [], []
     for index in range(NUM_SAMPLES):
         history, tail, target = (
@@ -292,7 +292,7 @@ def start_runner(
         DroState(NUM_GROUPS),
         runtime,
         packing=cell.packing,
-        prefix_length=HEAD_LENGTH,
+        prefix_length=PREFIX_LENGTH,
         pad_id=2,
     )
 

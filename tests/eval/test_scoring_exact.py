@@ -67,7 +67,7 @@ def test_the_order_of_the_catalogue_changes_nothing():
 
 
 def test_only_branching_nodes_and_their_ancestors_are_forwarded():
-    renormalised, full = (scoring.TreePlan(TRIE, objective) for objective in scoring.OBJECTIVES)
+    renormalised, full = (scoring.TreePlan(TRIE, objective) for objective in scoring.SCORINGS)
     expected = {
         a for n in np.flatnonzero(TRIE.branching) for a in range(1, int(n) + 1) if a <= n < TRIE.end[a]
     }
@@ -77,7 +77,7 @@ def test_only_branching_nodes_and_their_ancestors_are_forwarded():
 
 
 def test_slices_hold_the_ancestors_of_their_nodes_and_score_every_edge_once():
-    for objective in scoring.OBJECTIVES:
+    for objective in scoring.SCORINGS:
         plan = scoring.TreePlan(TRIE, objective)
         for length in (1, 5, 64):
             seen = np.zeros(len(plan.edge_token), int)
@@ -141,7 +141,7 @@ def test_lora_on_the_output_head_is_scored_as_the_model_computes_it():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.2)
     model.eval()
-    for objective in scoring.OBJECTIVES:
+    for objective in scoring.SCORINGS:
         found = score(model, objective, prompts=PROMPTS[:2])
         assert torch.allclose(found[1, SAMPLE], reference(model, PROMPTS[1], objective), atol=1e-4, rtol=0)
     with model.disable_adapter():

@@ -39,8 +39,8 @@ def test_decoder_head_and_scaling_rebuild_the_logits_of_every_family(folder, fam
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         hidden = models.decoder(model)(input_ids=ids).last_hidden_state
-        scale, cap = models.head_scaling(model.config)
-        logits = scale * models.head(model)(hidden)
+        scale, cap = models.lm_head_scaling(model.config)
+        logits = scale * models.lm_head(model)(hidden)
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
         assert torch.equal(logits, model(input_ids=ids).logits)
     assert (cap == 30.0) == (family == "gemma2")
@@ -49,13 +49,13 @@ def test_decoder_head_and_scaling_rebuild_the_logits_of_every_family(folder, fam
 def test_parts_are_found_through_peft_and_head_is_the_lora_layer_when_it_is_trained(tiny):
     loaded = load(tiny, train_head=True)
     assert type(models.decoder(loaded.model)).__name__ == "LlamaModel"
-    assert hasattr(models.head(loaded.model), "lora_A")
-    assert not hasattr(models.head(load(tiny).model), "lora_A")
+    assert hasattr(models.lm_head(loaded.model), "lora_A")
+    assert not hasattr(models.lm_head(load(tiny).model), "lora_A")
 
 
 def test_cohere_and_granite_scales_multiply_and_divide():
-    assert models.head_scaling(transformers.CohereConfig(logit_scale=0.0625)) == (0.0625, None)
-    assert models.head_scaling(transformers.GraniteConfig(logits_scaling=8.0)) == (0.125, None)
+    assert models.lm_head_scaling(transformers.CohereConfig(logit_scale=0.0625)) == (0.0625, None)
+    assert models.lm_head_scaling(transformers.GraniteConfig(logits_scaling=8.0)) == (0.125, None)
 
 
 def test_lora_is_seeded_trainable_alone_and_in_the_compute_dtype(tiny):

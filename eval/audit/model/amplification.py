@@ -125,7 +125,7 @@ def score_steps(context: AuditContext, samples) -> list[tuple[int, np.ndarray]]:
     for step, folder in chosen_steps(context):
         set_adapter(recommender.loaded.model, adapter_weights(folder))
         # The reader's prompt cache holds states of the former weights.
-        recommender.reader = PromptReader(recommender.loaded.model, recommender.encoder.head_ids)
+        recommender.reader = PromptReader(recommender.loaded.model, recommender.encoder.prefix_ids)
         walker.forget()
         steps.append((step, walker.scores(histories, f"step {step}")))
     return steps
