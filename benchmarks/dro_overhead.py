@@ -1,10 +1,12 @@
-"""What Group DRO adds to a training step: GDRT steps against SFT steps of the same engine, interleaved in one process.
+"""What Group DRO adds to a training step: GDRT steps against SFT steps of the same engine, interleaved in
+one process.
 
     python benchmarks/dro_overhead.py [--json] [--quick] [--rounds N]
 
-Four rows: gdrt with accumulation 1 (exact weights need no second forward), `ema` without and with accumulation, and exact `batch` under
-accumulation, which pays a no-grad first pass. Every row has its own SFT steps; the ratio is the median of paired rounds, so that a
-machine that other jobs share disturbs both sides alike. CPU seconds of the process decide, not the wall clock. Exit status 0 always.
+Four rows: gdrt with accumulation 1 (exact weights need no second forward), `ema` without and with
+accumulation, and exact `batch` under accumulation, which pays a no-grad first pass. Every row has its own
+SFT steps; the ratio is the median of paired rounds, so that a machine that other jobs share disturbs both
+sides alike. CPU seconds of the process decide, not the wall clock. Exit status 0 always.
 """
 
 from __future__ import annotations
@@ -28,20 +30,20 @@ os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
 os.environ.setdefault("MASTER_PORT", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from gdrt_ds.batches import BatchPlan  # noqa: E402
-from gdrt_ds.config import RunConfig  # noqa: E402
-from gdrt_ds.data.prompts import TokenStore  # noqa: E402
-from gdrt_ds.dro import DroState  # noqa: E402
-from gdrt_ds.models.built_in import make_tiny_model  # noqa: E402
-from gdrt_ds.models.load import load_model  # noqa: E402
-from gdrt_ds.objectives import get_objective  # noqa: E402
-from gdrt_ds.runtime import Runtime, quiet_libraries  # noqa: E402
-from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config  # noqa: E402
-from gdrt_ds.training.model_with_loss import FusedLossModel  # noqa: E402
-from gdrt_ds.training.step import StepRunner, TrainTokens  # noqa: E402
+from gdrt_ds.batches import BatchPlan
+from gdrt_ds.config import RunConfig
+from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.dro import DroState
+from gdrt_ds.models.built_in import make_tiny_model
+from gdrt_ds.models.load import load_model
+from gdrt_ds.objectives import get_objective
+from gdrt_ds.runtime import Runtime, quiet_libraries
+from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
+from gdrt_ds.training.model_with_loss import FusedLossModel
+from gdrt_ds.training.step import StepRunner, TrainTokens
 
 HIDDEN, LAYERS, VOCABULARY, SAMPLES, TOKENS, TARGET, GLOBAL_BATCH, GROUPS = 256, 4, 16_384, 64, 96, 12, 8, 8
 ROWS = [
@@ -55,7 +57,10 @@ ROWS = [
 def make_store() -> TokenStore:
     rng = np.random.default_rng(0)
     lengths = rng.integers(TOKENS // 2, TOKENS * 3 // 2, SAMPLES)
-    sums = lambda values: np.concatenate([[0], np.cumsum(values)]).astype(np.int64)
+
+    def sums(values):
+        return np.concatenate([[0], np.cumsum(values)]).astype(np.int64)
+
     targets = rng.integers(TARGET // 2, TARGET * 3 // 2, SAMPLES).astype(np.int32)
     ids = rng.integers(3, VOCABULARY - 1, lengths.sum()).astype(np.int32)
     return TokenStore(ids, sums(lengths), np.zeros(len(ids), np.int8), targets, sums(targets))
@@ -157,7 +162,10 @@ def main() -> None:
         if torch.cuda.is_available()
         else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     )
-    shape = f"H{HIDDEN} L{LAYERS} V{VOCABULARY} global batch {GLOBAL_BATCH} x {TOKENS} tokens, {TARGET} targets, G{GROUPS}"
+    shape = (
+        f"H{HIDDEN} L{LAYERS} V{VOCABULARY} global batch {GLOBAL_BATCH} x {TOKENS} tokens, {TARGET} "
+        f"targets, G{GROUPS}"
+    )
     if not arguments.json:
         print(f"GDRT step against SFT step, {shape}, ZeRO-3, {machine}, {rounds} paired rounds\n")
         print("| | gdrt ms | sft ms | ratio (median of pairs) | quartiles |\n|---|---|---|---|---|")
@@ -193,7 +201,8 @@ def main() -> None:
                 )
             else:
                 print(
-                    f"| {name} | {1e3 * ours:.1f} | {1e3 * peer:.1f} | {statistics.median(ratios):.3f} | {low:.3f} .. {high:.3f} |",
+                    f"| {name} | {1e3 * ours:.1f} | {1e3 * peer:.1f} | {statistics.median(ratios):.3f} | "
+                    f"{low:.3f} .. {high:.3f} |",
                     flush=True,
                 )
             gdrt.engine.destroy()

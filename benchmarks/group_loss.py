@@ -1,15 +1,21 @@
 """Speed and memory of the fused group loss beside its peers and its floor, in one run:
 
-    python benchmarks/group_loss.py [--json] [--quick] [--cpu-time] [--model NAME] [--no-slow] [--chunk-rows R ...]
+    python benchmarks/group_loss.py [--json] [--quick] [--cpu-time] [--model NAME] [--no-slow]
+    [--chunk-rows R ...]
 
-Forward and backward with the head frozen for everyone and per-group weights that are known only after the forward (a DRO weight is
-known after an all-reduce), so each contender hands out unreduced losses and gets its weights in the backward. The floor is the two
-matrix products alone: logits = x W^T and dx = g W, in the same chunks and with nothing between them; "unchunked" is over all rows.
+Forward and backward with the head frozen for everyone and per-group weights that are known only after the
+forward (a DRO weight is known after an all-reduce), so each contender hands out unreduced losses and gets
+its weights in the backward. The floor is the two
+matrix products alone: logits = x W^T and dx = g W, in the same chunks and with nothing between them;
+"unchunked" is over all rows.
 
-Repeats are interleaved and the least time of each is taken. On CPUs OMP_NUM_THREADS decides the threads (2 if unset). Peak memory: what
-torch's allocator handed out beyond the inputs, from the profiler on CPUs and from the CUDA allocator on GPUs.
-On a machine that others use at the same time, wall clocks of two threads say little: --cpu-time counts CPU seconds on one thread.
-A contender that cannot run here is a line with `skipped` and the reason. Exit status 0 whatever the ratios are.
+Repeats are interleaved and the least time of each is taken. On CPUs OMP_NUM_THREADS decides the threads (2
+if unset). Peak memory: what torch's allocator handed out beyond the inputs, from the profiler on CPUs and
+from the CUDA allocator on GPUs.
+On a machine that others use at the same time, wall clocks of two threads say little: --cpu-time counts CPU
+seconds on one thread.
+A contender that cannot run here is a line with `skipped` and the reason. Exit status 0 whatever the ratios
+are.
 """
 
 from __future__ import annotations
@@ -25,12 +31,12 @@ from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from machine_line import machine  # noqa: E402
+import torch
+import torch.nn.functional as F
+from machine_line import machine
 
-from gdrt_ds.loss import describe, group_cross_entropy  # noqa: E402
-from gdrt_ds.loss.group_loss import default_chunk_bytes  # noqa: E402
+from gdrt_ds.loss import describe, group_cross_entropy
+from gdrt_ds.loss.group_loss import default_chunk_bytes
 
 NUM_GROUPS = 8
 SLOW_S, SLOW_QUICK_S = 15.0, 4.0  # a contender slower than this runs once, and its memory is not asked for
@@ -45,7 +51,10 @@ SHAPES = [
 
 
 class Problem:
-    """Inputs of one shape and the weights of the backward. Shapes: hidden[N, H], head[V, H], labels[N], groups[N]."""
+    """Inputs of one shape and the weights of the backward. Shapes.
+
+    Hidden[N, H], head[V, H], labels[N], groups[N].
+    """
 
     def __init__(self, hidden_size: int, vocabulary: int, num_tokens: int, device: str, dtype: torch.dtype):
         generator = torch.Generator(device=device).manual_seed(0)
@@ -54,7 +63,8 @@ class Problem:
             .to(dtype)
             .requires_grad_()
         )
-        # Rows repeat every 4,096 tokens: a product's time does not depend on it, and half a billion normal deviates take long to draw.
+        # Rows repeat every 4,096 tokens: a product's time does not depend on it, and half a billion normal
+        # deviates take long to draw.
         rows = (
             torch.randn(min(vocabulary, 4096), hidden_size, device=device, generator=generator)
             .mul_(hidden_size**-0.5)
@@ -145,7 +155,10 @@ class Floor:
 
 def contenders(problem: Problem, quick: bool, no_slow: bool, chunk_rows: list[int]) -> dict:
     """name -> (what one forward and backward does, its group: ours, peer or floor)."""
-    torch_chunks = lambda rows=None: torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)  # noqa: E731
+
+    def torch_chunks(rows=None):
+        return torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+
     table = {
         "ours, one pass": (lambda p: ours(p), "ours"),
         **{
@@ -189,7 +202,9 @@ def once(problem: Problem, run, clock=time.perf_counter) -> float:
 
 
 def peak_bytes(problem: Problem, run) -> int:
-    """Bytes that torch's allocator handed out at the same time during one forward and backward, inputs not counted."""
+    """Bytes that torch's allocator handed out at the same time during one forward and backward, inputs not
+    counted.
+    """
     problem.hidden.grad = None
     gc.collect()
     if problem.device == "cuda":
@@ -281,10 +296,12 @@ def measure(
 def print_table(rows: list[dict]) -> None:
     shape = rows[0]["shape"]
     print(
-        f"\n{shape['model']}: N {shape['N']}, H {shape['H']}, V {shape['V']}, {shape['dtype']}; {rows[0]['machine']}"
+        f"\n{shape['model']}: N {shape['N']}, H {shape['H']}, V {shape['V']}, {shape['dtype']}; "
+        f"{rows[0]['machine']}"
     )
     print(
-        f"{'ours one-pass beside':38} {'ours':>10} {'other':>10} {'ratio':>7}  {'ours MiB':>9} {'other MiB':>9}"
+        f"{'ours one-pass beside':38} {'ours':>10} {'other':>10} {'ratio':>7}  {'ours MiB':>9} "
+        f"{'other MiB':>9}"
     )
     for row in rows:
         other, label = row.get("peer", row.get("floor")), row["name"].split(" / ")[1]
@@ -292,7 +309,8 @@ def print_table(rows: list[dict]) -> None:
             print(f"{label:38} does not run here: {row['skipped'][:80]}")
         elif row["kind"] == "memory":
             print(
-                f"{'memory: ' + label:38} {row['ours'] / 2**20:8.1f} M {other / 2**20:8.1f} M {row['ratio']:7.3f}"
+                f"{'memory: ' + label:38} {row['ours'] / 2**20:8.1f} M {other / 2**20:8.1f} M "
+                f"{row['ratio']:7.3f}"
             )
         else:
             peaks = (row["ours_peak_bytes"], row["peer_peak_bytes"])

@@ -1,13 +1,16 @@
-"""Host memory per rank while a model is loaded into ZeRO-3 shards: this loader against transformers + DeepSpeed, in one run.
+"""Host memory per rank while a model is loaded into ZeRO-3 shards: this loader against transformers +
+DeepSpeed, in one run.
 
     python benchmarks/load_memory.py [--model DIR] [--world 1 2 3 4] [--quick] [--json]
 
-Each way runs in fresh processes (gloo ranks). `peak` is the growth of the high-water mark of resident memory (VmHWM) over
-its value after all imports and after the process group is up; `bound` is
-    quantised weights / world + whole quant_state + unquantised parameters / world + the largest tensor's slice work + a constant.
-Weights and quant_state of both ways are compared by a checksum over every rank's slices: a faster wrong loader fails here.
-Device memory is printed beside it where a GPU is used. Without --model a random Llama of about 150 M parameters is made
-(--quick: 40 M).
+Each way runs in fresh processes (gloo ranks). `peak` is the growth of the high-water mark of resident
+memory (VmHWM) over its value after all imports and after the process group is up; `bound` is
+    quantised weights / world + whole quant_state + unquantised parameters / world + the largest tensor's
+    slice work + a constant.
+Weights and quant_state of both ways are compared by a checksum over every rank's slices: a faster wrong
+loader fails here.
+Device memory is printed beside it where a GPU is used. Without --model a random Llama of about 150 M
+parameters is made (--quick: 40 M).
 """
 
 from __future__ import annotations
@@ -130,8 +133,6 @@ def run(way: str, path: Path, warm_path: Path, world: int) -> list[tuple]:
 
 
 def make_model(folder: Path, layers: int, hidden: int, vocab: int) -> Path:
-    import bitsandbytes  # noqa: F401
-    import deepspeed  # noqa: F401
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -194,7 +195,8 @@ def main() -> int:
                 print(json.dumps(record), flush=True)
             else:
                 print(
-                    f"{world:>5} {peak / 2**20:>9.0f} {peer / 2**20:>10.0f} {peak / peer:>6.2f} {bound / 2**20:>10.0f}  {'yes' if equal else 'NO'}",
+                    f"{world:>5} {peak / 2**20:>9.0f} {peer / 2**20:>10.0f} {peak / peer:>6.2f} "
+                    f"{bound / 2**20:>10.0f}  {'yes' if equal else 'NO'}",
                     flush=True,
                 )
     return 1 if failures else 0

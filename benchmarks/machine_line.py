@@ -23,4 +23,7 @@ def machine() -> str:
             ),
             name,
         )
-    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+    return (
+        f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch "
+        f"{torch.__version__}"
+    )

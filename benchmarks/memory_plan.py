@@ -1,11 +1,14 @@
 """What `--plan` predicts against what a run takes: peak memory per rank, real launches of the real trainer.
 
-    python benchmarks/memory_plan.py [--json] [--quick] [--model smollm2-135m] [--allocator auto|glibc|LIBRARY]
+    python benchmarks/memory_plan.py [--json] [--quick] [--model smollm2-135m] [--allocator
+    auto|glibc|LIBRARY]
 
-Every row trains two steps on generated data under `deepspeed --num_gpus W` and reads the measured peak from the run's summary.json
-(CPU: resident memory beyond imports and data; GPU: allocated tensor bytes). Exit status 1 if a prediction is off by more than the
-promised share: 25 % on a CPU, 10 % on a GPU. On a CPU the promise is for allocators that reuse freed blocks: tcmalloc or jemalloc is
-preloaded where it is installed; `--allocator glibc` shows what the system's own allocator keeps, and is not judged.
+Every row trains two steps on generated data under `deepspeed --num_gpus W` and reads the measured peak
+from the run's summary.json (CPU: resident memory beyond imports and data; GPU: allocated tensor bytes).
+Exit status 1 if a prediction is off by more than the
+promised share: 25 % on a CPU, 10 % on a GPU. On a CPU the promise is for allocators that reuse freed
+blocks: tcmalloc or jemalloc is preloaded where it is installed; `--allocator glibc` shows what the
+system's own allocator keeps, and is not judged.
 """
 
 from __future__ import annotations
@@ -115,13 +118,13 @@ ROWS = [
 def predicted_bytes(overrides: list[str], world: int) -> dict[str, int]:
     """Parts of the plan, by the same functions as `--plan`."""
     import torch
+    from gdrt_ds.training.trainer import choose_packing
 
     from gdrt_ds.config import load_config
     from gdrt_ds.models.load import compute_dtype
     from gdrt_ds.planning.plan import memory_of
     from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
     from gdrt_ds.training.preparation import padding_figures, plan_batches, prepare
-    from gdrt_ds.training.trainer import choose_packing
 
     config = load_config("configs/planted.yaml", overrides)
     prepared = prepare(config)
@@ -208,10 +211,15 @@ def main() -> int:
         promise = (
             f"a prediction may be off by {limit:.0%}"
             if judged
-            else "not judged: the promise is for tcmalloc and jemalloc (Debian: libtcmalloc-minimal4, libjemalloc2)"
+            else (
+                "not judged: the promise is for tcmalloc and jemalloc (Debian: libtcmalloc-minimal4, "
+                "libjemalloc2)"
+            )
         )
+        allocator = "" if torch.cuda.is_available() else f"host memory by {preload or 'glibc'}; "
         print(
-            f"{machine()}; {'host memory by ' + (preload or 'glibc') + '; ' if not torch.cuda.is_available() else ''}{promise}\n{'':36} {'ranks':>5} {'plan MiB':>9} {'seen MiB':>9} {'plan/seen':>9}"
+            f"{machine()}; {allocator}{promise}\n{'':36} "
+            f"{'ranks':>5} {'plan MiB':>9} {'seen MiB':>9} {'plan/seen':>9}"
         )
     failures = 0
     with tempfile.TemporaryDirectory() as folder:

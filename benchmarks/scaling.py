@@ -1,11 +1,15 @@
-"""Scaling on paper: step time and communication of QLoRA under ZeRO-3 and ZeRO-2 from 1 to 1,024 GPUs, from stated constants.
+"""Scaling on paper: step time and communication of QLoRA under ZeRO-3 and ZeRO-2 from 1 to 1,024 GPUs,
+from stated constants.
 
-    python benchmarks/scaling.py [--parameters 8e9] [--tokens 4800] [--flops 400e12] [--intra 400e9] [--inter 45e9] [--node 8] [--json] [--quick]
+    python benchmarks/scaling.py [--parameters 8e9] [--tokens 4800] [--flops 400e12] [--intra 400e9]
+    [--inter 45e9] [--node 8] [--json] [--quick]
 A model, not a measurement: give it the constants of your cluster. What is counted, per micro-batch and rank:
-  compute   6 P T flops with activation recomputation, 4 P T without (frozen base: forward 2 P T, gradient of activations 2 P T, recompute 2 P T)
-  gather    ZeRO-3 all-gathers the packed 4-bit base twice (forward, backward): 2 * P * 0.5 bytes * (n-1)/n, over the slowest link of the ring
-  reduce    LoRA gradients and the one packed float64 buffer of the DRO weights: latency, not volume
-Gathers overlap with compute by prefetching: the step takes the longer of the two plus what cannot overlap (the first layer's gather).
+  compute   6 P T flops with activation recomputation, 4 P T without (frozen base: forward 2 P T, gradient
+  of activations 2 P T, recompute 2 P T) gather    ZeRO-3 all-gathers the packed 4-bit base twice (forward,
+  backward): 2 * P * 0.5 bytes * (n-1)/n, over the slowest link of the ring reduce    LoRA gradients and
+  the one packed float64 buffer of the DRO weights: latency, not volume
+Gathers overlap with compute by prefetching: the step takes the longer of the two plus what cannot overlap
+(the first layer's gather).
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ import argparse
 import json
 import math
 
-LATENCY_S = 20e-6  # one collective step on a data-centre network; the ring of n ranks takes about log2(n) of them for small messages
+# One collective step on a data-centre network; the ring of n ranks takes about log2(n) of them for small
+# messages
+LATENCY_S = 20e-6
 
 
 def predict(options, ranks: int, stage: int) -> dict:
@@ -65,7 +71,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.json:
         print(
-            "| GPUs | ZeRO | base per GPU | gathered per micro-batch | compute | gather | step | efficiency |\n|---|---|---|---|---|---|---|---|"
+            "| GPUs | ZeRO | base per GPU | gathered per micro-batch | compute | gather | step | efficiency "
+            "|\n|---|---|---|---|---|---|---|---|"
         )
     for ranks in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
         rows = {stage: predict(options, ranks, stage) for stage in (2, 3)}
@@ -85,7 +92,8 @@ def main() -> None:
                 )
             else:
                 print(
-                    f"| {ranks} | {stage} | {row['base_GiB']:.2f} GiB | {row['gather_GB']:.1f} GB | {row['compute_s']:.3f} s | {row['gather_s']:.3f} s | "
+                    f"| {ranks} | {stage} | {row['base_GiB']:.2f} GiB | {row['gather_GB']:.1f} GB | "
+                    f"{row['compute_s']:.3f} s | {row['gather_s']:.3f} s | "
                     f"{row['step_s']:.3f} s | {row['efficiency']:.0%} |"
                 )
 

@@ -1,14 +1,19 @@
-"""Users per second of catalogue scoring: exact, certified best-first, our beam, and transformers' constrained beam search.
+"""Users per second of catalogue scoring: exact, certified best-first, our beam, and transformers'
+constrained beam search.
 
-    python benchmarks/scoring.py [--data ml-100k|FOLDER] [--model smollm2-135m] [--users 16] [--json] [--quick]
-Claims measured, on the same model, users and catalogue, all under the `renormalised` objective, in turns within one process:
-    exact_equals_items_...  20 items scored one by one, before anything is timed: largest difference; sum of all probabilities
-    exact_vs_hf_beam10      every item scored, against HF generate + prefix_allowed_tokens_fn, 10 beams (best of 1 and 4 users at once)
-    beam10_vs_hf_beam10     the same search, the same lists
-    best_first50_vs_exact   certified top-50: time, and nodes opened against nodes of the exact pass
-    recall                  of HF's default beam search (softmax over the vocabulary, length penalty) against the exact top-10
-    catalogue_size          exact seconds per user and peak memory from 1k to 100k generated titles (small random model: the
-                            number of nodes is what grows; --size-model smollm2-135m shows it on a real one, slowly)
+    python benchmarks/scoring.py [--data ml-100k|FOLDER] [--model smollm2-135m] [--users 16] [--json]
+    [--quick]
+Claims measured, on the same model, users and catalogue, all under the `renormalised` objective, in turns
+within one process:
+    exact_equals_items_...  20 items scored one by one, before anything is timed: largest difference; sum
+    of all probabilities exact_vs_hf_beam10      every item scored, against HF generate +
+    prefix_allowed_tokens_fn, 10 beams (best of 1 and 4 users at once) beam10_vs_hf_beam10     the same
+    search, the same lists best_first50_vs_exact   certified top-50: time, and nodes opened against nodes
+    of the exact pass recall                  of HF's default beam search (softmax over the vocabulary,
+    length penalty) against the exact top-10 catalogue_size          exact seconds per user and peak memory
+    from 1k to 100k generated titles (small random model: the
+                            number of nodes is what grows; --size-model smollm2-135m shows it on a real
+                            one, slowly)
 """
 
 from __future__ import annotations
@@ -42,7 +47,10 @@ def hf_beam(model, tokenizer, prompts, trie, table, terminator, renormalise=True
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    allowed = lambda _, tokens: table.get(tuple(tokens[width:].tolist())) or [terminator]  # noqa: E731
+
+    def allowed(_, tokens):
+        return table.get(tuple(tokens[width:].tolist())) or [terminator]
+
     output = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -56,9 +64,10 @@ def hf_beam(model, tokenizer, prompts, trie, table, terminator, renormalise=True
         **(dict(renormalize_logits=True, length_penalty=0.0) if renormalise else {}),
     )
     lists = output[:, width:].tolist()
-    cut = lambda tokens: (
-        tuple(tokens[: tokens.index(terminator) + 1]) if terminator in tokens else tuple(tokens)
-    )  # noqa: E731
+
+    def cut(tokens):
+        return tuple(tokens[: tokens.index(terminator) + 1]) if terminator in tokens else tuple(tokens)
+
     return [[cut(t) for t in lists[row * beams : (row + 1) * beams]] for row in range(len(prompts))]
 
 
@@ -125,7 +134,8 @@ def on_real_data(options) -> list[dict]:
     total = float(warm.exp().sum())
     if difference > 1e-4 or abs(total - 1) > 1e-6:
         raise SystemExit(
-            f"exact scores differ by {difference:.1e} nats from items scored one by one, probabilities sum to {total}: nothing is timed"
+            f"exact scores differ by {difference:.1e} nats from items scored one by one, probabilities sum "
+            f"to {total}: nothing is timed"
         )
     seconds = {name: 0.0 for name in ("exact", "best_first", "beam", "hf")}
     hf_batch, overlap, default_overlap, expanded, certified, hf_users = 1, [], [], [], 0, 0
@@ -177,16 +187,19 @@ def on_real_data(options) -> list[dict]:
         "nodes_exact": scorer.nodes_forwarded,
         "trie_nodes": trie.num_nodes,
     }
-    row = lambda name, ours, peer, **more: {
-        "name": name,
-        "unit": "users/s",
-        "ours": ours,
-        "peer": peer,
-        "ratio": ours / peer,
-        **more,
-        "shape": shape,  # noqa: E731
-        "machine": machine(),
-    }
+
+    def row(name, ours, peer, **more):
+        return {
+            "name": name,
+            "unit": "users/s",
+            "ours": ours,
+            "peer": peer,
+            "ratio": ours / peer,
+            **more,
+            "shape": shape,
+            "machine": machine(),
+        }
+
     mean_nodes = float(np.mean(expanded))
     return [
         {
@@ -244,7 +257,10 @@ def generated_titles(count: int) -> list[str]:
     words = sorted(
         {"".join(rng.choice(syllables) for _ in range(rng.randrange(1, 4))).capitalize() for _ in range(3000)}
     )
-    popular = lambda: words[min(int(rng.paretovariate(0.7)) - 1, len(words) - 1)]  # noqa: E731
+
+    def popular():
+        return words[min(int(rng.paretovariate(0.7)) - 1, len(words) - 1)]
+
     while len(found) < count:
         title = " ".join(popular() for _ in range(rng.randrange(1, 5)))
         title = rng.choice(["The ", "A ", "", "", "Return of the ", "Tales of "]) + title
@@ -384,7 +400,8 @@ def main() -> None:
                 if k not in ("name", "ours", "peer", "floor", "ratio", "shape", "machine", "unit")
             }
             print(
-                f"{row['name']:42s} ours {row['ours']:10.4g}  {other} {row[other]:10.4g}  ratio {row['ratio']:8.2f}  {row.get('unit', '')}  {extra or ''}"
+                f"{row['name']:42s} ours {row['ours']:10.4g}  {other} {row[other]:10.4g}  ratio "
+                f"{row['ratio']:8.2f}  {row.get('unit', '')}  {extra or ''}"
             )
     if not options.json and rows:
         print(f"shape: {rows[0]['shape']}\nmachine: {machine()}")

@@ -1,15 +1,19 @@
-"""Samples per second of a training step: ours, and per cause, against transformers.Trainer and TRL's SFTTrainer.
+"""Samples per second of a training step: ours, and per cause, against transformers.Trainer and TRL's
+SFTTrainer.
 
-    python benchmarks/train_step.py [--data ml-100k|FOLDER] [--model smollm2-135m] [--steps 3] [--quantization nf4|none] [--json] [--quick]
-One process each, with the same base, LoRA initialisation, DeepSpeed ZeRO-3, samples per step and token lengths, dropout 0, objective sft (what the
-peers train); the loss of the first step is checked equal (1e-4 relative) before anything is timed. Rows:
+    python benchmarks/train_step.py [--data ml-100k|FOLDER] [--model smollm2-135m] [--steps 3]
+    [--quantization nf4|none] [--json] [--quick]
+One process each, with the same base, LoRA initialisation, DeepSpeed ZeRO-3, samples per step and token
+lengths, dropout 0, objective sft (what the peers train); the loss of the first step is checked equal (1e-4
+relative) before anything is timed. Rows:
     trainer, trl        the peers: padded rows, logits for every position
-    padded              ours, padded rows, the head on supervised positions only       -> cause: head on targets only
-    packed              the same without padding                                       -> cause: packing
-    shared_prefix       the prompt's constant head once per micro-batch                -> cause: shared prefix
-    gdrt                shared_prefix with objective gdrt
+    padded              ours, padded rows, the head on supervised positions only       -> cause: head on
+    targets only packed              the same without padding                                       ->
+    cause: packing shared_prefix       the prompt's constant head once per micro-batch                ->
+    cause: shared prefix gdrt                shared_prefix with objective gdrt
 --cpu-time counts CPU seconds of the process instead of the wall clock, for a machine that is shared.
-On a GPU the same command reports tokens/s, MFU and peak memory too; --shape 7b takes a random-weight 7B Llama.
+On a GPU the same command reports tokens/s, MFU and peak memory too; --shape 7b takes a random-weight 7B
+Llama.
 """
 
 from __future__ import annotations
@@ -134,7 +138,9 @@ class Bench:
         return seconds[1:], first, tokens
 
     def peer(self, name: str):
-        """transformers.Trainer or TRL's SFTTrainer on the same samples, padded, with the same ZeRO-3 settings."""
+        """transformers.Trainer or TRL's SFTTrainer on the same samples, padded, with the same ZeRO-3
+        settings.
+        """
         from accelerate.state import AcceleratorState
         from transformers import Trainer, TrainerCallback, TrainingArguments
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -151,9 +157,10 @@ class Bench:
 
         def collate(batch):
             width = max(len(row["input_ids"]) for row in batch)
-            fill = lambda key, value: torch.tensor(
-                [row[key] + [value] * (width - len(row[key])) for row in batch]
-            )
+
+            def fill(key, value):
+                return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in batch])
+
             mask = torch.tensor(
                 [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch]
             )
@@ -235,7 +242,10 @@ class Bench:
 
 
 def measure(options, folder: str, row: str, queue) -> None:
-    """One row in a process of its own: engines and heaps that earlier rows leave would slow the later ones."""
+    """One row in a process of its own.
+
+    Engines and heaps that earlier rows leave would slow the later ones.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     bench = Bench(options, Path(folder))
@@ -313,7 +323,8 @@ def main() -> None:
                 process.join()
             if not found:
                 print(
-                    f"# {options.data}, history {options.history}: {mean_tokens:.0f} tokens on average; batch {options.batch}; {options.model}, "
+                    f"# {options.data}, history {options.history}: {mean_tokens:.0f} tokens on average; "
+                    f"batch {options.batch}; {options.model}, "
                     f"{options.quantization}; {machine()}{', CPU seconds' if options.cpu_time else ''}"
                 )
             found[row] = (seconds, first, tokens)
@@ -322,7 +333,8 @@ def main() -> None:
                 abs(first - reference) > 1e-4 * abs(reference) + 5e-5
             ):  # the peers round their logged loss to 4 decimals
                 raise SystemExit(
-                    f"{row}: loss of the first step {first:.6f} differs from {reference:.6f}: not the same computation"
+                    f"{row}: loss of the first step {first:.6f} differs from {reference:.6f}: not the same "
+                    "computation"
                 )
             peak = f"  peak {memory / 2**30:.2f} GiB" if memory else ""
             print(

@@ -8,6 +8,7 @@ name the nearest key. Every other module receives its own section and never the 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -463,7 +464,7 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
     return keys
 
 
-def _describe(error: dict[str, Any], origin: str) -> str:
+def _describe(error: Mapping[str, Any], origin: str) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "(combination)"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
@@ -509,7 +510,7 @@ def _set_dotted(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def load_config(path: str | Path | None, overrides: list[str] = ()) -> RunConfig:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML run config and applies overrides.
 
     Raises:

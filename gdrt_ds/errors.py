@@ -1,4 +1,5 @@
-"""The one exception that users see for their own mistakes: it names the setting, its value, what is allowed and the fix.
+"""The one exception that users see for their own mistakes: it names the setting, its value, what is
+allowed and the fix.
 
 Entry points print it without a traceback and exit with status 2 (see `runtime.report_user_errors`).
 """
@@ -25,7 +26,10 @@ class UserError(Exception):
 
 
 class StorageError(UserError):
-    """A file system that does not take a checkpoint (full, read-only): nothing is wrong with the settings, and a restart can go on."""
+    """A file system that does not take a checkpoint (full, read-only).
+
+    Nothing is wrong with the settings, and a restart can go on.
+    """
 
     status = 74  # EX_IOERR of sysexits.h
 

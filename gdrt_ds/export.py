@@ -1,10 +1,11 @@
 """Merges a run's adapter into its base model: a folder that transformers loads alone.
 
-    python -m gdrt_ds.export --run RUN --output DIR [--dtype bfloat16] [--base plain|trained] [--shard-size 4GB]
+    python -m gdrt_ds.export --run RUN --output DIR [--dtype bfloat16] [--base plain|trained] [--shard-size
+    4GB]
 
---base plain (default) merges into the original weights. --base trained merges into the weights the adapter was trained
-on, i.e. the 4-bit base dequantised: scores are then those of the evaluated model. The model is checked before it is published:
-it is loaded again by transformers and must give the logits of base + adapter.
+--base plain (default) merges into the original weights. --base trained merges into the weights the adapter
+was trained on, i.e. the 4-bit base dequantised: scores are then those of the evaluated model. The model is
+checked before it is published: it is loaded again by transformers and must give the logits of base + adapter.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def export(
         check = _reload_difference(scratch, probe, expected, config.model.trust_remote_code)
         if check > TOLERANCE[chosen] * max(1.0, largest):
             raise UserError(
-                f"the exported model's logits differ from base + adapter by {check:.3g} (largest logit {largest:.3g})",
+                f"the exported model's logits differ from base + adapter by {check:.3g} (largest logit "
+                f"{largest:.3g})",
                 "export with --dtype float32, or another --base",
             )
         (scratch / "README.md").write_text(
@@ -207,9 +209,11 @@ def model_card(
         f"`{config.model.path}`"
         + (" (weights dequantised from NF4, as trained)" if base == "trained" else "")
         + f", stored as {str(dtype).removeprefix('torch.')}.",
-        f"Checked when exported: logits differ from base + adapter by at most {difference:.2g} (largest logit {largest:.3g}).",
+        f"Checked when exported: logits differ from base + adapter by at most {difference:.2g} (largest "
+        f"logit {largest:.3g}).",
         "",
-        "Prompt: the template of the run (`prompt.json`); other prompts were not trained. The licence of the base model applies.",
+        "Prompt: the template of the run (`prompt.json`); other prompts were not trained. The licence of "
+        "the base model applies.",
         "",
         "## Data",
         "",
@@ -220,7 +224,8 @@ def model_card(
     if results.get("metrics"):
         lines += ["## Metrics", "", "| metric | value | 95 % interval | n |", "|---|---|---|---|"]
         lines += [
-            f"| {name} | {entry['value']:.4f} | {entry['ci_low']:.4f} .. {entry['ci_high']:.4f} | {entry['n']} |"
+            f"| {name} | {entry['value']:.4f} | {entry['ci_low']:.4f} .. {entry['ci_high']:.4f} | "
+            f"{entry['n']} |"
             for name, entry in results["metrics"].items()
             if entry.get("ci_low") is not None and entry.get("value") is not None
         ]
@@ -263,7 +268,8 @@ def main() -> int:
     with report_user_errors():
         done = export(options.run, options.output, options.dtype, options.base, options.shard_size)
         print(
-            f"{done['folder']}: merged model in {done['dtype']}; logits differ from base + adapter by at most {done['max_difference']:.2g} "
+            f"{done['folder']}: merged model in {done['dtype']}; logits differ from base + adapter by at "
+            f"most {done['max_difference']:.2g} "
             f"(largest logit {done['largest_logit']:.3g})"
         )
     return 0

@@ -51,9 +51,11 @@ def process_lock(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path (file or folder) beside `path`; what stands there at the end replaces `path` at once.
+    """Gives a temporary path (file or folder) beside `path`; what stands there at the end replaces `path`
+    at once.
 
-    A reader sees the old content or the new one, never a part. If the block raises, the temporary is removed and
+    A reader sees the old content or the new one, never a part. If the block raises, the temporary is
+    removed and
     `path` stays as it was. Atomic on one file system; a folder can only replace nothing or an empty folder.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -80,7 +82,10 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def finite(value: Any) -> Any:
-    """A JSON tree in which NaN and infinity are None; tuples and arrays become lists, NumPy scalars numbers."""
+    """A JSON tree in which NaN and infinity are None.
+
+    Tuples and arrays become lists, NumPy scalars numbers.
+    """
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):

@@ -2,23 +2,27 @@
 
     from gdrt_ds.integrations import GroupCollator, GroupDroLoss, bin_tokens, score_tokens
 
-    scores = score_tokens(base_model, rows_without_history)        # log p(target token | prompt without history), per row
-    groups, edges = bin_tokens(scores, num_groups=8)               # one list of group numbers per row
-    train = train.add_column("groups", groups)                     # aligned with the supervised labels of each row, in order
+    scores = score_tokens(base_model, rows_without_history)        # log p(target token | prompt without
+    history), per row groups, edges = bin_tokens(scores, num_groups=8)               # one list of group
+    numbers per row train = train.add_column("groups", groups)                     # aligned with the
+    supervised labels of each row, in order
 
     loss = GroupDroLoss(num_groups=8, tau=1.0)
     Trainer(model, args=TrainingArguments(..., remove_unused_columns=False), train_dataset=train,
             data_collator=GroupCollator(collator), compute_loss_func=loss, callbacks=[loss])
 
-`GroupDroLoss` is both arguments: as the loss it weighs tokens, as a callback it ends each optimizer step with one small
-all-reduce, after which the weights are the same on all ranks. SFTTrainer takes the same four arguments.
+`GroupDroLoss` is both arguments: as the loss it weighs tokens, as a callback it ends each optimizer step
+with one small all-reduce, after which the weights are the same on all ranks. SFTTrainer takes the same
+four arguments.
 
-estimate="ema" (default): weights come from moving averages of the group losses and shares after the last optimizer step; any
-accumulation, no collective in the forward. Before the first step they are 1: exactly SFT. estimate="batch": weights from this
-global batch, the exact gradient of tau log sum_g p_g exp(L_g / tau); one all-reduce in the forward, no accumulation.
+estimate="ema" (default): weights come from moving averages of the group losses and shares after the last
+optimizer step; any accumulation, no collective in the forward. Before the first step they are 1: exactly
+SFT. estimate="batch": weights from this global batch, the exact gradient of tau log sum_g p_g exp(L_g /
+tau); one all-reduce in the forward, no accumulation.
 
-Limits, next to the trainer of this package: the model builds full logits (memory of [B, T, V]); weights need this callback;
-under accumulation only `ema`; the state is saved in trainer_state.json and comes back with
+Limits, next to the trainer of this package: the model builds full logits (memory of [B, T, V]); weights
+need this callback; under accumulation only `ema`; the state is saved in trainer_state.json and comes back
+with
 TrainingArguments(restore_callback_states_from_checkpoint=True); torch.nn.DataParallel is refused.
 
 Shapes: B sequences, T positions, V vocabulary, N supervised tokens of the micro-batch, G groups.
@@ -47,7 +51,8 @@ class GroupCollator:
     """Wraps a data collator: the `groups` lists of the rows become a Long[B, T] tensor beside `labels`.
 
     Args:
-        collator: what pads the other columns; its result must hold `labels` with -100 where nothing is supervised.
+        collator: what pads the other columns; its result must hold `labels` with -100 where nothing is
+        supervised.
     Raises (when called): UserError if a row has not exactly one group per supervised label.
     """
 
@@ -63,7 +68,8 @@ class GroupCollator:
             row = next(i for i, (a, b) in enumerate(zip(given, wanted)) if a != b)
             raise UserError(
                 f"a row has {given[row]} groups for {wanted[row]} supervised labels",
-                "give one group per label that is not -100, in their order; the collator must not cut or pack rows",
+                "give one group per label that is not -100, in their order; the collator must not cut or "
+                "pack rows",
             )
         placed = torch.zeros_like(batch["labels"])
         placed[supervised] = torch.tensor([g for row in groups for g in row], dtype=placed.dtype)
@@ -75,10 +81,12 @@ class GroupDroLoss(TrainerCallback, ExportableState):
     """Closed-form Group DRO as `compute_loss_func` and callback of a Trainer (see the top of this file).
 
     Args:
-        num_groups: G. tau: temperature, infinity = SFT with prior="token_share". prior: token_share or uniform.
+        num_groups: G. tau: temperature, infinity = SFT with prior="token_share". prior: token_share or
+        uniform.
         estimate: ema or batch. ema_rate: b of L <- (1-b) L + b * batch.
     Attributes:
-        weights: float64[G] token weights q_g n / n_g in use; group_loss: float64[G] of the last optimizer step, NaN = absent.
+        weights: float64[G] token weights q_g n / n_g in use; group_loss: float64[G] of the last optimizer
+        step, NaN = absent.
     Raises: UserError for settings out of range, or a Trainer whose settings would make the weights wrong.
     """
 
@@ -123,9 +131,10 @@ class GroupDroLoss(TrainerCallback, ExportableState):
         self.groups: Tensor | None = None
         self.hook = None
 
-    # -- the loss ----------------------------------------------------------------------------------------------------------
+    # -- the loss
     def __call__(self, outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Scalar loss of a micro-batch, scaled like the Trainer's own: sum over local tokens / tokens of the whole step.
+        """Scalar loss of a micro-batch, scaled like the Trainer's own: sum over local tokens / tokens of
+        the whole step.
 
         In evaluation (no gradient) it is the plain token mean.
         """
@@ -164,7 +173,7 @@ class GroupDroLoss(TrainerCallback, ExportableState):
         share = buffer.counts / buffer.counts.sum().clamp_min(1)
         self.weights = torch.where(share > 0, q / share.clamp_min(1e-300), 1.0)
 
-    # -- the callback --------------------------------------------------------------------------------------------------------
+    # -- the callback
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Checks the Trainer's settings and listens to the model's `groups` argument."""
         if args.n_gpu > 1:
@@ -174,13 +183,16 @@ class GroupDroLoss(TrainerCallback, ExportableState):
             )
         if args.world_size > 1 and not args.average_tokens_across_devices:
             raise UserError(
-                "GroupDroLoss needs average_tokens_across_devices=True: a mean of rank means is another objective",
+                "GroupDroLoss needs average_tokens_across_devices=True: a mean of rank means is another "
+                "objective",
                 "leave it at its default",
             )
         if self.estimate == "batch" and args.gradient_accumulation_steps > 1:
             raise UserError(
-                f"GroupDroLoss(estimate='batch') with gradient_accumulation_steps = {args.gradient_accumulation_steps}",
-                "use estimate='ema', no accumulation, or this package's trainer, which is exact under accumulation",
+                "GroupDroLoss(estimate='batch') with gradient_accumulation_steps = "
+                f"{args.gradient_accumulation_steps}",
+                "use estimate='ema', no accumulation, or this package's trainer, which is exact under "
+                "accumulation",
             )
         self.close()
         self.hook = model.register_forward_pre_hook(self._take_groups, with_kwargs=True)
@@ -190,7 +202,10 @@ class GroupDroLoss(TrainerCallback, ExportableState):
         return args, kwargs
 
     def on_step_end(self, args, state, control, **kwargs):
-        """The end of an optimizer step: one all-reduce (none with estimate='batch', which had its own), then new weights."""
+        """The end of an optimizer step.
+
+        One all-reduce (none with estimate='batch', which had its own), then new weights.
+        """
         buffer, self.buffer = self.buffer, None
         if buffer is None:
             buffer = dro.StepBuffer(self.num_groups, args.device)
@@ -213,7 +228,10 @@ class GroupDroLoss(TrainerCallback, ExportableState):
             self.weights = torch.where(seen & (self.share > 0), q / self.share.clamp_min(1e-300), 1.0)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Adds the group losses and weights to the log that is printed and to trainer_state.json; absent groups are left out."""
+        """Adds the group losses and weights to the log that is printed and to trainer_state.json.
+
+        Absent groups are left out.
+        """
         if logs is not None and "loss" in logs:
             mine = {f"group_loss_{g}": round(v, 6) for g, v in enumerate(self.group_loss.tolist()) if v == v}
             mine |= {f"group_weight_{g}": round(v, 6) for g, v in enumerate(self.weights.tolist())}
@@ -246,7 +264,9 @@ class GroupDroLoss(TrainerCallback, ExportableState):
 
     @saved.setter
     def saved(self, values: dict) -> None:
-        tensor = lambda name: torch.tensor(values[name], dtype=torch.float64)
+        def tensor(name):
+            return torch.tensor(values[name], dtype=torch.float64)
+
         self.memory.load_state_dict(
             {**{n: tensor(n) for n in ("ema", "ema_weight", "q")}, "steps": torch.tensor(values["steps"])}
         )
@@ -260,7 +280,8 @@ def score_tokens(
 
     Args:
         model: causal LM, e.g. the base before tuning; run without gradient and dropout on its own device.
-        rows: {"input_ids", "labels"} each, labels -100 where nothing is supervised; the targets must be those of training.
+        rows: {"input_ids", "labels"} each, labels -100 where nothing is supervised; the targets must be
+        those of training.
     Returns:
         float32 [supervised tokens] per row, in order.
     """
@@ -269,10 +290,8 @@ def score_tokens(
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         width = max(len(row["input_ids"]) for row in part)
-        fill = lambda name, value: torch.tensor(
-            [[*row[name], *[value] * (width - len(row[name]))] for row in part], device=device
-        )
-        ids, labels = fill("input_ids", pad_id), fill("labels", IGNORE)
+        ids = _padded(part, "input_ids", pad_id, width, device)
+        labels = _padded(part, "labels", IGNORE, width, device)
         mask = torch.tensor(
             [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in part],
             device=device,
@@ -287,8 +306,16 @@ def score_tokens(
     return scores
 
 
+def _padded(
+    rows: Sequence[dict[str, Sequence[int]]], name: str, value: int, width: int, device: torch.device
+) -> Tensor:
+    """Long[rows, width]: one column of the rows, filled up with `value`."""
+    return torch.tensor([[*row[name], *[value] * (width - len(row[name]))] for row in rows], device=device)
+
+
 def bin_tokens(scores: Sequence[np.ndarray], num_groups: int) -> tuple[list[list[int]], list[float]]:
-    """(groups per row, G-1 edges): equal shares of all scores; group 0 is the least tied to the auxiliary prompt.
+    """(groups per row, G-1 edges): equal shares of all scores; group 0 is the least tied to the auxiliary
+    prompt.
 
     Raises: UserError when there are too few distinct scores to fill the groups.
     """
@@ -297,7 +324,8 @@ def bin_tokens(scores: Sequence[np.ndarray], num_groups: int) -> tuple[list[list
     flat = np.concatenate(list(scores)) if len(scores) else np.zeros(0)
     if len(np.unique(flat)) < num_groups:
         raise UserError(
-            f"num_groups = {num_groups}: the {len(flat)} scores have only {len(np.unique(flat))} distinct values",
+            f"num_groups = {num_groups}: the {len(flat)} scores have only {len(np.unique(flat))} distinct "
+            "values",
             "use fewer groups",
         )
     edges = bin_edges(flat, num_groups, "quantile")

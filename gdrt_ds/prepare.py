@@ -1,6 +1,7 @@
 """Fills what a training job would wait for: model conversion, tokenised data, relevance cache.
 
-    python -m gdrt_ds.prepare --config configs/x.yaml [key.sub=value ...]      also under torchrun, srun, deepspeed
+    python -m gdrt_ds.prepare --config configs/x.yaml [key.sub=value ...]      also under torchrun, srun,
+    deepspeed
 
 The run folder is left ready for `train.py ... resume=auto`, which finds the relevance table in its cache.
 """

@@ -2,8 +2,9 @@
 
     python -m gdrt_ds.quickstart [--dir runs] [--steps N] [--skip-planted] [--ranks N]
 
-Two parts: the planted-shortcut corpus, where the truth is known and the effect is visible in a minute, then a real small
-language model on real data with a fixed token budget. Every command that runs is printed: it is what a user would type.
+Two parts: the planted-shortcut corpus, where the truth is known and the effect is visible in a minute,
+then a real small language model on real data with a fixed token budget. Every command that runs is
+printed: it is what a user would type.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def ranks_here() -> int:
 
 
 def run(command: list[str], log: Path) -> float:
-    """Runs one command, its output shown and kept; returns seconds. Raises: UserError naming the log when it fails."""
+    """Runs one command, its output shown and kept; returns seconds. Raises.
+
+    UserError naming the log when it fails.
+    """
     shown = " ".join("python" if part == sys.executable else str(part) for part in command)
     print(f"\n$ {shown}", flush=True)
     started = time.time()
@@ -153,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(f"quickstart: {time.time() - started:.0f} s in all, installation not counted")
         print(
-            f"look at: {base}/quickstart-comparison/compare.html, {base}/planted-comparison/compare.html, {base}/quickstart-gdrt-eval/report.html"
+            f"look at: {base}/quickstart-comparison/compare.html, {base}/planted-comparison/compare.html, "
+            f"{base}/quickstart-gdrt-eval/report.html"
         )
         print('next: your own data, see README, section "Your own data"')
         (base / "quickstart.json").write_text(json.dumps(seconds, indent=1), encoding="utf-8")

@@ -1,7 +1,8 @@
 """Recommends from a run folder: the K most probable titles of the catalogue for a history, with exact scores.
 
     python -m gdrt_ds.recommend --run RUN_DIR --history "Toy Story (1995); Heat (1995)" [--k 10] [--json]
-    python -m gdrt_ds.recommend --run RUN_DIR --file histories.txt      (one history per line, titles separated by `;`)
+    python -m gdrt_ds.recommend --run RUN_DIR --file histories.txt      (one history per line, titles
+    separated by `;`)
 Titles are separated by `; `. A title that the catalogue does not have is used as text, and announced.
 """
 
@@ -18,7 +19,9 @@ SEPARATOR = ";"
 
 
 def parse_history(text: str, known: set[str]) -> list[str]:
-    """Titles of one line. A catalogue title that holds the separator itself is kept whole (the longest match wins)."""
+    """Titles of one line. A catalogue title that holds the separator itself is kept whole (the longest match
+    wins).
+    """
     parts, titles, start = [part.strip() for part in text.split(SEPARATOR)], [], 0
     while start < len(parts):
         for stop in range(len(parts), start, -1):
@@ -74,7 +77,8 @@ def recommend(
         recommender: of `gdrt_ds.inference.recommender.open_run`.
         histories: titles, oldest first.
     Returns:
-        per history the k best {"rank", "item_id", "title", "log_prob", "probability"}; k larger than the catalogue gives all.
+        per history the k best {"rank", "item_id", "title", "log_prob", "probability"}; k larger than the
+        catalogue gives all.
     """
     from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 

@@ -1,6 +1,7 @@
 """Finds the parts of a room by its folder: a new reader, objective, metric or audit is one new file there.
 
-A room is a package. Each public module in it is one part and binds one agreed name, e.g. `OBJECTIVE` or `READER`.
+A room is a package. Each public module in it is one part and binds one agreed name, e.g. `OBJECTIVE` or
+`READER`.
 Modules whose name starts with an underscore, and those named `base`, hold what the parts share.
 """
 
@@ -19,7 +20,10 @@ SHARED = ("base",)
 
 @functools.cache
 def part_names(package: str) -> tuple[str, ...]:
-    """Names of a room's modules in alphabetical order. Imports none of them, so settings can be checked cheaply."""
+    """Names of a room's modules in alphabetical order.
+
+    Imports none of them, so settings can be checked cheaply.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError(f"{package} is not a package")

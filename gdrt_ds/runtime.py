@@ -1,9 +1,11 @@
 """Ranks, launchers, signals and time-outs: what a process is in its job, and how it leaves it.
 
-`start_runtime` understands `deepspeed`, `torchrun`, `srun` and plain `python`; `report_user_errors` turns a UserError into
-one clear message and exit status 2; `Watchdog` ends a job whose ranks stopped moving, with the stacks of every rank.
-Exit statuses: 0 finished, 1 a bug, 2 the user's mistake (NaN and out of memory too: a setting has to change), 70 hung or dead peer, 74 no space
-for what has to be written, 75 interrupted after a checkpoint (please requeue).
+`start_runtime` understands `deepspeed`, `torchrun`, `srun` and plain `python`; `report_user_errors` turns
+a UserError into one clear message and exit status 2; `Watchdog` ends a job whose ranks stopped moving,
+with the stacks of every rank.
+Exit statuses: 0 finished, 1 a bug, 2 the user's mistake (NaN and out of memory too: a setting has to
+change), 70 hung or dead peer, 74 no space for what has to be written, 75 interrupted after a checkpoint
+(please requeue).
 """
 
 from __future__ import annotations
@@ -54,7 +56,10 @@ LOST_PEER = (
 
 @dataclass
 class Runtime:
-    """One process of the job. `life` is the restart count of the job (fencing); `threads` are this rank's CPU threads."""
+    """One process of the job. `life` is the restart count of the job (fencing).
+
+    `threads` are this rank's CPU threads.
+    """
 
     rank: int = 0
     local_rank: int = 0
@@ -112,7 +117,10 @@ def _claim_cpu_threads(local_world: int) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keeps the log readable: libraries' warnings about each other's deprecated calls, and their progress bars, say nothing to a user."""
+    """Keeps the log readable.
+
+    Libraries' warnings about each other's deprecated calls, and their progress bars, say nothing to a user.
+    """
     for library in ("torch.distributed", "deepspeed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -125,7 +133,10 @@ def quiet_libraries() -> None:
 
 
 def single_process_runtime() -> Runtime:
-    """The runtime of a command that no launcher started: this process, the first GPU or the CPU, no process group."""
+    """The runtime of a command that no launcher started.
+
+    This process, the first GPU or the CPU, no process group.
+    """
     quiet_libraries()
     return Runtime(device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
@@ -171,7 +182,8 @@ def start_runtime(timeout_s: int = 600) -> Runtime:
         raise UserError(
             f"rank {runtime.rank} of {runtime.world} could not join the process group at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}",
-            "check MASTER_ADDR and MASTER_PORT; two jobs on one machine need a port each (`deepspeed --master_port N`, "
+            "check MASTER_ADDR and MASTER_PORT; two jobs on one machine need a port each (`deepspeed "
+            "--master_port N`, "
             "`torchrun --master_port N`); on several interfaces set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME",
         ) from None
     catch_stop_signals(runtime)
@@ -179,14 +191,17 @@ def start_runtime(timeout_s: int = 600) -> Runtime:
 
 
 def unname_shared_memory(rank: int, world: int) -> None:
-    """DeepSpeed's CPU ranks share 66 MiB each by names in /dev/shm that nobody removes: a few hundred runs would fill the memory.
+    """DeepSpeed's CPU ranks share 66 MiB each by names in /dev/shm that nobody removes: a few hundred runs
+    would fill the memory.
 
-    When every rank has joined, every rank has mapped them all: the names can go, and the memory ends with the processes, however they end.
+    When every rank has joined, every rank has mapped them all: the names can go, and the memory ends with
+    the processes, however they end.
     Every rank calls it.
     """
     if world > 1:
         dist.barrier()
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank}"
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
     with contextlib.suppress(OSError):  # ranks on several nodes have none
         (Path("/dev/shm") / name).unlink()
 
@@ -197,8 +212,10 @@ STALE_LOCK_S = 900
 def own_build_folder() -> None:
     """DeepSpeed's small CPU extension is built once per environment, not once for all.
 
-    torch keeps one folder per user: two environments then rebuild it in turns, and all ranks of both wait for each other's compiler. A build
-    that was killed leaves its lock behind, for which every later start would wait forever: an old lock is removed.
+    torch keeps one folder per user: two environments then rebuild it in turns, and all ranks of both wait
+    for each other's compiler. A build
+    that was killed leaves its lock behind, for which every later start would wait forever: an old lock is
+    removed.
     """
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         key = hashlib.sha256(
@@ -222,7 +239,10 @@ def free_port() -> int:
 
 
 def catch_stop_signals(runtime: Runtime) -> None:
-    """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint at the next step boundary; the second Ctrl-C ends at once."""
+    """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint at the next step boundary.
+
+    The second Ctrl-C ends at once.
+    """
 
     def handler(number, frame):
         if number == signal.SIGINT and runtime.stop_signal == signal.SIGINT:
@@ -235,15 +255,20 @@ def catch_stop_signals(runtime: Runtime) -> None:
 
 
 def ignore_stop_signals() -> None:
-    """When a rank has done its work: at exit Python puts the default actions back, and a late signal would turn success into a death."""
+    """When a rank has done its work.
+
+    At exit Python puts the default actions back, and a late signal would turn success into a death.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Watchdog:
-    """Ends this rank when no `beat` came for `timeout_s`: stacks of all its threads go to `folder/stacks_rank_K.txt`.
+    """Ends this rank when no `beat` came for `timeout_s`: stacks of all its threads go to
+    `folder/stacks_rank_K.txt`.
 
-    Collectives have the same time-out; the watchdog covers what hangs elsewhere (a stopped peer, a dead file system).
+    Collectives have the same time-out; the watchdog covers what hangs elsewhere (a stopped peer, a dead
+    file system).
     """
 
     def __init__(self, runtime: Runtime, folder: Path, timeout_s: int):
@@ -255,7 +280,7 @@ class Watchdog:
         self._last, self._done = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
-    def __enter__(self) -> "Watchdog":
+    def __enter__(self) -> Watchdog:
         self._thread.start()
         return self
 
@@ -278,7 +303,10 @@ class Watchdog:
         while not self._done.wait(min(1.0, self.timeout_s / 4)):
             silent = time.monotonic() - self._last
             if silent > self.timeout_s:
-                reason = f"no step finished for {silent:.0f} s (train.timeout_s={self.timeout_s}): a peer is dead or hung"
+                reason = (
+                    f"no step finished for {silent:.0f} s (train.timeout_s={self.timeout_s}): a peer is "
+                    "dead or hung"
+                )
                 with contextlib.suppress(OSError):
                     self.dump(reason)
                 print(
@@ -292,7 +320,8 @@ class Watchdog:
 def explain(
     error: BaseException, memory_fix: str = "a smaller batch, shorter prompts or more ranks need less"
 ) -> UserError | None:
-    """The failures of a machine in words: out of memory, a dead or hung peer, a full disk. None for anything else.
+    """The failures of a machine in words: out of memory, a dead or hung peer, a full disk. None for
+    anything else.
 
     Args:
         memory_fix: what a user of this command can change when memory runs out.
@@ -307,7 +336,8 @@ def explain(
         and any(w in text for w in OUT_OF_MEMORY)
     ):
         return UserError(
-            f"out of memory on {'the GPU' if isinstance(error, torch.OutOfMemoryError) else 'the host'} ({first})",
+            f"out of memory on {'the GPU' if isinstance(error, torch.OutOfMemoryError) else 'the host'} "
+            f"({first})",
             memory_fix,
         )
     if isinstance(error, OSError) and error.errno in (
@@ -336,8 +366,10 @@ def explain(
 
 @contextlib.contextmanager
 def report_user_errors(**fixes: str):
-    """Around a command's main: a UserError, or a failure that `explain(error, **fixes)` has words for, becomes `error: ...` and its exit
-    status, on every rank, without a traceback. Anything else is a bug: a traceback and status 1, at once, so that no peer waits for this rank."""
+    """Around a command's main: a UserError, or a failure that `explain(error, **fixes)` has words for,
+    becomes `error: ...` and its exit status, on every rank, without a traceback. Anything else is a bug: a
+    traceback and status 1, at once, so that no peer waits for this rank.
+    """
     try:
         yield
     except KeyboardInterrupt:

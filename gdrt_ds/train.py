@@ -1,7 +1,8 @@
-"""Trains one run:  deepspeed gdrt_ds/train.py --config configs/x.yaml [--deepspeed_config ds_configs/y.json] [key.sub=value ...]
+"""Trains one run:  deepspeed gdrt_ds/train.py --config configs/x.yaml [--deepspeed_config
+ds_configs/y.json] [key.sub=value ...]
 
-Also under torchrun, srun and plain python (one rank). --plan prints the resolved config, the batch arithmetic and a memory estimate
-per rank, and exits.
+Also under torchrun, srun and plain python (one rank). --plan prints the resolved config, the batch
+arithmetic and a memory estimate per rank, and exits.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-# `deepspeed gdrt_ds/train.py` puts gdrt_ds/ first on sys.path; its modules are imported through the package only.
+# `deepspeed gdrt_ds/train.py` puts gdrt_ds/ first on sys.path; its modules are imported through the package
+# only.
 _here = Path(__file__).resolve().parent
 sys.path[:] = [str(_here.parent), *(p for p in sys.path if p and Path(p).resolve() != _here)]
 
@@ -20,8 +22,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists(
 
 
 MEMORY_FIX = (
-    "set train.micro_batch lower (accumulation keeps train.global_batch, and losses do not change), model.gradient_checkpointing=true, "
-    "prompt.max_length lower, more ranks (ZeRO-3 shards the base), or --deepspeed_config ds_configs/zero3_offload.json; --plan predicts the peak"
+    "set train.micro_batch lower (accumulation keeps train.global_batch, and losses do not change), "
+    "model.gradient_checkpointing=true, "
+    "prompt.max_length lower, more ranks (ZeRO-3 shards the base), or --deepspeed_config "
+    "ds_configs/zero3_offload.json; --plan predicts the peak"
 )
 
 
@@ -80,4 +84,7 @@ if __name__ == "__main__":
     sys.stderr.flush()
     os._exit(
         code
-    )  # all is written and closed; a rank that was done has been seen to abort (status 134) in what Python tears down at exit
+        # All is written and closed; a rank that was done has been seen to abort (status 134) in what Python
+        # tears
+        # down at exit
+    )

@@ -1,6 +1,8 @@
-"""Chains of jobs for submit.py: `check` the request, `build` the jobs, `show` or `submit` them. Slurm's own commands do the work.
+"""Chains of jobs for submit.py: `check` the request, `build` the jobs, `show` or `submit` them. Slurm's
+own commands do the work.
 
-A chain is kept as FOLDER/logs/slurm/chain.json (FOLDER = run.dir) or INTO/chain.json (a grid), for `submit.py --status`.
+A chain is kept as FOLDER/logs/slurm/chain.json (FOLDER = run.dir) or INTO/chain.json (a grid), for
+`submit.py --status`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ HOME = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Job:
-    """One job of a chain. `after` names jobs of the chain that must succeed first; `relation` is Slurm's word for that."""
+    """One job of a chain. `after` names jobs of the chain that must succeed first.
+
+    `relation` is Slurm's word for that.
+    """
 
     name: str
     script: str
@@ -93,7 +98,8 @@ def ranks_per_node(args: argparse.Namespace) -> int:
     gpus = gpus_per_node(args)
     if gpus and args.ntasks_per_node and args.ntasks_per_node != gpus:
         raise UserError(
-            f"--ntasks-per-node {args.ntasks_per_node} with {gpus} GPUs per node: one rank per GPU is what runs",
+            f"--ntasks-per-node {args.ntasks_per_node} with {gpus} GPUs per node: one rank per GPU is what "
+            "runs",
             "leave --ntasks-per-node out",
         )
     return gpus or args.ntasks_per_node or 1
@@ -103,7 +109,8 @@ def check(args: argparse.Namespace) -> None:
     """Refuses what a job would fail on, before anything waits in a queue.
 
     Raises:
-        UserError: settings, run folder, partition, number of ranks, environment; or a chain of this run that still lives.
+        UserError: settings, run folder, partition, number of ranks, environment; or a chain of this run
+        that still lives.
     """
     if getattr(args, "study", None):
         raise UserError(
@@ -114,7 +121,8 @@ def check(args: argparse.Namespace) -> None:
     world = args.nodes * ranks_per_node(args)
     if config.train.global_batch < world:
         raise UserError(
-            f"{args.nodes} node(s) x {ranks_per_node(args)} = {world} ranks, but train.global_batch = {config.train.global_batch}",
+            f"{args.nodes} node(s) x {ranks_per_node(args)} = {world} ranks, but train.global_batch = "
+            f"{config.train.global_batch}",
             f"use at most {config.train.global_batch} ranks, or set train.global_batch to at least {world}",
         )
     for name in ("GDRT_VENV", "GDRT_SETUP"):
@@ -334,7 +342,8 @@ def refuse_second(record: Path) -> None:
         ]
         if living:
             raise UserError(
-                f"{record.parent} belongs to a chain that still lives: job {job.id} ({job.name}) is {living[0]['JobState'].lower()}",
+                f"{record.parent} belongs to a chain that still lives: job {job.id} ({job.name}) is "
+                f"{living[0]['JobState'].lower()}",
                 f"wait, or scancel {' '.join(j.id for j in load(record).jobs)}, or choose another run.dir",
             )
 

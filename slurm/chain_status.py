@@ -1,4 +1,7 @@
-"""Where a chain is, in words: `submit.py --status`. Sources: scontrol for jobs Slurm remembers, sacct for older ones, the run folder for why."""
+"""Where a chain is, in words: `submit.py --status`. Sources.
+
+Scontrol for jobs Slurm remembers, sacct for older ones, the run folder for why.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +142,10 @@ def one(chain: Chain, job: Job, record: dict[str, str], kinds: dict[str, str]) -
             return f"waits for {' and '.join(job.after)}"
         return WAITING.get(reason, f"waits ({reason})").format(id=job.id) + lives
     if state in ALIVE:
-        return f"{'ends' if state == 'COMPLETING' else 'runs'} on {record.get('NodeList')} since {record.get('RunTime')}{lives}{progress(chain, job)}"
+        return (
+            f"{'ends' if state == 'COMPLETING' else 'runs'} on {record.get('NodeList')} since "
+            f"{record.get('RunTime')}{lives}{progress(chain, job)}"
+        )
     if state in GOOD:
         return f"succeeded in {record.get('RunTime')}{lives}"
     if state == "FORGOTTEN":

@@ -1,12 +1,14 @@
 """The grid of a sweep: objectives x seeds x temperatures, each a run with a name.
 
-    python slurm/grid.py --objectives sft,gdrt --seeds 0,1 --taus 0.5,1 [--into runs/sweep]     lists it, numbered
-    python slurm/grid.py --index 3 ... -- --config configs/x.yaml key=value                    the arguments of run 3, quoted for a shell
-    python slurm/grid.py --study configs/studies/x.yaml [--into DIR] [--index 3]                the cells of a study file (gdrt_ds/studies/grid.py)
+    python slurm/grid.py --objectives sft,gdrt --seeds 0,1 --taus 0.5,1 [--into runs/sweep]     lists it,
+    numbered python slurm/grid.py --index 3 ... -- --config configs/x.yaml key=value                    the
+    arguments of run 3, quoted for a shell python slurm/grid.py --study configs/studies/x.yaml [--into DIR]
+    [--index 3]                the cells of a study file (gdrt_ds/studies/grid.py)
 
-Objectives without a temperature appear once per seed. A study's run folders lie where `python -m gdrt_ds.study FILE --dir INTO` looks for
-them: that command evaluates what the array has trained and writes the page. Cells that read another cell's run folder ({run:ROW})
-belong into a second array.
+Objectives without a temperature appear once per seed. A study's run folders lie where `python -m
+gdrt_ds.study FILE --dir INTO` looks for
+them: that command evaluates what the array has trained and writes the page. Cells that read another cell's
+run folder ({run:ROW}) belong into a second array.
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gdrt_ds.errors import UserError  # noqa: E402
-from gdrt_ds.studies.grid import Cell, cells_of, load_study  # noqa: E402
+from gdrt_ds.errors import UserError
+from gdrt_ds.studies.grid import Cell, cells_of, load_study
 
 WITH_TAU = ("gdrt", "gdrt+msl")
 
 
 def grid(objectives: list[str], seeds: list[str], taus: list[str]) -> list[Cell]:
-    """Cells in the order of the lists. The trainer checks the names. Raises UserError for a value that is not a number."""
+    """Cells in the order of the lists. The trainer checks the names.
+
+    Raises UserError for a value that is not a number.
+    """
     cells = []
     for objective in objectives or [""]:  # empty: the config's objective
         for tau in taus if objective in WITH_TAU or not objective else [""]:
@@ -82,7 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def write_list(into: Path, cells: list[Cell]) -> Path:
-    """INTO/runs.txt, one run folder per line; every array task writes the same content, so they replace it atomically."""
+    """INTO/runs.txt, one run folder per line.
+
+    Every array task writes the same content, so they replace it atomically.
+    """
     into.mkdir(parents=True, exist_ok=True)
     temporary = into / f".runs.{os.uname().nodename}.{os.getpid()}"
     temporary.write_text("".join(f"{into / cell.name}\n" for cell in cells), encoding="utf-8")

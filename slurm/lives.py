@@ -1,12 +1,15 @@
-"""The lives of a run that is requeued: gdrt.sh asks `begin` before it starts the ranks and `end` after they ended.
+"""The lives of a run that is requeued: gdrt.sh asks `begin` before it starts the ranks and `end` after
+they ended.
 `look` only checks settings and run folder (prepare.sh).
 
     python slurm/lives.py begin --job 12 --restart 0 -- --config configs/x.yaml run.dir=runs/x
     python slurm/lives.py look -- --config configs/x.yaml run.dir=runs/x
     python slurm/lives.py end --job 12 --restart 0 --run-dir runs/x --code 75 --state RUNNING --reason None
 
-What happened is explained on stderr and kept in RUN/logs/slurm/lives.jsonl; the answer on stdout is shell assignments:
-VERDICT = start | finished (begin, look), done | requeue | hold | stop (end). Exit status 2: the user's mistake, 1: no more lives.
+What happened is explained on stderr and kept in RUN/logs/slurm/lives.jsonl; the answer on stdout is shell
+assignments:
+VERDICT = start | finished (begin, look), done | requeue | hold | stop (end). Exit status 2: the user's
+mistake, 1: no more lives.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gdrt_ds.config import load_config  # noqa: E402
-from gdrt_ds.errors import UserError  # noqa: E402
+from gdrt_ds.config import load_config
+from gdrt_ds.errors import UserError
 
 USER_ERROR, STORAGE_ERROR, INTERRUPTED = 2, 74, 75
 SIGNALS = {
@@ -93,15 +96,20 @@ def limit(name: str, default: int) -> int:
 
 
 def refusal(lives: Lives, restart: int, step: int) -> str | None:
-    """Why there may be no further life, in words, or None. `restart` counts the requeues that another life would have made."""
+    """Why there may be no further life, in words, or None.
+
+    `restart` counts the requeues that another life would have made.
+    """
     most, stalled_most = limit("GDRT_MAX_REQUEUES", 20), limit("GDRT_MAX_STALLED", 2)
     if restart > most:
         return f"{most} requeues are used up (GDRT_MAX_REQUEUES); submit again to go on from step {step}"
     stalled = lives.stalled(step)
     if stalled >= stalled_most:
         return (
-            f"no progress: {stalled} lives in a row ended without a checkpoint newer than step {step} (GDRT_MAX_STALLED={stalled_most}). "
-            f"Look at {lives.path.parent.parent}; if only time is short, lower train.save_every or ask for more --time"
+            f"no progress: {stalled} lives in a row ended without a checkpoint newer than step {step} "
+            f"(GDRT_MAX_STALLED={stalled_most}). "
+            f"Look at {lives.path.parent.parent}; if only time is short, lower train.save_every or ask for "
+            "more --time"
         )
     return None
 
@@ -115,7 +123,8 @@ def look(args: argparse.Namespace) -> dict:
     run_dir = Path(config.run.dir).absolute()
     if config.run.overwrite:
         raise UserError(
-            "run.overwrite = true in a job that requeues itself: every life would empty what the one before saved",
+            "run.overwrite = true in a job that requeues itself: every life would empty what the one before "
+            "saved",
             f"remove {run_dir} yourself, or choose another run.dir",
         )
     try:
@@ -168,7 +177,10 @@ def begin(args: argparse.Namespace) -> dict:
 
 
 def first_failure(logs: Path) -> tuple[int, str] | None:
-    """(exit status, description) of the rank that ended first with an error: its peers' errors follow from it."""
+    """(exit status, description) of the rank that ended first with an error.
+
+    Its peers' errors follow from it.
+    """
     ended = []
     for path in logs.glob("rank_*.exit"):
         words = path.read_text().split()
@@ -192,7 +204,9 @@ def end(args: argparse.Namespace) -> dict:
     newer = max((event["restart"] for event in lives.events("begin")), default=0)
     if (
         newer > args.restart
-    ):  # this script was cut off and woke up: it must neither requeue the job that goes on nor speak for the run
+        # This script was cut off and woke up: it must neither requeue the job that goes on nor speak for the
+        # run
+    ):
         say(f"life {args.restart} is over: life {newer} of this job goes on with {run_dir}")
         return {"VERDICT": "stop", "CODE": 1}
     if status == "completed":
@@ -210,12 +224,14 @@ def end(args: argparse.Namespace) -> dict:
         verdict, code, text = (
             "stop",
             1,
-            f"the job was ended from outside ({args.state}); checkpoint step {step} is safe, submit again to go on",
+            f"the job was ended from outside ({args.state}); checkpoint step {step} is safe, submit again "
+            "to go on",
         )
     elif code == USER_ERROR:
         verdict, text = (
             "stop",
-            f"{what}: a setting has to be mended, so there is no requeue; the message is in {logs}/rank_0.log",
+            f"{what}: a setting has to be mended, so there is no requeue; the message is in "
+            f"{logs}/rank_0.log",
         )
     else:
         reason = refusal(lives, args.restart + 1, step)

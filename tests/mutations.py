@@ -2,8 +2,9 @@
 
     python tests/mutations.py [--only WORD] [--list]
 
-The changed source is planted by an import hook in a forked process, the files stay as they are. The eleven known Group DRO errors run on
-real ranks (tests/distributed/named_errors.py); the others run the unit tests of their file. Exit status 1 if a mutant survives.
+The changed source is planted by an import hook in a forked process, the files stay as they are. The eleven
+known Group DRO errors run on real ranks (tests/distributed/named_errors.py); the others run the unit tests
+of their file. Exit status 1 if a mutant survives.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass(frozen=True)
 class Mutation:
-    """What is planted and which test must fail. `test`: a function of test_named_errors.py, or `file.py::function` for a unit test."""
+    """What is planted and which test must fail. `test`.
+
+    A function of test_named_errors.py, or `file.py::function` for a unit test.
+    """
 
     what: str
     test: str
@@ -75,7 +79,8 @@ MUTATIONS = [
         (
             (
                 "dro/state.py",
-                "self.ema_weight = torch.where(present, (1 - rate) * self.ema_weight + rate, self.ema_weight)",
+                "self.ema_weight = torch.where(present, (1 - rate) * self.ema_weight + rate, "
+                "self.ema_weight)",
                 "self.ema_weight = (1 - rate) * self.ema_weight + rate",
             ),
         ),
@@ -345,7 +350,10 @@ class Planter(importlib.abc.MetaPathFinder):
 
 
 def lost_places(mutations=MUTATIONS) -> list[str]:
-    """Mutations whose old text does not occur exactly once, or that leave no valid Python: the code moved on and they would plant nothing."""
+    """Mutations whose old text does not occur exactly once, or that leave no valid Python.
+
+    The code moved on and they would plant nothing.
+    """
     lost = []
     for mutation in mutations:
         sources = {
@@ -447,7 +455,6 @@ def main() -> int:
     if lost_places(chosen):
         print("these mutations no longer find their place in the source:\n" + "\n".join(lost_places(chosen)))
         return 1
-    import bitsandbytes  # noqa: E401, F401 once, before the forks
 
     print("| planted error | test | result | s |\n|---|---|---|---|", flush=True)
     survivors, tests = 0, {}
@@ -469,7 +476,8 @@ def main() -> int:
                 result = "killed"
             survivors += result != "killed"
             print(
-                f"| {mutation.what} | `{mutation.test.split('::')[-1]}` | {result} | {time.perf_counter() - started:.0f} |",
+                f"| {mutation.what} | `{mutation.test.split('::')[-1]}` | {result} | "
+                f"{time.perf_counter() - started:.0f} |",
                 flush=True,
             )
     print(f"\n{len(chosen)} planted, {len(chosen) - survivors} killed, {survivors} not")

@@ -1,4 +1,7 @@
-"""A run config is checked before anything is loaded: unknown keys get the nearest name, values their range, and the dump reloads."""
+"""A run config is checked before anything is loaded.
+
+Unknown keys get the nearest name, values their range, and the dump reloads.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +148,10 @@ def test_every_shipped_config_is_valid(path):
 
 
 def test_no_module_shadows_an_installed_package():
-    """`deepspeed gdrt_ds/train.py` puts gdrt_ds/ first on sys.path: `gdrt_ds/datasets.py` would hide the package datasets."""
+    """`deepspeed gdrt_ds/train.py` puts gdrt_ds/ first on sys.path.
+
+    `gdrt_ds/datasets.py` would hide the package datasets.
+    """
     import sys
 
     mine = {

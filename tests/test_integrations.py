@@ -1,4 +1,7 @@
-"""GroupDroLoss in a real transformers.Trainer and SFTTrainer: the exact objective, in sync over ranks, and SFT in its limit."""
+"""GroupDroLoss in a real transformers.Trainer and SFTTrainer.
+
+The exact objective, in sync over ranks, and SFT in its limit.
+"""
 
 from __future__ import annotations
 

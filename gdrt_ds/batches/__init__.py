@@ -1,4 +1,7 @@
-"""From tokenised samples to the micro-batches of a step: which samples (`plan`), as which tensors (`layout`), seen how (`tree_attention`)."""
+"""From tokenised samples to the micro-batches of a step.
+
+Which samples (`plan`), as which tensors (`layout`), seen how (`tree_attention`).
+"""
 
 from gdrt_ds.batches.layout import MicroBatch, build_micro_batch
 from gdrt_ds.batches.plan import BatchPlan

@@ -1,4 +1,5 @@
-"""Lays the samples of a micro-batch out as tensors: padded rows, or one packed row in which samples may share the prompt's start.
+"""Lays the samples of a micro-batch out as tensors: padded rows, or one packed row in which samples may
+share the prompt's start.
 
 Shapes: B samples, T positions, N supervised tokens.
 """
@@ -24,7 +25,8 @@ class MicroBatch:
         inputs: keyword arguments of the backbone (input_ids [B, T], masks or layout, positions).
         supervised: Long[N] positions in the flattened [B*T] hidden states that predict a target token.
         labels: Long[N] the target tokens.
-        token_index: Long[N] index of the target token in the split's flat target array (`TokenStore.target_offsets`).
+        token_index: Long[N] index of the target token in the split's flat target array
+        (`TokenStore.target_offsets`).
         num_tokens: tokens computed that are not padding.
     """
 
@@ -35,8 +37,10 @@ class MicroBatch:
     samples: np.ndarray
     num_tokens: int
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        move = lambda value: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    def to(self, device: torch.device) -> MicroBatch:
+        def move(value):
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
         return MicroBatch(
             {k: move(v) for k, v in self.inputs.items()},
             move(self.supervised),
@@ -62,7 +66,8 @@ def build_micro_batch(
     """Lays samples out in the chosen packing. An empty slot becomes one dummy token with nothing supervised,
     so that every rank runs the same collectives.
 
-    The position before a token predicts it: inputs are a sample's tokens 0 .. T-2, labels its last num_target tokens.
+    The position before a token predicts it: inputs are a sample's tokens 0 .. T-2, labels its last
+    num_target tokens.
     """
     rows = [row[:-1] for row in _rows(store, samples)]
     targets = [
@@ -80,8 +85,10 @@ def build_micro_batch(
     bodies = [len(row) - shared for row in rows]
     if any(len(target) > body for target, body in zip(targets, bodies)):
         raise UserError(
-            f"the shared head of {shared} tokens holds a position that predicts a target token, and each sample needs its own",
-            "give the prompt template some text after the history (after_history), or set train.packing=packed",
+            f"the shared head of {shared} tokens holds a position that predicts a target token, and each "
+            "sample needs its own",
+            "give the prompt template some text after the history (after_history), or set "
+            "train.packing=packed",
         )
     if packing == "none":
         width = max(len(row) for row in rows)

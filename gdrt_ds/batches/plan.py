@@ -1,8 +1,8 @@
 """Deterministic global batches, balanced over ranks by length.
 
-The sample stream is the concatenation of seeded permutations of the training set; optimizer step k takes positions
-k*B .. (k+1)*B - 1. The content of a step depends on (seed, step) alone, never on ranks, accumulation or packing. So the
-position in the data *is* the step number, and resuming needs nothing else.
+The sample stream is the concatenation of seeded permutations of the training set; optimizer step k takes
+positions k*B .. (k+1)*B - 1. The content of a step depends on (seed, step) alone, never on ranks,
+accumulation or packing. So the position in the data *is* the step number, and resuming needs nothing else.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Attention over token trees: packing, shared prompt heads and catalogue tries are one idea.
 
-Tokens stand in depth-first order and every token knows the exclusive `end` of its subtree; query q may see key k iff
+Tokens stand in depth-first order and every token knows the exclusive `end` of its subtree; query q may see
+key k iff
 `k <= q < end[k]` (and, in a sliding-window layer, their positions differ by less than the window).
   packing:        every token of a sample ends where the sample ends
   shared head:    the head's tokens end with the row, so every sample sees them; they are computed once
@@ -8,8 +9,8 @@ Tokens stand in depth-first order and every token knows the exclusive `end` of i
   padding:        end[i] = i + 1, the token sees only itself
 
 Two executions of the same rule: `tree_mask` (a dense boolean mask, for evaluation and as the reference) and
-`tree_attention`, an attention function registered with transformers as "gdrt_tree", which never builds the dense mask:
-on CPU one scaled_dot_product_attention per sample, on CUDA one FlexAttention call.
+`tree_attention`, an attention function registered with transformers as "gdrt_tree", which never builds the
+dense mask: on CPU one scaled_dot_product_attention per sample, on CUDA one FlexAttention call.
 
 Shapes: T tokens of a packed row, A query heads, K key heads, D head size.
 """
@@ -69,7 +70,7 @@ class TreeLayout:
     positions: Tensor
 
     @classmethod
-    def build(cls, lengths: list[int], head: int = 0, device: torch.device | str = "cpu") -> "TreeLayout":
+    def build(cls, lengths: list[int], head: int = 0, device: torch.device | str = "cpu") -> TreeLayout:
         total = head + sum(lengths)
         end = torch.full((total,), total, dtype=torch.long)
         positions = torch.arange(total, dtype=torch.long)
@@ -101,7 +102,8 @@ def _segments(
 ) -> Tensor:
     """[1, A, T, D] -> [1, A, T, D], one call per sample; work is linear in the number of samples.
 
-    Rows are cut by `split`, whose backward is one concatenation: a slice per sample would fill and add a whole row's gradient each.
+    Rows are cut by `split`, whose backward is one concatenation: a slice per sample would fill and add a
+    whole row's gradient each.
     """
     options = dict(dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     head, sizes = layout.head, ([layout.head] if layout.head else []) + list(layout.lengths)
@@ -175,7 +177,8 @@ def tree_attention(
     softcap: float | None = None,
     **kwargs,
 ):
-    """The attention function that transformers calls. Without a layout (evaluation, padded batches) it is SDPA.
+    """The attention function that transformers calls. Without a layout (evaluation, padded batches) it is
+    SDPA.
 
     query [B, A, T, D], key and value [B, K, T, D] -> [B, T, A, D].
     """
@@ -201,8 +204,8 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 def packed_inputs(layout: TreeLayout, device: torch.device | str) -> dict:
     """Keyword arguments that carry a layout through a transformers model.
 
-    A four-dimensional mask is passed through untouched by transformers, so that no dense mask is built; the attention
-    function ignores it and follows the layout.
+    A four-dimensional mask is passed through untouched by transformers, so that no dense mask is built;
+    the attention function ignores it and follows the layout.
     """
     return {
         "position_ids": layout.positions[None].to(device),

@@ -1,7 +1,9 @@
-"""The catalogue: items whose titles read the same are one entry; and the token trie over the entries' token sequences.
+"""The catalogue: items whose titles read the same are one entry; and the token trie over the entries'
+token sequences.
 
-`Catalogue.build(corpus)` merges, `catalogue.save(path)` writes catalogue.jsonl of the run folder, `TokenTrie.build(sequences)`
-makes the one trie that the masked-softmax objective, exact scoring and constrained decoding share.
+`Catalogue.build(corpus)` merges, `catalogue.save(path)` writes catalogue.jsonl of the run folder,
+`TokenTrie.build(sequences)` makes the one trie that the masked-softmax objective, exact scoring and
+constrained decoding share.
 Shapes: n trie nodes, E entries.
 """
 
@@ -18,9 +20,11 @@ from gdrt_ds.errors import UserError
 
 @dataclass
 class CatalogueEntry:
-    """One distinct title. `item_id` represents all `merged_ids` (it is the first of them in corpus order); any of them is a hit.
+    """One distinct title. `item_id` represents all `merged_ids` (it is the first of them in corpus order);
+    any of them is a hit.
 
-    `train_count`: train interactions of all merged ids together. `groups`: labels for metrics by item group, e.g. genres.
+    `train_count`: train interactions of all merged ids together. `groups`: labels for metrics by item
+    group, e.g. genres.
     """
 
     item_id: str
@@ -39,8 +43,11 @@ class Catalogue:
         self.index_of = {item: index for index, entry in enumerate(entries) for item in entry.merged_ids}
 
     @classmethod
-    def build(cls, corpus: Corpus) -> "Catalogue":
-        """Merges items with equal titles (entities resolved, white space single; upper and lower case differ)."""
+    def build(cls, corpus: Corpus) -> Catalogue:
+        """Merges items with equal titles (entities resolved, white space single.
+
+        Upper and lower case differ).
+        """
         counts = train_popularity(corpus)
         by_text: dict[str, CatalogueEntry] = {}
         for item in corpus.items.values():
@@ -68,7 +75,8 @@ class Catalogue:
         extra = len(self.index_of) - len(self.entries)
         return (
             [
-                f"{extra} of {len(self.index_of)} items share their title with another and are merged: {len(self)} catalogue entries"
+                f"{extra} of {len(self.index_of)} items share their title with another and are merged: "
+                f"{len(self)} catalogue entries"
             ]
             if extra
             else []
@@ -81,7 +89,7 @@ class Catalogue:
                 stream.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> "Catalogue":
+    def load(cls, path: str | Path) -> Catalogue:
         """Reads what `save` wrote.
 
         Raises:

@@ -1,7 +1,10 @@
-"""The corpus: items with titles and providers, users with attributes, and windows (history -> target) in three splits.
+"""The corpus: items with titles and providers, users with attributes, and windows (history -> target) in
+three splits.
 
-`load_corpus(data)` reads any supported source: an embedded set (`planted`, `ml-100k`), ready-made windows, plain tables,
-MovieLens or Amazon reviews. Nothing is dropped silently: `Corpus.notes` accounts for every row that is not used.
+`load_corpus(data)` reads any supported source: an embedded set (`planted`, `ml-100k`), ready-made windows,
+plain tables,
+MovieLens or Amazon reviews. Nothing is dropped silently: `Corpus.notes` accounts for every row that is not
+used.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from gdrt_ds.config import DataSection
 from gdrt_ds.data.interactions import make_windows
 from gdrt_ds.data.planted import make_planted
 from gdrt_ds.data.readers.amazon_reviews import is_amazon_reviews, read_amazon_reviews
-from gdrt_ds.data.readers.base import BadRows, Item, Sample, Windows, nearest
+from gdrt_ds.data.readers.base import BadRows, Item, Sample, Windows
 from gdrt_ds.data.readers.movielens import is_movielens, read_embedded_ml100k, read_movielens
 from gdrt_ds.data.readers.table import read_table
 from gdrt_ds.data.readers.windows import read_windows
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import UserError, nearest
 
 __all__ = ["Corpus", "Item", "Sample", "load_corpus", "train_popularity"]
 
@@ -34,7 +37,8 @@ class Corpus:
     """Items, users and the windows of each split.
 
     Attributes:
-        name: of the data set; domain: what an item is called in a prompt ("movie", "book", "product", "item").
+        name: of the data set; domain: what an item is called in a prompt ("movie", "book", "product",
+        "item").
         items: item id -> Item, the whole catalogue before duplicate titles are merged.
         splits: "train", "valid", "test" -> samples; `sample_id` is the position in its split.
         users: user id -> attributes; empty where the data has none.
@@ -70,7 +74,8 @@ def load_corpus(data: DataSection) -> Corpus:
     """Reads the data that `data.path` names, cuts histories, splits, samples and checks it.
 
     Raises:
-        UserError: missing file or column, malformed row (file, line, field), item id without title, empty train or test split.
+        UserError: missing file or column, malformed row (file, line, field), item id without title, empty
+        train or test split.
     """
     bad = BadRows(skip=data.on_bad_row == "skip")
     known = ("user", "item", "timestamp", "rating", "title", "provider", "genres")
@@ -135,7 +140,10 @@ def _missing(data: DataSection) -> UserError:
 
 
 def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dict[str, list[Sample]]:
-    """Cuts histories, drops short ones, carves valid where the files have none, samples, numbers. Everything is noted."""
+    """Cuts histories, drops short ones, carves valid where the files have none, samples, numbers.
+
+    Everything is noted.
+    """
     splits = {}
     for name, samples in windows.splits.items():
         kept = [
@@ -147,7 +155,8 @@ def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dic
         long_enough = [s for s in kept if len(s.history) >= data.min_history]
         if len(long_enough) < len(kept):
             notes.append(
-                f"{name}: {len(kept) - len(long_enough)} of {len(kept)} windows have fewer than data.min_history={data.min_history} "
+                f"{name}: {len(kept) - len(long_enough)} of {len(kept)} windows have fewer than "
+                f"data.min_history={data.min_history} "
                 "history items and are left out"
             )
         splits[name] = long_enough
@@ -161,7 +170,8 @@ def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dic
                 len(samples), size=limit, replace=False
             )
             notes.append(
-                f"{name}: a seeded sample of {limit} of {len(samples)} windows (data.limit_{name}, data.sample_seed={data.sample_seed})"
+                f"{name}: a seeded sample of {limit} of {len(samples)} windows (data.limit_{name}, "
+                f"data.sample_seed={data.sample_seed})"
             )
             samples = [samples[i] for i in sorted(chosen.tolist())]
         splits[name] = [replace(sample, sample_id=i) for i, sample in enumerate(samples)]
@@ -171,7 +181,10 @@ def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dic
 def _carve_valid(
     train: list[Sample], data: DataSection, notes: list[str]
 ) -> tuple[list[Sample], list[Sample]]:
-    """The latest windows of train become valid, in the proportion of `split_ratio`; equal times keep the order of the file."""
+    """The latest windows of train become valid, in the proportion of `split_ratio`.
+
+    Equal times keep the order of the file.
+    """
     share = data.split_ratio[1] / max(data.split_ratio[0] + data.split_ratio[1], 1e-12)
     size = round(len(train) * share)
     order = sorted(
@@ -180,7 +193,8 @@ def _carve_valid(
     late = set(order[len(train) - size :])
     if size:
         notes.append(
-            f"valid: the files have none; the latest {size} of {len(train)} train windows serve as valid and are not trained on"
+            f"valid: the files have none; the latest {size} of {len(train)} train windows serve as valid "
+            "and are not trained on"
         )
     return [s for i, s in enumerate(train) if i not in late], [s for i, s in enumerate(train) if i in late]
 
@@ -188,8 +202,9 @@ def _carve_valid(
 def train_popularity(corpus: Corpus) -> Counter[str]:
     """Interactions per item in train, each counted once although sliding windows repeat it.
 
-    Windows of one user are put in time order and stitched where the end of one is the beginning of the next; what remains is
-    the user's sequence, whose elements are counted. Windows sampled with gaps between them give separate pieces.
+    Windows of one user are put in time order and stitched where the end of one is the beginning of the
+    next; what remains is the user's sequence, whose elements are counted. Windows sampled with gaps
+    between them give separate pieces.
     """
     of_user: dict[str, list[Sample]] = defaultdict(list)
     for sample in corpus.splits["train"]:
@@ -206,7 +221,10 @@ def train_popularity(corpus: Corpus) -> Counter[str]:
 
 
 def _stitch(pieces: list[list[str]], window: list[str]) -> None:
-    """Adds a window to the last piece it overlaps; at equal times windows may come in any order, so both ends are tried."""
+    """Adds a window to the last piece it overlaps.
+
+    At equal times windows may come in any order, so both ends are tried.
+    """
     for piece in reversed(pieces[-3:]):
         for overlap in range(min(len(piece), len(window)), 0, -1):
             if piece[-overlap:] == window[:overlap]:

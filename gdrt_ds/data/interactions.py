@@ -15,7 +15,8 @@ from gdrt_ds.errors import UserError
 def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list[str]]:
     """Windows of every split, and notes that account for every event left out.
 
-    An event becomes a target when its user has at least `min_history` events before it; its history is the newest
+    An event becomes a target when its user has at least `min_history` events before it; its history is the
+    newest
     `history_length` of them.
     """
     notes: list[str] = []
@@ -23,18 +24,21 @@ def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list
     if data.min_rating is not None and events.ratings is not None:
         kept = [row for row in keep if events.ratings[row] >= data.min_rating]
         notes.append(
-            f"{len(keep) - len(kept)} of {len(keep)} interactions are rated below data.min_rating={data.min_rating:g} and left out"
+            f"{len(keep) - len(kept)} of {len(keep)} interactions are rated below "
+            f"data.min_rating={data.min_rating:g} and left out"
         )
         keep = kept
     if data.kcore > 1:
         kept = k_core(events.users_of, events.items_of, keep, data.kcore)
         notes.append(
-            f"{len(keep) - len(kept)} of {len(keep)} interactions are outside the {data.kcore}-core and left out"
+            f"{len(keep) - len(kept)} of {len(keep)} interactions are outside the {data.kcore}-core and "
+            "left out"
         )
         keep = kept
     if not keep:
         raise UserError(
-            f"data.path={data.path}: no interaction is left (data.min_rating={data.min_rating}, data.kcore={data.kcore})",
+            f"data.path={data.path}: no interaction is left (data.min_rating={data.min_rating}, "
+            f"data.kcore={data.kcore})",
             "lower data.kcore or data.min_rating, or check the interactions file",
         )
     timestamps = events.timestamps
@@ -52,7 +56,8 @@ def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list
         pairs = sum(len(rows) - 1 for rows in of_user.values())
         if tied:
             notes.append(
-                f"{tied} of {pairs} neighbouring interactions of a user share their timestamp; they keep the order of the file"
+                f"{tied} of {pairs} neighbouring interactions of a user share their timestamp; they keep "
+                "the order of the file"
             )
     place: dict[int, tuple[str, int]] = {
         row: (user, k) for user, rows in of_user.items() for k, row in enumerate(rows)
@@ -70,14 +75,16 @@ def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list
         windows.append((sample, len(rows) - 1 - k))
     short = len(keep) - len(windows)
     notes.append(
-        f"{len(windows)} windows from {len(keep)} interactions of {len(of_user)} users; {short} interactions have fewer than "
+        f"{len(windows)} windows from {len(keep)} interactions of {len(of_user)} users; {short} "
+        "interactions have fewer than "
         f"data.min_history={data.min_history} before them and are history only"
     )
     used = set(events.items_of[row] for row in keep)
     items = {item: record for item, record in events.items.items() if item in used}
     if len(items) < len(events.items):
         notes.append(
-            f"{len(events.items) - len(items)} of {len(events.items)} items of the item table are in no interaction that is left "
+            f"{len(events.items) - len(items)} of {len(events.items)} items of the item table are in no "
+            "interaction that is left "
             "and are not in the catalogue"
         )
     users = {user: attributes for user, attributes in events.users.items() if user in of_user}

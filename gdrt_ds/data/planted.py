@@ -1,9 +1,11 @@
 """The planted-shortcut corpus: generated data in which it is known which targets need the history.
 
-Most targets are drawn from a few popular items, whatever the history (kind "shortcut"): the prompt alone predicts them. The
-rest follow the successor rule (kind "history"): the target is the item after the last history item in catalogue order. A
-model that leans on the auxiliary tokens ranks popular items first everywhere; one that uses the history finds the successor.
-The two kinds cannot be told apart from the prompt, so what a model does about the minority is a matter of its objective.
+Most targets are drawn from a few popular items, whatever the history (kind "shortcut"): the prompt alone
+predicts them. The rest follow the successor rule (kind "history"): the target is the item after the last
+history item in catalogue order. A model that leans on the auxiliary tokens ranks popular items first
+everywhere; one that uses the history finds the successor.
+The two kinds cannot be told apart from the prompt, so what a model does about the minority is a matter of
+its objective.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.readers.base import Item, Sample, Windows, nearest
-from gdrt_ds.errors import UserError
+from gdrt_ds.data.readers.base import Item, Sample, Windows
+from gdrt_ds.errors import UserError, nearest
 
 _ONSETS = "b d f g k l m n p r s t v z br dr gl kr pl tr".split()
 _VOWELS = "a e i o u".split()
@@ -23,7 +25,10 @@ _GENRES = ("river", "stone", "forest", "harbour", "meadow", "island", "canyon", 
 
 @dataclass(frozen=True)
 class PlantedOptions:
-    """`data.planted`: sizes and strength of the planted shortcut. Seeded by `data.sample_seed` unless `seed` is given."""
+    """`data.planted`: sizes and strength of the planted shortcut.
+
+    Seeded by `data.sample_seed` unless `seed` is given.
+    """
 
     num_items: int = 24  # catalogue size; the successor of the last item is the first
     num_train: int = 6000
@@ -31,7 +36,8 @@ class PlantedOptions:
     num_test: int = 400
     num_popular: int = 4  # items that shortcut targets are drawn from
     shortcut_share: float = 0.8  # share of samples of kind "shortcut"
-    shortcut_strength: float = 0.3  # popular item k is drawn with weight (1 - strength) ** k: 0 = evenly, near 1 = one item takes all
+    # Popular item k is drawn with weight (1 - strength) ** k: 0 = evenly, near 1 = one item takes all
+    shortcut_strength: float = 0.3
     min_history: int = 2
     max_history: int = 4
     seed: int | None = None
@@ -50,7 +56,8 @@ def make_planted(data: DataSection) -> Windows:
     popular = [int(i) for i in rng.choice(options.num_items, size=options.num_popular, replace=False)]
     weights = (1.0 - options.shortcut_strength) ** np.arange(options.num_popular)
     weights /= weights.sum()
-    # The item before a popular one never ends a history: a popular target is then always a shortcut and the labels are exact.
+    # The item before a popular one never ends a history: a popular target is then always a shortcut and the
+    # labels are exact.
     last_allowed = [i for i in range(options.num_items) if (i + 1) % options.num_items not in popular]
     splits: dict[str, list[Sample]] = {}
     users: dict[str, dict[str, str]] = {}
@@ -91,9 +98,11 @@ def make_planted(data: DataSection) -> Windows:
 
 
 def _items(num_items: int) -> dict[str, Item]:
-    """Titles of two words: an invented name that only this item has, then a class word that neighbours in catalogue order share.
+    """Titles of two words: an invented name that only this item has, then a class word that neighbours in
+    catalogue order share.
 
-    The first word carries the choice; the rest of the target follows from the prefix, as most tokens of real titles do.
+    The first word carries the choice; the rest of the target follows from the prefix, as most tokens of
+    real titles do.
     """
     block = max(1, -(-num_items // len(_GENRES)))
     names = _names(num_items)
@@ -127,7 +136,8 @@ def _options(data: DataSection) -> PlantedOptions:
         expected = (int,) if "int" in str(known[name].type) else (int, float)
         if isinstance(value, bool) or not (isinstance(value, expected) or (name == "seed" and value is None)):
             raise UserError(
-                f"data.planted.{name}={value!r}: expected {'a whole number' if expected == (int,) else 'a number'}",
+                f"data.planted.{name}={value!r}: expected "
+                f"{'a whole number' if expected == (int,) else 'a number'}",
                 f"the default is {known[name].default}",
             )
     options = PlantedOptions(**data.planted)
@@ -146,7 +156,8 @@ def _options(data: DataSection) -> PlantedOptions:
         if wrong:
             raise UserError(
                 f"data.planted.{name}={asdict(options)[name]}: out of range",
-                "num_items >= 4, 1 <= num_popular <= num_items / 2, 0 <= shortcut_share <= 1, 0 <= shortcut_strength < 1, "
+                "num_items >= 4, 1 <= num_popular <= num_items / 2, 0 <= shortcut_share <= 1, 0 <= "
+                "shortcut_strength < 1, "
                 "1 <= min_history <= max_history < num_items, sizes positive",
             )
     return options

@@ -1,8 +1,11 @@
-"""Prompts: one template for training and evaluation, encoded piece by piece so that every token's segment is exact.
+"""Prompts: one template for training and evaluation, encoded piece by piece so that every token's segment
+is exact.
 
-A prompt is   [BOS] before_instruction | instruction | before_history | item, separator, item, ... | after_history | target terminator.
-Every piece is tokenised alone (special tokens are added by us, never by the tokenizer), so the tokens before the history are
-the same for every user, and a title's target tokens do not depend on the prompt: the catalogue trie is built from them once.
+A prompt is   [BOS] before_instruction | instruction | before_history | item, separator, item, ... |
+after_history | target terminator.
+Every piece is tokenised alone (special tokens are added by us, never by the tokenizer), so the tokens
+before the history are the same for every user, and a title's target tokens do not depend on the prompt:
+the catalogue trie is built from them once.
 `PromptTemplate` is saved as prompt.json in the run folder; evaluation reads that file. Segments: `SEGMENTS`.
 Shapes: T tokens of one sample, n samples of a split.
 """
@@ -19,8 +22,7 @@ import numpy as np
 from gdrt_ds.config import PromptSection
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Sample
-from gdrt_ds.data.readers.base import nearest
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import UserError, nearest
 from gdrt_ds.files import REPOSITORY
 
 SEGMENTS = ("instruction", "template", "history", "target")
@@ -32,7 +34,8 @@ STYLES = ("alpaca", "plain", "chat")
 class PromptTemplate:
     """The literal pieces of a prompt. `{title}` stands for the title in `item_format` and `target_format`.
 
-    `bos`: the sequence begins with the tokenizer's BOS token (true where the tokenizer itself adds it to plain text).
+    `bos`: the sequence begins with the tokenizer's BOS token (true where the tokenizer itself adds it to
+    plain text).
     `terminator`: text of the one special token that ends the target; null = the tokenizer's EOS.
     """
 
@@ -49,11 +52,12 @@ class PromptTemplate:
     terminator: str | None = None
 
     @classmethod
-    def from_config(cls, prompt: PromptSection, domain: str, tokenizer) -> "PromptTemplate":
+    def from_config(cls, prompt: PromptSection, domain: str, tokenizer) -> PromptTemplate:
         """The template that `prompt.template` names, for this domain and tokenizer.
 
         Raises:
-            UserError: unknown style, unreadable or incomplete JSON file, tokenizer without EOS or without a chat template.
+            UserError: unknown style, unreadable or incomplete JSON file, tokenizer without EOS or without
+            a chat template.
         """
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -78,11 +82,13 @@ class PromptTemplate:
         Path(path).write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path, defaults: dict | None = None) -> "PromptTemplate":
-        """Reads what `save` wrote, or a template file written by hand, where `defaults` fill what it leaves out.
+    def load(cls, path: str | Path, defaults: dict | None = None) -> PromptTemplate:
+        """Reads what `save` wrote, or a template file written by hand, where `defaults` fill what it
+        leaves out.
 
         Raises:
-            UserError: missing file, not JSON, unknown or missing or wrongly typed field, a format without `{title}`.
+            UserError: missing file, not JSON, unknown or missing or wrongly typed field, a format without
+            `{title}`.
         """
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -110,7 +116,8 @@ class PromptTemplate:
                 name == "terminator" and value is None
             ):
                 raise UserError(
-                    f"prompt template {path}: {name}={value!r}: expected {'true or false' if name == 'bos' else 'text'}",
+                    f"prompt template {path}: {name}={value!r}: expected "
+                    f"{'true or false' if name == 'bos' else 'text'}",
                     "correct the field",
                 )
         missing = [name for name in known[:6] if name not in fields]
@@ -123,7 +130,8 @@ class PromptTemplate:
         for name in ("item_format", "target_format"):
             if getattr(template, name).count("{title}") != 1:
                 raise UserError(
-                    f"prompt template {path}: {name}={getattr(template, name)!r}: `{{title}}` must be there once",
+                    f"prompt template {path}: {name}={getattr(template, name)!r}: `{{title}}` must be there "
+                    "once",
                     'for example "{title}"',
                 )
         return template
@@ -141,8 +149,8 @@ def _template_file(path: str) -> Path:
 
 
 def _wording(style: str, domain: str) -> dict[str, str]:
-    """Our own wording. Pieces end at line ends and colons, where byte-level tokenizers break anyway; of a whole text they would merge
-    only a title's closing quote with the comma after it."""
+    """Our own wording. Pieces end at line ends and colons, where byte-level tokenizers break anyway; of a
+    whole text they would merge only a title's closing quote with the comma after it."""
     if style == "plain":
         return {
             "before_instruction": "",
@@ -152,7 +160,10 @@ def _wording(style: str, domain: str) -> dict[str, str]:
         }
     return {
         "before_instruction": "### Instruction:\n",
-        "instruction": f"Here is what a user chose in the past. Recommend the {domain} that this user will choose next, by its title.",
+        "instruction": (
+            f"Here is what a user chose in the past. Recommend the {domain} that this user will choose "
+            "next, by its title."
+        ),
         "before_history": f"\n\n### Input:\nThe user's {domain} history, oldest first:",
         "after_history": "\n\n### Response:\n",
     }
@@ -164,7 +175,9 @@ def _adds_bos(tokenizer) -> bool:
 
 
 def _chat_template(domain: str, tokenizer) -> PromptTemplate:
-    """Pieces of the tokenizer's chat template, found by rendering a conversation of place holders and cutting it at them."""
+    """Pieces of the tokenizer's chat template, found by rendering a conversation of place holders and cutting
+    it at them.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "prompt.template=chat: the tokenizer has no chat template",
@@ -189,7 +202,8 @@ def _chat_template(domain: str, tokenizer) -> PromptTemplate:
     answered, found_answer, ending = whole.partition(marks[2])
     if not (found_instruction and found_history and found_answer) or middle != before_history:
         raise UserError(
-            "prompt.template=chat: the chat template changes the user's message, so its pieces cannot be found",
+            "prompt.template=chat: the chat template changes the user's message, so its pieces cannot be "
+            "found",
             "use prompt.template=alpaca",
         )
     special = next(
@@ -241,7 +255,10 @@ class PromptEncoder:
         self._reserved = 0
         self._items: dict[str, list[int]] = {}
         self._targets: dict[str, list[int]] = {}
-        piece = lambda text: self._tokens([text], special=True)[0] if text else []  # noqa: E731
+
+        def piece(text):
+            return self._tokens([text], special=True)[0] if text else []
+
         self._bos = [tokenizer.bos_token_id] if template.bos else []
         if template.bos and tokenizer.bos_token_id is None:
             raise UserError(
@@ -263,12 +280,14 @@ class PromptEncoder:
             template.terminator is not None and self._terminator == tokenizer.unk_token_id
         ):
             raise UserError(
-                f"the prompt template ends targets with {template.terminator!r}, which the tokenizer does not know",
+                f"the prompt template ends targets with {template.terminator!r}, which the tokenizer does "
+                "not know",
                 "use the tokenizer that the template was made with",
             )
         if len(self.prefix_ids) + len(self._after_history) >= max_length:
             raise UserError(
-                f"prompt.max_length={max_length}: the template alone has {len(self.prefix_ids) + len(self._after_history)} tokens",
+                f"prompt.max_length={max_length}: the template alone has "
+                f"{len(self.prefix_ids) + len(self._after_history)} tokens",
                 "raise prompt.max_length or shorten the template",
             )
 
@@ -292,8 +311,8 @@ class PromptEncoder:
             self._targets[title] = ids + [self._terminator]
 
     def reserve_for(self, catalogue: Catalogue) -> None:
-        """Keeps room for the longest title, so that a sample's history is cut alike in training (with its target) and in scoring
-        (before any title).
+        """Keeps room for the longest title, so that a sample's history is cut alike in training (with its
+        target) and in scoring (before any title).
 
         Raises:
             UserError: a title does not fit into max_length even without history.
@@ -337,7 +356,10 @@ class PromptEncoder:
         instruction = [] if blank_instruction else self._instruction
         # The full instruction counts even when blanked, so that the audits compare the same history.
         room = (
-            self.max_length - len(self.prefix_ids) - len(self._after_history) - max(len(target), self._reserved)
+            self.max_length
+            - len(self.prefix_ids)
+            - len(self._after_history)
+            - max(len(target), self._reserved)
         )
         first = len(titles)
         while first > 0:
@@ -389,12 +411,16 @@ class PromptEncoder:
         needed = len(self.prefix_ids) + len(self._after_history) + len(self._targets[title])
         if needed > self.max_length:
             raise UserError(
-                f"prompt.max_length={self.max_length}: the template and the target {title[:80]!r} alone have {needed} tokens",
+                f"prompt.max_length={self.max_length}: the template and the target {title[:80]!r} alone "
+                f"have {needed} tokens",
                 f"set prompt.max_length to at least {needed}, or shorten the title",
             )
 
     def _tokens(self, texts: list[str], special: bool = False) -> list[list[int]]:
-        """Tokens of each text alone. Only template pieces may hold special tokens; in a title their text is ordinary text."""
+        """Tokens of each text alone. Only template pieces may hold special tokens.
+
+        In a title their text is ordinary text.
+        """
         if not texts:
             return []
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=not special).input_ids
@@ -402,8 +428,9 @@ class PromptEncoder:
 
 @dataclass
 class TokenStore:
-    """A tokenised split, flat. Targets are the last `num_target[i]` tokens of sample i; the label of position t is token t + 1, so
-    the supervised positions of a sample of length T are T - num_target - 1 .. T - 2.
+    """A tokenised split, flat. Targets are the last `num_target[i]` tokens of sample i; the label of
+    position t is token t + 1, so the supervised positions of a sample of length T are T - num_target - 1
+    .. T - 2.
     """
 
     input_ids: np.ndarray  # int32[sum T]
@@ -447,9 +474,15 @@ def tokenise_split(
         )
         for s in samples
     ]
-    sums = lambda values: np.concatenate([[0], np.cumsum(values)]).astype(np.int64)  # noqa: E731
+
+    def sums(values):
+        return np.concatenate([[0], np.cumsum(values)]).astype(np.int64)
+
     num_target = np.asarray([e.num_target for e in encoded], np.int32)
-    join = lambda arrays, dtype: np.concatenate(arrays) if arrays else np.zeros(0, dtype)  # noqa: E731
+
+    def join(arrays, dtype):
+        return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
+
     store = TokenStore(
         join([e.input_ids for e in encoded], np.int32),
         sums([len(e.input_ids) for e in encoded]),

@@ -1,4 +1,5 @@
-"""The token trie over the catalogue: the one that the masked-softmax objective, exact scoring and constrained decoding share.
+"""The token trie over the catalogue: the one that the masked-softmax objective, exact scoring and
+constrained decoding share.
 
 Shapes: n trie nodes, E entries.
 """
@@ -14,11 +15,11 @@ class TokenTrie:
     """Trie over token sequences, nodes in depth-first order, node 0 the root.
 
     Attributes (n nodes):
-        token int32[n]: token of the edge into the node (root: -1). parent int32[n] (root: -1). depth int32[n] (root: 0).
-        end int32[n]: exclusive end of the node's subtree: a is an ancestor of m, or m itself, iff a <= m < end[a].
-        entry int32[n]: leaf -> index of the sequence, else -1.
-        child_offsets int64[n + 1], child_nodes int32[n - 1]: children of a node, ascending in node id and in token (CSR).
-        branching bool[n]: more than one child.
+        token int32[n]: token of the edge into the node (root: -1). parent int32[n] (root: -1). depth
+        int32[n] (root: 0). end int32[n]: exclusive end of the node's subtree: a is an ancestor of m, or m
+        itself, iff a <= m < end[a]. entry int32[n]: leaf -> index of the sequence, else -1.
+        child_offsets int64[n + 1], child_nodes int32[n - 1]: children of a node, ascending in node id and
+        in token (CSR). branching bool[n]: more than one child.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class TokenTrie:
         self.branching = num_children > 1
 
     @classmethod
-    def build(cls, sequences: list[list[int]], titles: list[str] | None = None) -> "TokenTrie":
+    def build(cls, sequences: list[list[int]], titles: list[str] | None = None) -> TokenTrie:
         """Builds the trie; sequence i ends in a leaf with `entry` i.
 
         Raises:
-            UserError: no sequence, an empty one, two equal ones, or one that is a proper prefix of another (names the titles).
+            UserError: no sequence, an empty one, two equal ones, or one that is a proper prefix of another
+            (names the titles).
         """
         if not len(sequences):
             raise UserError(
@@ -73,7 +75,10 @@ class TokenTrie:
             ends[node] = len(token)
         entry = np.full(len(token), -1, np.int32)
         entry[[node for node, _ in leaves]] = [index for _, index in leaves]
-        as_int32 = lambda values: np.asarray(values, dtype=np.int32)  # noqa: E731
+
+        def as_int32(values):
+            return np.asarray(values, dtype=np.int32)
+
         return cls(as_int32(token), as_int32(parent), as_int32(depth), as_int32(ends), entry)
 
     def children(self, node: int) -> np.ndarray:
@@ -98,7 +103,9 @@ class TokenTrie:
 
 
 def _refuse(index: int, earlier: int, sequences: list[list[int]], titles: list[str] | None) -> None:
-    name = lambda i: repr(titles[i]) if titles else f"entry {i}"  # noqa: E731
+    def name(i):
+        return repr(titles[i]) if titles else f"entry {i}"
+
     if not len(sequences[index]):
         raise UserError(
             f"catalogue title {name(index)} has no tokens", "correct the title, or use another tokenizer"
@@ -110,5 +117,6 @@ def _refuse(index: int, earlier: int, sequences: list[list[int]], titles: list[s
     )
     raise UserError(
         f"catalogue titles {name(earlier)} and {name(index)} {relation}: they cannot be told apart",
-        "use a tokenizer that covers the titles (an unknown-word token hides differences), and sequences that end with a terminator",
+        "use a tokenizer that covers the titles (an unknown-word token hides differences), and sequences "
+        "that end with a terminator",
     )

@@ -14,9 +14,11 @@ CONTROL_SLOTS = ("nonfinite", "stop")
 
 
 class StepBuffer:
-    """The one packed all-reduce of an optimizer step: [S (G) | n (G) | control slots | optional token losses].
+    """The one packed all-reduce of an optimizer step: [S (G) | n (G) | control slots | optional token
+    losses].
 
-    Every rank adds what it measured and takes part, also with no tokens at all; the sum is all that anybody reads.
+    Every rank adds what it measured and takes part, also with no tokens at all; the sum is all that
+    anybody reads.
     """
 
     def __init__(self, num_groups: int, device, num_token_slots: int = 0):
@@ -42,12 +44,12 @@ class StepBuffer:
     def request_stop(self) -> None:
         self.data[2 * self.num_groups + 1] += 1
 
-    def reduce(self, async_op: bool = False) -> "StepBuffer":
+    def reduce(self, async_op: bool = False) -> StepBuffer:
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._work = dist.all_reduce(self.data, op=dist.ReduceOp.SUM, async_op=async_op)
         return self
 
-    def wait(self) -> "StepBuffer":
+    def wait(self) -> StepBuffer:
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -75,7 +77,10 @@ class StepBuffer:
         return self.data[2 * self.num_groups + len(CONTROL_SLOTS) :]
 
     def flags(self) -> tuple[bool, bool]:
-        """(non-finite seen on some rank, stop requested on some rank). The step's one host synchronisation."""
+        """(non-finite seen on some rank, stop requested on some rank).
+
+        The step's one host synchronisation.
+        """
         nonfinite, stop = self.data[2 * self.num_groups : 2 * self.num_groups + 2].tolist()
         return nonfinite > 0, stop > 0
 
@@ -90,5 +95,6 @@ def assert_equal_on_all_ranks(value: Tensor, name: str) -> None:
     dist.all_reduce(high, op=dist.ReduceOp.MAX)
     if not torch.equal(low, high):
         raise RuntimeError(
-            f"{name} differs between ranks: this must never happen; please report it with the run's config.yaml"
+            f"{name} differs between ranks: this must never happen; please report it with the run's "
+            "config.yaml"
         )

@@ -1,7 +1,8 @@
-"""Target tokens -> groups: bins of relevance, of popularity, or any label; what is decided here is saved as groups.json.
+"""Target tokens -> groups: bins of relevance, of popularity, or any label; what is decided here is saved
+as groups.json.
 
-`GroupPlan` is fitted on the train split's token occurrences and applied to any split, so that validation and evaluation use
-the same edges and the same labels.
+`GroupPlan` is fitted on the train split's token occurrences and applied to any split, so that validation
+and evaluation use the same edges and the same labels.
 """
 
 from __future__ import annotations
@@ -68,14 +69,17 @@ class GroupPlan:
         )
 
     @classmethod
-    def load(cls, path: Path) -> "GroupPlan":
+    def load(cls, path: Path) -> GroupPlan:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         data.pop("names", None)
         return cls(**data)
 
 
 def bin_edges(values: np.ndarray, num: int, binning: str) -> list[float]:
-    """G-1 inner edges. quantile: equal shares of `values`; uniform: equal widths between the 0.1 % and 99.9 % points."""
+    """G-1 inner edges. quantile: equal shares of `values`; uniform.
+
+    Equal widths between the 0.1 % and 99.9 % points.
+    """
     if binning == "quantile":
         return [float(edge) for edge in np.quantile(values, np.arange(1, num) / num)]
     low, high = np.quantile(values, [0.001, 0.999])
@@ -168,8 +172,10 @@ def fit_groups(
         distinct = len(np.unique(values))
         if len(set(plan.edges)) < len(plan.edges):
             raise UserError(
-                f"groups.num = {section.num} with groups.binning = {section.binning}: the {num_tokens} target tokens have only {distinct} "
-                f"distinct values of {'r' if section.by != 'item_popularity' else 'popularity'} and some bins would be empty",
+                f"groups.num = {section.num} with groups.binning = {section.binning}: the {num_tokens} "
+                f"target tokens have only {distinct} "
+                f"distinct values of {'r' if section.by != 'item_popularity' else 'popularity'} and some "
+                "bins would be empty",
                 "lower groups.num, or set groups.binning=uniform",
             )
     elif section.by != "position":

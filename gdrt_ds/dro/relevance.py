@@ -1,11 +1,13 @@
 """Relevance: log p_ref(target token | auxiliary tokens only), the score that GDRT groups by.
 
-Without the history every prompt is the same, so r depends on the catalogue entry and the place in its title alone: one pass
-over the catalogue scores every target token of every sample, and the auxiliary prompt but its last token is one shared head. Ranks take
-turns over the micro-batches; one all-reduce at the end puts the parts together.
+Without the history every prompt is the same, so r depends on the catalogue entry and the place in its
+title alone: one pass over the catalogue scores every target token of every sample, and the auxiliary
+prompt but its last token is one shared head. Ranks take turns over the micro-batches; one all-reduce at
+the end puts the parts together.
 
-`corpus_scores` needs no model: train frequencies of the next title token after the title's prefix. No predictor without the history has
-a lower train loss, so this is where every auxiliary_sft reference is heading (our choice, `groups.reference=corpus`).
+`corpus_scores` needs no model: train frequencies of the next title token after the title's prefix. No
+predictor without the history has a lower train loss, so this is where every auxiliary_sft reference is
+heading (our choice, `groups.reference=corpus`).
 
 The table is cached under a fingerprint of model, prompt, catalogue and reference, so that runs share it.
 """
@@ -62,7 +64,8 @@ def score_entries(
     Returns:
         float32[target tokens], r = -loss, the same on every rank.
     """
-    # The last prompt token predicts the first target token, so each entry has its own copy of it; what comes before is shared.
+    # The last prompt token predicts the first target token, so each entry has its own copy of it; what comes
+    # before is shared.
     head = int(store.offsets[1] - store.offsets[0] - store.num_target[0]) - 1
     packing = "shared_prefix" if packing != "none" else "none"
     own = store.num_target + 1 + (0 if packing == "shared_prefix" else head)
@@ -89,14 +92,16 @@ def score_entries(
     values = scores.cpu().numpy().astype(np.float32)
     if not np.isfinite(values).all():
         raise UserError(
-            f"the reference model gives NaN or inf for {int((~np.isfinite(values)).sum())} of {len(values)} target tokens",
+            f"the reference model gives NaN or inf for {int((~np.isfinite(values)).sum())} of {len(values)} "
+            "target tokens",
             "check model.path and model.dtype: float16 overflows on some models, bfloat16 does not",
         )
     return values
 
 
 def corpus_scores(store: TokenStore, train_counts: np.ndarray) -> np.ndarray:
-    """r from counting: log of (train targets that continue the prefix with this token + 1) / (train targets with the prefix + continuations).
+    """r from counting: log of (train targets that continue the prefix with this token + 1) / (train
+    targets with the prefix + continuations).
 
     One is added to every continuation that the catalogue has, so that titles unseen in train have a finite r.
 

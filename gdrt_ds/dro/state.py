@@ -1,4 +1,7 @@
-"""What group-DRO remembers between steps: moving averages of the group losses, and the online weights of group_dro."""
+"""What group-DRO remembers between steps.
+
+Moving averages of the group losses, and the online weights of group_dro.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from torch import Tensor
 class DroState:
     """What a run remembers between steps; saved with every checkpoint.
 
-    ema holds sum of b (1-b)^k L and ema_weight its bias correction, per group; q is the online weight of group_dro.
+    ema holds sum of b (1-b)^k L and ema_weight its bias correction, per group; q is the online weight of
+    group_dro.
     """
 
     num_groups: int
@@ -27,7 +31,7 @@ class DroState:
         self.ema_weight = zeros.clone() if self.ema_weight is None else self.ema_weight
         self.q = torch.full_like(zeros, 1.0 / self.num_groups) if self.q is None else self.q
 
-    def to(self, device) -> "DroState":
+    def to(self, device) -> DroState:
         self.ema, self.ema_weight, self.q = self.ema.to(device), self.ema_weight.to(device), self.q.to(device)
         return self
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def prior(counts: Tensor, kind: str) -> Tensor:
-    """p over the groups present: token share of this global batch, or uniform. counts: [G] -> float64[G], sums to 1."""
+    """p over the groups present: token share of this global batch, or uniform. counts.
+
+    [G] -> float64[G], sums to 1.
+    """
     present = counts > 0
     weights = counts.double() if kind == "token_share" else present.double()
     return weights / weights.sum().clamp_min(1e-300)
@@ -24,7 +27,8 @@ def closed_form_weights(losses: Tensor, p: Tensor, tau: float) -> tuple[Tensor, 
         p: float64[G] on the simplex over the groups present.
         tau: > 0; infinity is the plain mean under p.
     Returns:
-        (q float64[G], objective float64[]). Exact for any tau > 0: the largest loss is subtracted before anything else.
+        (q float64[G], objective float64[]). Exact for any tau > 0: the largest loss is subtracted before
+        anything else.
     """
     kept = torch.where(p > 0, losses, -torch.inf)
     worst = kept.max()
@@ -37,7 +41,10 @@ def closed_form_weights(losses: Tensor, p: Tensor, tau: float) -> tuple[Tensor, 
 
 
 def exponentiated_gradient(q: Tensor, losses: Tensor, present: Tensor, eta: float) -> Tensor:
-    """Online Group DRO (Sagawa et al. 2020): q <- q exp(eta L), renormalised; groups that are absent keep their factor."""
+    """Online Group DRO (Sagawa et al. 2020): q <- q exp(eta L), renormalised.
+
+    Groups that are absent keep their factor.
+    """
     exponent = q.clamp_min(1e-300).log() + eta * torch.where(present, losses, 0.0)
     return torch.softmax(exponent, 0)
 
@@ -49,7 +56,8 @@ def restrict(q: Tensor, present: Tensor) -> Tensor:
 
 
 def cvar_weights(losses: Tensor, p: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Worst `alpha` share of the mass p: max_q sum q L with 0 <= q <= p / alpha. Works for groups and for single tokens.
+    """Worst `alpha` share of the mass p: max_q sum q L with 0 <= q <= p / alpha. Works for groups and for
+    single tokens.
 
     Returns:
         (q, objective). alpha = 1 is the plain mean.

@@ -1,18 +1,24 @@
-"""Exact scores of the whole catalogue: one tree-attention pass over the catalogue's token trie behind each prompt.
+"""Exact scores of the whole catalogue: one tree-attention pass over the catalogue's token trie behind each
+prompt.
 
 `CatalogueScorer(reader, trie).score(prompts)` gives log P(item | prompt) of every item, float64 [B, items].
 
 Scorings
-- `renormalised`: softmax over the trie's allowed next tokens. A node with a single child hands on probability 1, so only
+- `renormalised`: softmax over the trie's allowed next tokens. A node with a single child hands on
+probability 1, so only
   branching nodes and their ancestors are forwarded, and the head needs only the rows of the children.
 - `full`: softmax over the whole vocabulary at every internal node, summed along the title, no length penalty.
 
-Work: nodes stand in depth-first order, so any slice [s, e) of them together with the ancestors of s is closed under
-"ancestor of". The tree is cut into such slices; a slice re-forwards at most `depth` nodes, and no slice needs another one.
+Work: nodes stand in depth-first order, so any slice [s, e) of them together with the ancestors of s is
+closed under
+"ancestor of". The tree is cut into such slices; a slice re-forwards at most `depth` nodes, and no slice
+needs another one.
 Memory is bounded by `max_bytes` through the slice length, whatever the size of the catalogue.
 
-Shapes: B users, T nodes of a slice, P cached prompt tokens, E edges (children of scored nodes), H hidden, V vocabulary.
-Checked against scoring every item by a plain forward pass (`eval.scoring.per_item`) in tests/eval/test_scoring_exact.py.
+Shapes: B users, T nodes of a slice, P cached prompt tokens, E edges (children of scored nodes), H hidden,
+V vocabulary.
+Checked against scoring every item by a plain forward pass (`eval.scoring.per_item`) in
+tests/eval/test_scoring_exact.py.
 """
 
 from __future__ import annotations
@@ -31,7 +37,8 @@ from gdrt_ds.inference.prompt_reader import PromptReader, PromptState
 
 Scoring = Literal["renormalised", "full"]
 SCORINGS = ("renormalised", "full")
-# Longer slices gain nothing on CPU (the matrix products are saturated) and lose cache locality; see benchmarks/scoring.py.
+# Longer slices gain nothing on CPU (the matrix products are saturated) and lose cache locality; see
+# benchmarks/scoring.py.
 _TOKENS_PER_SLICE = {"cpu": 768, "cuda": 8192}
 _WIDE_NODE = 32  # children from which a matrix product beats gathering one hidden row per child
 
@@ -52,7 +59,8 @@ class Slice:
     Attributes:
         tokens, depths, ends: Long[T]; depth 1 = first token of an item, ends index into the slice.
         scored: Long[K] places in the slice of the nodes whose children are scored here.
-        edges: slice of the edge arrays that these nodes own (edges of consecutive scored nodes are consecutive).
+        edges: slice of the edge arrays that these nodes own (edges of consecutive scored nodes are
+        consecutive).
         owner: Long[E'], place in the slice of each edge's node.
     """
 
@@ -67,8 +75,9 @@ class Slice:
 class TreePlan:
     """What to forward and how to add up, for one trie and one scoring; plain arrays, no model.
 
-    Edges are the children of scored nodes, grouped by node in depth-first order: `edge_token`, `edge_node` (place of
-    the node among scored nodes), `edge_parent` (edge above, -1 at the top), `levels` (edges by number of edges above),
+    Edges are the children of scored nodes, grouped by node in depth-first order: `edge_token`, `edge_node`
+    (place of the node among scored nodes), `edge_parent` (edge above, -1 at the top), `levels` (edges by
+    number of edges above),
     `entry_edge` (last edge on each item's path, -1 if the path has none: a catalogue of one item).
     """
 
@@ -76,7 +85,8 @@ class TreePlan:
         scored = scored_nodes(trie, scoring)
         self.num_entries, n = int((trie.entry >= 0).sum()), trie.num_nodes
         end = trie.end.astype(np.int64)
-        # A node is forwarded if its subtree holds a scored node; the root is the last prompt token, never forwarded.
+        # A node is forwarded if its subtree holds a scored node; the root is the last prompt token, never
+        # forwarded.
         before = np.concatenate([[0], np.cumsum(scored)])
         forwarded = before[end] > before[np.arange(n)]
         forwarded[0] = False
@@ -96,7 +106,8 @@ class TreePlan:
             trie.token[child].astype(np.int64),
             np.repeat(np.arange(len(self.scored)), counts),
         )
-        # The nearest edge at or above every node, and how many edges are above it: top-down, one depth at a time.
+        # The nearest edge at or above every node, and how many edges are above it: top-down, one depth at a
+        # time.
         edge_above, num_above = np.full(n, -1, np.int64), np.zeros(n, np.int64)
         edge_above[child] = np.arange(len(child))
         by_depth = np.split(np.argsort(trie.depth, kind="stable"), np.cumsum(np.bincount(trie.depth))[:-1])
@@ -158,7 +169,8 @@ class CatalogueScorer:
         reader: the model and the constant head of its prompts.
         trie: token trie of the catalogue.
         scoring: `renormalised` or `full`.
-        max_bytes: bound on the working memory of one slice (activations, masks, head), beside weights and prompt cache.
+        max_bytes: bound on the working memory of one slice (activations, masks, head), beside weights and
+        prompt cache.
         tokens_per_slice: users x nodes forwarded at once; None = by device.
     Raises:
         UserError: unknown scoring, or a bound too small for one user.
@@ -214,7 +226,9 @@ class CatalogueScorer:
 
     @torch.inference_mode()
     def score(self, prompts: list[list[int]]) -> Tensor:
-        """Prompts (token lists that start with the reader's head) -> float64 [B, items] log-probabilities on CPU."""
+        """Prompts (token lists that start with the reader's head) -> float64 [B, items] log-probabilities on
+        CPU.
+        """
         self.reader.check_length(max(map(len, prompts)) + self.plan.max_depth - 1)
         return self.score_state(self.reader.read(prompts))
 
@@ -286,14 +300,20 @@ class CatalogueScorer:
             logits[:, places] = head.finish(product if bias is None else product + bias)
 
     def _log_normaliser(self, hidden: Tensor) -> Tensor:
-        """[N, H] -> float32 [N]: log of the sum over the whole vocabulary, a bounded number of rows at a time."""
+        """[N, H] -> float32 [N].
+
+        Log of the sum over the whole vocabulary, a bounded number of rows at a time.
+        """
         rows = max(1, min(self.max_bytes // 4, 256 << 20) // (8 * self.reader.rows.weight.shape[0]))
         return torch.cat(
             [self.reader.rows.vocabulary_logits(part).logsumexp(-1) for part in hidden.split(rows)]
         )
 
     def _add_up(self, logits: Tensor, normaliser: Tensor | None) -> Tensor:
-        """Edge logits [B, E] -> log-probabilities of the entries [B, items]: log-softmax per node, then sums down the tree."""
+        """Edge logits [B, E] -> log-probabilities of the entries [B, items].
+
+        Log-softmax per node, then sums down the tree.
+        """
         plan, batch = self.plan, logits.shape[0]
         value = logits.double().cpu()
         node = torch.from_numpy(plan.edge_node)

@@ -1,14 +1,17 @@
-"""Prompts are read once, their keys and values kept read-only, and any number of token trees hung behind them.
+"""Prompts are read once, their keys and values kept read-only, and any number of token trees hung behind
+them.
 
-`PromptReader(model, prefix_ids)` prepares a causal LM for this; `read(prompts)` returns a `PromptState` (one prompt pass for
-a batch of users; the constant head of the prompt is computed once for all users); `run(...)` forwards further tokens behind
-a state under an explicit visibility mask. `gdrt_ds.inference.catalogue_scoring` and `eval.scoring` are built on these two calls.
+`PromptReader(model, prefix_ids)` prepares a causal LM for this; `read(prompts)` returns a `PromptState`
+(one prompt pass for a batch of users; the constant head of the prompt is computed once for all users);
+`run(...)` forwards further tokens behind a state under an explicit visibility mask.
+`gdrt_ds.inference.catalogue_scoring` and `eval.scoring` are built on these two calls.
 
-Masks: full-attention layers take the visibility as it is; sliding-window layers (Gemma 3, Mistral) also ask that positions
-differ by less than the window. Positions are always passed, so rotary and learned (GPT-2) embeddings see the same numbers
-as a plain forward pass of prompt + item.
+Masks: full-attention layers take the visibility as it is; sliding-window layers (Gemma 3, Mistral) also
+ask that positions differ by less than the window. Positions are always passed, so rotary and learned
+(GPT-2) embeddings see the same numbers as a plain forward pass of prompt + item.
 
-Shapes: B users, S new prompt tokens, P cached tokens, T tokens forwarded now, H hidden, K key heads, D head size, V vocabulary.
+Shapes: B users, S new prompt tokens, P cached tokens, T tokens forwarded now, H hidden, K key heads, D
+head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,12 +33,15 @@ _ATTENTION_OF_DENSE_MASKS = ("sdpa", "eager")
 class FrozenCache(Cache):
     """A transformers cache that never grows: `update` returns past + new and stores nothing of the past anew.
 
-    DynamicCache would keep the concatenation, i.e. copy and mutate the prompt of every user for every chunk of the tree.
+    DynamicCache would keep the concatenation, i.e. copy and mutate the prompt of every user for every
+    chunk of the tree.
 
     Args:
-        past: keys and values of the cached tokens, [B or 1, K, P, D] per layer (batch 1 is expanded); None = nothing cached.
+        past: keys and values of the cached tokens, [B or 1, K, P, D] per layer (batch 1 is expanded); None
+        = nothing cached.
         record: keep the new tokens' own keys and values in `recorded`.
-        grow: replace each layer's entry of `past` by past + new (the caller's list grows; a search keeps what it expanded).
+        grow: replace each layer's entry of `past` by past + new (the caller's list grows; a search keeps
+        what it expanded).
     """
 
     def __init__(self, past: KeyValues | None, record: bool = False, grow: bool = False):
@@ -85,7 +91,7 @@ class PromptState:
     def batch(self) -> int:
         return self.hidden.shape[0]
 
-    def row(self, index: int) -> "PromptState":
+    def row(self, index: int) -> PromptState:
         """One user's state, without its padding columns."""
         keep = self.visible[index]
         past = [(k[index : index + 1, :, keep], v[index : index + 1, :, keep]) for k, v in self.past]
@@ -102,8 +108,8 @@ class PromptState:
 class LmHeadRows:
     """The output head as rows: logits of chosen tokens, or of the whole vocabulary, in float32.
 
-    Reads a plain linear head, one under LoRA (its low-rank term is added to the rows asked for), or a head saved whole
-    with the adapter (`modules_to_save`).
+    Reads a plain linear head, one under LoRA (its low-rank term is added to the rows asked for), or a head
+    saved whole with the adapter (`modules_to_save`).
     """
 
     weight: Tensor  # [V, H]
@@ -113,7 +119,7 @@ class LmHeadRows:
     softcap: float | None
 
     @classmethod
-    def of(cls, model: nn.Module) -> "LmHeadRows":
+    def of(cls, model: nn.Module) -> LmHeadRows:
         module = lm_head(model)
         if hasattr(module, "modules_to_save") and hasattr(module, "active_adapters"):
             module = module.modules_to_save[module.active_adapters[0]]
@@ -122,8 +128,10 @@ class LmHeadRows:
             if not getattr(module, "merged", False) and not getattr(module, "disable_adapters", False):
                 if any(getattr(module, "use_dora", {}).get(name) for name in module.active_adapters):
                     raise UserError(
-                        "the adapter has DoRA weights on the output head, which scoring cannot read row by row",
-                        "merge the adapter into the model first (peft's merge_and_unload) and pass it as --model",
+                        "the adapter has DoRA weights on the output head, which scoring cannot read row by "
+                        "row",
+                        "merge the adapter into the model first (peft's merge_and_unload) and pass it as "
+                        "--model",
                     )
                 low_rank = [
                     (module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
@@ -154,7 +162,10 @@ class LmHeadRows:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def vocabulary_logits(self, hidden: Tensor) -> Tensor:
-        """[N, H] -> float32 [N, V]; the caller bounds N. Runs in the weight's dtype on an accelerator, in fp32 on CPU."""
+        """[N, H] -> float32 [N, V]; the caller bounds N.
+
+        Runs in the weight's dtype on an accelerator, in fp32 on CPU.
+        """
         weight = self.weight
         logits = F.linear(hidden.to(weight.dtype), weight).float()
         for a, b, scale in self.low_rank:
@@ -165,9 +176,11 @@ class LmHeadRows:
 
 
 def _layer_windows(config) -> tuple[dict[str, int | None] | None, int | None]:
-    """Attention windows: ({layer type: window or None}, None) for hybrid models, (None, window) for uniform ones.
+    """Attention windows: ({layer type: window or None}, None) for hybrid models, (None, window) for
+    uniform ones.
 
-    Hybrid models of transformers 5 take a dict of masks by layer type; uniform ones (Llama, Mistral, GPT-2) one mask.
+    Hybrid models of transformers 5 take a dict of masks by layer type; uniform ones (Llama, Mistral,
+    GPT-2) one mask.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     unknown = kinds - {"full_attention", "sliding_attention"}
@@ -214,7 +227,8 @@ class PromptReader:
         self.mask_dtype = weight.dtype  # hidden states, and so queries, have the embedding's dtype
         self.max_positions = getattr(self.config, "max_position_embeddings", None)
         self._shared: KeyValues | None = None
-        # The last head token is left to `read`, so that a prompt without history still has a token to forward.
+        # The last head token is left to `read`, so that a prompt without history still has a token to
+        # forward.
         self.num_shared = max(0, len(self.prefix_ids) - 1)
 
     def check_length(self, longest: int) -> None:

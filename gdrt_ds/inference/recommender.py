@@ -1,8 +1,10 @@
-"""Opens what training left behind (config.yaml, prompt.json, catalogue.jsonl, adapter/) for scoring and recommending.
+"""Opens what training left behind (config.yaml, prompt.json, catalogue.jsonl, adapter/) for scoring and
+recommending.
 
-`open_run(folder, runtime)` gives a `Recommender`: model, prompt encoder, catalogue and trie that belong together. The same
-checks serve models trained elsewhere (`eval.loading`): an adapter whose lora_B are all zero, weights that the base does not
-take, another base model, another tokenizer. Each is refused with words: such runs give plausible numbers of the wrong model.
+`open_run(folder, runtime)` gives a `Recommender`: model, prompt encoder, catalogue and trie that belong
+together. The same checks serve models trained elsewhere (`eval.loading`): an adapter whose lora_B are all
+zero, weights that the base does not take, another base model, another tokenizer. Each is refused with
+words: such runs give plausible numbers of the wrong model.
 """
 
 from __future__ import annotations
@@ -124,7 +126,8 @@ def base_path(section: ModelSection, adapter: Path | None, tiny_folder: Path | N
 def check_adapter(model: torch.nn.Module, adapter: Path) -> str:
     """Refuses adapters that change nothing, or that the base took only in part; returns a line.
 
-    A mismatch of names loads silently in PEFT and leaves lora_B at zero: the base model's scores under the run's name.
+    A mismatch of names loads silently in PEFT and leaves lora_B at zero: the base model's scores under the
+    run's name.
     """
     from peft.utils import get_peft_model_state_dict
     from safetensors import safe_open
@@ -140,7 +143,8 @@ def check_adapter(model: torch.nn.Module, adapter: Path) -> str:
     unused = sorted(names - set(get_peft_model_state_dict(model)))
     if unused:
         raise UserError(
-            f"adapter {adapter} has {len(unused)} weights that this base model does not have, e.g. {unused[0]}",
+            f"adapter {adapter} has {len(unused)} weights that this base model does not have, e.g. "
+            f"{unused[0]}",
             "give the base model that the adapter was trained on",
         )
     blocks = [p for name, p in model.named_parameters() if "lora_B" in name]
@@ -148,7 +152,8 @@ def check_adapter(model: torch.nn.Module, adapter: Path) -> str:
     if blocks and zero == len(blocks):
         raise UserError(
             f"adapter {adapter}: all {len(blocks)} lora_B matrices are zero, so it changes nothing",
-            "it was saved before training, or its weights did not load; save it again, or evaluate the base model (--base)",
+            "it was saved before training, or its weights did not load; save it again, or evaluate the base "
+            "model (--base)",
         )
     if any(not bool(torch.isfinite(p).all()) for p in blocks):
         raise UserError(
@@ -160,13 +165,17 @@ def check_adapter(model: torch.nn.Module, adapter: Path) -> str:
 
 
 def check_tokenizer(tokenizer, folder: Path, trust_remote_code: bool = False) -> None:
-    """Refuses a tokenizer saved with an adapter that differs from the base model's: titles would be other tokens."""
+    """Refuses a tokenizer saved with an adapter that differs from the base model's.
+
+    Titles would be other tokens.
+    """
     if not (folder / "tokenizer_config.json").is_file():
         return
     saved = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     if saved.get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"the tokenizer saved in {folder} has {len(saved)} tokens and differs from the base model's ({len(tokenizer)})",
+            f"the tokenizer saved in {folder} has {len(saved)} tokens and differs from the base model's "
+            f"({len(tokenizer)})",
             "use the base model and tokenizer of training (model.path, model.tokenizer)",
         )
 
@@ -196,7 +205,10 @@ def assemble(
     catalogue: Catalogue,
     merge: bool = True,
 ) -> Recommender:
-    """Loads the model and joins the parts. Unquantised bases take the adapter into their weights (same scores, less work)."""
+    """Loads the model and joins the parts.
+
+    Unquantised bases take the adapter into their weights (same scores, less work).
+    """
     loaded = load_model(config.model, runtime, train=False, path=path, adapter=adapter)
     lines, model = list(loaded.lines), loaded.model
     if adapter is not None:
@@ -208,7 +220,8 @@ def assemble(
     generation = getattr(unwrap(model), "generation_config", None)
     if generation is not None and (generation.do_sample or (generation.temperature or 1.0) != 1.0):
         lines.append(
-            "the model's generation_config (sampling, temperature) is ignored: scores are plain log-probabilities"
+            "the model's generation_config (sampling, temperature) is ignored: scores are plain "
+            "log-probabilities"
         )
     model.eval()
     template = template or PromptTemplate.from_config(config.prompt, domain, loaded.tokenizer)

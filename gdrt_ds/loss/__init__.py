@@ -1,12 +1,13 @@
-"""The fused group loss: hidden states of supervised tokens in, one loss sum per group out, and no [N, V] logits tensor.
+"""The fused group loss: hidden states of supervised tokens in, one loss sum per group out, and no [N, V]
+logits tensor.
 
     from gdrt_ds.loss import group_cross_entropy
     out = group_cross_entropy(hidden, head.weight, labels, groups, num_groups=8)
     (weights * out.loss_sums).sum().backward()          # weights may be known only after an all-reduce
 
-Files: group_loss.py (the public op and its autograd function), head.py (the matrix products with the head), rowwise.py (the part
-between the products, in torch), kernels.py (the same part in Triton), allowed.py (softmax over a catalogue trie's next
-tokens), reference.py (plain torch, the judge of all others).
+Files: group_loss.py (the public op and its autograd function), head.py (the matrix products with the
+head), rowwise.py (the part between the products, in torch), kernels.py (the same part in Triton),
+allowed.py (softmax over a catalogue trie's next tokens), reference.py (plain torch, the judge of all others).
 """
 
 from gdrt_ds.loss.allowed import AllowedTokens
@@ -14,4 +15,11 @@ from gdrt_ds.loss.group_loss import GroupLoss, describe, group_cross_entropy
 from gdrt_ds.loss.reference import reference_group_cross_entropy
 from gdrt_ds.loss.rowwise import group_sums
 
-__all__ = ["AllowedTokens", "GroupLoss", "describe", "group_cross_entropy", "group_sums", "reference_group_cross_entropy"]
+__all__ = [
+    "AllowedTokens",
+    "GroupLoss",
+    "describe",
+    "group_cross_entropy",
+    "group_sums",
+    "reference_group_cross_entropy",
+]

@@ -1,11 +1,14 @@
-"""Softmax over the valid next tokens of a catalogue trie (MSL, SIGIR 2025) without touching the rest of the vocabulary.
+"""Softmax over the valid next tokens of a catalogue trie (MSL, SIGIR 2025) without touching the rest of
+the vocabulary.
 
-A row at trie node n may only choose among the children of n. Rows whose node has one child have loss 0 and no gradient, whatever
-the model says, and never reach the head. The others are sorted by the number of children and cut into chunks; a chunk
-multiplies only the union of its rows' allowed head rows. On Amazon-like catalogues the root has thousands of children and almost all
-other nodes have few, so the two kinds never share a chunk.
+A row at trie node n may only choose among the children of n. Rows whose node has one child have loss 0 and
+no gradient, whatever the model says, and never reach the head. The others are sorted by the number of
+children and cut into chunks; a chunk multiplies only the union of its rows' allowed head rows. On
+Amazon-like catalogues the root has thousands of children and almost all other nodes have few, so the two
+kinds never share a chunk.
 
-Shapes: N supervised tokens, M trie nodes, K = offsets[M] (node, token) pairs, C rows of a chunk, U union of their tokens.
+Shapes: N supervised tokens, M trie nodes, K = offsets[M] (node, token) pairs, C rows of a chunk, U union
+of their tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from gdrt_ds.errors import UserError
 class AllowedTokens(NamedTuple):
     """Which tokens row i may choose: tokens[offsets[node[i]] : offsets[node[i] + 1]], without repetition.
 
-    Keep the three tensors on the CPU: the chunks are planned there, and a CUDA tensor would cost a host synchronisation.
+    Keep the three tensors on the CPU: the chunks are planned there, and a CUDA tensor would cost a host
+    synchronisation.
     """
 
     node: torch.Tensor  # [N] integer
@@ -32,7 +36,10 @@ class AllowedTokens(NamedTuple):
 
 @dataclass
 class AllowedChunk:
-    """Rows that share a gathered head. `forbidden` is None when every row may choose every token of the union."""
+    """Rows that share a gathered head.
+
+    `forbidden` is None when every row may choose every token of the union.
+    """
 
     rows: torch.Tensor  # [C] long, on the device
     tokens: torch.Tensor  # [U] long, ascending, on the device
@@ -50,7 +57,10 @@ class AllowedPlan:
 def plan_allowed(
     allowed: AllowedTokens, num_rows: int, vocabulary: int, chunk_bytes: int, bytes_per_logit: int, device
 ) -> AllowedPlan:
-    """Cuts N rows into chunks of similar allowed sizes. Raises UserError for shapes, nodes or tokens out of range and empty nodes."""
+    """Cuts N rows into chunks of similar allowed sizes.
+
+    Raises UserError for shapes, nodes or tokens out of range and empty nodes.
+    """
     node = allowed.node.detach().cpu().numpy().astype(np.int64)
     offsets = allowed.offsets.detach().cpu().numpy().astype(np.int64)
     tokens = allowed.tokens.detach().cpu().numpy().astype(np.int64)
@@ -61,7 +71,8 @@ def plan_allowed(
         )
     if num_rows and (node.min() < 0 or node.max() >= len(offsets) - 1):
         raise UserError(
-            f"allowed.node holds nodes {node.min()}..{node.max()}, but offsets describe nodes 0..{len(offsets) - 2}",
+            f"allowed.node holds nodes {node.min()}..{node.max()}, but offsets describe nodes "
+            f"0..{len(offsets) - 2}",
             "use nodes of the trie that offsets and tokens come from",
         )
     if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocabulary):
@@ -78,7 +89,8 @@ def plan_allowed(
         )
     single = np.flatnonzero(size == 1)
     rest = np.flatnonzero(size > 1)
-    # Size classes of a factor 4: a chunk's union is then at most 4 x (distinct nodes) larger than what its smallest row needs.
+    # Size classes of a factor 4: a chunk's union is then at most 4 x (distinct nodes) larger than what its
+    # smallest row needs.
     size_class = np.log2(np.maximum(size, 1)).astype(np.int64) // 2
     rest = rest[np.lexsort((rest, node[rest], -size_class[rest]))]
     chunks, start = [], 0
@@ -88,14 +100,18 @@ def plan_allowed(
             row = rest[stop]
             union_next = union + (size[row] if node[row] != last else 0)
             too_big = (stop - start + 1) * min(union_next, vocabulary) * bytes_per_logit > chunk_bytes
-            # Many small nodes in one chunk would make the product quadratic: at most 256 rows unless they share one node.
+            # Many small nodes in one chunk would make the product quadratic: at most 256 rows unless they
+            # share one node.
             too_mixed = stop - start >= 256 and node[row] != last
             if stop > start and (too_big or too_mixed):
                 break
             union, last, stop = union_next, node[row], stop + 1
         chunks.append(_chunk(rest[start:stop], node, offsets, tokens, device))
         start = stop
-    to_device = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)  # noqa: E731
+
+    def to_device(array):
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
     return AllowedPlan(chunks, to_device(single), to_device(tokens[offsets[node[single]]]))
 
 
@@ -110,6 +126,9 @@ def _chunk(
         forbidden = np.ones((len(nodes), len(union)), dtype=bool)
         for slot, part in enumerate(parts):
             forbidden[slot, np.searchsorted(union, part)] = False
-    to_device = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)  # noqa: E731
+
+    def to_device(array):
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
     mask = None if forbidden is None else to_device(forbidden)
     return AllowedChunk(to_device(rows), to_device(union), to_device(node_slot.reshape(-1)), mask)

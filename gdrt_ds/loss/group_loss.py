@@ -1,20 +1,26 @@
-"""`group_cross_entropy`: the loss of a language-model head, summed per group, without an [N, V] logits tensor.
+"""`group_cross_entropy`: the loss of a language-model head, summed per group, without an [N, V] logits
+tensor.
 
 Two ways, chosen by whether the head is trained:
-- frozen head (QLoRA), one pass, 2 matrix products: rows of the hidden gradient are never summed, so the forward stores the gradient
-  of each row's own loss, and the backward scales row i by dF/dS_g(i) + dF/dl_i, which may be known only after an all-reduce.
-- trained head (full fine-tuning, bias, LoRA on the head), 3 products and those of the head's gradient: the forward keeps one
-  normaliser per row, the backward multiplies again, a block of the vocabulary at a time, so each row of dW is made once.
+- frozen head (QLoRA), one pass, 2 matrix products: rows of the hidden gradient are never summed, so the
+forward stores the gradient
+  of each row's own loss, and the backward scales row i by dF/dS_g(i) + dF/dl_i, which may be known only
+  after an all-reduce.
+- trained head (full fine-tuning, bias, LoRA on the head), 3 products and those of the head's gradient: the
+forward keeps one
+  normaliser per row, the backward multiplies again, a block of the vocabulary at a time, so each row of dW
+  is made once.
 Without grad it is one product.
 
-Shapes: N supervised tokens, H hidden, V vocabulary, G groups, r rank of a LoRA pair; C, V for the rows and columns of one chunk.
+Shapes: N supervised tokens, H hidden, V vocabulary, G groups, r rank of a LoRA pair; C, V for the rows and
+columns of one chunk.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,9 +33,12 @@ from gdrt_ds.loss.rowwise import TorchRowwise
 
 log = logging.getLogger("gdrt_ds.loss")
 
-# Bytes of logits alive at once. CUDA: 1,000 rows of a 256k vocabulary in bfloat16, enough for the head to be read once per 1,000 tokens.
-# CPU: 32 MiB, and for one pass 512 rows more. Both of its products read the whole head once per chunk, which large heads and several threads
-# on one memory bus pay for: at H = 2,304 a row in a chunk of 32 costs twice what it costs in one of 256 (benchmarks/group_loss.py --chunk-rows).
+# Bytes of logits alive at once. CUDA: 1,000 rows of a 256k vocabulary in bfloat16, enough for the head to be
+# read once per 1,000 tokens.
+# CPU: 32 MiB, and for one pass 512 rows more. Both of its products read the whole head once per chunk, which
+# large heads and several threads
+# on one memory bus pay for: at H = 2,304 a row in a chunk of 32 costs twice what it costs in one of 256
+# (benchmarks/group_loss.py --chunk-rows).
 # The other ways go over the vocabulary in blocks and read the head once whatever the budget is.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 CPU_CHUNK_ROWS = 512
@@ -46,7 +55,8 @@ def default_chunk_bytes(
 
 
 class GroupLoss(NamedTuple):
-    """loss_sums[G] (float64): sum over tokens of each group; token_losses[N] (float32; float64 for a float64 head). Both in nats,
+    """loss_sums[G] (float64): sum over tokens of each group; token_losses[N] (float32; float64 for a
+    float64 head). Both in nats,
     both differentiable: row i's gradient is scaled by d loss_sums[group_i] + d token_losses[i]."""
 
     loss_sums: torch.Tensor
@@ -89,24 +99,33 @@ def group_cross_entropy(
     chunk_bytes: int | None = None,
     implementation: str = "auto",
 ) -> GroupLoss:
-    """Cross-entropy of `softcap * tanh(logit_scale * (hidden W^T + bias + lora) / softcap) / temperature`, summed per group.
+    """Cross-entropy of `softcap * tanh(logit_scale * (hidden W^T + bias + lora) / softcap) / temperature`,
+    summed per group.
 
     Args:
-        hidden: hidden states of supervised positions only; converted to the head's dtype if it differs. N may be 0: the
-            result is then zeros that stay attached to the graph, so that ranks without tokens still take part in the backward.
-        labels, groups: no ignore index; -100 is refused (on CUDA by a device-side assertion, without a host synchronisation).
+        hidden: hidden states of supervised positions only; converted to the head's dtype if it differs. N
+            may be 0: the result is then zeros that stay attached to the graph, so that ranks without
+            tokens still take part in the backward.
+        labels, groups: no ignore index; -100 is refused (on CUDA by a device-side assertion, without a
+        host synchronisation).
         softcap: Gemma-2's final_logit_softcapping; applied after logit_scale (Cohere) and before temperature.
         allowed: softmax over these tokens only (MSL, SIGIR 2025). Keep its tensors on the CPU.
-        lora: a low-rank term of the head, scale * (hidden A^T) B^T, trained if A or B requires grad. No dropout inside.
-        frozen_weight: True skips the weight's gradient and allows one pass; None: `not weight.requires_grad`; False: recompute.
-        chunk_bytes: budget for logits; None: on CPUs 32 MiB, and 512 rows more for one pass; 512 MiB on CUDA. Memory beyond the inputs is
-            this plus N*H elements
-            (plus the gradient of the head when it is trained, plus the gathered rows of the head with `allowed`).
-        implementation: "auto" (Triton on CUDA, torch elsewhere; announced once by the logger gdrt_ds.loss), "torch", "triton" (also on
+        lora: a low-rank term of the head, scale * (hidden A^T) B^T, trained if A or B requires grad. No
+        dropout inside.
+        frozen_weight: True skips the weight's gradient and allows one pass; None: `not
+        weight.requires_grad`; False: recompute.
+        chunk_bytes: budget for logits; None: on CPUs 32 MiB, and 512 rows more for one pass; 512 MiB on
+            CUDA. Memory beyond the inputs is this plus N*H elements
+            (plus the gradient of the head when it is trained, plus the gathered rows of the head with
+            `allowed`).
+        implementation: "auto" (Triton on CUDA, torch elsewhere; announced once by the logger
+            gdrt_ds.loss), "torch", "triton" (also on
             CPUs under TRITON_INTERPRET=1), "reference" (plain torch with all logits, in the head's dtype).
 
-    Returns: GroupLoss. Under ZeRO-3 call it inside the forward of the module that owns the head: the frozen case keeps no
-        alias of the weight; the trained case saves the parameter itself, which the module's backward hook gathers again.
+    Returns: GroupLoss. Under ZeRO-3 call it inside the forward of the module that owns the head: the
+    frozen case keeps no
+        alias of the weight; the trained case saves the parameter itself, which the module's backward hook
+        gathers again.
     Raises: UserError for shapes, labels, groups or settings that do not fit.
     """
     _check_shapes(hidden, weight, labels, groups, num_groups, bias, lora)
@@ -129,9 +148,19 @@ def group_cross_entropy(
     _check_range("groups", groups, num_groups, "give every token a group in [0, num_groups)")
     if implementation == "reference":
         sums, losses = reference_group_cross_entropy(
-            hidden.to(weight.dtype), weight, labels, groups, num_groups, bias=bias, logit_scale=logit_scale, softcap=softcap,
-            temperature=temperature, allowed=allowed, lora=lora, dtype=None,
-        )  # fmt: skip
+            hidden.to(weight.dtype),
+            weight,
+            labels,
+            groups,
+            num_groups,
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            temperature=temperature,
+            allowed=allowed,
+            lora=lora,
+            dtype=None,
+        )
         return GroupLoss(sums, losses)
     implementation, why = _choose(implementation, weight.device.type, weight.dtype)
     _announce(implementation, why, weight.device.type, weight.dtype)
@@ -146,9 +175,15 @@ def group_cross_entropy(
             weight.device.type, weight.shape[0], weight.element_size(), one_pass and allowed is None
         )
     settings = Settings(
-        num_groups=num_groups, logit_scale=float(logit_scale), softcap=None if softcap is None else float(softcap),
-        temperature=float(temperature), lora_scale=float(lora_scale), chunk_bytes=chunk_bytes, implementation=implementation, one_pass=one_pass,
-    )  # fmt: skip
+        num_groups=num_groups,
+        logit_scale=float(logit_scale),
+        softcap=None if softcap is None else float(softcap),
+        temperature=float(temperature),
+        lora_scale=float(lora_scale),
+        chunk_bytes=chunk_bytes,
+        implementation=implementation,
+        one_pass=one_pass,
+    )
     plan = None
     if allowed is not None:
         plan = plan_allowed(allowed, len(labels), weight.shape[0], settings.chunk_bytes, 12, weight.device)
@@ -190,7 +225,8 @@ class _GroupCrossEntropy(torch.autograd.Function):
         nothing = (None,) * 9
         if d_sums_G is None and d_losses_N is None:
             return nothing
-        # Read once: under non-reentrant activation checkpointing each read would run the forward again, and the second raises.
+        # Read once: under non-reentrant activation checkpointing each read would run the forward again, and
+        # the second raises.
         groups, *saved = ctx.saved_tensors
         coefficient_N = torch.zeros(len(groups), dtype=torch.float64, device=groups.device)
         if d_sums_G is not None:
@@ -226,7 +262,10 @@ def _forward_one_pass(head: Head, rowwise, hidden_NH, labels_N, losses_N, unit_N
 
 
 def _forward_streaming(head: Head, rowwise, hidden_NH, labels_N, losses_N, normaliser_2N) -> None:
-    """Blocks of the vocabulary with a running log-sum-exp: the head is read once, nothing of size [N, V] or [N, H] is kept."""
+    """Blocks of the vocabulary with a running log-sum-exp.
+
+    The head is read once, nothing of size [N, V] or [N, H] is kept.
+    """
     for rows in rowwise.row_blocks(len(hidden_NH)):
         prepared, labels_C = head.rows(hidden_NH[rows]), labels_N[rows]
         state = rowwise.start_rows(labels_C)
@@ -275,7 +314,10 @@ def _forbidden(chunk: AllowedChunk) -> torch.Tensor | None:
 
 
 def _scale_rows(unit_NH: torch.Tensor, coefficient_N: torch.Tensor) -> torch.Tensor:
-    """Row i times coefficient i, in place unless the caller keeps the graph for another backward; products in float32."""
+    """Row i times coefficient i, in place unless the caller keeps the graph for another backward.
+
+    Products in float32.
+    """
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
     out_NH = torch.empty_like(unit_NH) if keeps_graph else unit_NH
     scale_N1 = coefficient_N.to(torch.float64 if unit_NH.dtype == torch.float64 else torch.float32).view(
@@ -292,7 +334,10 @@ def _scale_rows(unit_NH: torch.Tensor, coefficient_N: torch.Tensor) -> torch.Ten
 
 
 def _backward_recompute(ctx, saved, coefficient_N: torch.Tensor):
-    """Gradients of hidden, weight, bias, A and B: the logits again, a block of the vocabulary at a time (or an allowed chunk)."""
+    """Gradients of hidden, weight, bias, A and B.
+
+    The logits again, a block of the vocabulary at a time (or an allowed chunk).
+    """
     labels_N, normaliser_2N, hidden_NH, weight, bias, a_rH, b_Vr = saved
     settings, plan, wants = ctx.settings, ctx.plan, ctx.needs_input_grad
     head, rowwise = _tools(hidden_NH, weight, bias, a_rH, b_Vr, settings)
@@ -323,16 +368,20 @@ def _backward_recompute(ctx, saved, coefficient_N: torch.Tensor):
 
 
 class _HeadGradients:
-    """Accumulates the gradients of a recomputed backward in float32 (a block of dW that only one product makes, in its own dtype)."""
+    """Accumulates the gradients of a recomputed backward in float32 (a block of dW that only one product
+    makes, in its own dtype).
+    """
 
     def __init__(self, head: Head, hidden_NH, wants, accumulate, once: bool):
         self.head, self.hidden_NH, self.accumulate = head, hidden_NH, accumulate
         hidden, weight, bias, a_rH, b_Vr = wants[:5]
-        zeros = lambda like, wanted: (
-            torch.zeros(like.shape, dtype=accumulate, device=like.device) if wanted else None
-        )  # noqa: E731
+
+        def zeros(like, wanted):
+            return torch.zeros(like.shape, dtype=accumulate, device=like.device) if wanted else None
+
         self.d_hidden = zeros(hidden_NH, hidden)
-        # Without `scattered` or several row blocks each row of dW is made by one product: no accumulation, no wider copy.
+        # Without `scattered` or several row blocks each row of dW is made by one product: no accumulation, no
+        # wider copy.
         self.weight_once = weight and once
         self.d_weight = torch.empty_like(head.weight) if self.weight_once else zeros(head.weight, weight)
         self.d_bias = zeros(head.bias, bias) if bias else None
@@ -345,7 +394,9 @@ class _HeadGradients:
             self.d_b = zeros(head.lora[1], b_Vr)
 
     def add(self, part: Head, gradient_CV, rows, part_columns: slice, target) -> None:
-        """`part`'s columns `part_columns` are rows `target` (a slice, or distinct token ids) of the whole head."""
+        """`part`'s columns `part_columns` are rows `target` (a slice, or distinct token ids) of the whole
+        head.
+        """
         x_CH = self.hidden_NH[rows]
         if self.d_hidden is not None:
             if isinstance(rows, slice):
@@ -389,7 +440,10 @@ class _HeadGradients:
                 self.d_hidden.addmm_(self.low_Nr, a_rH.to(self.accumulate))
             if self.wants_a:
                 d_a = (self.low_Nr.T @ self.hidden_NH.to(self.accumulate)).to(a_rH.dtype)
-        like = lambda gradient, tensor: None if gradient is None else gradient.to(tensor.dtype)  # noqa: E731
+
+        def like(gradient, tensor):
+            return None if gradient is None else gradient.to(tensor.dtype)
+
         head = self.head
         d_b = None if not self.has_lora else like(self.d_b, head.lora[1])
         return (
@@ -435,7 +489,8 @@ def _check_shapes(hidden, weight, labels, groups, num_groups, bias, lora) -> Non
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise UserError(
             f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}",
-            "pass hidden [N, H] and weight [V, H]; under ZeRO-3 call the op inside the forward of the module that owns the head",
+            "pass hidden [N, H] and weight [V, H]; under ZeRO-3 call the op inside the forward of the "
+            "module that owns the head",
         )
     expect("labels", labels, (hidden.shape[0],))
     expect("groups", groups, (hidden.shape[0],))
@@ -449,7 +504,7 @@ def _check_shapes(hidden, weight, labels, groups, num_groups, bias, lora) -> Non
         expect("lora B", lora[1], (weight.shape[0], rank))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _choose(implementation: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     if implementation == "torch":
         return "torch", "asked for"
@@ -475,7 +530,7 @@ def _choose(implementation: str, device_type: str, dtype: torch.dtype) -> tuple[
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _announce(implementation: str, why: str, device_type: str, dtype: torch.dtype) -> str:
     product, reason = product_dtype(dtype, device_type)
     line = f"group loss: {implementation} ({why}); head {dtype} multiplied in {product} ({reason})"
@@ -486,5 +541,7 @@ def _announce(implementation: str, why: str, device_type: str, dtype: torch.dtyp
 def describe(
     device_type: str = "cpu", dtype: torch.dtype = torch.float32, implementation: str = "auto"
 ) -> str:
-    """One line: which implementation and product dtype a head of `dtype` on this kind of device gets, and why."""
+    """One line: which implementation and product dtype a head of `dtype` on this kind of device gets, and
+    why.
+    """
     return _announce(*_choose(implementation, device_type, dtype), device_type, dtype)

@@ -1,26 +1,33 @@
-"""The matrix products of the loss with the output head (weight, bias, and an optional low-rank term), a chunk at a time.
+"""The matrix products of the loss with the output head (weight, bias, and an optional low-rank term), a
+chunk at a time.
 
-Shapes: C rows of a chunk, H hidden, V columns of a chunk (a slice of the vocabulary or a list of tokens), r rank of the LoRA pair.
-logits = gain * (x W^T + bias + scale * (x A^T) B^T). The products run in the head's own dtype; see `product_dtype`.
+Shapes: C rows of a chunk, H hidden, V columns of a chunk (a slice of the vocabulary or a list of tokens),
+r rank of the LoRA pair. logits = gain * (x W^T + bias + scale * (x A^T) B^T). The products run in the
+head's own dtype; see `product_dtype`.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
 Columns = slice | torch.Tensor  # a slice of the vocabulary, or token ids [V] long
 
-# MKL's sgemm with a transposed second operand gains 10-30 % when that operand fits a core's cache: 512 rows at H = 576.
+# MKL's sgemm with a transposed second operand gains 10-30 % when that operand fits a core's cache: 512 rows
+# at H = 576.
 CPU_BLOCK_BYTES = 1_200_000  # per thread
-# oneDNN's bfloat16 product that sums over 128k or 256k columns gains 5-8 % when it does so 8,192 at a time (N 256, H 2,304 and 4,096).
+# oneDNN's bfloat16 product that sums over 128k or 256k columns gains 5-8 % when it does so 8,192 at a time (N
+# 256, H 2,304 and 4,096).
 CPU_NARROW_BLOCK = 8192
 
 
-@lru_cache(maxsize=None)
+@cache
 def product_dtype(dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, str]:
-    """The dtype that a head of `dtype` is multiplied in, and why. float16 and, without AVX512_BF16, bfloat16 are slow on CPUs."""
+    """The dtype that a head of `dtype` is multiplied in, and why.
+
+    Float16 and, without AVX512_BF16, bfloat16 are slow on CPUs.
+    """
     if device_type != "cpu" or dtype in (torch.float32, torch.float64):
         return dtype, "the head's dtype"
     if dtype == torch.bfloat16 and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
@@ -32,7 +39,10 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, st
 
 
 class Head:
-    """Products of one call. Nothing outlives it: under ZeRO-3 the gathered weight must be free to go when the forward ends."""
+    """Products of one call. Nothing outlives it.
+
+    Under ZeRO-3 the gathered weight must be free to go when the forward ends.
+    """
 
     def __init__(self, weight, bias, lora, gain: float, accumulate: torch.dtype):
         self.weight, self.bias, self.gain, self.accumulate = weight, bias, gain, accumulate
@@ -45,7 +55,7 @@ class Head:
         # One block's product, its float32 copy and the float32 sum.
         self.scratch_per_row = (self.dtype.itemsize + 8) * weight.shape[1] if self.blockwise else 0
 
-    def gathered(self, tokens_V: torch.Tensor) -> "Head":
+    def gathered(self, tokens_V: torch.Tensor) -> Head:
         """The head restricted to some tokens: its rows are copied once and serve both products."""
         lora = (
             None
@@ -55,7 +65,7 @@ class Head:
         bias = None if self.bias is None else self.bias.index_select(0, tokens_V)
         return Head(self.weight.index_select(0, tokens_V), bias, lora, self.gain, self.accumulate)
 
-    def rows(self, hidden_CH: torch.Tensor) -> "Rows":
+    def rows(self, hidden_CH: torch.Tensor) -> Rows:
         return Rows(self, hidden_CH)
 
     def blocks(self, columns: slice):
@@ -106,7 +116,10 @@ class Head:
 
 
 class Rows:
-    """A chunk of hidden rows, prepared for products with the head: converted, and already multiplied by the gain."""
+    """A chunk of hidden rows, prepared for products with the head.
+
+    Converted, and already multiplied by the gain.
+    """
 
     def __init__(self, head: Head, hidden_CH: torch.Tensor):
         self.head = head

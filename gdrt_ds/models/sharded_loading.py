@@ -1,15 +1,19 @@
 """Loads a model straight into its ZeRO-3 shards: no rank ever holds more than its slice and one tensor.
 
-The usual path builds the whole quantised model on every rank and shards it afterwards (transformers #24395, bitsandbytes
+The usual path builds the whole quantised model on every rank and shards it afterwards (transformers
+#24395, bitsandbytes
 #1249, peft #2016), so a 70B model fails to start where it would fit. Here each rank
 1. builds the skeleton without storage, with bitsandbytes' 4-bit modules in place;
-2. reads from the safetensors files only the values that its slice of each parameter needs, widened to whole 64-value blocks;
+2. reads from the safetensors files only the values that its slice of each parameter needs, widened to
+whole 64-value blocks;
 3. quantises these blocks (NF4 is block-wise: packed bytes and scales of a block do not depend on the others);
-4. exchanges the float32 block scales in order and runs bitsandbytes' own nested quantisation on the whole vector, because
+4. exchanges the float32 block scales in order and runs bitsandbytes' own nested quantisation on the whole
+vector, because
    its offset is the mean over all blocks;
 5. fills DeepSpeed's partition of the parameter directly.
-Weights and quant_state are bitwise those of the usual path. Notation: a packed weight has S storage elements of b bytes,
-two values per byte; rank r owns storage elements [r * ceil(S / world), (r + 1) * ceil(S / world)).
+Weights and quant_state are bitwise those of the usual path. Notation: a packed weight has S storage
+elements of b bytes, two values per byte; rank r owns storage elements [r * ceil(S / world), (r + 1) *
+ceil(S / world)).
 """
 
 from __future__ import annotations
@@ -48,7 +52,8 @@ def load_sharded(
     """The model with every parameter already partitioned for ZeRO-3 on this rank.
 
     Raises:
-        CannotShard: the model stores its weights in another form than its parameters, or the configuration needs the whole
+        CannotShard: the model stores its weights in another form than its parameters, or the configuration
+        needs the whole
             tensor (NVMe, hierarchical partitions, quantised communication).
         UserError: unreadable or incomplete weight files.
     """
@@ -188,11 +193,15 @@ def is_4bit(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear4bit"
 
 
-# ---------------------------------------------------------------------------------------------------- one parameter
+# ---------------------------------------------------------------------------------------------------- one
+# parameter
 
 
 def partition_range(numel: int, rank: int, world: int) -> tuple[int, int, int]:
-    """(partition size, first, end) of a rank's elements in a flat tensor of `numel`; the last ranks may own less."""
+    """(partition size, first, end) of a rank's elements in a flat tensor of `numel`.
+
+    The last ranks may own less.
+    """
     size = -(-numel // world)
     return size, min(rank * size, numel), min((rank + 1) * size, numel)
 
@@ -256,7 +265,9 @@ def quantized_parameter(
     if issubclass(module.source_cls, Conv1D):  # stored transposed: the one tensor is read whole
         location = files.tensors[source]
         values = files.read(source).view(location.shape).t().reshape(-1)[low:high].clone()
-        read = lambda start, stop: values[start - low : stop - low]  # noqa: E731
+
+        def read(start, stop):
+            return values[start - low : stop - low]
     else:
         read = functools.partial(files.read, source)
     packed, absmax = quantize_range(read, low, high, dtype, device)
@@ -285,7 +296,10 @@ def quantized_parameter(
 def quantize_range(
     read, low: int, high: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_blocks` of the values [low, high) that `read(start, stop)` gives, in pieces on a CPU; an empty range gives empty tensors."""
+    """`quantize_blocks` of the values [low, high) that `read(start, stop)` gives, in pieces on a CPU.
+
+    An empty range gives empty tensors.
+    """
     step = max(1, high - low) if device.type == "cuda" else PIECE
     done = [
         quantize_blocks(read(start, min(start + step, high)).to(dtype).to(device))
@@ -333,7 +347,10 @@ def gather_absmax(
 
 
 def _hollow(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of a shape over one element of storage: DeepSpeed reads the shape, then the data are dropped."""
+    """A tensor of a shape over one element of storage.
+
+    DeepSpeed reads the shape, then the data are dropped.
+    """
     return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
@@ -346,7 +363,10 @@ def _world(parameter) -> int:
 
 
 def _install(parameter, partition: Tensor, dtype: torch.dtype, device: torch.device, zero) -> None:
-    """Leaves the parameter as DeepSpeed leaves it after partitioning: own slice in ds_tensor, nothing in data."""
+    """Leaves the parameter as DeepSpeed leaves it after partitioning.
+
+    Own slice in ds_tensor, nothing in data.
+    """
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 

@@ -1,7 +1,8 @@
 """Reads any range of any tensor straight out of safetensors files, without mapping or loading the rest.
 
-A memory map would count every touched page of a 140 GB model as this process's memory; here exactly the asked bytes are
-read. The header is plain JSON (little-endian length, then name -> dtype, shape, offsets), checked against the file size.
+A memory map would count every touched page of a 140 GB model as this process's memory; here exactly the
+asked bytes are read. The header is plain JSON (little-endian length, then name -> dtype, shape, offsets),
+checked against the file size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """All objectives on one trainer: one file each; `get_objective` finds them by name.
 
-A name is a file's OBJECTIVE.name, or `package.module:ATTRIBUTE` for an objective that lives in your own package.
+A name is a file's OBJECTIVE.name, or `package.module:ATTRIBUTE` for an objective that lives in your own
+package.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
-"""What an objective is: five small choices on shared parts. The trainer, the fused loss and the all-reduce are the same for all.
+"""What an objective is: five small choices on shared parts. The trainer, the fused loss and the all-reduce
+are the same for all.
 
 F = sum_g q_g L_g with L_g = S_g / n_g, S_g = sum over tokens i of group g of w_i v_i, n_g = sum of w_i, where
   v_i  `token_term`: a differentiable function of the token losses (default: the loss itself)
   w_i  `token_weights`: fixed weights known from the data (default: 1)
   q    `aggregate`: group losses -> weights, or per-token weights when `per_token` is set
-  the softmax runs over the whole vocabulary, or over the catalogue trie's valid next tokens (`masked_softmax`)
-  `history_free_pass`: a second forward on the prompt without the history, for objectives that compare the two.
-To add one: a file in this folder with `OBJECTIVE = Objective(...)`, and a config that names it (docs/method.md).
+  the softmax runs over the whole vocabulary, or over the catalogue trie's valid next tokens
+  (`masked_softmax`)
+  `history_free_pass`: a second forward on the prompt without the history, for objectives that compare the
+  two.
+To add one: a file in this folder with `OBJECTIVE = Objective(...)`, and a config that names it
+(docs/method.md).
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ class GroupView:
     """What an aggregation sees: reduced over all ranks and micro-batches of one optimizer step.
 
     Attributes:
-        losses: float64[G], of this batch or moving averages (`dro.estimate`), minus the reference's if `dro.excess`;
+        losses: float64[G], of this batch or moving averages (`dro.estimate`), minus the reference's if
+            `dro.excess`;
             None when an aggregation that looks at no losses is asked before the forward.
         counts: float64[G] sums of token weights of this global batch.
         state: what the run remembers; `update` is True in the call that may change it.
@@ -53,7 +58,8 @@ class TokenView:
 
     Attributes:
         losses: float32[N], differentiable.
-        counterfactual: float32[N] losses of the difference of hidden states with and without history, or None.
+        counterfactual: float32[N] losses of the difference of hidden states with and without history, or
+        None.
         position: Long[N] position inside the target title; length: Long[N] tokens of that title.
     """
 
@@ -68,7 +74,8 @@ class TokenView:
 class TokenTable:
     """Fixed facts of every target token of the train split, for `token_weights`. Arrays of length num_tokens.
 
-    branching: bool, more than one valid next token at this place of the trie; valid_items: items still possible before
+    branching: bool, more than one valid next token at this place of the trie; valid_items: items still
+    possible before
     the token, valid_after: after it; train_count: popularity of the target item.
     """
 
@@ -102,7 +109,9 @@ class Objective:
     per_token: Callable[[DroSection], bool] = field(default=lambda section: False)
 
     def is_late(self, section: DroSection) -> bool:
-        """True when weights need the losses of the same global batch (a no-grad first pass under accumulation)."""
+        """True when weights need the losses of the same global batch (a no-grad first pass under
+        accumulation).
+        """
         return self.per_token(section) or (
             self.needs_losses and section.estimate == "batch" and section.frozen_weights is None
         )

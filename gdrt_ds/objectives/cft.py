@@ -1,7 +1,8 @@
-"""Counterfactual fine-tuning: cross-entropy plus that of (logits - logits without history), weighted along the title.
+"""Counterfactual fine-tuning: cross-entropy plus that of (logits - logits without history), weighted along
+the title.
 
-For a linear head the difference of logits is the head applied to the difference of hidden states, so the second term
-costs one more fused pass and never builds logits.
+For a linear head the difference of logits is the head applied to the difference of hidden states, so the
+second term costs one more fused pass and never builds logits.
 """
 
 import torch

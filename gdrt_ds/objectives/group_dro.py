@@ -1,11 +1,17 @@
-"""Online exponentiated-gradient Group DRO (Sagawa et al., ICLR 2020): q <- q exp(eta L), then F = sum_g q_g L_g."""
+"""Online exponentiated-gradient Group DRO (Sagawa et al., ICLR 2020).
+
+Q <- q exp(eta L), then F = sum_g q_g L_g.
+"""
 
 from gdrt_ds import dro
 from gdrt_ds.objectives.base import GroupView, Objective
 
 
 def weights(view: GroupView):
-    """With estimate=batch the update uses this batch's losses before the gradient, as in the paper; with ema the last state's."""
+    """With estimate=batch the update uses this batch's losses before the gradient, as in the paper.
+
+    With ema the last state's.
+    """
     q = view.state.q
     if view.dro.estimate == "batch":
         q = dro.exponentiated_gradient(q, view.losses, view.present, view.dro.eta)

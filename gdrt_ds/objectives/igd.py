@@ -1,4 +1,7 @@
-"""Information-gain weights: tokens that the trie already determines (zero information gain) weigh beta, the others 1."""
+"""Information-gain weights.
+
+Tokens that the trie already determines (zero information gain) weigh beta, the others 1.
+"""
 
 import numpy as np
 
@@ -11,7 +14,10 @@ def information_gain_weights(table: TokenTable) -> np.ndarray:
 
 OBJECTIVE = Objective(
     name="igd",
-    source="IGD, Token Decisiveness Modeling via Information Gain in LLMs for Personalized Recommendation, arXiv 2506.13229",
+    source=(
+        "IGD, Token Decisiveness Modeling via Information Gain in LLMs for Personalized Recommendation, "
+        "arXiv 2506.13229"
+    ),
     formula="F = sum_i w_i l_i / sum_i w_i, w_i = beta where only one next token is valid",
     token_weights=information_gain_weights,
 )

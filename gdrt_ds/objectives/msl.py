@@ -1,4 +1,4 @@
-"""Masked softmax loss: the softmax runs over the catalogue trie's valid next tokens only, with a temperature."""
+"""Masked softmax loss: a softmax with a temperature over the catalogue trie's valid next tokens only."""
 
 from gdrt_ds.objectives.base import Objective
 

@@ -1,4 +1,7 @@
-"""Inverse-popularity example weights: dataset-level debiasing, the lever that is said to miss pretraining bias."""
+"""Inverse-popularity example weights.
+
+Dataset-level debiasing, the lever that is said to miss pretraining bias.
+"""
 
 import numpy as np
 

@@ -1,4 +1,5 @@
-"""Combinations that are known to compute wrong results, hang or crash: refused in words before any weight is loaded.
+"""Combinations that are known to compute wrong results, hang or crash: refused in words before any weight
+is loaded.
 
 Each refusal cites the threads in which users found it. docs/support-matrix.md is the same list for readers.
 """
@@ -6,13 +7,15 @@ Each refusal cites the threads in which users found it. docs/support-matrix.md i
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
-from gdrt_ds.models.load import choose_attention, compute_dtype, quant_storage
+from gdrt_ds.models.load import choose_attention, compute_dtype
+from gdrt_ds.models.quantization import quant_storage
 
 
 def check_combination(
@@ -43,7 +46,7 @@ def check_combination(
     choose_attention(config.model.attention, device, compute_dtype(config.model.dtype, device))
 
 
-def refusals(
+def refusals(  # noqa: PLR0912
     config: RunConfig, deepspeed_config: dict[str, Any], cuda: bool, versions: dict[str, str]
 ) -> Iterator[tuple[str, str]]:
     """(problem, fix) of every bad combination found."""
@@ -57,18 +60,21 @@ def refusals(
     deepspeed_version = _version(versions["deepspeed"])
     if deepspeed_version == (0, 19, 2):
         yield (
-            "deepspeed 0.19.2 mixes up dtypes of frozen and trainable parameters (DeepSpeed #8066, #8072, #8073, #8113; TRL #6089)",
+            "deepspeed 0.19.2 mixes up dtypes of frozen and trainable parameters (DeepSpeed #8066, #8072, "
+            "#8073, #8113; TRL #6089)",
             "pip install 'deepspeed>=0.19.3'",
         )
     elif model.gradient_checkpointing and deepspeed_version < (0, 19, 3):
         yield (
-            f"model.gradient_checkpointing = true with deepspeed {versions['deepspeed']}: non-reentrant recomputation with frozen parameters "
+            f"model.gradient_checkpointing = true with deepspeed {versions['deepspeed']}: non-reentrant "
+            "recomputation with frozen parameters "
             "needs 0.19.3 (DeepSpeed #8130, #8148; transformers #47254)",
             "pip install 'deepspeed>=0.19.3', or switch it off",
         )
     if nf4 and not cuda and _version(versions["bitsandbytes"]) < (0, 47):
         yield (
-            f"model.quantization = nf4 on a CPU with bitsandbytes {versions['bitsandbytes']}: NF4 runs on CPUs from 0.47 on",
+            f"model.quantization = nf4 on a CPU with bitsandbytes {versions['bitsandbytes']}: NF4 runs on "
+            "CPUs from 0.47 on",
             "pip install 'bitsandbytes>=0.50', or model.quantization=none",
         )
 
@@ -76,19 +82,22 @@ def refusals(
         storage = quant_storage(model)
         if storage not in (torch.uint8, dtype):
             yield (
-                f"model.quant_storage = {model.quant_storage} with {text} arithmetic: the engine casts floating tensors to {text} and so destroys "
+                f"model.quant_storage = {model.quant_storage} with {text} arithmetic: the engine casts "
+                f"floating tensors to {text} and so destroys "
                 "the packed 4-bit weights silently (peft #2016; bitsandbytes #1249)",
                 f"set model.quant_storage to auto (uint8) or to {text}",
             )
         for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
             if zero.get(key):
                 yield (
-                    f"zero_optimization.{key} = true would quantise packed 4-bit weights once more, as 8-bit (bitsandbytes #1451 is the same family)",
+                    f"zero_optimization.{key} = true would quantise packed 4-bit weights once more, as "
+                    "8-bit (bitsandbytes #1451 is the same family)",
                     f"remove {key} from the DeepSpeed config",
                 )
         if int((deepspeed_config.get("tensor_parallel") or {}).get("autotp_size", 1)) > 1:
             yield (
-                "tensor_parallel.autotp_size > 1 splits matrices, packed 4-bit weights cannot be split by rows",
+                "tensor_parallel.autotp_size > 1 splits matrices, packed 4-bit weights cannot be split by "
+                "rows",
                 "remove tensor_parallel, ZeRO-3 shards them",
             )
     for section, key in (
@@ -97,13 +106,15 @@ def refusals(
     ):
         if (deepspeed_config.get(section) or {}).get(key):
             yield (
-                f"the DeepSpeed config quantises weights itself ({section}.{key}); 8-bit weights under ZeRO-3 give wrong losses (bitsandbytes #1451)",
+                f"the DeepSpeed config quantises weights itself ({section}.{key}); 8-bit weights under "
+                "ZeRO-3 give wrong losses (bitsandbytes #1451)",
                 f"remove {section}; model.quantization=nf4 is the supported way",
             )
 
     if stage not in (1, 2, 3):
         yield (
-            f"zero_optimization.stage = {stage}: checkpoints and the exact optimizer state here need a sharded optimizer",
+            f"zero_optimization.stage = {stage}: checkpoints and the exact optimizer state here need a "
+            "sharded optimizer",
             "use ds_configs/zero1.json (on one rank it costs nothing), zero2.json or zero3_qlora.json",
         )
     if model.loading == "sharded" and stage != 3:
@@ -115,12 +126,14 @@ def refusals(
     offload_optimizer = (zero.get("offload_optimizer") or {}).get("device", "none")
     if offload_param != "none" and stage != 3:
         yield (
-            f"offload_param.device = {offload_param} with ZeRO stage {stage}: only stage 3 can offload parameters",
+            f"offload_param.device = {offload_param} with ZeRO stage {stage}: only stage 3 can offload "
+            "parameters",
             "use ds_configs/zero3_offload.json",
         )
     if offload_optimizer == "nvme":
         yield (
-            "offload_optimizer.device = nvme: its state lives in swap files that checkpoints here do not carry",
+            "offload_optimizer.device = nvme: its state lives in swap files that checkpoints here do not "
+            "carry",
             "LoRA's optimizer state is small: set it to cpu or none",
         )
     if not cuda and "cpu" in (offload_param, offload_optimizer):
@@ -137,12 +150,14 @@ def refusals(
     for section in ("amp", "torch_autocast"):
         if (deepspeed_config.get(section) or {}).get("enabled"):
             yield (
-                f"{section} in the DeepSpeed config makes a second dtype beside the adapter's (DeepSpeed #8066 family)",
+                f"{section} in the DeepSpeed config makes a second dtype beside the adapter's (DeepSpeed "
+                "#8066 family)",
                 f"remove {section}; set model.dtype",
             )
     if (deepspeed_config.get("checkpoint") or {}).get("load_universal"):
         yield (
-            "checkpoint.load_universal: universal checkpoints lose or mix state with frozen parameters (DeepSpeed #5475, #7585, #7599, #7601, #8099)",
+            "checkpoint.load_universal: universal checkpoints lose or mix state with frozen parameters "
+            "(DeepSpeed #5475, #7585, #7599, #7601, #8099)",
             "remove it; checkpoints here resume on any world size by themselves",
         )
     if zero.get("elastic_checkpoint"):
@@ -158,7 +173,8 @@ def refusals(
         )
     if deepspeed_config.get("pipeline") or int(deepspeed_config.get("sequence_parallel_size", 1) or 1) > 1:
         yield (
-            "pipeline or sequence parallelism splits a sample over ranks; group losses here are sums over whole samples of each rank",
+            "pipeline or sequence parallelism splits a sample over ranks; group losses here are sums over "
+            "whole samples of each rank",
             "remove it from the DeepSpeed config",
         )
 

@@ -1,17 +1,22 @@
-"""Predicts the peak of tensor bytes per rank from the configs alone, and says what to change when it will not fit.
+"""Predicts the peak of tensor bytes per rank from the configs alone, and says what to change when it will
+not fit.
 
-The skeleton of the model is built without storage (transformers' own classes), so every family is counted as it is.
+The skeleton of the model is built without storage (transformers' own classes), so every family is counted
+as it is.
 Per rank, W ranks, s bytes of the compute dtype, t tokens of a micro-batch:
     base        packed 4-bit weights (1/2 byte each), unquantised parameters (s each); both / W under ZeRO-3
-    quant_state 1 byte per 64 values + 4 per 64*256 (double quantisation), 4 per 64 without; whole on every rank
-    adapter     weights s, gradients s, float32 masters 4 and two moments 8 per trainable parameter; sharded by stage
-    gathered    ZeRO-3's whole parameters in use: all of them up to stage3_max_live_parameters elements, at least the embedding;
+    quant_state 1 byte per 64 values + 4 per 64*256 (double quantisation), 4 per 64 without; whole on every
+    rank adapter     weights s, gradients s, float32 masters 4 and two moments 8 per trainable parameter;
+    sharded by stage gathered    ZeRO-3's whole parameters in use: all of them up to
+    stage3_max_live_parameters elements, at least the embedding;
                 nothing on one rank, whose slices are the whole
     dequantised the largest matrix, dense, twice (forward copy and its transpose product in backward)
-    activations per token and layer, see `activation_bytes_per_token`; with checkpointing the inputs of all layers and one layer
-    loss        logits chunk (its byte budget) and the hidden states and row gradients of the supervised tokens
-On a CPU the estimate is compared with resident memory beyond the import baseline: engine buffers are added. It holds for allocators that
-reuse freed blocks (tcmalloc, jemalloc); glibc's keeps far more (docs/benchmarks.md), and the plan says so.
+    activations per token and layer, see `activation_bytes_per_token`; with checkpointing the inputs of all
+    layers and one layer loss        logits chunk (its byte budget) and the hidden states and row gradients
+    of the supervised tokens
+On a CPU the estimate is compared with resident memory beyond the import baseline: engine buffers are
+added. It holds for allocators that reuse freed blocks (tcmalloc, jemalloc); glibc's keeps far more
+(docs/benchmarks.md), and the plan says so.
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
 MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
 CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers: an allowance
 GLIBC_NOTE = (
-    "glibc's allocator keeps freed tensors: 2 to 5 times this was seen resident. Where memory is short, start the run with "
+    "glibc's allocator keeps freed tensors: 2 to 5 times this was seen resident. Where memory is short, "
+    "start the run with "
     "LD_PRELOAD=libtcmalloc_minimal.so.4 or libjemalloc.so.2 (Debian: libtcmalloc-minimal4, libjemalloc2)"
 )
 DEVICE_RESERVE = (
@@ -79,15 +85,18 @@ class MemoryPlan:
             usable = int(self.device_bytes * DEVICE_RESERVE)
             fits = self.peak_bytes <= usable
             out.append(
-                f"the device has {format_bytes(self.device_bytes)}, {format_bytes(usable)} of it for tensors: "
-                + ("it fits" if fits else "it will NOT fit")
+                f"the device has {format_bytes(self.device_bytes)}, {format_bytes(usable)} of it for "
+                "tensors: " + ("it fits" if fits else "it will NOT fit")
             )
         return out + self.notes + [f"to make it fit: {line}" for line in self.advice]
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """Element counts of a model: quantised, the rest, trainable (LoRA), the largest matrix, and sizes of a layer."""
+    """Element counts of a model.
+
+    Quantised, the rest, trainable (LoRA), the largest matrix, and sizes of a layer.
+    """
 
     quantised: int
     plain: int
@@ -164,8 +173,9 @@ def _in_out(module: nn.Module) -> tuple[int, int]:
 def activation_bytes_per_token(model: Inventory, size: int, lora_dropout: float) -> int:
     """What autograd keeps of one layer for one token.
 
-    Two norms keep input and normalised value in float32 (4 * H * 4); attention keeps query, key, value and output;
-    the gated MLP keeps gate, silu(gate) and up; each adapted module keeps its (dropped-out) input, a byte mask and r values.
+    Two norms keep input and normalised value in float32 (4 * H * 4); attention keeps query, key, value and
+    output; the gated MLP keeps gate, silu(gate) and up; each adapted module keeps its (dropped-out) input,
+    a byte mask and r values.
     Frozen 4-bit products keep no activations.
     """
     norms = 4 * model.hidden * 4
@@ -190,8 +200,8 @@ def estimate(
     Args:
         model_config: the transformers config; no weights are read.
         device_memory_bytes: memory of one GPU; None on a CPU.
-        tokens, targets: tokens and supervised tokens of the largest micro-batch; None = the longest allowed example,
-            prompt.max_length tokens, 10 % of them targets, in every row.
+        tokens, targets: tokens and supervised tokens of the largest micro-batch; None = the longest
+            allowed example, prompt.max_length tokens, 10 % of them targets, in every row.
     """
     on_gpu = device_memory_bytes is not None
     dtype = compute_dtype(config.model.dtype, torch.device("cuda" if on_gpu else "cpu"))
@@ -286,18 +296,21 @@ def advise(
     advice = []
     if config.model.quantization == "none":
         advice.append(
-            f"model.quantization=nf4 (base weights {format_bytes(plan.parts['base weights'])} -> about a quarter)"
+            f"model.quantization=nf4 (base weights {format_bytes(plan.parts['base weights'])} -> about a "
+            "quarter)"
         )
     if stage != 3 and world > 1:
         advice.append(f"ds_configs/zero3_qlora.json (base weights / {world})")
     if live > usable // 4:
         advice.append(
-            f"stage3_max_live_parameters in the DeepSpeed config, e.g. 1e8 (gathered parameters {format_bytes(live)})"
+            "stage3_max_live_parameters in the DeepSpeed config, e.g. 1e8 (gathered parameters "
+            f"{format_bytes(live)})"
         )
     if not config.model.gradient_checkpointing:
         saved = int(activations * (1 - 1 / max(2, model.layers)))
         advice.append(
-            f"model.gradient_checkpointing=true (saves about {format_bytes(saved)} of activations, costs a third of the step)"
+            f"model.gradient_checkpointing=true (saves about {format_bytes(saved)} of activations, costs a "
+            "third of the step)"
         )
     if rows > 1:
         advice.append(

@@ -1,4 +1,7 @@
-"""The plan of a run, printed before anything heavy: resolved config, batch arithmetic, memory estimate per rank, refusals."""
+"""The plan of a run, printed before anything heavy.
+
+Resolved config, batch arithmetic, memory estimate per rank, refusals.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepsp
 
 
 def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -> None:
-    """Prints the plan; with `full` also what needs the data (token counts, memory). Raises UserError for every refusal.
+    """Prints the plan; with `full` also what needs the data (token counts, memory). Raises UserError for
+    every refusal.
 
     quiet: check only (other ranks than 0).
     """
@@ -41,18 +45,22 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
     figures = padding_figures(store, plan, len(prepared.encoder.prefix_ids))
     packing, line = choose_packing(config, prepared.model_config)
     say(
-        f"data: {len(store):,} train samples, {store.lengths.mean():.0f} tokens on average (longest {store.lengths.max()}), "
+        f"data: {len(store):,} train samples, {store.lengths.mean():.0f} tokens on average (longest "
+        f"{store.lengths.max()}), "
         f"{store.num_target.mean():.1f} of them targets; {len(prepared.catalogue):,} titles"
     )
     say(
-        f"batch: {plan.describe()}; {steps:,} steps = {steps * config.train.global_batch / len(store):.2f} epochs"
+        f"batch: {plan.describe()}; {steps:,} steps = {steps * config.train.global_batch / len(store):.2f} "
+        "epochs"
     )
     say(
-        f"tokens per step: {figures['padded']:,.0f} padded, {figures['packed']:,.0f} packed, {figures['shared_prefix']:,.0f} with a shared head"
+        f"tokens per step: {figures['padded']:,.0f} padded, {figures['packed']:,.0f} packed, "
+        f"{figures['shared_prefix']:,.0f} with a shared head"
     )
     say(line)
     say(
-        f"engine: DeepSpeed ZeRO stage {zero_stage(filled)} on {world} rank(s), {str(dtype).removeprefix('torch.')}"
+        f"engine: DeepSpeed ZeRO stage {zero_stage(filled)} on {world} rank(s), "
+        f"{str(dtype).removeprefix('torch.')}"
     )
     for text in memory_of(
         config, prepared, plan, figures["padded" if packing == "none" else packing], filled, world
@@ -61,7 +69,10 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
 
 
 def memory_of(config: RunConfig, prepared, plan, tokens_per_step: float, filled: dict, world: int):
-    """The MemoryPlan of the average micro-batch of this data. Args: what `prepare`, `plan_batches`, `padding_figures` and `fill_deepspeed_config` return."""
+    """The MemoryPlan of the average micro-batch of this data. Args.
+
+    What `prepare`, `plan_batches`, `padding_figures` and `fill_deepspeed_config` return.
+    """
     from gdrt_ds.planning.memory_plan import estimate
 
     store = prepared.stores["train"]

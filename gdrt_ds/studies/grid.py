@@ -1,6 +1,8 @@
-"""The grid of a study: rows (an objective and its overrides) x settings x seeds, read from one YAML file and numbered.
+"""The grid of a study: rows (an objective and its overrides) x settings x seeds, read from one YAML file
+and numbered.
 
-The one definition of cells for `gdrt_ds.study`, `slurm/grid.py --study` and the evaluation's page. A study file:
+The one definition of cells for `gdrt_ds.study`, `slurm/grid.py --study` and the evaluation's page. A study
+file:
 
     name: planted
     config: configs/planted.yaml        # every cell starts from this run config
@@ -12,10 +14,12 @@ The one definition of cells for `gdrt_ds.study`, `slurm/grid.py --study` and the
     rows:
       sft: [objective=sft]
       gdrt: [objective=gdrt]
-      frozen-q: [objective=gdrt, "dro.frozen_weights={run:gdrt}"]     # {run:ROW}: that row's run folder, same setting and seed
+      frozen-q: [objective=gdrt, "dro.frozen_weights={run:gdrt}"]     # {run:ROW}: that row's run folder,
+      same setting and seed
     settings:                           # optional; each crosses all rows, or those it names
       default: []
-      controls: {rows: [frozen-q], seeds: [0, 1], borrows: {default: [sft, gdrt]}}     # beside runs of a setting with the same `set`
+      controls: {rows: [frozen-q], seeds: [0, 1], borrows: {default: [sft, gdrt]}}     # beside runs of a
+      setting with the same `set`
     pieces:                             # optional: named parts of the grid, for machines with a time limit
       first: {rows: [sft, gdrt], settings: [default]}
     evaluate: [--audit, sensitivity]    # arguments of every evaluation
@@ -148,7 +152,9 @@ def load_study(path: str | Path, overrides: list[str] = ()) -> Study:
 
 
 def _borrowable(path: object, study: Study, name: str, lender: str, rows: list[str]) -> None:
-    """Raises: UserError unless `lender` is an earlier setting with the same overrides that has these rows with these seeds."""
+    """Raises: UserError unless `lender` is an earlier setting with the same overrides that has these rows
+    with these seeds.
+    """
     where, mine = f"{path}: settings.{name}.borrows", study.settings[name]
     _known(where, lender, list(study.settings), "setting")
     other = study.settings[lender]
@@ -192,7 +198,8 @@ def _describe(error: dict[str, Any]) -> str:
 
 
 def cells_of(study: Study, folder: Path) -> list[Cell]:
-    """All cells, settings outermost, then seeds, then rows: a row stands behind the rows whose run folders it reads.
+    """All cells, settings outermost, then seeds, then rows: a row stands behind the rows whose run folders
+    it reads.
 
     Raises:
         UserError: a setting that leaves out a row which one of its rows reads.
@@ -209,14 +216,12 @@ def cells_of(study: Study, folder: Path) -> list[Cell]:
                 for needed in dict.fromkeys(RUN_OF.findall(" ".join(text))):
                     if needed not in owner:
                         raise UserError(
-                            f"setting {setting_name}: row {row} reads the run folder of {needed}, which the setting leaves out",
+                            f"setting {setting_name}: row {row} reads the run folder of {needed}, which the "
+                            "setting leaves out",
                             f"add {needed} to the rows of {setting_name}",
                         )
                     needs.append(_name(study, owner[needed], needed, seed))
-                text = [
-                    RUN_OF.sub(lambda m: str(folder / "runs" / _name(study, owner[m[1]], m[1], seed)), part)
-                    for part in text
-                ]
+                text = [_with_run_folders(part, study, folder, owner, seed) for part in text]
                 overrides = (
                     *study.overrides,
                     *setting.set,
@@ -240,6 +245,16 @@ def cells_of(study: Study, folder: Path) -> list[Cell]:
             "rows, settings and seeds must differ in letters or digits",
         )
     return cells
+
+
+def _with_run_folders(text: str, study: Study, folder: Path, owner: dict[str, str], seed: int) -> str:
+    """`{run:ROW}` in an override becomes the run folder of that row, for this seed."""
+
+    def run_folder(match: re.Match) -> str:
+        row = match[1]
+        return str(folder / "runs" / _name(study, owner[row], row, seed))
+
+    return RUN_OF.sub(run_folder, text)
 
 
 def _name(study: Study, setting: str, row: str, seed: int) -> str:

@@ -17,11 +17,13 @@ from gdrt_ds.training.agreement import agree, attempt, rank_here
 def save_adapter(engine, folder: str | Path, *, tokenizer=None) -> Path:
     """Writes the adapter as PEFT does (safetensors + adapter_config.json + tokenizer); every rank calls it.
 
-    Sharded parameters are gathered one by one; the file is read back and compared, because empty adapters saved under
+    Sharded parameters are gathered one by one; the file is read back and compared, because empty adapters
+    saved under
     ZeRO-3 are the field's classic loss (trl #4416, peft #453, #2500).
 
     Raises:
-        UserError: on every rank, if the folder cannot be written or the adapter is empty after training steps.
+        UserError: on every rank, if the folder cannot be written or the adapter is empty after training
+        steps.
     """
     import deepspeed
     from peft import PeftModel, get_peft_model_state_dict
@@ -61,7 +63,8 @@ def save_adapter(engine, folder: str | Path, *, tokenizer=None) -> Path:
         empty = [name for name, value in again.items() if "lora_B" in name and not value.any()]
         if empty and engine.global_steps > engine.skipped_steps:
             raise RuntimeError(
-                f"{len(empty)} adapter matrices are still zero after {engine.global_steps} steps, e.g. {empty[0]}"
+                f"{len(empty)} adapter matrices are still zero after {engine.global_steps} steps, e.g. "
+                f"{empty[0]}"
             )
         if folder.exists():
             durable.remove(folder)

@@ -1,4 +1,7 @@
-"""What ranks agree on when one of them fails to write: all of them raise the same error, and none waits in a collective."""
+"""What ranks agree on when one of them fails to write.
+
+All of them raise the same error, and none waits in a collective.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ def world_size() -> int:
 def attempt(action: Callable[[], object], on: bool = True) -> str | None:
     """Runs the action (if `on`) and returns None, or a failed write in words.
 
-    An exception here would leave the other ranks waiting in their next collective; words can be shared (`agree`).
+    An exception here would leave the other ranks waiting in their next collective; words can be shared
+    (`agree`).
     """
     if not on:
         return None
@@ -62,7 +66,8 @@ def agree(engine, problem: str | None, scratch: Path, what: str | None = None) -
     mistake = TAKEN_OVER in texts[which] or (what is not None and texts[which].startswith("RuntimeError"))
     kind = UserError if mistake else StorageError
     raise kind(
-        f"{what or 'checkpoint ' + scratch.name.split('.')[1]} was not published: rank {which}: {texts[which]}",
+        f"{what or 'checkpoint ' + scratch.name.split('.')[1]} was not published: rank {which}: "
+        f"{texts[which]}",
         "free disk space (or stop the other process on this run folder) and go on with resume=auto; "
         "earlier checkpoints are intact",
     )

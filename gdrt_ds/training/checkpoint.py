@@ -1,10 +1,11 @@
 """Checkpoints that are published whole or not at all.
 
 RUN/checkpoints/step_N/ holds
-    rank_00000.safetensors ...  this rank's slices of float32 weights and optimizer state, and its random generators
-    state.json, client.safetensors  counters, schedule, the run's own state (DRO weights, data position)
-    deepspeed/                  DeepSpeed's own files for its tools, e.g. zero_to_fp32; never read here: they are pickles
-    manifest.json               step, world size, life, fingerprint of the frozen base, size and sha256 of every file
+    rank_00000.safetensors ...  this rank's slices of float32 weights and optimizer state, and its random
+    generators state.json, client.safetensors  counters, schedule, the run's own state (DRO weights, data
+    position) deepspeed/                  DeepSpeed's own files for its tools, e.g. zero_to_fp32; never
+    read here: they are pickles manifest.json               step, world size, life, fingerprint of the
+    frozen base, size and sha256 of every file
 A save writes into a temporary folder and syncs it. Then rank 0 renames it, and `latest` follows, atomically.
 `find_latest_valid` trusts manifests only.
 """
@@ -69,7 +70,8 @@ def save(
         keep: newest checkpoints that stay; the best one stays beside them.
         best: this is the best so far by validation.
     Raises:
-        UserError: on every rank, if any rank could not write (disk full) or a newer life owns the run. The checkpoints
+        UserError: on every rank, if any rank could not write (disk full) or a newer life owns the run. The
+        checkpoints
             published before are untouched and the temporary folder is removed.
     """
     folder = Path(run_dir) / "checkpoints"
@@ -165,10 +167,12 @@ def verify(path: Path) -> str | None:
 
 
 def load(engine, path: str | Path, *, fingerprint: str | None = None, restore_rng: bool = True) -> Restored:
-    """Puts a checkpoint into a fresh engine; every rank calls it with the same path (verified before: `resolve_resume`).
+    """Puts a checkpoint into a fresh engine; every rank calls it with the same path (verified before:
+    `resolve_resume`).
 
-    On the world size of the checkpoint the state is restored to the bit; on another one the slices are cut anew and
-    the random generators are left as they are (the run then differs from the straight one by dropout masks and rounding).
+    On the world size of the checkpoint the state is restored to the bit; on another one the slices are cut
+    anew and the random generators are left as they are (the run then differs from the straight one by
+    dropout masks and rounding).
 
     Raises:
         UserError: another frozen base, other LoRA settings, another optimizer.
@@ -177,7 +181,8 @@ def load(engine, path: str | Path, *, fingerprint: str | None = None, restore_rn
     manifest = json.loads((path / MANIFEST).read_text())
     if fingerprint is not None and manifest["fingerprint"] != fingerprint:
         raise UserError(
-            f"{path.name} was trained on another frozen base (fingerprint {manifest['fingerprint'][:12]}, model.path now has "
+            f"{path.name} was trained on another frozen base (fingerprint {manifest['fingerprint'][:12]}, "
+            "model.path now has "
             f"{fingerprint[:12]})",
             "restore model.path and its quantisation settings, or start a new run folder",
         )
@@ -219,7 +224,10 @@ def _write_own(engine, scratch: Path, rank: int, step: int, client_state: dict) 
 
 
 def _write_deepspeed_files(engine, scratch: Path) -> str | None:
-    """DeepSpeed's save with its writes guarded: a rank whose disk is full must still reach DeepSpeed's barriers."""
+    """DeepSpeed's save with its writes guarded.
+
+    A rank whose disk is full must still reach DeepSpeed's barriers.
+    """
     problems: list[str] = []
     writer = engine.checkpoint_engine
     original = writer.save
@@ -253,7 +261,8 @@ def _publish(run_dir: Path, scratch: Path, final: Path, about: dict, keep: int, 
         newest = current_life(run_dir)
         if newest != about["life"]:
             raise UserError(
-                f"{run_dir} {TAKEN_OVER} start number {newest}; this process is start number {about['life']} and publishes nothing",
+                f"{run_dir} {TAKEN_OVER} start number {newest}; this process is start number "
+                f"{about['life']} and publishes nothing",
                 "stop this process; the newer one goes on",
             )
         replaced = None
@@ -280,7 +289,10 @@ def _retain(folder: Path, keep: int) -> None:
 
 
 def _published(folder: Path) -> list[tuple[tuple[float, int], Path]]:
-    """((life, step), path) of every published checkpoint, newest first; those without a readable manifest lead, with life inf."""
+    """((life, step), path) of every published checkpoint, newest first.
+
+    Those without a readable manifest lead, with life inf.
+    """
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = STEP_PATTERN.match(path.name)

@@ -1,4 +1,6 @@
-"""Reads a DeepSpeed JSON, fills every "auto" from the run config and refuses contradictions with both numbers in the message."""
+"""Reads a DeepSpeed JSON, fills every "auto" from the run config and refuses contradictions with both numbers
+in the message.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,9 @@ def fill_deepspeed_config(
 ) -> dict[str, Any]:
     """A copy with every "auto" filled.
 
-    The batch: train_batch_size = micro x accumulation x world. Where global_batch does not divide evenly, ranks carry
-    micro-batches that differ by one sample and DeepSpeed is told the largest; loss weights are exact either way.
+    The batch: train_batch_size = micro x accumulation x world. Where global_batch does not divide evenly,
+    ranks carry micro-batches that differ by one sample and DeepSpeed is told the largest; loss weights are
+    exact either way.
 
     Raises:
         UserError: a batch size, clipping, precision or optimizer that contradicts the run config.
@@ -78,7 +81,8 @@ def fill_deepspeed_config(
             given = "auto"
         if given != "auto" and given != value:
             raise UserError(
-                f"the DeepSpeed config says {key} = {given}, the run config gives {value} ({plan.describe()})",
+                f"the DeepSpeed config says {key} = {given}, the run config gives {value} "
+                f"({plan.describe()})",
                 f'set it to "auto" in the DeepSpeed config, or change {settings[key]}',
             )
         filled[key] = value
@@ -87,7 +91,8 @@ def fill_deepspeed_config(
         given = entry.get("enabled", "auto")
         if given != "auto" and bool(given) != wanted:
             raise UserError(
-                f"the DeepSpeed config says {section}.enabled = {str(given).lower()}, but the model computes in "
+                f"the DeepSpeed config says {section}.enabled = {str(given).lower()}, but the model "
+                "computes in "
                 f"{str(dtype).removeprefix('torch.')}",
                 f'set {section}.enabled to "auto", or change model.dtype',
             )
@@ -110,7 +115,8 @@ def fill_deepspeed_config(
         given = entry.get("type", "auto")
         if given != "auto" and given.lower() != optimizer.lower():
             raise UserError(
-                f"the DeepSpeed config says optimizer.type = {given}, the run config says train.optimizer = {run.train.optimizer}",
+                f"the DeepSpeed config says optimizer.type = {given}, the run config says train.optimizer = "
+                f"{run.train.optimizer}",
                 'set optimizer.type to "auto", or change train.optimizer',
             )
         entry["type"] = optimizer
@@ -121,19 +127,22 @@ def fill_deepspeed_config(
         for key, value in values.items():
             if params.get(key, "auto") not in ("auto", value):
                 raise UserError(
-                    f"the DeepSpeed config says optimizer.params.{key} = {params[key]}, the run config says train.{key} = {value}",
+                    f"the DeepSpeed config says optimizer.params.{key} = {params[key]}, the run config says "
+                    f"train.{key} = {value}",
                     f'set it to "auto", or change train.{key}',
                 )
             params[key] = value
     if "scheduler" in filled:
         raise UserError(
-            "the DeepSpeed config has a scheduler; the learning rate is a function of the step here (train.schedule)",
+            "the DeepSpeed config has a scheduler; the learning rate is a function of the step here "
+            "(train.schedule)",
             "remove the scheduler section, set train.schedule and train.warmup_steps",
         )
     left = [path for path, value in _leaves(filled) if value == "auto"]
     if left:
         raise UserError(
-            f'the DeepSpeed config leaves {", ".join(left)} at "auto", which has no counterpart in the run config',
+            f'the DeepSpeed config leaves {", ".join(left)} at "auto", which has no counterpart in the run '
+            "config",
             "give a number, or remove the key",
         )
     filled.setdefault("steps_per_print", 10**9)

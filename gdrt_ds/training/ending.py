@@ -62,7 +62,10 @@ def _interrupted(job: Job, loaded: Loaded, result: Result) -> int:
 
 
 def _publish_adapter(job: Job, prepared: Prepared, loaded: Loaded, result: Result) -> int:
-    """Writes RUN/adapter from the best checkpoint that is still there, else from the last step; returns that step."""
+    """Writes RUN/adapter from the best checkpoint that is still there, else from the last step.
+
+    Returns that step.
+    """
     step = result.step
     best = result.best.figures
     if best is not None and best["step"] != step:

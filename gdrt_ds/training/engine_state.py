@@ -1,18 +1,21 @@
-"""Takes the trainable state out of a DeepSpeed engine as plain named tensors, and puts it back on any number of ranks.
+"""Takes the trainable state out of a DeepSpeed engine as plain named tensors, and puts it back on any
+number of ranks.
 
-Each rank hands out the slices it owns: float32 master weights and every tensor of the optimizer's state (Adam's moments),
-each with its parameter's name and offset, so a checkpoint needs no gathering, holds no pickle, is exact to the bit, and can
-be cut anew for another world size (which DeepSpeed's own ZeRO-3 checkpoints cannot: #5475, #7585). ZeRO stages 1, 2, 3.
+Each rank hands out the slices it owns: float32 master weights and every tensor of the optimizer's state
+(Adam's moments), each with its parameter's name and offset, so a checkpoint needs no gathering, holds no
+pickle, is exact to the bit, and can be cut anew for another world size (which DeepSpeed's own ZeRO-3
+checkpoints cannot: #5475, #7585). ZeRO stages 1, 2, 3.
 
-Slice names: `<parameter>|<offset>|<key>` with key `weight` or the optimizer's own (`exp_avg`, ...); values are 1-D.
+Slice names: `<parameter>|<offset>|<key>` with key `weight` or the optimizer's own (`exp_avg`, ...); values
+are 1-D.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -170,7 +173,8 @@ def import_state(engine, slices: dict[str, dict[str, list[tuple[int, Tensor]]]],
     inner = engine.optimizer.optimizer
     if common["optimizer"] != type(inner).__name__:
         raise UserError(
-            f"the checkpoint was written with optimizer {common['optimizer']}, this run uses {type(inner).__name__}",
+            f"the checkpoint was written with optimizer {common['optimizer']}, this run uses "
+            f"{type(inner).__name__}",
             "resume with the optimizer (train.optimizer, offload) that the run was started with",
         )
     _check_coverage(trainable_shapes(engine), slices)
@@ -185,7 +189,8 @@ def import_state(engine, slices: dict[str, dict[str, list[tuple[int, Tensor]]]],
                 _copy_overlap(target, start, offset, numel, parts)
         if state or common["optimizer_scalars"]:
             for key, value in common["optimizer_scalars"].items():
-                # torch keeps `step` as a float32 scalar (on the device in its fused form), DeepSpeed's CPU Adam as an int
+                # torch keeps `step` as a float32 scalar (on the device in its fused form), DeepSpeed's CPU
+                # Adam as an int
                 on_device = inner.param_groups[group.group].get("fused") or inner.param_groups[
                     group.group
                 ].get("capturable")
@@ -241,7 +246,10 @@ def _check_coverage(shapes: dict[str, tuple[int, ...]], slices: dict) -> None:
 def _copy_overlap(
     target: Tensor, start: int, offset: int, numel: int, parts: list[tuple[int, Tensor]]
 ) -> None:
-    """target[start : start+numel] is [offset, offset+numel) of the parameter; copies what `parts` hold of it."""
+    """target[start : start+numel] is [offset, offset+numel) of the parameter.
+
+    Copies what `parts` hold of it.
+    """
     for part_offset, values in parts:
         low, high = max(offset, part_offset), min(offset + numel, part_offset + values.numel())
         if low < high:

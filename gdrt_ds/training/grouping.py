@@ -83,8 +83,8 @@ def group_tokens(
 
     Args:
         on_progress: called after every scored micro-batch.
-        saved_plan, saved_table: of a checkpoint, for groups.reference=live: the model that gave this table was the one
-            at the last refresh, which cannot be scored again.
+        saved_plan, saved_table: of a checkpoint, for groups.reference=live: the model that gave this table
+            was the one at the last refresh, which cannot be scored again.
     Raises:
         UserError: a label that the data lacks, more groups than distinct values.
     """
@@ -139,7 +139,10 @@ def score_relevance(
     on_progress: Callable[[], None],
     saved_table: np.ndarray | None = None,
 ) -> Relevance:
-    """r under `groups.reference`: from a checkpoint, from counting, from the cache, or from a pass of the model."""
+    """r under `groups.reference`.
+
+    From a checkpoint, from counting, from the cache, or from a pass of the model.
+    """
     reference_name = job.config.groups.reference
     store = relevance.entry_store(prepared.encoder, [entry.text for entry in prepared.catalogue.entries])
     key = _fingerprint(job, prepared, loaded, store)
@@ -177,7 +180,10 @@ def _fingerprint(job: Job, prepared: Prepared, loaded: Loaded, store: TokenStore
 
 
 def _cached_on_every_rank(job: Job, key: str, num_tokens: int) -> np.ndarray | None:
-    """The cached table if every rank can read it: a rank that scored while others do not would wait for ever."""
+    """The cached table if every rank can read it.
+
+    A rank that scored while others do not would wait for ever.
+    """
     cached = relevance.load_cached(relevance_cache(), key, num_tokens)
     found = torch.tensor([float(cached is not None)], device=job.runtime.device)
     if job.runtime.world > 1:

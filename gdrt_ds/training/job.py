@@ -1,4 +1,7 @@
-"""A started run: its settings, its ranks, its folder. Opens the folder, stops early when asked, leaves the last word on failure."""
+"""A started run: its settings, its ranks, its folder.
+
+Opens the folder, stops early when asked, leaves the last word on failure.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,10 @@ def _on_main_rank(runtime: Runtime, action: Callable[[], Any]) -> Any:
 
 
 def _seed_everything(seed: int) -> None:
-    """The global generators, for code that draws from them (an objective of your own); ours has generators of its own."""
+    """The global generators, for code that draws from them (an objective of your own).
+
+    Ours has generators of its own.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -92,8 +98,8 @@ def _seed_everything(seed: int) -> None:
 def stop_if_asked(job: Job, step: int = 0) -> None:
     """Ends all ranks with status 75 if any of them was asked to stop after `step` steps. Every rank calls it.
 
-    For the time before training, when there is nothing to save yet. Once training runs, the step's own all-reduce
-    carries the request, and the run saves before it ends.
+    For the time before training, when there is nothing to save yet. Once training runs, the step's own
+    all-reduce carries the request, and the run saves before it ends.
     """
     asked = torch.tensor([float(job.runtime.stop_signal is not None)], device=job.runtime.device)
     if job.runtime.world > 1:
@@ -112,8 +118,8 @@ def stop_if_asked(job: Job, step: int = 0) -> None:
 def last_word(job: Job) -> Iterator[None]:
     """Around a run: an error leaves the stacks and a summary that says `failed`.
 
-    The newest valid checkpoint stays what it was. A start that failed before anything was computed gives the folder
-    back as it found it.
+    The newest valid checkpoint stays what it was. A start that failed before anything was computed gives
+    the folder back as it found it.
     """
     try:
         yield
@@ -128,7 +134,8 @@ def _summarise_failure(job: Job, error: Exception) -> None:
     if not job.runtime.is_main:
         return
     if current_life(job.folder) != job.life:
-        # The job was started again meanwhile: the newer process owns the run folder, so this one writes nothing.
+        # The job was started again meanwhile: the newer process owns the run folder, so this one writes
+        # nothing.
         return
     if isinstance(error, UserError) and run_folder.release(job.folder):
         return

@@ -1,4 +1,7 @@
-"""The start number ("life") of a run: an older process that wakes up late finds a newer number and publishes nothing."""
+"""The start number ("life") of a run.
+
+An older process that wakes up late finds a newer number and publishes nothing.
+"""
 
 from __future__ import annotations
 

@@ -67,7 +67,10 @@ def train(
 
 
 def _groups_are_due(job: Job, step: int) -> bool:
-    """groups.reference=live: relevance is scored again by the model in training, every `refresh_every` steps."""
+    """groups.reference=live.
+
+    Relevance is scored again by the model in training, every `refresh_every` steps.
+    """
     section = job.config.groups
     live = section.reference == "live" and section.by == "relevance"
     return live and step > 0 and step % section.refresh_every == 0
@@ -155,7 +158,10 @@ class _Loop:
         return replace(result, best=best, stopped_early=stopped_early), is_best
 
     def _refuse_broken_weights(self, done: int, gradient_norm) -> None:
-        """A finite loss can have a gradient that is not. The next step would notice; a checkpoint must not come first."""
+        """A finite loss can have a gradient that is not. The next step would notice.
+
+        A checkpoint must not come first.
+        """
         if gradient_norm is not None and not math.isfinite(float(gradient_norm)):
             raise NonFiniteLoss(
                 f"step {done - 1}: the gradient norm is {float(gradient_norm)} though the loss is finite; "

@@ -31,7 +31,8 @@ def split_losses(
     samples: np.ndarray | None = None,
     announce: str | None = None,
 ) -> np.ndarray:
-    """float64[target tokens of the split], the same on every rank; the caller puts the engine into evaluation mode.
+    """float64[target tokens of the split], the same on every rank; the caller puts the engine into
+    evaluation mode.
 
     Args:
         beat: called after every micro-batch, so that the watchdog sees progress.

@@ -1,7 +1,9 @@
-"""Measures what the memory plan predicts: the peak of a rank's memory from just before the model is loaded to the end of the run.
+"""Measures what the memory plan predicts: the peak of a rank's memory from just before the model is loaded
+to the end of the run.
 
-On a GPU the peak of allocated tensor bytes (`torch.cuda.max_memory_allocated`); on a CPU resident memory beyond what the process held
-when the measurement began (imports and data), from Linux's high-water mark, which is None elsewhere.
+On a GPU the peak of allocated tensor bytes (`torch.cuda.max_memory_allocated`); on a CPU resident memory
+beyond what the process held when the measurement began (imports and data), from Linux's high-water mark,
+which is None elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ def format_bytes(count: int | None) -> str:
 
 
 def cpu_allocator() -> str:
-    """The allocator behind this process's host memory: one that reuses aligned blocks well, when preloaded, else "glibc" (or the system's own)."""
+    """The allocator behind this process's host memory.
+
+    One that reuses aligned blocks well, when preloaded, else "glibc" (or the system's own).
+    """
     loaded = ""
     with contextlib.suppress(OSError):
         loaded = MAPS.read_text()

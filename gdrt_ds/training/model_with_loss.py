@@ -1,7 +1,7 @@
 """The module that DeepSpeed drives: backbone, then the fused group loss inside the output head's own forward.
 
-Only supervised positions reach the head, and the head's parameter is used inside the head module, so that ZeRO-3's hooks
-gather it once and free it afterwards; the one-pass loss keeps no alias of it (loss/).
+Only supervised positions reach the head, and the head's parameter is used inside the head module, so that
+ZeRO-3's hooks gather it once and free it afterwards; the one-pass loss keeps no alias of it (loss/).
 
 Shapes: N supervised tokens of the micro-batch, H hidden, V vocabulary, G groups.
 """
@@ -31,7 +31,10 @@ class HeadRequest:
 
 
 class FusedLossModel(nn.Module):
-    """Wraps a (PEFT) causal LM; `forward` returns (loss sums [G], token losses [N], counterfactual losses [N] or None)."""
+    """Wraps a (PEFT) causal LM.
+
+    `forward` returns (loss sums [G], token losses [N], counterfactual losses [N] or None).
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -40,7 +43,10 @@ class FusedLossModel(nn.Module):
         self._install_head()
 
     def _install_head(self) -> None:
-        """Gives the output projection a second way to be called: with a HeadRequest it returns losses instead of logits."""
+        """Gives the output projection a second way to be called.
+
+        With a HeadRequest it returns losses instead of logits.
+        """
         module = lm_head(self.model)
         layer = (
             None  # PEFT's LoRA around the head; a local name: assigned to self it would be registered twice
@@ -101,7 +107,10 @@ class FusedLossModel(nn.Module):
         allowed: AllowedTokens | None = None,
         history_free: MicroBatch | None = None,
     ):
-        """Args: groups Long[N]; history_free: the same targets on prompts without history, for counterfactual terms."""
+        """Args: groups Long[N]; history_free.
+
+        The same targets on prompts without history, for counterfactual terms.
+        """
         request = HeadRequest(micro.labels, groups, num_groups, temperature, allowed)
         states = self.hidden(micro)
         loss_sums, token_losses = self._head[0](states, request)
@@ -109,7 +118,8 @@ class FusedLossModel(nn.Module):
             return loss_sums, token_losses, None
         if self.softcap is not None:
             raise UserError(
-                "objective = cft: this model soft-caps its logits, so their difference is not the head of a difference",
+                "objective = cft: this model soft-caps its logits, so their difference is not the head of a "
+                "difference",
                 "choose another objective, or a model without final_logit_softcapping",
             )
         _, counterfactual = self._head[0](

@@ -1,4 +1,7 @@
-"""Interactions to tokens: corpus, catalogue, prompt template and tokenised splits of one run, without any weight loaded."""
+"""Interactions to tokens.
+
+Corpus, catalogue, prompt template and tokenised splits of one run, without any weight loaded.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,8 @@ def prepare(config: RunConfig) -> Prepared:
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.prompt.max_length > limit:
         raise UserError(
-            f"prompt.max_length = {config.prompt.max_length} is more than the {limit} positions of {folder.name}",
+            f"prompt.max_length = {config.prompt.max_length} is more than the {limit} positions of "
+            f"{folder.name}",
             f"set prompt.max_length to at most {limit}",
         )
     template = PromptTemplate.from_config(config.prompt, corpus.domain, tokenizer)
@@ -107,7 +111,11 @@ def micro_batch_size(config: RunConfig, world: int) -> int:
 
 
 def plan_batches(config: RunConfig, store: TokenStore, world: int) -> BatchPlan:
-    """Raises: UserError when the global batch is smaller than the ranks or the micro-batch does not fit it."""
+    """Who computes what in every step.
+
+    Raises:
+        UserError: the global batch is smaller than the ranks, or the micro-batch does not fit it.
+    """
     micro = micro_batch_size(config, world)
     if (
         micro * world > config.train.global_batch
@@ -115,7 +123,8 @@ def plan_batches(config: RunConfig, store: TokenStore, world: int) -> BatchPlan:
         and micro > -(-config.train.global_batch // world)
     ):
         raise UserError(
-            f"train.micro_batch = {micro} x {world} ranks = {micro * world} is more than train.global_batch = {config.train.global_batch}",
+            f"train.micro_batch = {micro} x {world} ranks = {micro * world} is more than train.global_batch "
+            f"= {config.train.global_batch}",
             f"set train.micro_batch to at most {-(-config.train.global_batch // world)}, or auto",
         )
     return BatchPlan(
@@ -135,7 +144,9 @@ def total_steps(config: RunConfig, store: TokenStore) -> int:
 
 
 def padding_figures(store: TokenStore, plan: BatchPlan, head: int, steps: int = 8) -> dict[str, float]:
-    """Tokens computed per optimizer step, padded, packed and with a shared head, averaged over the first steps."""
+    """Tokens computed per optimizer step, padded, packed and with a shared head, averaged over the first
+    steps.
+    """
     padded = packed = shared = 0
     for step in range(steps):
         for slots in plan.step(step):

@@ -28,7 +28,8 @@ class Resumed:
         first_step: optimizer steps that are done.
         best: the best validation so far, and how many validations came after it without being better.
         dro_state: moving averages and online weights, as `DroState.state_dict` wrote them.
-        group_plan, live_table: the groups of that moment and the relevance they came from (groups.reference=live).
+        group_plan, live_table: the groups of that moment and the relevance they came from
+        (groups.reference=live).
     """
 
     first_step: int = 0
@@ -78,7 +79,10 @@ def resume(job: Job, prepared: Prepared, loaded: Loaded) -> Resumed:
 def client_state(
     config: RunConfig, step: int, best: Best, state: DroState, data_fingerprint: str, grouped: Grouped
 ) -> dict[str, Any]:
-    """What `checkpoint.save` stores beside the engine: nested JSON values and tensors, the same on every rank."""
+    """What `checkpoint.save` stores beside the engine.
+
+    Nested JSON values and tensors, the same on every rank.
+    """
     saved = {
         "step": step,
         "best": best.figures,

@@ -44,7 +44,8 @@ def run_training(config: RunConfig, runtime: Runtime, *, keep_engine: bool = Tru
     """Trains to the end or to an interruption; returns the exit status. Every rank calls it.
 
     Args:
-        keep_engine: False frees the engine at the end, for a process that trains several runs one after the other.
+        keep_engine: False frees the engine at the end, for a process that trains several runs one after
+        the other.
     Raises:
         UserError: every refusal of a setting, and what went wrong with the machine, in words.
     """
@@ -79,7 +80,10 @@ def prepare_only(config: RunConfig, runtime: Runtime) -> None:
 
 
 def prepare_data(job: Job) -> Prepared:
-    """Data and prompt, and the files that evaluation needs: written now, so that a broken run can be looked at too."""
+    """Data and prompt, and the files that evaluation needs.
+
+    Written now, so that a broken run can be looked at too.
+    """
     prepared = prepare(job.config)
     stop_if_asked(job)
     for line in prepared.notes:

@@ -1,4 +1,5 @@
-"""The run folder: who may write into it, and the files that outsiders rely on (docs: design of the run folder in README).
+"""The run folder: who may write into it, and the files that outsiders rely on (docs: design of the run
+folder in README).
 
 `claim` refuses a folder in use, finished or foreign; `write_summary` is the last word of a run.
 """
@@ -70,7 +71,9 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:
-    """`key: before -> now` of every setting that differs from the run in this folder and that changes what is computed."""
+    """`key: before -> now` of every setting that differs from the run in this folder and that changes what is
+    computed.
+    """
     saved = Path(folder) / "config.yaml"
     if not saved.is_file():
         return []
@@ -155,7 +158,10 @@ def _remove(path: Path) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    """run.overwrite: the old run moves out of the way and is removed when the new one trains (`settle`); until then it can come back."""
+    """run.overwrite: the old run moves out of the way and is removed when the new one trains (`settle`).
+
+    Until then it can come back.
+    """
     aside = folder / ASIDE
     if aside.is_dir():  # an earlier overwrite was killed before it trained: what it left is worth nothing
         for child in _own(folder):
@@ -173,7 +179,10 @@ def settle(folder: Path) -> None:
 
 
 def release(folder: Path) -> bool:
-    """A start that failed before anything was computed leaves the folder as it found it; True if that was so. Rank 0 calls it."""
+    """A start that failed before anything was computed leaves the folder as it found it; True if that was so.
+
+    Rank 0 calls it.
+    """
     checkpoints = folder / "checkpoints"
     if (folder / "metrics.jsonl").is_file() or checkpoints.is_dir() and not _empty_checkpoints(checkpoints):
         return False
@@ -207,9 +216,12 @@ def git_hash() -> str | None:
     """Commit of the code, with + for local changes; None outside a checkout."""
     root = REPOSITORY
     try:
-        call = lambda *args: subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+
+        def call(*args):
+            return subprocess.run(
+                ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
+
         return call("rev-parse", "HEAD") + (
             "+" if call("status", "--porcelain", "--untracked-files=no") else ""
         )

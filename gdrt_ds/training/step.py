@@ -3,13 +3,16 @@
 What the weights need decides the order (method.md). Each order is one method of `StepRunner`:
   _early_order     Weights are known before the forward (sft, moving averages, fixed token weights).
                    Every micro-batch runs forward and backward; the all-reduce comes last.
-  _late_order      Weights need this batch's losses, and the rank has one micro-batch: forward, all-reduce, backward.
-  _two_pass_order  The same under gradient accumulation: a pass without gradients, all-reduce, then forward and
+  _late_order      Weights need this batch's losses, and the rank has one micro-batch: forward, all-reduce,
+  backward.
+  _two_pass_order  The same under gradient accumulation: a pass without gradients, all-reduce, then forward
+  and
                    backward with the same dropout masks. Several micro-batch graphs are never held at once,
                    because ZeRO-3 then overwrites gradients silently.
 
-DeepSpeed averages gradients over ranks, while F is a sum over the global batch. So the local scalar is multiplied by
-the world size here, in `_backward` alone, and the engine is told not to divide by the accumulation steps.
+DeepSpeed averages gradients over ranks, while F is a sum over the global batch. So the local scalar is
+multiplied by the world size here, in `_backward` alone, and the engine is told not to divide by the
+accumulation steps.
 
 Shapes: N target tokens of a micro-batch, M target tokens of the global batch, G groups.
 """
@@ -72,7 +75,8 @@ class StepFacts:
         counts: float64[G] target tokens (or their weights) of the global batch.
         reference: float64[G] sums of the reference losses (dro.excess), or None.
         groups: int16[M] groups of the target tokens of the global batch, in the order of the plan.
-        slots: per micro-batch Long[N], the places of its target tokens among those M; only for weights per token.
+        slots: per micro-batch Long[N], the places of its target tokens among those M; only for weights per
+        token.
     """
 
     micro_steps: list[np.ndarray]
@@ -84,7 +88,10 @@ class StepFacts:
 
 @dataclass(frozen=True)
 class Forward:
-    """One micro-batch after its forward: sums float[G] and values float[N] are differentiable; groups Long[N]."""
+    """One micro-batch after its forward: sums float[G] and values float[N] are differentiable.
+
+    Groups Long[N].
+    """
 
     sums: Tensor
     values: Tensor
@@ -150,7 +157,7 @@ class StepRunner:
         other.tokens = replace(self.tokens, groups=groups)
         return other
 
-    # -- the step --------------------------------------------------------------------------------------------------
+    # -- the step
     def run(self, step: int, lr: float) -> StepResult:
         """Takes optimizer step `step` (0-based) at learning rate `lr`. Every rank calls it.
 
@@ -226,7 +233,7 @@ class StepRunner:
             self._backward(found.sums, found.values, coefficients, own_token_q)
         return Weighed(losses, q, objective, tokens, nonfinite, stop)
 
-    # -- what is known before the forward ----------------------------------------------------------------------------
+    # -- what is known before the forward
     def _facts(self, step: int) -> StepFacts:
         """A sample that comes twice in a step (at the turn of an epoch) is counted twice."""
         layout = self.plan.step(step)
@@ -249,12 +256,18 @@ class StepRunner:
         )
 
     def _sums_over_groups(self, groups: np.ndarray, values: np.ndarray | None) -> Tensor:
-        """float64[G] on the device: sums of `values` [M] by group, or the number of tokens where values is None."""
+        """float64[G] on the device.
+
+        Sums of `values` [M] by group, or the number of tokens where values is None.
+        """
         sums = np.bincount(groups, values, self.tokens.num_groups).astype(np.float64)
         return torch.from_numpy(sums).to(self.runtime.device)
 
     def _token_slots(self, layout: list[list[np.ndarray]]) -> list[Tensor]:
-        """Per micro-batch of this rank: Long[N], the places of its target tokens among those of the global batch."""
+        """Per micro-batch of this rank.
+
+        Long[N], the places of its target tokens among those of the global batch.
+        """
         num_target = self.tokens.store.num_target
         lengths = np.array([[int(num_target[samples].sum()) for samples in slots] for slots in layout])
         stops = lengths.cumsum().reshape(lengths.shape)
@@ -265,10 +278,12 @@ class StepRunner:
         ]
 
     def _mark_boundary(self, index: int, facts: StepFacts) -> None:
-        """DeepSpeed reduces gradients in the backward of the last micro-batch, and has to be told which one that is."""
+        """DeepSpeed reduces gradients in the backward of the last micro-batch, and has to be told which one
+        that is.
+        """
         self.engine.set_gradient_accumulation_boundary(index == len(facts.micro_steps) - 1)
 
-    # -- forward -----------------------------------------------------------------------------------------------------
+    # -- forward
     def _forward(self, samples: np.ndarray, step: int, index: int) -> Forward:
         """Runs micro-batch `index` of a step. Dropout masks depend on (seed, step, index, rank) alone."""
         self._seed(step, index)
@@ -289,8 +304,10 @@ class StepRunner:
         if weights is not None:
             values = values * torch.from_numpy(weights[micro.token_index]).to(values)
         own_sums = group_sums(values, groups, self.tokens.num_groups)
-        # The fused sums are not used, but they stay in the graph with factor 0: a rank whose micro-batch has no target
-        # token must still run the backward of the fused loss, or it would leave the others alone in a collective.
+        # The fused sums are not used, but they stay in the graph with factor 0: a rank whose micro-batch has
+        # no target
+        # token must still run the backward of the fused loss, or it would leave the others alone in a
+        # collective.
         return Forward(own_sums + 0.0 * sums.to(torch.float64), values, groups, micro)
 
     def _seed(self, step: int, index: int) -> None:
@@ -332,7 +349,7 @@ class StepRunner:
             counterfactual,
         )
 
-    # -- measuring ---------------------------------------------------------------------------------------------------
+    # -- measuring
     def _measure(self, found: Forward, buffer: dro.StepBuffer, slots: Tensor | None = None) -> None:
         """Adds one micro-batch to the step's buffer; `slots` where single token losses are needed."""
         counts = group_sums(self._weights_of(found.micro), found.groups, self.tokens.num_groups)
@@ -361,7 +378,7 @@ class StepRunner:
             losses = losses - facts.reference / facts.counts.clamp_min(SMALLEST_COUNT)
         return losses, nonfinite, stop
 
-    # -- weights -----------------------------------------------------------------------------------------------------
+    # -- weights
     def _view(self, losses: Tensor | None, counts: Tensor) -> GroupView:
         return GroupView(losses, counts, self.state, self.config.dro, self.frozen_q)
 
@@ -370,7 +387,8 @@ class StepRunner:
         if not self.objective.needs_losses or self.frozen_q is not None:
             return self.objective.aggregate(self._view(None, counts))[0]
         if self.state.steps == 0 and self.objective.remember is None:
-            # Nothing is known yet, so the first weights are the prior. group_dro starts from its own q instead.
+            # Nothing is known yet, so the first weights are the prior. group_dro starts from its own q
+            # instead.
             return dro.prior(counts, self.config.dro.prior)
         losses, seen = self.state.ema_losses()
         # A group that was never seen counts as the average of those that were: neither favoured nor left out.
@@ -390,7 +408,7 @@ class StepRunner:
         groups = torch.from_numpy(facts.groups.astype(np.int64)).to(self.runtime.device)
         return group_sums(token_q, groups, self.tokens.num_groups), objective, token_q
 
-    # -- backward and optimizer --------------------------------------------------------------------------------------
+    # -- backward and optimizer
     def _backward(
         self, sums: Tensor, values: Tensor, coefficients: Tensor, token_coefficients: Tensor | None
     ) -> None:
@@ -423,7 +441,7 @@ class StepRunner:
             self.objective.remember(self._view(losses, counts))
         self.state.steps += 1
 
-    # -- results -----------------------------------------------------------------------------------------------------
+    # -- results
     def _not_finite(self, losses: Tensor, tokens: int, stop: bool) -> Weighed:
         unknown = torch.full_like(losses, float("nan"))
         return Weighed(losses, unknown, unknown.sum(), tokens, nonfinite=True, stop=stop)

@@ -1,4 +1,7 @@
-"""The train split as a step needs it: the group of every target token, and what the objective asks for beside losses."""
+"""The train split as a step needs it.
+
+The group of every target token, and what the objective asks for beside losses.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ LAST_STEPS = 20  # of a run whose final weights are taken: their mean, so that o
 
 @dataclass(frozen=True)
 class TrainTokens:
-    """Facts of every target token of the train split. Arrays have one entry per target token unless said otherwise.
+    """Facts of every target token of the train split. Arrays have one entry per target token unless said
+    otherwise.
 
     Attributes:
         store: the tokenised samples.
@@ -30,7 +34,8 @@ class TrainTokens:
         weights: float64 fixed weights; None where the objective has none, which means 1.
         reference: float64 losses of the reference model with history (dro.excess), or None.
         trie_node: int32 node of the catalogue trie at which the token is chosen (masked softmax), or None.
-        trie_offsets, trie_tokens: Long[nodes + 1], Long[edges]: the tokens that may follow each node of the trie.
+        trie_offsets, trie_tokens: Long[nodes + 1], Long[edges]: the tokens that may follow each node of
+        the trie.
         history_free: the same samples without their history (cft), or None.
     """
 
@@ -89,7 +94,8 @@ def target_entries(prepared: Prepared) -> list[int]:
 
 
 def frozen_weights(given: list[float] | str | None, num_groups: int, device: torch.device) -> Tensor | None:
-    """float64[G] on the simplex: `dro.frozen_weights` as a list, or the mean of the last steps of a run folder.
+    """float64[G] on the simplex: `dro.frozen_weights` as a list, or the mean of the last steps of a run
+    folder.
 
     Returns None if the setting is not given.
 

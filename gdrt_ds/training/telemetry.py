@@ -1,6 +1,8 @@
-"""What a run says while it works: a live bar on a terminal, plain lines in a log, one JSON line per step, TensorBoard and W&B.
+"""What a run says while it works: a live bar on a terminal, plain lines in a log, one JSON line per step,
+TensorBoard and W&B.
 
-Metrics stay on the device until they are written, every `train.log_every` steps, so that logging adds no synchronisation.
+Metrics stay on the device until they are written, every `train.log_every` steps, so that logging adds no
+synchronisation.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ def say(runtime: Runtime, text: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors to lists and numbers; NaN and inf to null, which is how absent groups and skipped steps are written."""
+    """Tensors to lists and numbers.
+
+    NaN and inf to null, which is how absent groups and skipped steps are written.
+    """
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().tolist()
     if isinstance(value, list):
@@ -46,7 +51,10 @@ def duration(seconds: float) -> str:
 
 
 def _keep_steps_before(path: Path, step: int) -> None:
-    """Lines of steps that a resumed run computes again are dropped, so that every step has one line. Atomic."""
+    """Lines of steps that a resumed run computes again are dropped, so that every step has one line.
+
+    Atomic.
+    """
     if not path.is_file():
         return
     kept = []
@@ -84,7 +92,8 @@ class Telemetry:
             return
         for path in (self.path, folder / "validation.jsonl"):
             _keep_steps_before(path, first_step)
-        # Held open: the next life replaces the file, so an orphan of this life would write into one that nobody reads.
+        # Held open: the next life replaces the file, so an orphan of this life would write into one that
+        # nobody reads.
         self.stream = open(self.path, "a", encoding="utf-8", buffering=1)
         self.validations = open(folder / "validation.jsonl", "a", encoding="utf-8", buffering=1)
         if config.log.tensorboard:
@@ -151,7 +160,8 @@ class Telemetry:
         worst = max(losses, default=float("nan"))
         loss = "not finite, step skipped" if record["loss"] is None else f"{record['loss']:.4f}"
         figures = (
-            f"loss {loss}  worst group {worst:.4f}  lr {record['lr']:.2e}  grad-norm {record['grad_norm'] or 0:.3f}  "
+            f"loss {loss}  worst group {worst:.4f}  lr {record['lr']:.2e}  grad-norm "
+            f"{record['grad_norm'] or 0:.3f}  "
             f"{record['tokens_per_s']:,.0f} tok/s ({record['tokens_per_s'] / self.runtime.world:,.0f}/rank)"
         )
         if torch.cuda.is_available():

@@ -20,7 +20,10 @@ from gdrt_ds.training.preparation import Prepared
 
 @dataclass(frozen=True)
 class Validation:
-    """One validation in nats per target token: the mean, the worst group's, F of the group losses, and float64[G]."""
+    """One validation in nats per target token.
+
+    The mean, the worst group's, F of the group losses, and float64[G].
+    """
 
     step: int
     nll: float
@@ -34,7 +37,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Best:
-    """The best validation so far as checkpoints store it (step, value, figures), and how many came after it."""
+    """The best validation as checkpoints store it (step, value, figures), and how many came after it."""
 
     figures: dict[str, Any] | None = None
     later: int = 0

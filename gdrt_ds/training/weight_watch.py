@@ -1,7 +1,8 @@
 """Says once in a run when one group takes nearly all the weight, and what a larger `dro.tau` would give it.
 
-Where group losses differ by several nats, a tau of 1 is nearly the worst group alone: it had .91 of the weight on Amazon Office
-titles, and all other tokens paid (docs/choosing.md). Nothing is changed here: tau is the user's choice.
+Where group losses differ by several nats, a tau of 1 is nearly the worst group alone: it had .91 of the
+weight on Amazon Office titles, and all other tokens paid (docs/choosing.md). Nothing is changed here: tau
+is the user's choice.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ SPAN, FEWEST = (
     5,
 )  # steps that are looked at; a shorter run is judged at its end, one of fewer than FEWEST not at all
 DOMINANT = 0.8  # mean weight of one group from which it is said ...
-EVEN = 0.5  # ... if its share under the prior is below this, which is also what the tau that is named would leave it at most
+# ... if its share under the prior is below this, which is also what the tau that is named would leave it at
+# most
+EVEN = 0.5
 FACTORS = (2, 3, 5, 10, 20, 30, 50, 100)
 
 
 def weights_at(q: np.ndarray, p: np.ndarray, tau: float, new_tau: float) -> np.ndarray:
-    """Closed-form weights of the same losses at another temperature: q'_g is proportional to p_g (q_g / p_g)^(tau / new_tau).
+    """Closed-form weights of the same losses at another temperature: q'_g is proportional to p_g (q_g /
+    p_g)^(tau / new_tau).
 
-    Follows from q_g = p_g exp(L_g / tau) / Z without knowing which losses (excess, moving averages) were weighed.
+    Follows from q_g = p_g exp(L_g / tau) / Z without knowing which losses (excess, moving averages) were
+    weighed.
 
     Args:
         q, p: float64[..., G] weights and prior on the simplex; groups with p = 0 are absent.
@@ -71,9 +76,15 @@ class WeightWatch:
         share, fair = float(q[:, group].mean()), float(p[:, group].mean())
         if share < DOMINANT or fair >= EVEN:
             return None
-        told = f"weights: group {group + 1} took {share:.2f} of the weight in {len(q)} steps (prior {fair:.2f}): dro.tau = {tau:g} is small for these losses"
+        told = (
+            f"weights: group {group + 1} took {share:.2f} of the weight in {len(q)} steps (prior "
+            f"{fair:.2f}): dro.tau = {tau:g} is small for these losses"
+        )
         for factor in FACTORS:
             left = float(weights_at(q, p, tau, tau * factor)[:, group].mean())
             if left <= EVEN:
-                return f"{told}; dro.tau={tau * factor:g} would give it {left:.2f} (docs/choosing.md). Nothing is changed"
+                return (
+                    f"{told}; dro.tau={tau * factor:g} would give it {left:.2f} (docs/choosing.md). Nothing "
+                    "is changed"
+                )
         return f"{told}, by a factor of more than {FACTORS[-1]} (docs/choosing.md). Nothing is changed"

@@ -1,4 +1,6 @@
-"""Global batches depend on (seed, step) alone, every sample is computed exactly once, and every layout supervises the same tokens."""
+"""Global batches depend on (seed, step) alone, every sample is computed exactly once, and every layout
+supervises the same tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ def make_store(count: int = 23, seed: int = 0) -> TokenStore:
     head = rng.integers(3, 99, HEAD)
     targets = rng.integers(1, 5, count)
     rows = [np.concatenate([head, rng.integers(3, 99, rng.integers(1, 12) + t)]) for t in targets]
-    sums = lambda v: np.concatenate([[0], np.cumsum(v)]).astype(np.int64)
+
+    def sums(v):
+        return np.concatenate([[0], np.cumsum(v)]).astype(np.int64)
+
     ids = np.concatenate(rows).astype(np.int32)
     return TokenStore(
         ids,

@@ -1,4 +1,6 @@
-"""One visibility rule: the dense mask equals brute force, and packed rows give a model's padded hidden states and gradients."""
+"""One visibility rule: the dense mask equals brute force, and packed rows give a model's padded hidden states
+and gradients.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ def make_store() -> TokenStore:
     rng = np.random.default_rng(3)
     head, targets = rng.integers(3, 120, HEAD), np.array([2, 3, 1, 4], np.int32)
     rows = [np.concatenate([head, rng.integers(3, 120, n)]) for n in (9, 5, 14, 7)]
-    sums = lambda v: np.concatenate([[0], np.cumsum(v)]).astype(np.int64)
+
+    def sums(v):
+        return np.concatenate([[0], np.cumsum(v)]).astype(np.int64)
+
     ids = np.concatenate(rows).astype(np.int32)
     return TokenStore(ids, sums([len(r) for r in rows]), np.zeros(len(ids), np.int8), targets, sums(targets))
 

@@ -1,4 +1,7 @@
-"""Catalogue: equal titles are one entry; trie: what depth-first intervals promise, on random sequences and at scale."""
+"""Catalogue: equal titles are one entry; trie.
+
+What depth-first intervals promise, on random sequences and at scale.
+"""
 
 import json
 import random

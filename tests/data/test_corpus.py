@@ -1,4 +1,4 @@
-"""Corpus: every format gives the windows that its files describe, and every bad row an error that names it."""
+"""Corpus: each format gives the windows that its files describe, each bad row an error that names it."""
 
 import gzip
 import importlib.metadata

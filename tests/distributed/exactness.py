@@ -1,12 +1,14 @@
-"""The exactness table: the same global batch on every number of ranks, accumulation and ZeRO stage gives the same training.
+"""The exactness table: the same global batch on every number of ranks, accumulation and ZeRO stage gives
+the same training.
 
-    make test-exactness                                   all cells, minutes; prints the table of docs/method.md
-    python tests/distributed/exactness.py --subset        what `make test` runs
+    make test-exactness                                   all cells, minutes; prints the table of
+    docs/method.md python tests/distributed/exactness.py --subset        what `make test` runs
     python tests/distributed/exactness.py --json          one JSON line per cell
 
-Every cell takes five SGD steps in float32 (dropout 0, seeded adapter) and is compared to plain torch in float64 on one process:
-group losses and weights within 1e-6, weights bitwise equal on all ranks, every gradient tensor of three steps (one of them with a rank
-that has no tokens) and every parameter after the fifth within 1e-5 of its norm. One launch per world size covers its cells.
+Every cell takes five SGD steps in float32 (dropout 0, seeded adapter) and is compared to plain torch in
+float64 on one process: group losses and weights within 1e-6, weights bitwise equal on all ranks, every
+gradient tensor of three steps (one of them with a rank that has no tokens) and every parameter after the
+fifth within 1e-5 of its norm. One launch per world size covers its cells.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from gdrt_ds.runtime import quiet_libraries  # noqa: E402
-from tests.distributed.exact_cells import Cell, run_cell, tiny_model  # noqa: E402
-from tests.distributed.plain_reference import run_reference  # noqa: E402
-from tests.distributed.ranks import run_ranks  # noqa: E402
+from gdrt_ds.runtime import quiet_libraries
+from tests.distributed.exact_cells import Cell, run_cell, tiny_model
+from tests.distributed.plain_reference import run_reference
+from tests.distributed.ranks import run_ranks
 
 LOSS_TOLERANCE, TENSOR_TOLERANCE = 1e-6, 1e-5
 
@@ -98,7 +100,9 @@ def all_cells() -> list[tuple[int, Cell]]:
 
 
 def subset_cells() -> list[tuple[int, Cell]]:
-    """Every stage, accumulation and world at least once, and the variants that take another way through the code."""
+    """Every stage, accumulation and world at least once, and the variants that take another way through the
+    code.
+    """
     main = [
         (1, Cell(2, 3)),
         (2, Cell(1, 0)),
@@ -201,7 +205,8 @@ def markdown(rows: list[Row]) -> str:
     """The two tables of the docs: the grid with the default choices, and the variants."""
     default = Cell().name()
     lines = [
-        "| ranks | accumulation | largest of ZeRO stages 0, 1, 2, 3: group loss | weight q | gradient | parameters after 5 steps | q bitwise equal |",
+        "| ranks | accumulation | largest of ZeRO stages 0, 1, 2, 3: group loss | weight q | gradient | "
+        "parameters after 5 steps | q bitwise equal |",
         "|---|---|---|---|---|---|---|",
     ]
     grid = [r for r in rows if r.name == default]
@@ -214,7 +219,8 @@ def markdown(rows: list[Row]) -> str:
         )
     lines += [
         "",
-        "| variant (objective, estimate, base, packing, ...) | group loss | weight q | gradient | parameters | q bitwise equal |",
+        "| variant (objective, estimate, base, packing, ...) | group loss | weight q | gradient | "
+        "parameters | q bitwise equal |",
         "|---|---|---|---|---|---|",
     ]
     rest = [r for r in rows if r.name != default]
@@ -239,7 +245,6 @@ def main() -> int:
     arguments = parser.parse_args()
     quiet_libraries()
     warnings.simplefilter("ignore")
-    import bitsandbytes  # noqa: E401, F401 imported once, before the ranks are forked
 
     started = time.perf_counter()
 

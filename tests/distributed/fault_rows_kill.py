@@ -1,4 +1,6 @@
-"""Rows about kill -9: before and after every file operation of a save, on each rank, torn writes, and random moments."""
+"""Rows about kill -9: before and after every file operation of a save, on each rank, torn writes, and random
+moments.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +52,19 @@ def operations(site: Site) -> list[list[str]]:
 
 
 def moments(site: Site, rank: int) -> list[tuple[int, str]]:
-    """Before each operation and after the last (between two of them nothing touches a file), and every write cut in half."""
+    """Before each operation and after the last (between two of them nothing touches a file), and every write
+    cut in half.
+    """
     names = operations(site)[rank]
     whole = [(index, "before") for index in range(len(names))] + [(len(names) - 1, "after")]
     return whole + [(index, "torn") for index, name in enumerate(names) if name.startswith("write")]
 
 
 class Chain:
-    """A run that is killed, checked and resumed again and again; at its end it must equal the undisturbed run."""
+    """A run that is killed, checked and resumed again and again.
+
+    At its end it must equal the undisturbed run.
+    """
 
     def __init__(self, site: Site, straight: Path):
         self.site, self.straight, self.lives, self.ends = site, straight, 0, 0
@@ -144,7 +151,8 @@ def random_moments(site: Site, quick: bool) -> str:
             continue  # it was faster
         need(
             None not in done.statuses,
-            f"after kill -9 of rank {rank} at `{marker}` the ranks ended with {done.statuses}: {' | '.join(o[-700:] for o in done.outputs)}",
+            f"after kill -9 of rank {rank} at `{marker}` the ranks ended with {done.statuses}: "
+            f"{' | '.join(o[-700:] for o in done.outputs)}",
         )
         need(
             newest(run) >= before,
@@ -177,13 +185,17 @@ def dead_rank(site: Site, quick: bool) -> str:
             "a peer is dead or hung" in done.outputs[other], f"no clear words: {done.outputs[other][-1500:]}"
         )
         need((run / "logs" / f"stacks_rank_{other}.txt").is_file(), "no stacks of the live rank")
-    return f"the live rank ends with status 70 and its stacks after {max(waited):.1f} s, without a launcher's help"
+    return (
+        f"the live rank ends with status 70 and its stacks after {max(waited):.1f} s, without a launcher's "
+        "help"
+    )
 
 
 ROWS = [
     Row(
         "kill-in-save",
-        "kill -9 before and after every write, fsync, rename, `latest` and removal of a save, each rank, and torn writes: the newest "
+        "kill -9 before and after every write, fsync, rename, `latest` and removal of a save, each rank, "
+        "and torn writes: the newest "
         "valid checkpoint loads, nothing published is lost",
         every_moment,
     ),

@@ -50,7 +50,10 @@ def nan_in_gradient(site: Site, quick: bool) -> str:
     need(newest(run) == 2 and [m["step"] for m in metrics(run)] == [1, 2], f"newest checkpoint {newest(run)}")
     site.finish(run, WORLD)
     need_same(run, site.straight(WORLD), "resumed after a NaN gradient")
-    return "both ranks stop in that step, before the optimizer; step 2 is the newest checkpoint and the resumed run equals the undisturbed one"
+    return (
+        "both ranks stop in that step, before the optimizer; step 2 is the newest checkpoint and the "
+        "resumed run equals the undisturbed one"
+    )
 
 
 def nan_skip(site: Site, quick: bool) -> str:
@@ -92,7 +95,10 @@ def nan_skip(site: Site, quick: bool) -> str:
         need(
             (skipped / name).read_bytes() == (left_out / name).read_bytes(), f"{changes}: the adapters differ"
         )
-    return f"{len(cases)} objectives: every rank skips step 3; the rest equals, to the bit, a run without that step"
+    return (
+        f"{len(cases)} objectives: every rank skips step 3; the rest equals, to the bit, a run without that "
+        "step"
+    )
 
 
 def hung_rank(site: Site, quick: bool) -> str:
@@ -134,7 +140,10 @@ def signals(site: Site, quick: bool) -> str:
                 need(job.until(f"PHASE {phase}", rank=rank), f"{phase} did not come on rank {rank}")
             job.signal(number, *ranks)
             done = job.wait(120)
-            words = f"{signal.Signals(number).name} in {phase} to {'rank ' + str(ranks[0]) if ranks else 'all ranks'}"
+            words = (
+                f"{signal.Signals(number).name} in {phase} to "
+                f"{'rank ' + str(ranks[0]) if ranks else 'all ranks'}"
+            )
             need(done.statuses == [75, 75], f"{words}: ended with {done.statuses}\n{done.text[-2500:]}")
             need(summary(run) == "interrupted", f"{words}: summary says {summary(run)}")
             saved = newest(run)
@@ -143,7 +152,10 @@ def signals(site: Site, quick: bool) -> str:
                 site.finish(run, WORLD)
                 need_same(run, straight, words)
             seen += 1
-    return f"{seen} signals: both ranks end with status 75, in training and saving with a checkpoint; resumed runs equal the undisturbed one"
+    return (
+        f"{seen} signals: both ranks end with status 75, in training and saving with a checkpoint; resumed "
+        "runs equal the undisturbed one"
+    )
 
 
 def out_of_memory(site: Site, quick: bool) -> str:
@@ -189,7 +201,10 @@ def full_disk(site: Site, quick: bool) -> str:
         finally:
             subprocess.run(["umount", str(folder)], check=False)
         how += " and a small tmpfs"
-    return f"{how}: every rank ends with status 74 and says so, earlier checkpoints stand, the run goes on and ends equal"
+    return (
+        f"{how}: every rank ends with status 74 and says so, earlier checkpoints stand, the run goes on and "
+        "ends equal"
+    )
 
 
 def _full(done, run: Path, at_least: int = 2) -> None:

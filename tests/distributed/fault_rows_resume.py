@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 
 from tests.distributed.fault_site import SAVE_POINTS, Row, Site, metrics, need, need_same
 
-# (ranks, changed settings): plain and NF4 bases, both estimates of the group losses, two orders of the step (early, late in two passes)
+# (ranks, changed settings): plain and NF4 bases, both estimates of the group losses, two orders of the step
+# (early, late in two passes)
 CELLS = [
     (1, {}),
     (2, {}),
@@ -33,7 +34,10 @@ def save_points(site: Site, quick: bool) -> str:
             )
             need_same(run, straight, f"{world} ranks, {changes}, resumed at step {step}")
             resumed += 1
-    return f"{resumed} resumed runs of {2 if quick else len(CELLS)} settings: figures of every step, adapter, weights, moments, generators, DRO state equal"
+    return (
+        f"{resumed} resumed runs of {2 if quick else len(CELLS)} settings: figures of every step, adapter, "
+        "weights, moments, generators, DRO state equal"
+    )
 
 
 def other_world(site: Site, quick: bool) -> str:

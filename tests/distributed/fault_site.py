@@ -1,4 +1,7 @@
-"""What the rows of the fault table share: settings of a tiny real run, straight runs to compare with, and the comparison to the bit."""
+"""What the rows of the fault table share.
+
+Settings of a tiny real run, straight runs to compare with, and the comparison to the bit.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from pathlib import Path
 from tests.distributed.launch import SMOKE, Job, Outcome, play
 
 STEPS, SAVE_POINTS = 8, (1, 2, 3, 4, 5, 6)
-# 28 samples in batches of 8: the first epoch ends inside step 4, the second at the end of step 7. Dropout is on: the random masks count too.
+# 28 samples in batches of 8: the first epoch ends inside step 4, the second at the end of step 7. Dropout is
+# on: the random masks count too.
 BASE = {
     "data.planted": "{num_train: 28, num_valid: 4, num_test: 4}",
     "train.global_batch": 8,
@@ -47,7 +51,7 @@ class Row:
 
     name: str
     claim: str
-    check: Callable[["Site", bool], str]
+    check: Callable[[Site, bool], str]
 
 
 class Site:
@@ -103,7 +107,10 @@ class Site:
         return run
 
     def copy_until(self, source: Path, name: str, step: int) -> Path:
-        """A copy of a run as if it had been killed after publishing `step`; its metrics go further than the checkpoint."""
+        """A copy of a run as if it had been killed after publishing `step`.
+
+        Its metrics go further than the checkpoint.
+        """
         run = self.fresh(name)
         shutil.copytree(source, run)
         for path in (run / "checkpoints").glob("step_*"):
@@ -121,7 +128,10 @@ def metrics(run: Path) -> list[dict]:
 
 
 def differences(run: Path, straight: Path) -> list[str]:
-    """What is not the same to the bit: every figure of every step, the adapter, the last checkpoint's weights, moments, generators and DRO state."""
+    """What is not the same to the bit.
+
+    Every figure of every step, the adapter, the last checkpoint's weights, moments, generators and DRO state.
+    """
     found, wanted = metrics(run), metrics(straight)
     problems = (
         []

@@ -3,7 +3,8 @@
     make test-faults
     python tests/distributed/fault_table.py [--quick] [--rows save-points,nan] [--keep FOLDER] [--json]
 
-Prints a markdown table; ends with status 1 if any row fails. --quick takes a few moments of each kind instead of all.
+Prints a markdown table; ends with status 1 if any row fails. --quick takes a few moments of each kind
+instead of all.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
-from tests.distributed import fault_rows_kill, fault_rows_process, fault_rows_resume  # noqa: E402
-from tests.distributed.fault_site import Failed, Site  # noqa: E402
-from tests.distributed.launch import preload  # noqa: E402
+from tests.distributed import fault_rows_kill, fault_rows_process, fault_rows_resume
+from tests.distributed.fault_site import Failed, Site
+from tests.distributed.launch import preload
 
 ROWS = [*fault_rows_resume.ROWS, *fault_rows_kill.ROWS, *fault_rows_process.ROWS]
 
@@ -72,7 +73,8 @@ def main() -> int:
             print(json.dumps(results[-1]), flush=True)
         else:
             print(
-                f"| {row.name} | {row.claim} | {seen} | {results[-1]['seconds']:.0f} | {'ok' if problem is None else 'FAILED'} |",
+                f"| {row.name} | {row.claim} | {seen} | {results[-1]['seconds']:.0f} | "
+                f"{'ok' if problem is None else 'FAILED'} |",
                 flush=True,
             )
         if problem:

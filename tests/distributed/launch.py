@@ -1,6 +1,8 @@
-"""Runs the training command on forked ranks: one interpreter imports torch and DeepSpeed once, every rank is `gdrt_ds.train.main`.
+"""Runs the training command on forked ranks: one interpreter imports torch and DeepSpeed once, every rank
+is `gdrt_ds.train.main`.
 
-Nothing plays the launcher here: a rank that dies is not reported to its peers, so they must end by themselves.
+Nothing plays the launcher here: a rank that dies is not reported to its peers, so they must end by
+themselves.
 """
 
 from __future__ import annotations
@@ -25,16 +27,14 @@ def preload() -> None:
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
-    import bitsandbytes  # noqa: E401, F401
-    from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
-
-    import gdrt_ds.train  # noqa: F401
-    import gdrt_ds.training.run  # noqa: F401
 
 
 @dataclass
 class Outcome:
-    """How a job ended. statuses: per rank the exit status, -9 for a kill, None where it had to be ended by the harness."""
+    """How a job ended. statuses.
+
+    Per rank the exit status, -9 for a kill, None where it had to be ended by the harness.
+    """
 
     statuses: list[int | None]
     outputs: list[str]

@@ -1,6 +1,8 @@
-"""Measurements behind test_named_errors.py: real two-rank steps that each of the known Group DRO errors would change.
+"""Measurements behind test_named_errors.py: real two-rank steps that each of the known Group DRO errors
+would change.
 
-Run as a script it measures all of them; tests/mutations.py runs one at a time on a package with that error planted.
+Run as a script it measures all of them; tests/mutations.py runs one at a time on a package with that error
+planted.
 """
 
 from __future__ import annotations
@@ -49,10 +51,15 @@ def _reference(rank, world, cell, steps, folder):
 
 @functools.cache
 def training(folder: Path, cell: Cell, steps: int = 2, world: int = 2) -> dict:
-    """Per rank and step what the product reports, the same of plain torch, and the relative error of gradients."""
+    """Per rank and step what the product reports, the same of plain torch, and the relative error of
+    gradients.
+    """
     ranks = run_ranks(world, _train, cell, steps, folder)
     wanted = run_ranks(1, _reference, cell.reference_key(), steps, folder)[0]
-    plain = lambda result: {name: np.array(getattr(result, name)[:steps]).tolist() for name in FIELDS}
+
+    def plain(result):
+        return {name: np.array(getattr(result, name)[:steps]).tolist() for name in FIELDS}
+
     gradient = max(relative_norm(f, w) for f, w in zip(ranks[0].gradients, wanted.gradients))
     return {
         "ranks": [plain(r) for r in ranks],
@@ -135,7 +142,7 @@ def error_10(folder):
 
 
 def _resume(rank, world, cell, folder):
-    """(weights of steps 3 and 4 of a straight run, the same after a checkpoint was read into a fresh engine)."""
+    """(weights of steps 3 and 4 of a straight run, the same after a checkpoint in a fresh engine)."""
     straight, resumed = start_runner(cell, rank, world, folder), None
     grouped = Grouped(GroupPlan("relevance", NUM_GROUPS), {}, None, None)
     for step in (0, 1):
@@ -186,6 +193,4 @@ def main(output, folder):
 
 
 if __name__ == "__main__":
-    import deepspeed  # noqa: F401 imported once, before the ranks are forked
-
     main(*sys.argv[1:])

@@ -1,6 +1,8 @@
-"""The judge of the exactness table: the same training in plain torch, float64, one process, full logits, one sample at a time.
+"""The judge of the exactness table: the same training in plain torch, float64, one process, full logits,
+one sample at a time.
 
-Nothing of the product's loss, batches, weights or engine is used here; every objective is written down again from its formula.
+Nothing of the product's loss, batches, weights or engine is used here; every objective is written down
+again from its formula.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from tests.distributed.exact_cells import (
 
 
 def plain_model(cell: Cell, folder: Path) -> torch.nn.Module:
-    """The same weights and adapter in float64; 4-bit layers become ordinary ones with the dequantised weights."""
+    """The same weights and adapter in float64.
+
+    4-bit layers become ordinary ones with the dequantised weights.
+    """
     config = make_config(cell, folder, 1)
     loaded = load_model(config.model, Runtime(), train=True, path=Path(config.model.path), seed=0)
     set_adapter(loaded)
@@ -54,7 +59,10 @@ def token_losses(
     allowed: list | None = None,
     minus: np.ndarray | None = None,
 ):
-    """[num_target] losses of one sample from full logits; `minus`: the row whose logits are subtracted (no history)."""
+    """[num_target] losses of one sample from full logits; `minus`.
+
+    The row whose logits are subtracted (no history).
+    """
 
     def logits(tokens):
         ids = torch.from_numpy(tokens.astype(np.int64))[None]
@@ -72,7 +80,10 @@ def token_losses(
 
 
 def batch_samples(step: int, count: int) -> list[int]:
-    """The global batch as the documentation of batches.py defines it: positions k*B .. (k+1)*B-1 of seeded permutations."""
+    """The global batch as the documentation of batches.py defines it: positions k*B ..
+
+    (k+1)*B-1 of seeded permutations.
+    """
     stream = np.concatenate(
         [
             np.random.Generator(np.random.PCG64([0, epoch])).permutation(count)
@@ -180,7 +191,10 @@ def _sample_values(model, tokens, config, sample: int) -> torch.Tensor:
 
 
 def _objective(cell, config, values, losses, counts, present, groups, memory):
-    """(scalar to differentiate, q over the groups present). losses: differentiable L over the groups present."""
+    """(scalar to differentiate, q over the groups present). losses.
+
+    Differentiable L over the groups present.
+    """
     share = counts[present] / counts.sum()
     dro, name, current = config.dro, cell.objective, losses.detach().numpy()
     if name == "group_dro":

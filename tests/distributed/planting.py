@@ -1,7 +1,8 @@
-"""Faults planted in a rank before the training command runs there: deaths at file operations, NaN, full disks, pauses to be signalled in.
+"""Faults planted in a rank before the training command runs there: deaths at file operations, NaN, full
+disks, pauses to be signalled in.
 
-Everything is planted from outside by replacing functions of this process; the product has no hook for any of it. Each function
-here returns a `fault(rank)` for launch.Job.
+Everything is planted from outside by replacing functions of this process; the product has no hook for any
+of it. Each function here returns a `fault(rank)` for launch.Job.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def _path(name: str, args) -> Path | None:
 def file_operations(log: Path, victim: int, die_at: int | None = None, when: str = "before"):
     """Numbers the file operations of a rank's saves and kills the victim (SIGKILL, itself) at one of them.
 
-    when: before, after, or torn (the write is cut in half). Every operation goes to `log`_rank as a line `index kind function file`.
+    when: before, after, or torn (the write is cut in half). Every operation goes to `log`_rank as a line
+    `index kind function file`.
     """
 
     def fault(rank: int) -> None:
@@ -205,7 +207,9 @@ def no_memory(victim: int, step: int):
 
 
 def small_files(victim: int, step: int, limit: int = 3000):
-    """From the save of `step` on, this rank cannot write a file beyond `limit` bytes (EFBIG, as a quota would)."""
+    """From the save of `step` on, this rank cannot write a file beyond `limit` bytes (EFBIG, as a quota
+    would).
+    """
 
     def fault(rank: int) -> None:
         from gdrt_ds.training import checkpoint
@@ -228,7 +232,10 @@ def small_files(victim: int, step: int, limit: int = 3000):
 
 
 def pause(phase: str, seconds: float = 1.0, step: int = 2):
-    """Prints `PHASE <phase>` and waits there, so that a signal can be sent in the middle of it. step: 0-based, for training and saving."""
+    """Prints `PHASE <phase>` and waits there, so that a signal can be sent in the middle of it. step.
+
+    0-based, for training and saving.
+    """
 
     def fault(rank: int) -> None:
         from gdrt_ds.dro import relevance

@@ -1,6 +1,8 @@
-"""Starts real ranks for tests: one interpreter imports torch and DeepSpeed once and forks the ranks of every scenario.
+"""Starts real ranks for tests: one interpreter imports torch and DeepSpeed once and forks the ranks of
+every scenario.
 
-A scenario file is run as a script (`python tests/distributed/scenario_x.py OUTPUT.json`); its ranks talk over gloo.
+A scenario file is run as a script (`python tests/distributed/scenario_x.py OUTPUT.json`); its ranks talk
+over gloo.
 """
 
 from __future__ import annotations

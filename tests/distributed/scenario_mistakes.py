@@ -1,4 +1,7 @@
-"""Wrong uses of the training command behind test_train_cli.py: each in its own forked process, with what it printed and what it changed."""
+"""Wrong uses of the training command behind test_train_cli.py.
+
+Each in its own forked process, with what it printed and what it changed.
+"""
 
 from __future__ import annotations
 

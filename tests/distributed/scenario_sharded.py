@@ -1,4 +1,7 @@
-"""Ranks behind test_sharded_loading.py: every family loaded both ways at world 1, 2, 3 and compared to the bit; training both ways."""
+"""Ranks behind test_sharded_loading.py.
+
+Every family loaded both ways at world 1, 2, 3 and compared to the bit; training both ways.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Ranks behind test_step.py: collectives and host synchronisations of a step, NaN on one rank, the trap of held graphs under ZeRO-3."""
+"""Ranks behind test_step.py.
+
+Collectives and host synchronisations of a step, NaN on one rank, the trap of held graphs under ZeRO-3.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,10 @@ def _end(runner) -> None:
 
 
 def _snapshot(runner) -> list[torch.Tensor]:
-    """Everything that a step may change: master weights, moments, full parameters, DRO state; copies in a fixed order."""
+    """Everything that a step may change: master weights, moments, full parameters, DRO state.
+
+    Copies in a fixed order.
+    """
     inner = runner.engine.basic_optimizer
     tensors = [p.detach().clone() for group in inner.param_groups for p in group["params"]]
     tensors += [
@@ -144,7 +150,10 @@ def _plant_nan(runner, rank: int) -> list:
 
 
 def nonfinite(rank, world, cells, folder):
-    """skip: nothing moves and the run goes on as if the step had not been; stop: every rank raises before the optimizer."""
+    """skip: nothing moves and the run goes on as if the step had not been; stop.
+
+    Every rank raises before the optimizer.
+    """
     adam, report = torch.optim.AdamW, []
     for cell in cells:
         config = make_config(cell, folder, world)
@@ -186,7 +195,9 @@ def nonfinite(rank, world, cells, folder):
 
 
 def held_graphs(rank, world, folder):
-    """Norm of the gradient error when both micro-batch graphs are held before the first backward, against the runner's order."""
+    """Norm of the gradient error when both micro-batch graphs are held before the first backward, against the
+    runner's order.
+    """
     report = {}
     for stage in (2, 3):
         runner = start_runner(Cell(accumulation=2, stage=stage, objective="sft"), rank, world, folder)
@@ -208,7 +219,10 @@ def held_graphs(rank, world, folder):
             from gdrt_ds.training.step import discard_gradients
 
             discard_gradients(runner.engine)
-        norm = lambda gradients: float(sum((g**2).sum() for g in gradients.values()) ** 0.5)
+
+        def norm(gradients):
+            return float(sum((g**2).sum() for g in gradients.values()) ** 0.5)
+
         report[str(stage)] = {
             "right": norm(found[0]),
             "held": norm(found[1]),
@@ -244,6 +258,4 @@ def main(output, folder):
 
 
 if __name__ == "__main__":
-    import deepspeed  # noqa: F401 imported once, before the ranks are forked
-
     main(*sys.argv[1:])

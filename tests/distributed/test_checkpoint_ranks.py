@@ -1,4 +1,7 @@
-"""Checkpoints of real engines: bitwise resume, other world sizes and stages, full disk, late processes, adapters."""
+"""Checkpoints of real engines.
+
+Bitwise resume, other world sizes and stages, full disk, late processes, adapters.
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""Group losses, DRO weights, gradients and parameters equal plain torch's on every number of ranks, accumulation and ZeRO stage."""
+"""Group losses, DRO weights, gradients and parameters equal plain torch's on every number of ranks,
+accumulation and ZeRO stage.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The eleven errors of public Group DRO code (docs/method.md), each as a test that its mutation fails (make test-mutations)."""
+"""The eleven errors of public Group DRO code (docs/method.md), each as a test that its mutation fails (make
+test-mutations).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The method works where the truth is known: one launch of the planted study, and what must and must not come out of it.
+"""The method works where the truth is known: one launch of the planted study, and what must and must not
+come out of it.
 
-`python -m gdrt_ds.study configs/studies/planted_small.yaml` trains every row with the real trainer (DeepSpeed, LoRA) for several seeds,
-evaluates and writes study.json; the tests read that file as a user would.
+`python -m gdrt_ds.study configs/studies/planted_small.yaml` trains every row with the real trainer
+(DeepSpeed, LoRA) for several seeds, evaluates and writes study.json; the tests read that file as a user
+would.
 """
 
 from __future__ import annotations
@@ -65,7 +67,10 @@ def test_a_history_blind_gdrt_fails_the_same_check(block):
 
 
 def test_the_rule_is_learned_and_not_guessed(block):
-    """A rule that the model cannot learn proves nothing: NLL below that of a uniform guess, in every kind and overall."""
+    """A rule that the model cannot learn proves nothing.
+
+    NLL below that of a uniform guess, in every kind and overall.
+    """
     chance = math.log(block["num_items"])
     for name in ("nll", "nll kind=history", "nll kind=shortcut"):
         assert block["rows"]["gdrt"][name]["ci_high"] < chance, name

@@ -1,5 +1,7 @@
-"""Reference adapters in real runs on two ZeRO-3 ranks: relevance of `groups.reference=auxiliary_sft` and the losses that `dro.excess`
-subtracts are those of plain PEFT on the plain base, with LoRA on the head too; the reference is neither trained nor saved."""
+"""Reference adapters in real runs on two ZeRO-3 ranks: relevance of `groups.reference=auxiliary_sft` and
+the losses that `dro.excess` subtracts are those of plain PEFT on the plain base, with LoRA on the head
+too; the reference is neither trained nor saved.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def runs(tmp_path_factory):
         "GDRT_CACHE", str(folder / "cache")
     )  # a table of an earlier run would hide what this code computes
     auxiliary, both, base = (folder / name for name in ("auxiliary", "both", "base"))
-    ranks = lambda: ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+
+    def ranks():
+        return ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+
     for launcher, run, extra in (
         (["python"], auxiliary, ["objective=sft", "prompt.history=mask", "train.lr=0.02"]),
         (

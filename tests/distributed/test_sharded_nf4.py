@@ -1,4 +1,6 @@
-"""Sharded loading gives bitwise what transformers + bitsandbytes + DeepSpeed give, for every family, also at odd world sizes."""
+"""Sharded loading gives bitwise what transformers + bitsandbytes + DeepSpeed give, for every family, also at
+odd world sizes.
+"""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""What a step costs and how it fails: one collective, one host read, NaN on one rank stops or skips all, graphs are never held."""
+"""What a step costs and how it fails.
+
+One collective, one host read, NaN on one rank stops or skips all, graphs are never held.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from tests.distributed.ranks import run_scenario
 
 pytestmark = pytest.mark.distributed
 
-# Checks of arguments that run on CPUs only; on a device they are assertions of the device (loss/group_loss.py).
+# Checks of arguments that run on CPUs only; on a device they are assertions of the device
+# (loss/group_loss.py).
 CPU_CHECKS = ("group_loss.py:_check_range:", "group_loss.py:_require:")
 
 
@@ -46,7 +50,10 @@ def test_nan_on_one_rank_stops_all_ranks_in_that_step_before_the_optimizer(repor
 
 
 def test_zero3_still_spoils_gradients_of_held_micro_batch_graphs(report):
-    """The reason for the two-pass order of step.py. When this fails, DeepSpeed has been repaired: the second forward may go."""
+    """The reason for the two-pass order of step.py. When this fails, DeepSpeed has been repaired.
+
+    The second forward may go.
+    """
     held = report["held"]
     assert held["2"]["error"] <= 1e-5 * held["2"]["right"]
     assert held["3"]["error"] > 0.05 * held["3"]["right"], (

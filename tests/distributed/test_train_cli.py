@@ -1,4 +1,7 @@
-"""The training command as a user types it: launchers, run folder, adapter, plan, and one clear message for every mistake."""
+"""The training command as a user types it.
+
+Launchers, run folder, adapter, plan, and one clear message for every mistake.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,10 @@ def test_peft_opens_the_adapter_on_the_plain_base_and_merging_does_not_change_sc
 
 
 def test_torchrun_and_plain_python_give_the_losses_of_the_deepspeed_launcher(by_deepspeed, mistakes, folder):
-    """The global batch is the same on one rank (without a launcher) and on two; so are losses, weights and gradient norms, up to rounding."""
+    """The global batch is the same on one rank (without a launcher) and on two.
+
+    So are losses, weights and gradient norms, up to rounding.
+    """
     expected = lines(by_deepspeed[1])
     torchrun = train(
         ["torchrun", "--nnodes", "1", "--nproc_per_node", "2", "--master_port", str(free_port())],

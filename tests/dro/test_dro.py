@@ -1,4 +1,6 @@
-"""Group DRO weights: the closed form is the maximiser, its limits are SFT and the worst group, and memory never invents a loss."""
+"""Group DRO weights: the closed form is the maximiser, its limits are SFT and the worst group, and memory
+never invents a loss.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ COUNTS = torch.tensor([50.0, 3.0, 20.0, 7.0], dtype=torch.float64)
 def test_closed_form_is_the_maximiser_that_scipy_finds(kind, tau):
     p = dro.prior(COUNTS, kind)
     q, objective = dro.closed_form_weights(LOSSES, p, tau)
-    value = lambda w: -(w @ LOSSES.numpy() - tau * rel_entr(w, p.numpy()).sum())
+
+    def value(w):
+        return -(w @ LOSSES.numpy() - tau * rel_entr(w, p.numpy()).sum())
+
     found = minimize(
         value,
         np.full(4, 0.25),

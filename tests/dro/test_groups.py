@@ -1,4 +1,7 @@
-"""Target tokens find their groups: bins of relevance or popularity, labels, positions, and shuffled controls of the same sizes."""
+"""Target tokens find their groups.
+
+Bins of relevance or popularity, labels, positions, and shuffled controls of the same sizes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Relevance without a model: counting train targets gives the best history-free predictor, smoothed, for every title token."""
+"""Relevance without a model.
+
+Counting train targets gives the best history-free predictor, smoothed, for every title token.
+"""
 
 from types import SimpleNamespace
 
@@ -42,7 +45,9 @@ def test_corpus_scores_sum_to_one_over_the_catalogue():
 
 
 def test_no_history_free_predictor_has_a_lower_train_loss_than_counting():
-    """Random predictors over the same trie, and the counts of other data, all lose against the train counts (many samples: smoothing vanishes)."""
+    """Random predictors over the same trie, and the counts of other data, all lose against the train counts
+    (many samples: smoothing vanishes).
+    """
     counts, store = np.array([600, 200, 150, 50]), store_of(TITLES)
     weight = np.repeat(counts, store.num_target)
     best = -(weight * relevance.corpus_scores(store, counts)).sum()
@@ -58,13 +63,18 @@ def test_the_corpus_reference_is_a_setting_and_needs_no_adapter():
 
 
 def test_entry_scores_are_read_at_the_token_before_however_titles_are_dealt_out():
-    """A stand-in for the model whose loss names the label, the token it is predicted from, and that token's place."""
+    """A stand-in for the model whose loss names the label, the token it is predicted from, and that token's
+    place.
+    """
     store = store_of(TITLES)
-    losses = lambda m: (
-        m.labels
-        + 100 * m.inputs["input_ids"].flatten()[m.supervised]
-        + 10_000 * m.inputs["position_ids"].flatten()[m.supervised]
-    ).float()  # noqa: E731
+
+    def losses(m):
+        return (
+            m.labels
+            + 100 * m.inputs["input_ids"].flatten()[m.supervised]
+            + 10_000 * m.inputs["position_ids"].flatten()[m.supervised]
+        ).float()
+
     runtime = SimpleNamespace(world=1, rank=0, device="cpu")
     expected = [
         -(label + 100 * before + 10_000 * (len(HEAD) - 1 + i))

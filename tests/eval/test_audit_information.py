@@ -84,7 +84,9 @@ def test_one_ranking_for_all_has_nothing_through_the_history_and_noise_knows_not
 
 
 def test_partners_are_other_users_whose_history_lacks_the_target():
-    sample = lambda n, user, history, target: Sample(n, user, history, target)  # noqa: E731
+    def sample(n, user, history, target):
+        return Sample(n, user, history, target)
+
     samples = [
         sample(0, "a", ("x", "y"), "z"),
         sample(1, "a", ("y",), "q"),

@@ -116,7 +116,10 @@ def test_slots_that_draw_choices_are_found_beside_the_main_score_and_permuted_sl
     assert np.bincount(slots)[0] < np.bincount(slots)[-1] and slots.min() == 0
     scores = np.log(probabilities(rng.normal(size=(300, 400))))
     planted = np.where(slots == 0, 3.0, 0.0)
-    choose = lambda bonus: np.argmax(scores + bonus + rng.gumbel(size=scores.shape), axis=1)  # noqa: E731
+
+    def choose(bonus):
+        return np.argmax(scores + bonus + rng.gumbel(size=scores.shape), axis=1)
+
     mass, targets = selection.slot_mass(scores, slots), choose(planted)
     b = selection.fit_tower(mass, slots[targets])
     assert b.argmax() == 0 and b[0] - np.median(b[1:]) == pytest.approx(3.0, abs=0.6)

@@ -11,10 +11,10 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
 
 sys.path.insert(0, str(Path(__file__).parent))
-from examples import entry, prediction, world  # noqa: E402
+from examples import entry, prediction, world
 
-from eval.metrics import evaluate  # noqa: E402
-from eval.metrics.calibration import TEMPERATURES, log_sums, nll_curve  # noqa: E402
+from eval.metrics import evaluate
+from eval.metrics.calibration import TEMPERATURES, log_sums, nll_curve
 
 NAMES = ("nll_calibrated", "temperature", "nll_calibrated_worst_relevance_group")
 

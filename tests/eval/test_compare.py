@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from examples import world  # noqa: E402
+from examples import world
 
-from eval.compare import compare_runs, load_run  # noqa: E402
-from eval.compare.__main__ import main  # noqa: E402
-from eval.compare.audits import audit_rows  # noqa: E402
-from eval.folders import FORMAT, labels_of  # noqa: E402
-from eval.metrics import evaluate  # noqa: E402
-from eval.report import write_catalogue  # noqa: E402
-from gdrt_ds.errors import UserError  # noqa: E402
+from eval.compare import compare_runs, load_run
+from eval.compare.__main__ import main
+from eval.compare.audits import audit_rows
+from eval.folders import FORMAT, labels_of
+from eval.metrics import evaluate
+from eval.report import write_catalogue
+from gdrt_ds.errors import UserError
 
 
 def write_folder(folder: Path, skill: float, *, change=None, **world_options) -> Path:

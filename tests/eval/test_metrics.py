@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from examples import entry, prediction, world  # noqa: E402
+from examples import entry, prediction, world
 
-from eval.metrics import (  # noqa: E402
+from eval.metrics import (
     accuracy,
     evaluate,
     evaluate_targets,
@@ -31,7 +31,7 @@ from eval.metrics import (  # noqa: E402
     table,
     user_side,
 )
-from gdrt_ds.errors import UserError  # noqa: E402
+from gdrt_ds.errors import UserError
 
 FAST = {"num_bootstrap": 20, "breakdowns": False}
 

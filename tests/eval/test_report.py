@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from examples import world  # noqa: E402
+from examples import world
 
-from eval.metrics import evaluate, evaluate_targets  # noqa: E402
-from eval.report import read_training, terminal_table, write_report  # noqa: E402
-from eval.report.figures import checked  # noqa: E402
-from eval.report.plots import draw  # noqa: E402
-from eval.report.words import number, signed  # noqa: E402
-from gdrt_ds.errors import UserError  # noqa: E402
+from eval.metrics import evaluate, evaluate_targets
+from eval.report import read_training, terminal_table, write_report
+from eval.report.figures import checked
+from eval.report.plots import draw
+from eval.report.words import number, signed
+from gdrt_ds.errors import UserError
 
 EVIL = '<script>alert("x")</script> & $co$t_ | [a](javascript:x)'
 FIGURES = [

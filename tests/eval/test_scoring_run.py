@@ -222,7 +222,10 @@ def test_rows_of_an_earlier_version_are_scored_again_and_said(run, evaluated, tm
 def test_audits_of_the_same_predictions_stay_and_those_of_others_go(run, evaluated, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(evaluated, out)
-    audits = lambda: json.loads((out / "results.json").read_text())["audits"]  # noqa: E731
+
+    def audits():
+        return json.loads((out / "results.json").read_text())["audits"]
+
     main(["--run", str(run), "--output", str(out), *FAST, "--audit", "sensitivity", "--audit-users", "12"])
     first = audits()["sensitivity"]
     main(["--run", str(run), "--output", str(out), *FAST, "--audit", "information", "--audit-users", "12"])

@@ -71,7 +71,10 @@ SMOKE = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training whose metrics are golden. `resume_at`: the run is cut back to this checkpoint and goes on from there."""
+    """One training whose metrics are golden. `resume_at`.
+
+    The run is cut back to this checkpoint and goes on from there.
+    """
 
     name: str
     world: int

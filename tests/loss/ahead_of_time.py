@@ -1,7 +1,8 @@
-"""Compiles the Triton kernels for GPUs that are not here and lists registers and spills: python tests/loss/ahead_of_time.py
+"""Compiles the Triton kernels for GPUs that are not here and lists registers and spills: python
+tests/loss/ahead_of_time.py
 
-One JSON object per kernel and architecture. Run by test_kernels.py in a process of its own, because a process that interprets kernels
-(TRITON_INTERPRET=1) cannot compile them.
+One JSON object per kernel and architecture. Run by test_kernels.py in a process of its own, because a
+process that interprets kernels (TRITON_INTERPRET=1) cannot compile them.
 """
 
 import json
@@ -81,10 +82,14 @@ def compile_one(name: str, arguments: dict, constants: dict, capability: int) ->
         ]
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     return {
-        "kernel": name, "arch": arch, "logits": arguments.get("logits_ptr", ""), "constants": constants,
-        "cubin_bytes": len(compiled.asm["cubin"]), "registers": int(re.search(r"Used (\d+) registers", listing).group(1)),
+        "kernel": name,
+        "arch": arch,
+        "logits": arguments.get("logits_ptr", ""),
+        "constants": constants,
+        "cubin_bytes": len(compiled.asm["cubin"]),
+        "registers": int(re.search(r"Used (\d+) registers", listing).group(1)),
         "spill_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill", listing)),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

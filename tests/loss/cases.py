@@ -1,4 +1,5 @@
-"""Inputs and checks of the group loss that several tests share. Each check takes the op, so that a wrong op can be passed in.
+"""Inputs and checks of the group loss that several tests share. Each check takes the op, so that a wrong
+op can be passed in.
 
 Shapes: N tokens, V vocabulary, H hidden, G groups, r LoRA rank.
 """
@@ -11,13 +12,29 @@ from gdrt_ds.loss import AllowedTokens, GroupLoss, reference_group_cross_entropy
 
 
 class Case:
-    """Seeded inputs of one call, leaves that require grad, and the weights of a backward that uses both outputs."""
+    """Seeded inputs of one call, leaves that require grad, and the weights of a backward that uses both
+    outputs.
+    """
 
     def __init__(
-        self, n=37, v=101, h=16, g=5, dtype=torch.float32, train=False, bias=False, lora=False, allowed=False, size=1.0, **settings
-    ):  # fmt: skip
+        self,
+        n=37,
+        v=101,
+        h=16,
+        g=5,
+        dtype=torch.float32,
+        train=False,
+        bias=False,
+        lora=False,
+        allowed=False,
+        size=1.0,
+        **settings,
+    ):
         make = torch.Generator().manual_seed(17)
-        normal = lambda *shape: torch.randn(*shape, generator=make, dtype=torch.float64)  # noqa: E731
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=make, dtype=torch.float64)
+
         self.hidden = (normal(n, h) * size).to(dtype).requires_grad_()
         self.weight = (normal(v, h) * h**-0.5).to(dtype).requires_grad_(train)
         self.labels = torch.randint(v, (n,), generator=make)
@@ -67,7 +84,9 @@ class Case:
         )
 
     def run(self, op, **more) -> list[torch.Tensor]:
-        """[loss_sums, token_losses, gradient of each leaf] for the objective sum(d_sums * loss_sums) + sum(d_tokens * token_losses)."""
+        """[loss_sums, token_losses, gradient of each leaf] for the objective sum(d_sums * loss_sums) +
+        sum(d_tokens * token_losses).
+        """
         out = self.call(op, **more)
         objective = (out.loss_sums.double() * self.d_sums).sum() + (
             out.token_losses.double() * self.d_tokens
@@ -96,7 +115,8 @@ def check_exact(op, **settings) -> None:
 
 
 def check_no_worse_than_plain(op, dtype, **settings) -> None:
-    """|op - float64| <= 1.25 x |plain cross-entropy in the same dtype - float64| + a few roundings, for every output (form of CCE's tests).
+    """|op - float64| <= 1.25 x |plain cross-entropy in the same dtype - float64| + a few roundings, for
+    every output (form of CCE's tests).
 
     1.25 because both are roundings of the same size: which one is nearer in a given sample is luck.
     """
@@ -104,13 +124,17 @@ def check_no_worse_than_plain(op, dtype, **settings) -> None:
     truths = case.run(reference_group_cross_entropy)
     plains = case.run(reference_group_cross_entropy, dtype=None)
     for value, plain, truth in zip(case.run(op), plains, truths):
-        # A few roundings: sgemm sums a handful of rows in another order than many, which alone makes 1e-6 at V = 4,099.
+        # A few roundings: sgemm sums a handful of rows in another order than many, which alone makes 1e-6 at
+        # V = 4,099.
         allowance = 1.5e-6 if dtype == torch.float32 else 2e-3
         assert distance(value, truth) <= 1.25 * distance(plain, truth) + allowance
 
 
 def check_sums_are_sums_of_token_losses(op) -> None:
-    """loss_sums[g] is the sum, not the mean, over exactly the tokens of g; an absent group is 0 and receives no gradient."""
+    """loss_sums[g] is the sum, not the mean, over exactly the tokens of g.
+
+    An absent group is 0 and receives no gradient.
+    """
     case = Case(n=50, g=4)
     out = case.call(op)
     for group in range(4):
@@ -124,7 +148,7 @@ def check_sums_are_sums_of_token_losses(op) -> None:
 
 
 def check_gradients_add_up(op) -> None:
-    """A row's gradient is (d loss_sums of its group + d its token loss) times the gradient of its own loss."""
+    """A row's gradient: (d loss_sums of its group + d its token loss) times the gradient of its loss."""
     case = Case(n=24, dtype=torch.float64)
     rows = torch.autograd.grad(case.call(reference_group_cross_entropy).token_losses.sum(), [case.hidden])[0]
     gradient = case.run(op)[2]

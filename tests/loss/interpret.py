@@ -1,7 +1,8 @@
-"""Runs the Triton kernels in Triton's interpreter beside the reference: TRITON_INTERPRET=1 python tests/loss/interpret.py
+"""Runs the Triton kernels in Triton's interpreter beside the reference: TRITON_INTERPRET=1 python
+tests/loss/interpret.py
 
-One JSON object per check, result "ok" or what failed. Run by test_kernels.py in a process of its own. Sizes are small because the
-interpreter runs one program at a time in Python.
+One JSON object per check, result "ok" or what failed. Run by test_kernels.py in a process of its own.
+Sizes are small because the interpreter runs one program at a time in Python.
 """
 
 import json
@@ -45,7 +46,9 @@ def trained_heads() -> None:
 
 
 def odd_vocabularies() -> None:
-    small = lambda *a, **k: fused(*a, chunk_bytes=4_000, **k)  # noqa: E731
+    def small(*a, **k):
+        return fused(*a, chunk_bytes=4_000, **k)
+
     for v in (1, 2, 127, 129, kernels.COLUMN_BLOCK + 3):
         check_no_worse_than_plain(small, torch.float32, n=5, v=v)
         check_no_worse_than_plain(small, torch.float32, n=5, v=v, train=True)
@@ -91,7 +94,9 @@ def many_group_sums() -> None:
 
 
 def planted_error() -> None:
-    """A kernel that scales the gradient twice (as when the head's product applies the gain, too) must fail the same check."""
+    """A kernel that scales the gradient twice (as when the head's product applies the gain, too) must fail
+    the same check.
+    """
     original = kernels.TritonRowwise.finish_rows_
 
     def wrong(self, *arguments):

@@ -1,4 +1,7 @@
-"""Asks for the Triton kernels on CPU tensors without the interpreter, and prints the error: run by test_kernels.py."""
+"""Asks for the Triton kernels on CPU tensors without the interpreter, and prints the error.
+
+Run by test_kernels.py.
+"""
 
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import describe

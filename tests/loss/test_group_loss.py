@@ -1,4 +1,6 @@
-"""The fused group loss against float64, against plain cross-entropy in the same dtype, and its promises about memory and ZeRO-3."""
+"""The fused group loss against float64, against plain cross-entropy in the same dtype, and its promises about
+memory and ZeRO-3.
+"""
 
 import gc
 import itertools
@@ -293,7 +295,10 @@ def test_memory_beyond_the_inputs_is_the_chunk_budget_and_one_row_gradient(setti
 
 
 def test_a_wide_bfloat16_head_keeps_its_float32_sums_within_the_budget():
-    """On CPUs the product with a narrow head is summed in float32, block by block: with H a tenth of V these sums count."""
+    """On CPUs the product with a narrow head is summed in float32, block by block.
+
+    With H a tenth of V these sums count.
+    """
     case = Case(n=400, v=10_000, h=1_000, dtype=torch.bfloat16)
     budget = 4 * 2**20
     peak = _peak_bytes(case, chunk_bytes=budget)
@@ -311,9 +316,12 @@ def test_the_default_budget_takes_512_rows_at_once_on_a_cpu(dtype):
     settings = Settings(
         1, 1.0, None, 1.0, 1.0, default_chunk_bytes("cpu", vocabulary, dtype.itemsize), "torch", True
     )
-    chunks = lambda rows: len(
-        list(TorchRowwise(settings, head.dtype).row_chunks(rows, vocabulary, "cpu", head.scratch_per_row))
-    )  # noqa: E731
+
+    def chunks(rows):
+        return len(
+            list(TorchRowwise(settings, head.dtype).row_chunks(rows, vocabulary, "cpu", head.scratch_per_row))
+        )
+
     assert chunks(512) == 1 and chunks(3 * 512) >= 2
     assert (
         default_chunk_bytes("cpu", vocabulary, dtype.itemsize, one_pass=False)
@@ -333,9 +341,8 @@ def test_the_one_pass_case_keeps_no_alias_of_the_head():
     for settings in ({}, {"dtype": torch.bfloat16}):
         case = Case(**settings)
         alive = weakref.ref(case.weight.untyped_storage())
-        storage_holder = case.weight
         out = case.call(group_cross_entropy)
-        case.weight = storage_holder = None  # noqa: F841
+        case.weight = None
         gc.collect()
         assert alive() is None
         out.loss_sums.sum().backward()
@@ -376,7 +383,9 @@ def test_activation_checkpointing_does_not_change_the_result(reentrant):
         expected = case.run(group_cross_entropy)
 
         def op(hidden, *rest, **more):
-            again = lambda x: tuple(group_cross_entropy(x, *rest, **more))  # noqa: E731
+            def again(x):
+                return tuple(group_cross_entropy(x, *rest, **more))
+
             return torch.utils.checkpoint.checkpoint(again, hidden, use_reentrant=reentrant)
 
         objective = sum(

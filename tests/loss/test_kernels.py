@@ -1,6 +1,8 @@
-"""The Triton kernels: numerics in Triton's interpreter on the CPU, and compilation for GPUs that are not here.
+"""The Triton kernels: numerics in Triton's interpreter on the CPU, and compilation for GPUs that are not
+here.
 
-A process either interprets kernels (TRITON_INTERPRET=1, read when triton is imported) or compiles them, so each half runs in its own.
+A process either interprets kernels (TRITON_INTERPRET=1, read when triton is imported) or compiles them, so
+each half runs in its own.
 """
 
 import importlib.util
@@ -17,7 +19,8 @@ ROOT = HERE.parent.parent
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip(
-        "triton is not installed: the kernels can be neither interpreted nor compiled; `pip install triton==3.7.1` beside a CPU torch",
+        "triton is not installed: the kernels can be neither interpreted nor compiled; `pip install "
+        "triton==3.7.1` beside a CPU torch",
         allow_module_level=True,
     )
 

@@ -1,4 +1,7 @@
-"""Ranges of tensors read straight from safetensors files equal what the library reads; damaged files are refused."""
+"""Ranges of tensors read straight from safetensors files equal what the library reads.
+
+Damaged files are refused.
+"""
 
 import json
 
@@ -82,7 +85,10 @@ def test_a_range_quantised_in_pieces_is_the_range_quantised_whole(monkeypatch, l
     from gdrt_ds.models import sharded_loading
 
     values = torch.randn(64 * 50, generator=torch.Generator().manual_seed(0))
-    read = lambda start, stop: values[start:stop]  # noqa: E731
+
+    def read(start, stop):
+        return values[start:stop]
+
     whole = sharded_loading.quantize_range(read, low, high, torch.bfloat16, torch.device("cpu"))
     monkeypatch.setattr(sharded_loading, "PIECE", 64 * 4)
     pieces = sharded_loading.quantize_range(read, low, high, torch.bfloat16, torch.device("cpu"))

@@ -1,4 +1,7 @@
-"""The example of docs/method.md, "Adding an objective", does what the page says: one file and one config line, then the real trainer."""
+"""The example of docs/method.md, "Adding an objective", does what the page says.
+
+One file and one config line, then the real trainer.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,8 @@ def test_the_example_trains_and_its_objective_is_its_formula(example, tmp_path):
     assert plain[0]["objective"] == pytest.approx(plain[0]["loss"], rel=1e-6)
     for row in ours:  # the logged loss is the mean of the objective's own token terms, and so is F here
         assert row["objective"] == pytest.approx(row["loss"], rel=1e-6)
-    # same untrained model, same batch: the mean of l^2 / 2 is never below (mean l)^2 / 2, and not far above it where all tokens are near ln V
+    # same untrained model, same batch: the mean of l^2 / 2 is never below (mean l)^2 / 2, and not far above
+    # it where all tokens are near ln V
     floor = plain[0]["loss"] ** 2 / 2
     assert floor < ours[0]["loss"] < 1.2 * floor
     validation = [

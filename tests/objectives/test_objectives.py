@@ -29,7 +29,10 @@ def group_view(values, weights=None, section=None, state=None, frozen=None) -> G
 
 
 def value_of(name: str, section=None, **options) -> float:
-    """F of an objective on the hand-made batch through its own pieces: token term, token weights, aggregation."""
+    """F of an objective on the hand-made batch through its own pieces.
+
+    Token term, token weights, aggregation.
+    """
     objective, section = get_objective(name), section or DroSection()
     options = ObjectiveOptions(**options)
     values = LOSS

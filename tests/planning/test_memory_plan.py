@@ -1,4 +1,6 @@
-"""The memory plan counts real models exactly where it can, follows the settings, and advises when it does not fit."""
+"""The memory plan counts real models exactly where it can, follows the settings, and advises when it does not
+fit.
+"""
 
 import pytest
 import torch
@@ -81,7 +83,9 @@ def test_activations_follow_the_tokens_given():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_activation_bytes_match_what_autograd_saves(tmp_path, dropout):
-    """Counts the storages that autograd really keeps for one more token, two lengths of one forward pass of a real NF4 model."""
+    """Counts the storages that autograd really keeps for one more token, two lengths of one forward pass of a
+    real NF4 model.
+    """
     from gdrt_ds.models.built_in import make_tiny_model
     from gdrt_ds.planning.memory_plan import activation_bytes_per_token
     from tests.models.test_model import TEXTS, load

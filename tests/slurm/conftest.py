@@ -1,4 +1,7 @@
-"""One simulated Slurm cluster for all tests of this folder; without root, namespaces or Slurm they are skipped with the reason."""
+"""One simulated Slurm cluster for all tests of this folder.
+
+Without root, namespaces or Slurm they are skipped with the reason.
+"""
 
 from __future__ import annotations
 

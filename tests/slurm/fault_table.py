@@ -1,9 +1,12 @@
-"""The fault table of the Slurm templates: real training on a simulated cluster, one fault per row, and the result against an undisturbed run.
+"""The fault table of the Slurm templates: real training on a simulated cluster, one fault per row, and the
+result against an undisturbed run.
 
-    python tests/slurm/fault_table.py [--rows "node killed,preemption"] [--json]        make test-slurm runs it (root; about 15 minutes)
+    python tests/slurm/fault_table.py [--rows "node killed,preemption"] [--json]        make test-slurm
+    runs it (root; about 15 minutes)
 
-Every row must end in a completed job whose metrics.jsonl has each step once and equals the undisturbed run's. Printed: lives, steps
-computed twice (at most one checkpoint interval), seconds from the fault to the next life's start, and the largest difference.
+Every row must end in a completed job whose metrics.jsonl has each step once and equals the undisturbed
+run's. Printed: lives, steps computed twice (at most one checkpoint interval), seconds from the fault to
+the next life's start, and the largest difference.
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from cluster import Cluster, Shape, install, why_not  # noqa: E402
-from harness import COMPARED, Site, largest_difference, lives, metrics, status  # noqa: E402
+from cluster import Cluster, Shape, install, why_not
+from harness import COMPARED, Site, largest_difference, lives, metrics, status
 
 SAVE_EVERY = 10
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
@@ -34,7 +37,10 @@ ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
 
 @dataclass
 class Row:
-    """One fault. `strike(site, job, run)` does it once a checkpoint is there; `after` mends the cluster when the job has ended."""
+    """One fault. `strike(site, job, run)` does it once a checkpoint is there.
+
+    `after` mends the cluster when the job has ended.
+    """
 
     name: str
     strike: Callable[[Site, str, Path], None]
@@ -72,7 +78,10 @@ def minutes_run(site: Site, job: str) -> int:
 
 @contextlib.contextmanager
 def frozen(site: Site, job: str, run: Path):
-    """Stops the ranks (SIGSTOP) until the block ends: the tiny run must not finish while Slurm takes its time."""
+    """Stops the ranks (SIGSTOP) until the block ends.
+
+    The tiny run must not finish while Slurm takes its time.
+    """
 
     def send(name):
         for node, pids in places.items():
@@ -142,7 +151,10 @@ def revive(site, job, run):
 
 
 def cut_network(site, job, run):
-    """Both ranks live on the node that is cut: they go on alone, as an orphan, while the next life starts elsewhere."""
+    """Both ranks live on the node that is cut.
+
+    They go on alone, as an orphan, while the next life starts elsewhere.
+    """
     site.victim = nodes_of(site, job)[0]
     with frozen(site, job, run):
         site.cluster.cut(site.victim)
@@ -339,12 +351,14 @@ def main() -> int:
                     calm[options] = metrics(site.run(f"undisturbed_{len(calm)}"))
                     if not args.json:
                         print(
-                            f"undisturbed, {' '.join(options)}: {len(calm[options])} steps in {time.monotonic() - started:.0f} s; compared: {', '.join(COMPARED)}",
+                            f"undisturbed, {' '.join(options)}: {len(calm[options])} steps in "
+                            f"{time.monotonic() - started:.0f} s; compared: {', '.join(COMPARED)}",
                             flush=True,
                         )
             if not args.json:
                 print(
-                    f"{'fault':30} {'result':9} {'lives':>5} {'at step':>7} {'steps twice':>11} {'wait s':>7} {'total s':>8} {'difference':>10}",
+                    f"{'fault':30} {'result':9} {'lives':>5} {'at step':>7} {'steps twice':>11} "
+                    f"{'wait s':>7} {'total s':>8} {'difference':>10}",
                     flush=True,
                 )
             for row in rows:
@@ -369,8 +383,10 @@ def line(result: dict) -> str:
     if "lives" not in result:
         return f"{result['row']:30} FAILED    {result['log']}"
     text = (
-        f"{result['row']:30} {'completed' if result['ok'] else 'FAILED':9} {result['lives']:>5} {result['struck_at_step']:>7} {result['steps_twice']:>11} "
-        f"{result['wait_s']:>7.1f} {result['total_s']:>8.1f} {result['largest_difference']:>10.1e}  {result['note']}"
+        f"{result['row']:30} {'completed' if result['ok'] else 'FAILED':9} {result['lives']:>5} "
+        f"{result['struck_at_step']:>7} {result['steps_twice']:>11} "
+        f"{result['wait_s']:>7.1f} {result['total_s']:>8.1f} {result['largest_difference']:>10.1e}  "
+        f"{result['note']}"
     )
     return (
         text

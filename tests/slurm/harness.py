@@ -1,4 +1,7 @@
-"""What the Slurm tests and the fault table share: a cluster with the project on it, jobs, runs and their metrics."""
+"""What the Slurm tests and the fault table share.
+
+A cluster with the project on it, jobs, runs and their metrics.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ LIVING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPEN
 
 
 def write_config(folder: Path, **train) -> Path:
-    """A run of seconds on CPUs: tiny random model, planted data, NF4, ZeRO-3; a batch that 1, 2 and 3 ranks divide."""
+    """A run of seconds on CPUs: tiny random model, planted data, NF4, ZeRO-3.
+
+    A batch that 1, 2 and 3 ranks divide.
+    """
     config = {
         "data": {"path": "planted", "limit_train": 96, "limit_valid": 12, "limit_test": 24},
         "model": {
@@ -135,7 +141,10 @@ def metrics(run: Path) -> dict[int, dict]:
 
 
 def largest_difference(one: dict[int, dict], other: dict[int, dict]) -> float:
-    """Largest absolute difference over all compared figures of all steps; infinite if the steps or the groups present differ."""
+    """Largest absolute difference over all compared figures of all steps.
+
+    Infinite if the steps or the groups present differ.
+    """
     if one.keys() != other.keys():
         return float("inf")
     worst = 0.0
@@ -177,5 +186,6 @@ def single_process(config: Path, run: Path) -> None:
     )
     if done.returncode:
         raise RuntimeError(
-            f"the single-process run failed with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+            "the single-process run failed with status "
+            f"{done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
         )

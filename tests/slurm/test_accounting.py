@@ -1,4 +1,7 @@
-"""A cluster with accounting: --status agrees with sacct, also about jobs that the controller has forgotten."""
+"""A cluster with accounting.
+
+--status agrees with sacct, also about jobs that the controller has forgotten.
+"""
 
 from __future__ import annotations
 

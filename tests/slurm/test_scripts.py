@@ -1,4 +1,7 @@
-"""The batch scripts as texts: they parse, they are clean, and what they read from the environment is documented."""
+"""The batch scripts as texts.
+
+They parse, they are clean, and what they read from the environment is documented.
+"""
 
 from __future__ import annotations
 

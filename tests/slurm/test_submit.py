@@ -1,4 +1,7 @@
-"""submit.py: chains of jobs, what it refuses, and what --status says about them; no training is needed for any of it."""
+"""submit.py: chains of jobs, what it refuses, and what --status says about them.
+
+No training is needed for any of it.
+"""
 
 from __future__ import annotations
 

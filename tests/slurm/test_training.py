@@ -1,5 +1,5 @@
-"""Real training under the templates, against the same run in one process. The first test belongs to `make test`; the others are
-marked `faults` and run with `make test-slurm`.
+"""Real training under the templates, against the same run in one process. The first test belongs to `make
+test`; the others are marked `faults` and run with `make test-slurm`.
 """
 
 from __future__ import annotations

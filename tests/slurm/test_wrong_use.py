@@ -1,4 +1,7 @@
-"""Mistakes are named, with their fix, before any rank starts: all the wrong jobs are submitted together, each test reads one of them."""
+"""Mistakes are named, with their fix, before any rank starts.
+
+All the wrong jobs are submitted together, each test reads one of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A study's grid and runner: one definition of cells, nothing is trained twice, a broken cell does not end the others, the page adds up."""
+"""A study's grid and runner.
+
+One definition of cells, nothing is trained twice, a broken cell does not end the others, the page adds up.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,17 @@ from eval.study.reading import Grid
 from eval.study.seeds import combine, seed_draws, t_interval
 from gdrt_ds.errors import UserError
 from gdrt_ds.studies.grid import cells_of, choose_cells, load_study
-from gdrt_ds.study import config_of, shares, state_of
+from gdrt_ds.studies.runner import config_of, shares, state_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = """
 name: tiny
 config: configs/planted.yaml
-overrides: [train.max_steps=3, train.micro_batch=32, "data.planted={num_train: 96, num_valid: 8, num_test: 40}", train.eval_every=3]
+overrides:
+  - train.max_steps=3
+  - train.micro_batch=32
+  - "data.planted={num_train: 96, num_valid: 8, num_test: 40}"
+  - train.eval_every=3
 seeds: [0, 1]
 baseline: sft
 controls: [frozen]
@@ -278,7 +285,10 @@ def test_a_finished_study_has_a_run_an_evaluation_and_a_row_for_every_cell(finis
 def test_rows_with_fewer_seeds_take_none_from_the_others_and_pairs_share_theirs(finished, tmp_path):
     mine = tmp_path / "out"
     shutil.copytree(finished[1], mine)
-    read = lambda: json.loads((mine / "study.json").read_text())["settings"]["default"]  # noqa: E731
+
+    def read():
+        return json.loads((mine / "study.json").read_text())["settings"]["default"]
+
     whole = read()
     shutil.rmtree(mine / "runs" / "frozen-seed1" / "eval")
     assert eval_study([str(mine)]) == 0
@@ -288,9 +298,12 @@ def test_rows_with_fewer_seeds_take_none_from_the_others_and_pairs_share_theirs(
         found["rows"]["gdrt"] == whole["rows"]["gdrt"]
         and found["differences"]["sft"]["gdrt"] == whole["differences"]["sft"]["gdrt"]
     )
-    value = lambda row, s: json.loads(
-        (mine / "runs" / f"{row}-seed{s}" / "eval" / "test-renormalised" / "results.json").read_text()
-    )["metrics"]["nll"]["value"]  # noqa: E731
+
+    def value(row, s):
+        return json.loads(
+            (mine / "runs" / f"{row}-seed{s}" / "eval" / "test-renormalised" / "results.json").read_text()
+        )["metrics"]["nll"]["value"]
+
     assert found["differences"]["frozen"]["gdrt"]["nll"]["difference"] == pytest.approx(
         value("gdrt", 0) - value("frozen", 0), abs=1e-12
     )
@@ -356,7 +369,10 @@ def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, t
 
 @pytest.mark.distributed
 def test_cells_of_several_ranks_train_beside_another_job_that_holds_the_launcher_port(tmp_path):
-    """DeepSpeed's launcher meets at port 29500 unless told otherwise; a second study on the machine would fail there."""
+    """DeepSpeed's launcher meets at port 29500 unless told otherwise.
+
+    A second study on the machine would fail there.
+    """
     text = STUDY.replace("seeds: [0, 1]", "ranks: 2\nseeds: [0]").replace(
         "train.micro_batch=32, ", "train.micro_batch=16, "
     )
@@ -390,9 +406,9 @@ def test_the_page_of_cells_run_one_by_one_and_of_a_file_that_got_a_row(finished,
 
 
 def test_a_gain_that_only_flatter_scores_make_is_said_to_be_one():
-    compared = lambda difference, verdict: SimpleNamespace(
-        difference=difference, verdict=verdict, family=True
-    )  # noqa: E731
+    def compared(difference, verdict):
+        return SimpleNamespace(difference=difference, verdict=verdict, family=True)
+
     pair = {
         "nll": compared(-0.9, "better"),
         "nll_calibrated": compared(-0.01, "interval spans zero"),
@@ -402,7 +418,8 @@ def test_a_gain_that_only_flatter_scores_make_is_said_to_be_one():
     }
     block = SimpleNamespace(setting="default", comparisons={"sft": {"gdrt": pair}})
     assert sentence(block, "gdrt", "sft", False) == (
-        "**gdrt** against sft: better on Target NLL (-0.9000 as scored; calibrated -0.0100, not shown), MGU@5 (-0.0200), "
+        "**gdrt** against sft: better on Target NLL (-0.9000 as scored; calibrated -0.0100, not shown), "
+        "MGU@5 (-0.0200), "
         "NLL, worst group (-0.5000), NLL, calibrated, worst group (-0.4000)."
     )
     pair["nll_calibrated"] = compared(0.2, "worse")
@@ -437,7 +454,10 @@ def test_audits_are_drawn_with_intervals_where_a_row_has_several_seeds():
 
 
 def test_replicates_over_seeds_have_the_spread_of_a_mean_over_trainings():
-    """Two-way model: value = seed effect + user noise; the interval's standard error must be that of a mean over fresh seeds and users."""
+    """Two-way model: value = seed effect + user noise.
+
+    The interval's standard error must be that of a mean over fresh seeds and users.
+    """
     rng = np.random.default_rng(0)
     errors, seeds, size = [], 5, 4000
     for _ in range(60):

@@ -1,4 +1,7 @@
-"""Publication, verification, retention and fencing of checkpoints, on files (engines: tests/distributed/test_checkpoint_ranks.py)."""
+"""Publication, verification, retention and fencing of checkpoints, on files (engines.
+
+Tests/distributed/test_checkpoint_ranks.py).
+"""
 
 import json
 import shutil
@@ -139,7 +142,10 @@ def test_resume_auto_without_checkpoints_starts_anew_and_an_explicit_path_must_e
 def test_a_save_that_dies_at_any_file_operation_leaves_a_valid_newest_checkpoint(
     run, monkeypatch, operation, when
 ):
-    """Every occurrence of the operation in turn; what was published before must stay loadable, nothing half-written may count."""
+    """Every occurrence of the operation in turn.
+
+    What was published before must stay loadable, nothing half-written may count.
+    """
 
     class Died(BaseException):
         pass
@@ -196,12 +202,15 @@ def test_random_generators_continue_where_they_were():
 
     random.gauss(0, 1), np.random.standard_normal()
     saved = export_rng()
-    draw = lambda: (
-        random.random(),
-        random.gauss(0, 1),
-        float(np.random.standard_normal()),
-        torch.rand(2).tolist(),
-    )  # noqa: E731
+
+    def draw():
+        return (
+            random.random(),
+            random.gauss(0, 1),
+            float(np.random.standard_normal()),
+            torch.rand(2).tolist(),
+        )
+
     expected = draw()
     draw()
     import_rng(saved)

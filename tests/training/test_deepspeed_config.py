@@ -1,4 +1,6 @@
-"""DeepSpeed JSON: every "auto" is filled, and every contradiction with the run config is told with both numbers."""
+"""DeepSpeed JSON: every "auto" is filled, and every contradiction with the run config is told with both
+numbers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Who may write into a run folder, what an overwrite and a failed start leave, and the words for failures of the machine."""
+"""Who may write into a run folder, what an overwrite and a failed start leave, and the words for failures of
+the machine.
+"""
 
 import errno
 
@@ -94,7 +96,8 @@ def test_out_of_memory_names_what_to_change_on_gpu_and_host():
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         MemoryError(),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 9 bytes"
         ),
     ):
         told = explain(error, memory_fix="lower train.micro_batch")

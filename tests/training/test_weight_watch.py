@@ -1,4 +1,7 @@
-"""The line about one group that takes nearly all the weight: when it is said, and that the tau it names does what it says."""
+"""The line about one group that takes nearly all the weight.
+
+When it is said, and that the tau it names does what it says.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""Readers of recommendation data, one file format family per module; each hands `base.Windows` or `base.Interactions` to `corpus`."""
+"""Readers of recommendation data, one file format family per module.
+
+Each hands `base.Windows` or `base.Interactions` to `corpus`.
+"""

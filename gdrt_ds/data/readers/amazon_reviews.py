@@ -1,8 +1,9 @@
 """Reader of Amazon reviews with metadata, JSON lines (.gz too): the keys of the 2018 and of the 2023 release.
 
-`data.path` is the reviews file (then `data.items` names the metadata, or a file named meta* beside it is taken), or a folder with
-one file of each. Keys: 2018 reviewerID, asin, unixReviewTime, overall / asin, title, brand, category; 2023 user_id, parent_asin,
-timestamp, rating / parent_asin, title, store, categories. A product's provider is its brand (2018) or store (2023).
+`data.path` is the reviews file (then `data.items` names the metadata, or a file named meta* beside it is
+taken), or a folder with one file of each. Keys: 2018 reviewerID, asin, unixReviewTime, overall / asin,
+title, brand, category; 2023 user_id, parent_asin, timestamp, rating / parent_asin, title, store,
+categories. A product's provider is its brand (2018) or store (2023).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def read_amazon_reviews(data: DataSection, bad: BadRows) -> Interactions:
     """Reads reviews and metadata.
 
     Raises:
-        UserError: no reviews or metadata file, missing key, unreadable value (file, line, field), reviewed product without title.
+        UserError: no reviews or metadata file, missing key, unreadable value (file, line, field), reviewed
+        product without title.
     """
     reviews = _reviews_file(Path(data.path))
     if reviews is None:

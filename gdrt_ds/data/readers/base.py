@@ -1,7 +1,8 @@
 """What every reader shares: the records of a corpus, the account of bad rows, and the reading of values.
 
-A reader returns `Windows` (history and target already cut, as in the MSL/LBR/BIGRec files) or `Interactions` (one row
-per event; `gdrt_ds.data.interactions` makes the windows). Both end as `Sample`s of a `gdrt_ds.data.corpus.Corpus`.
+A reader returns `Windows` (history and target already cut, as in the MSL/LBR/BIGRec files) or
+`Interactions` (one row per event; `gdrt_ds.data.interactions` makes the windows). Both end as `Sample`s of
+a `gdrt_ds.data.corpus.Corpus`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from gdrt_ds.errors import UserError, nearest  # noqa: F401  readers take it from here
+from gdrt_ds.errors import UserError
 
 
 @dataclass(frozen=True)
 class Item:
-    """One item. `title` is clean text (entities resolved, white space single); `provider` is whoever offers or made it."""
+    """One item. `title` is clean text (entities resolved, white space single).
+
+    `provider` is whoever offers or made it.
+    """
 
     item_id: str
     title: str
@@ -30,7 +34,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Sample:
-    """One window: predict `target` from `history` (item ids, oldest first). `timestamp` is the target's, in the data's own unit."""
+    """One window: predict `target` from `history` (item ids, oldest first).
+
+    `timestamp` is the target's, in the data's own unit.
+    """
 
     sample_id: int
     user_id: str
@@ -64,7 +71,8 @@ class Interactions:
 
 
 class BadRows:
-    """Decides what happens to a row that cannot be used: an error at once, or a count that ends in the corpus notes.
+    """Decides what happens to a row that cannot be used: an error at once, or a count that ends in the
+    corpus notes.
 
     Args:
         skip: `data.on_bad_row == "skip"`.
@@ -84,13 +92,17 @@ class BadRows:
         kind: str | None = None,
         row_stays: bool = False,
     ) -> None:
-        """Raises UserError(file, line, field, problem), or counts the row under `kind` (default: the field) when skipping."""
+        """Raises UserError(file, line, field, problem), or counts the row under `kind` (default.
+
+        The field) when skipping.
+        """
         name = Path(path).name
         where = f"{name}, line {line}" if line is not None else name
         if not self.skip:
             raise UserError(
                 f"{where}, field `{field_name}`: {problem}",
-                "correct the row, or set data.on_bad_row=skip to leave such rows out (they are counted and reported)",
+                "correct the row, or set data.on_bad_row=skip to leave such rows out (they are counted and "
+                "reported)",
             )
         kind = kind or f"field `{field_name}` unusable"
         key = (name, kind if row_stays else f"rows left out, {kind}")
@@ -105,7 +117,9 @@ class BadRows:
 
 
 def clean_title(text: str) -> str:
-    """HTML entities resolved (also doubly escaped ones), white space runs (no-break spaces too) made one space, ends stripped."""
+    """HTML entities resolved (also doubly escaped ones), white space runs (no-break spaces too) made one
+    space, ends stripped.
+    """
     for _ in range(3):
         resolved = html.unescape(text)
         if resolved == text:
@@ -115,7 +129,8 @@ def clean_title(text: str) -> str:
 
 
 def parse_list(text: object) -> list:
-    """A list from a list literal (JSON or Python), or from a value that already is one (JSONL, parquet). Never evaluates code.
+    """A list from a list literal (JSON or Python), or from a value that already is one (JSONL, parquet).
+    Never evaluates code.
 
     Raises:
         ValueError: not a flat list of plain values.
@@ -163,7 +178,9 @@ def parse_number(text: object) -> float:
 
 
 def parse_genres(value: object) -> tuple[str, ...]:
-    """Genres from a list, a list literal, or text split at `|` or `;` (a comma may belong to a name and does not split)."""
+    """Genres from a list, a list literal, or text split at `|` or `;` (a comma may belong to a name and does
+    not split).
+    """
     if value is None or value == "":
         return ()
     if hasattr(value, "tolist"):
@@ -182,7 +199,9 @@ def parse_genres(value: object) -> tuple[str, ...]:
 
 
 def as_id(value: object) -> str:
-    """An id as text; 12, 12.0 and "12" are the same id (a table library may widen an integer column with gaps to float)."""
+    """An id as text; 12, 12.0 and "12" are the same id (a table library may widen an integer column with gaps
+    to float).
+    """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()

@@ -1,9 +1,12 @@
-"""Reader of MovieLens: ml-100k (u.data), ml-1m (.dat), ml-latest (CSV), and the ml-100k that PyPI's recbole carries.
+"""Reader of MovieLens: ml-100k (u.data), ml-1m (.dat), ml-latest (CSV), and the ml-100k that PyPI's
+recbole carries.
 
-The embedded set is read from the wheel's files, found through package metadata; recbole itself is never imported. Titles are
-written as in MovieLens, with the year: `Toy Story (1995)`. Providers: only the embedded set has them, from its knowledge graph.
-`film.film.directed_by` by default; `data.columns.provider=film.film.production_companies` takes companies instead. A film with
-several takes the one with most films in the set, then the smallest id. Providers are Freebase ids (the set has no names).
+The embedded set is read from the wheel's files, found through package metadata; recbole itself is never
+imported. Titles are written as in MovieLens, with the year: `Toy Story (1995)`. Providers: only the
+embedded set has them, from its knowledge graph.
+`film.film.directed_by` by default; `data.columns.provider=film.film.production_companies` takes companies
+instead. A film with several takes the one with most films in the set, then the smallest id. Providers are
+Freebase ids (the set has no names).
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.readers.base import BadRows, Interactions, Item, clean_title, nearest, parse_number
+from gdrt_ds.data.readers.base import BadRows, Interactions, Item, clean_title, parse_number
 from gdrt_ds.data.readers.rows import open_text, require_file
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import UserError, nearest
 
 DIRECTED_BY = "film.film.directed_by"
 _INSTALL = "pip install --no-deps recbole==1.2.1"
@@ -109,13 +112,14 @@ def read_embedded_ml100k(data: DataSection, bad: BadRows) -> Interactions:
         ) from None
     if not (folder / "ml-100k.inter").is_file():
         raise UserError(
-            f"data.path=ml-100k: the installed recbole {importlib.metadata.version('recbole')} has no dataset_example/ml-100k",
+            f"data.path=ml-100k: the installed recbole {importlib.metadata.version('recbole')} has no "
+            "dataset_example/ml-100k",
             _INSTALL,
         )
     relation = data.columns.get("provider", DIRECTED_BY)
     providers = _providers(folder, relation)
     items = {}
-    for line, row in _atomic(folder / "ml-100k.item", bad):
+    for _, row in _atomic(folder / "ml-100k.item", bad):
         title = clean_title(row["movie_title"])
         if not title:  # a rating of it is a bad row, see _collect
             continue
@@ -128,7 +132,7 @@ def read_embedded_ml100k(data: DataSection, bad: BadRows) -> Interactions:
         )
     users = {
         row["user_id"]: {name: row[name] for name in ("age", "gender", "occupation")}
-        for _, row in _atomic(folder / "ml-100k.user", bad)
+        for line, row in _atomic(folder / "ml-100k.user", bad)
     }
     rows = (
         (line, row["user_id"], row["item_id"], row["rating"], row["timestamp"])
@@ -161,13 +165,14 @@ def _providers(folder: Path, relation: str) -> dict[str, str]:
     }
     linked: dict[str, set[str]] = defaultdict(set)
     relations = set()
-    for _, row in _atomic(folder / "ml-100k.kg", BadRows(False)):
+    for line, row in _atomic(folder / "ml-100k.kg", BadRows(False)):
         relations.add(row["relation_id"])
         if row["relation_id"] == relation and row["head_id"] in item_of:
             linked[item_of[row["head_id"]]].add(row["tail_id"])
     if not linked:
         raise UserError(
-            f"data.columns.provider={relation}: the knowledge graph of ml-100k has no such relation from films",
+            f"data.columns.provider={relation}: the knowledge graph of ml-100k has no such relation from "
+            "films",
             nearest(relation, sorted(r for r in relations if r.startswith("film.film."))),
         )
     num_films = Counter(provider for found in linked.values() for provider in found)
@@ -217,7 +222,7 @@ def _split_lines(path: Path, separator: str, num_fields: int, bad: BadRows, enco
 
 def _read_100k(folder: Path, bad: BadRows) -> Interactions:
     items = {}
-    for line, fields in _split_lines(folder / "u.item", "|", 5, bad):
+    for _, fields in _split_lines(folder / "u.item", "|", 5, bad):
         title = clean_title(fields[1])
         if not title:  # a rating of it is a bad row, see _collect
             continue
@@ -235,7 +240,7 @@ def _read_100k(folder: Path, bad: BadRows) -> Interactions:
 
 def _read_1m(folder: Path, bad: BadRows) -> Interactions:
     items = {}
-    for line, fields in _split_lines(folder / "movies.dat", "::", 2, bad):
+    for _, fields in _split_lines(folder / "movies.dat", "::", 2, bad):
         title = clean_title(fields[1])
         if not title:  # a rating of it is a bad row, see _collect
             continue

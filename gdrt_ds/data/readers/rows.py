@@ -1,4 +1,5 @@
-"""Rows of a file as dictionaries with their line numbers: CSV, TSV, JSONL, JSON, parquet; gzip where the name ends in .gz.
+"""Rows of a file as dictionaries with their line numbers: CSV, TSV, JSONL, JSON, parquet; gzip where the
+name ends in .gz.
 
 Used by every reader, so that a broken row is named by file and line in the same words everywhere.
 """
@@ -14,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gdrt_ds.data.readers.base import BadRows, nearest
-from gdrt_ds.errors import UserError
+from gdrt_ds.data.readers.base import BadRows
+from gdrt_ds.errors import UserError, nearest
 
 TABLE_SUFFIXES = (
     ".csv",
@@ -71,7 +72,8 @@ def open_text(path: Path, encoding: str = "utf-8-sig") -> Iterator[io.TextIOBase
 
 
 def read_rows(path: Path, bad: BadRows, delimiter: str | None = None) -> Iterator[tuple[int, dict]]:
-    """Yields (line number, row) of any table file; line 1 is the first line of the file (parquet: the first row).
+    """Yields (line number, row) of any table file; line 1 is the first line of the file (parquet: the
+    first row).
 
     Raises:
         UserError: missing or unreadable file, unknown suffix, or a broken row when bad rows are errors.
@@ -238,7 +240,8 @@ def pick_column(
         if not required:
             return None
         raise UserError(
-            f"data.columns.{role}={renamed[role]}: {path.name} has no such column; it has {', '.join(header)}",
+            f"data.columns.{role}={renamed[role]}: {path.name} has no such column; it has "
+            f"{', '.join(header)}",
             nearest(renamed[role], header),
         )
     lowered = {name.lower(): name for name in reversed(header)}

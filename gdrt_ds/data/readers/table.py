@@ -1,7 +1,9 @@
-"""Reader of plain tables: interactions (user, item, timestamp[, rating]), items (id, title[, provider, genres]), users.
+"""Reader of plain tables: interactions (user, item, timestamp[, rating]), items (id, title[, provider,
+genres]), users.
 
-CSV, TSV, JSONL, JSON or parquet. `data.path` is the interactions file, or a folder that holds interactions.*, items.* and
-perhaps users.*; `data.items` and `data.users` name the other two where they lie elsewhere; `data.columns` renames columns.
+CSV, TSV, JSONL, JSON or parquet. `data.path` is the interactions file, or a folder that holds
+interactions.*, items.* and perhaps users.*; `data.items` and `data.users` name the other two where they
+lie elsewhere; `data.columns` renames columns.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def read_table(data: DataSection, bad: BadRows) -> Interactions:
         if found is None:
             raise UserError(
                 f"data.path={data.path}: no interactions file there",
-                f"expected one of {', '.join(n + '.*' for n in INTERACTION_NAMES)} with a suffix of {', '.join(TABLE_SUFFIXES)}",
+                f"expected one of {', '.join(n + '.*' for n in INTERACTION_NAMES)} with a suffix of "
+                f"{', '.join(TABLE_SUFFIXES)}",
             )
         path = found
     items_path = Path(data.items) if data.items else find_table(folder, ITEM_NAMES)
@@ -178,7 +181,10 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
 
 
 def read_user_table(data: DataSection, folder: Path, bad: BadRows) -> dict[str, dict[str, str]]:
-    """User attributes {user: {attribute: value}}; empty when there is no user table. Every column but the id is an attribute."""
+    """User attributes {user: {attribute: value}}; empty when there is no user table.
+
+    Every column but the id is an attribute.
+    """
     path = require_file(Path(data.users), "data.users") if data.users else find_table(folder, USER_NAMES)
     if path is None:
         return {}

@@ -1,9 +1,10 @@
 """Reader of ready-made windows: the CSV family of MSL, LBR and BIGRec.
 
-MSL/LBR: train.csv, valid.csv, test.csv with `user_id,item_ids,timestamp` (`item_ids` is a list literal, its last id the
-target) and id2name4Rec.json (item id -> title). BIGRec and its descendants: the history and the target in separate columns
-(`history_item_id`, `item_id`) and often their titles (`history_item_title`, `item_title`), from which the item table is
-made when no other is given. Any other column becomes a label of the sample.
+MSL/LBR: train.csv, valid.csv, test.csv with `user_id,item_ids,timestamp` (`item_ids` is a list literal,
+its last id the target) and id2name4Rec.json (item id -> title). BIGRec and its descendants: the history
+and the target in separate columns (`history_item_id`, `item_id`) and often their titles
+(`history_item_title`, `item_title`), from which the item table is made when no other is given. Any other
+column becomes a label of the sample.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ _ALL = {
 
 
 def read_windows(data: DataSection, bad: BadRows) -> Windows:
-    """Reads a folder of windows. A split whose file is not there is left out of the result (train and test must be there).
+    """Reads a folder of windows. A split whose file is not there is left out of the result (train and test
+    must be there).
 
     Raises:
         UserError: missing file or column, malformed list, empty history, item id without title.
@@ -81,7 +83,8 @@ def _read_split(
         if history_column is None or target_column is None:
             raise UserError(
                 f"{path.name}: missing column `item_ids`; it has {', '.join(header)}",
-                "windows need item_ids (last = target), or history_item_id and item_id, or history_item_title and item_title; "
+                "windows need item_ids (last = target), or history_item_id and item_id, or "
+                "history_item_title and item_title; "
                 "data.columns.item renames item_ids",
             )
     label_columns = [
@@ -128,7 +131,8 @@ def _read_split(
                 path,
                 line,
                 field,
-                f"empty history: {len(sequence)} item in the window, at least one before the target is needed",
+                f"empty history: {len(sequence)} item in the window, at least one before the target is "
+                "needed",
                 "empty history",
             )
             continue
@@ -162,7 +166,8 @@ def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str,
                 item: Item(item, clean_title(title)) for item, title in titles.items() if clean_title(title)
             }
         raise UserError(
-            f"data.path={data.path}: no item titles: {ITEM_NAME_FILES[0]} is not there and the rows carry none",
+            f"data.path={data.path}: no item titles: {ITEM_NAME_FILES[0]} is not there and the rows carry "
+            "none",
             f"put {ITEM_NAME_FILES[0]} (item id -> title) into the folder, or set data.items=<file>",
         )
     require_file(path, "data.items")
@@ -186,7 +191,10 @@ def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str,
 
 
 def _titled(rows: list[tuple[int, Sample]], items: dict[str, Item], path: Path, bad: BadRows) -> list[Sample]:
-    """The samples whose items all have titles. When skipping, an untitled item leaves the history; an untitled target ends the window."""
+    """The samples whose items all have titles. When skipping, an untitled item leaves the history.
+
+    An untitled target ends the window.
+    """
     kept = []
     for line, sample in rows:
         missing = [item for item in sample.history if item not in items]

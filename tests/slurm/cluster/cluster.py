@@ -3,13 +3,14 @@
     python tests/slurm/cluster/cluster.py install                      # apt packages (root, Debian or Ubuntu)
     python tests/slurm/cluster/cluster.py up --state DIR --nodes 2      # stays up until `down`
     python tests/slurm/cluster/cluster.py login --state DIR sinfo       # a command on the login machine
-    python tests/slurm/cluster/cluster.py node --state DIR kill node2   # kill start cut heal resume slurmd-kill slurmd-start
-    python tests/slurm/cluster/cluster.py down --state DIR
+    python tests/slurm/cluster/cluster.py node --state DIR kill node2   # kill start cut heal resume
+    slurmd-kill slurmd-start python tests/slurm/cluster/cluster.py down --state DIR
 
-One machine is the head (login node, slurmctld, munge, with `accounting` also slurmdbd), the others run slurmd. Every machine
-has its own network stack, address, host name, process table and local disk; the rest of the file system is shared, as on a
-cluster. Nothing listens outside the namespaces, no systemd or container runtime is needed, and several clusters can be up at
-once. CPUs, memory and GPUs of the nodes are claims: GPUs are device files without hardware.
+One machine is the head (login node, slurmctld, munge, with `accounting` also slurmdbd), the others run
+slurmd. Every machine has its own network stack, address, host name, process table and local disk; the rest
+of the file system is shared, as on a cluster. Nothing listens outside the namespaces, no systemd or
+container runtime is needed, and several clusters can be up at once. CPUs, memory and GPUs of the nodes are
+claims: GPUs are device files without hardware.
 
 Tests use `Cluster` as a context manager: machines then die with the test process, whatever ends it.
 """
@@ -39,7 +40,10 @@ def why_not() -> str | None:
         return "the simulated Slurm cluster needs root (it creates network and process namespaces)"
     for command in ("unshare", "nsenter", "ip"):
         if shutil.which(command) is None:
-            return f"the simulated Slurm cluster needs the command `{command}` (packages util-linux and iproute2)"
+            return (
+                f"the simulated Slurm cluster needs the command `{command}` (packages util-linux and "
+                "iproute2)"
+            )
     probe = subprocess.run(
         [
             "unshare",
@@ -57,10 +61,16 @@ def why_not() -> str | None:
         text=True,
     )
     if probe.returncode:
-        return f"this machine does not allow the namespaces of the simulated Slurm cluster ({probe.stderr.strip().splitlines()[-1]})"
+        return (
+            "this machine does not allow the namespaces of the simulated Slurm cluster "
+            f"({probe.stderr.strip().splitlines()[-1]})"
+        )
     missing = [c for c in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(c) is None]
     if missing:
-        return f"Slurm is not installed ({', '.join(missing)} not found): `python {HERE.name}/cluster.py install` in tests/slurm installs it"
+        return (
+            f"Slurm is not installed ({', '.join(missing)} not found): `python {HERE.name}/cluster.py "
+            "install` in tests/slurm installs it"
+        )
     return None
 
 
@@ -97,7 +107,10 @@ def install(accounting: bool = False) -> None:
 
 @dataclass
 class Shape:
-    """What the cluster pretends to be. `gpus` device files of `gpu_type` per node; `accounting` adds sacct (slurmdbd)."""
+    """What the cluster pretends to be. `gpus` device files of `gpu_type` per node.
+
+    `accounting` adds sacct (slurmdbd).
+    """
 
     nodes: int = 2
     cpus: int = 8
@@ -112,7 +125,10 @@ class Shape:
 
 
 class Cluster:
-    """One cluster with its state in `state` (a folder whose parents everybody may enter: munge insists on that)."""
+    """One cluster with its state in `state` (a folder whose parents everybody may enter.
+
+    Munge insists on that).
+    """
 
     def __init__(self, state: str | Path, shape: Shape | None = None, *, die_with_caller: bool = True):
         self.state, self.die_with_caller = Path(state).resolve(), die_with_caller
@@ -125,7 +141,8 @@ class Cluster:
         shape = json.loads((Path(state) / "shape.json").read_text())
         return cls(state, Shape(**shape), die_with_caller=False)
 
-    # ---- life of the cluster ---------------------------------------------------------------------------------------------
+    # ---- life of the cluster
+    # ---------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Cluster:
         try:
@@ -184,7 +201,8 @@ class Cluster:
                 )
             pid_file.unlink(missing_ok=True)
 
-    # ---- commands --------------------------------------------------------------------------------------------------------
+    # ---- commands
+    # --------------------------------------------------------------------------------------------------------
 
     def on(
         self,
@@ -207,7 +225,8 @@ class Cluster:
         )
         if check and done.returncode:
             raise RuntimeError(
-                f"{machine}: {' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+                f"{machine}: {' '.join(map(str, command))}: exit "
+                f"{done.returncode}\n{done.stdout}{done.stderr}"
             )
         return done
 
@@ -233,7 +252,8 @@ class Cluster:
         done = self.login("scontrol", "-o", "show", "job", str(job_id), check=False)
         return dict(f.split("=", 1) for f in done.stdout.split() if "=" in f) if done.returncode == 0 else {}
 
-    # ---- machines and their faults ---------------------------------------------------------------------------------------
+    # ---- machines and their faults
+    # ---------------------------------------------------------------------------------------
 
     def start_node(self, node: str) -> None:
         self._start_machine(node)
@@ -286,7 +306,7 @@ class Cluster:
         # -b: the kernel's uptime does not change with a namespace, so say that the machine was restarted
         self.on(node, "slurmd", *(["-b"] if reboot else []), "-N", node)
 
-    # ---- inside ----------------------------------------------------------------------------------------------------------
+    # ---- inside
 
     def _ours(self, pid: int) -> bool:
         try:
@@ -394,7 +414,10 @@ class Cluster:
         for name, value in settings.items():
             text = text.replace(f"@{name}@", str(value))
         for name in names:
-            text += f"NodeName={name} NodeAddr={addresses[name]} CPUs={shape.cpus} RealMemory={shape.memory_mb}{gres} State=UNKNOWN\n"
+            text += (
+                f"NodeName={name} NodeAddr={addresses[name]} CPUs={shape.cpus} "
+                f"RealMemory={shape.memory_mb}{gres} State=UNKNOWN\n"
+            )
         text += (
             f"AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost={NETWORK}.1\n"
             f"AccountingStoragePass={self.run_dir}/munge.sock\n"
@@ -408,15 +431,18 @@ class Cluster:
             if shape.gpus
             else "AutoDetect=off\n"
         )
-        # slurmd 22.05 loads a cgroup plugin even when nothing uses it, and detection fails without /sys/fs/cgroup; v1 does not look
+        # slurmd 22.05 loads a cgroup plugin even when nothing uses it, and detection fails without
+        # /sys/fs/cgroup; v1 does not look
         (self.etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         for (
             command
         ) in COMMANDS:  # for people: `PATH=DIR/bin:$PATH sbatch ...` from a shell outside the cluster
             shim = self.state / "bin" / command
             shim.write_text(
-                f'#!/bin/sh\n[ -n "$SLURMD_NODENAME" ] && exec /usr/bin/{command} "$@"\n'  # jobs inherit the PATH
-                f'exec "{sys.executable}" "{HERE}/cluster.py" login --state "{self.state}" /usr/bin/{command} "$@"\n'
+                # Jobs inherit the PATH
+                f'#!/bin/sh\n[ -n "$SLURMD_NODENAME" ] && exec /usr/bin/{command} "$@"\n'
+                f'exec "{sys.executable}" "{HERE}/cluster.py" login --state "{self.state}" '
+                f'/usr/bin/{command} "$@"\n'
             )
             shim.chmod(0o755)
 

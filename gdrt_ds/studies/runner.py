@@ -1,0 +1,310 @@
+"""Trains and evaluates the cells of a study, in this process, in workers or under a launcher.
+
+With `ranks: 1` every worker process trains many cells, so that imports are paid once. Evaluation and page
+are made by
+`python -m eval.study`, which is started and not imported: eval stands after gdrt_ds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from gdrt_ds.config import RunConfig, load_config
+from gdrt_ds.errors import UserError
+from gdrt_ds.files import REPOSITORY
+from gdrt_ds.runtime import EXIT_INTERRUPTED, free_port
+from gdrt_ds.studies.grid import Cell, Study, cells_of, choose_cells, load_study
+from gdrt_ds.training import run_folder
+
+EVALUATION = "test-renormalised"
+
+
+def run_of(folder: Path, cell: Cell) -> Path:
+    return folder / "runs" / cell.name
+
+
+def evaluation_of(folder: Path, cell: Cell) -> Path:
+    return run_of(folder, cell) / "eval" / EVALUATION
+
+
+def config_of(study: Study, folder: Path, cell: Cell) -> RunConfig:
+    """The run config of a cell; resume=auto, so that an interrupted run goes on and a fresh one starts.
+
+    Raises:
+        UserError: wrong settings; a run folder that was trained with others.
+    """
+    path = study.config if Path(study.config).is_file() else str(REPOSITORY / study.config)
+    config = load_config(path, [*cell.overrides, f"run.dir={run_of(folder, cell)}", "resume=auto"])
+    changed = run_folder.changed_settings(run_of(folder, cell), config)
+    if changed:
+        raise UserError(
+            f"{run_of(folder, cell)} was trained with other settings ({'; '.join(changed[:3])})",
+            "remove that folder to train it again, or give another --dir",
+        )
+    return config
+
+
+def state_of(folder: Path, cell: Cell) -> str:
+    """new, started, interrupted, failed, trained or done (trained and evaluated)."""
+    run = run_of(folder, cell)
+    if run_folder.status(run) == "completed":
+        return "done" if (evaluation_of(folder, cell) / "results.json").is_file() else "trained"
+    return run_folder.status(run) or ("started" if (run / "config.yaml").is_file() else "new")
+
+
+def write_grid(study: Study, folder: Path, cells: list[Cell]) -> None:
+    """grid.json: what the page needs to know about the cells."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            **asdict(c),
+            "run": str(Path("runs") / c.name),
+            "evaluation": str(Path("runs") / c.name / "eval" / EVALUATION),
+        }
+        for c in cells
+    ]
+    run_folder.write_text(
+        folder / "grid.json", json.dumps({"study": study.model_dump(), "cells": rows}, indent=1)
+    )
+
+
+# -- training
+def train_in_process(study: Study, folder: Path, cells: list[Cell]) -> int:
+    """Trains cells one after the other on one process group of one rank.
+
+    Returns the number of failures, or 75 if interrupted.
+    """
+    from gdrt_ds.runtime import start_runtime
+    from gdrt_ds.training.run import run_training
+
+    runtime, failures = None, 0
+    for cell in cells:
+        if state_of(folder, cell) in ("done", "trained"):
+            continue
+        config = config_of(study, folder, cell)
+        runtime = runtime or start_runtime(config.train.timeout_s)
+        started, log = time.process_time(), folder / "logs" / f"{cell.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        problem, status = "", 1
+        with (
+            open(log, "w", encoding="utf-8") as stream,
+            contextlib.redirect_stdout(stream),
+            contextlib.redirect_stderr(stream),
+        ):
+            try:
+                status = run_training(config, runtime, keep_engine=False)
+            except UserError as error:
+                problem = str(error)
+            except (
+                Exception
+            ) as error:  # one broken cell must not end the others; its run folder says what happened
+                import traceback
+
+                traceback.print_exc(file=stream)
+                problem = f"{type(error).__name__}: {error}"
+        if status == EXIT_INTERRUPTED or runtime.stop_signal is not None:
+            print(f"{cell.name}: interrupted", flush=True)
+            return EXIT_INTERRUPTED
+        failures += status != 0
+        seconds = time.process_time() - started
+        outcome = f"trained in {seconds:.0f} CPU s"
+        if status != 0:
+            outcome = f"failed: {problem} (log: {log})"
+        print(f"{cell.name}: {outcome}", flush=True)
+    return min(failures, 64)
+
+
+def train_under_launcher(study: Study, folder: Path, cells: list[Cell]) -> int:
+    """`deepspeed --num_gpus R` per cell, each on a free port: two studies may run on one machine."""
+    failures = 0
+    for cell in cells:
+        if state_of(folder, cell) in ("done", "trained"):
+            continue
+        config_of(study, folder, cell)  # wrong settings end here, before a launcher hides them
+        path = study.config if Path(study.config).is_file() else str(REPOSITORY / study.config)
+        launcher = ["deepspeed", "--master_port", str(free_port()), "--num_gpus", str(study.ranks)]
+        command = [
+            *launcher,
+            str(REPOSITORY / "gdrt_ds" / "train.py"),
+            "--config",
+            path,
+            *cell.overrides,
+            f"run.dir={run_of(folder, cell)}",
+            "resume=auto",
+        ]
+        log = folder / "logs" / f"{cell.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        with open(log, "w", encoding="utf-8") as stream:
+            path_variable = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+            status = subprocess.call(
+                command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | {"PATH": path_variable}
+            )
+        if run_folder.status(run_of(folder, cell)) == "interrupted":
+            return EXIT_INTERRUPTED
+        failures += status != 0
+        outcome = f"trained in {time.time() - started:.0f} s"
+        if status != 0:
+            outcome = f"failed with status {status} (log: {log})"
+        print(f"{cell.name}: {outcome}", flush=True)
+    return min(failures, 64)
+
+
+# -- evaluation and page: other processes, because eval imports gdrt_ds and never the reverse
+def evaluate(study: Study, folder: Path, cells: list[Cell]) -> int:
+    """Evaluates what is trained and not evaluated, all in one process."""
+    due = [cell for cell in cells if state_of(folder, cell) == "trained"]
+    if not due:
+        return 0
+    words = [sys.executable, "-m", "eval.study", "--evaluate", *(str(run_of(folder, cell)) for cell in due)]
+    return subprocess.call([*words, f"--arguments={json.dumps(study.evaluate)}"], env=_environment())
+
+
+def report(folder: Path) -> int:
+    return subprocess.call([sys.executable, "-m", "eval.study", str(folder)], env=_environment())
+
+
+def _environment() -> dict[str, str]:
+    """The checkout first on the path: `python -m gdrt_ds.study` works from any folder."""
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+    }
+
+
+def work(study: Study, folder: Path, cells: list[Cell]) -> int:
+    train = train_in_process if study.ranks == 1 else train_under_launcher
+    status = train(study, folder, cells)
+    return status if status == EXIT_INTERRUPTED else max(status, min(evaluate(study, folder, cells), 64))
+
+
+def shares(cells: list[Cell], workers: int) -> list[list[Cell]]:
+    """Cells for each worker.
+
+    Cells of one setting and seed stay together and in order, and so does a cell with those whose run folders
+    it reads.
+    """
+    block_of = {cell.name: (cell.setting, cell.seed) for cell in cells}
+    for cell in cells:
+        for needed in filter(block_of.__contains__, cell.needs):
+            merged, into = block_of[cell.name], block_of[needed]
+            block_of = {name: into if block == merged else block for name, block in block_of.items()}
+    blocks: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        blocks.setdefault(block_of[cell.name], []).append(cell)
+    parts: list[list[Cell]] = [[] for _ in range(workers)]
+    for block in sorted(blocks.values(), key=len, reverse=True):
+        min(parts, key=len).extend(block)
+    return [part for part in parts if part]
+
+
+def run_workers(
+    options: argparse.Namespace, study: Study, folder: Path, cells: list[Cell], workers: int
+) -> int:
+    """Starts the workers as processes of this module and waits; an interruption is handed on to them."""
+    parts = shares([cell for cell in cells if state_of(folder, cell) != "done"], workers)
+    if len(parts) <= 1:
+        return work(study, folder, parts[0]) if parts else 0
+    gpus = visible_gpus()
+    threads = max(1, (os.cpu_count() or 1) // len(parts))
+    environment = {"OMP_NUM_THREADS": str(threads)} | _environment()
+    base = [sys.executable, "-m", "gdrt_ds.study", options.study, "--dir", str(folder), *options.overrides]
+    processes = []
+    for number, part in enumerate(parts):
+        own = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
+        processes.append(
+            subprocess.Popen([*base, "--only", ",".join(cell.name for cell in part)], env=environment | own)
+        )
+    try:
+        codes = [process.wait() for process in processes]
+    except KeyboardInterrupt:
+        codes = [
+            process.wait() for process in processes
+        ]  # the terminal sent them the same signal: they save and leave
+    return EXIT_INTERRUPTED if EXIT_INTERRUPTED in codes else max(codes)
+
+
+def visible_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def default_workers(study: Study) -> int:
+    """One process per GPU, or per core.
+
+    One where a cell has several ranks, which fill the machine by themselves.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if study.ranks > 1 else visible_gpus() or cores
+
+
+def run_study(options: argparse.Namespace) -> int:
+    """Everything that `python -m gdrt_ds.study` was asked for; returns the exit status.
+
+    Raises:
+        UserError: a mistake in the study file, the config or the command.
+    """
+    study = load_study(options.study, options.overrides)
+    folder = Path(options.dir or Path("runs") / "studies" / study.name).absolute()
+    everything = cells_of(study, folder)
+    cells = choose_cells(study, everything, options.piece)
+    if options.list:
+        for cell in cells:
+            print(
+                f"{everything.index(cell):4d}  {state_of(folder, cell):<11}  {cell.name}  "
+                f"{' '.join(cell.overrides)}"
+            )
+        return 0
+    if options.report:
+        write_grid(
+            study, folder, everything
+        )  # cells run one by one (--cell) wrote none, and the file may have got rows since
+        return report(folder)
+    if options.only:
+        names = set(options.only.split(","))
+        return work(study, folder, [cell for cell in everything if cell.name in names])
+    if options.cell is not None:
+        if not 0 <= options.cell < len(everything):
+            raise UserError(
+                f"--cell {options.cell}: the grid has {len(everything)} cells",
+                f"0 to {len(everything) - 1}; see --list",
+            )
+        chosen = everything[options.cell]
+        absent = [n for n in chosen.needs if run_folder.status(folder / "runs" / n) != "completed"]
+        if absent:
+            raise UserError(
+                f"--cell {options.cell} ({chosen.name}) reads the run folder of {absent[0]}, which is "
+                "not trained",
+                "train that cell first",
+            )
+        return work(study, folder, [chosen])
+    for cell in cells:
+        config_of(study, folder, cell)  # every mistake of the grid before the first step
+    write_grid(study, folder, everything)
+    started, workers = time.time(), options.workers or default_workers(study)
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least 1", "leave it out for one per core")
+    done = sum(state_of(folder, cell) == "done" for cell in cells)
+    print(
+        f"study {study.name}: {len(cells)} cells, {done} done, {workers} worker(s), into {folder}",
+        flush=True,
+    )
+    status = run_workers(options, study, folder, cells, workers)
+    if status == EXIT_INTERRUPTED:
+        print("interrupted: the same command goes on")
+        return status
+    page = report(folder)
+    print(
+        f"study {study.name}: {time.time() - started:.0f} s"
+        + (f"; {status} cell(s) failed, see {folder}/logs" if status else ""),
+        flush=True,
+    )
+    return min(1, status) or page
