@@ -117,7 +117,7 @@ def build_skeleton(
     from transformers.initialization import no_init_weights
     from transformers.quantizers import AutoHfQuantizer
 
-    from gdrt_ds.models.load import quantization_config
+    from gdrt_ds.models.quantization import quantization_config
 
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(

@@ -165,7 +165,7 @@ def _providers(folder: Path, relation: str) -> dict[str, str]:
     }
     linked: dict[str, set[str]] = defaultdict(set)
     relations = set()
-    for line, row in _atomic(folder / "ml-100k.kg", BadRows(False)):
+    for _, row in _atomic(folder / "ml-100k.kg", BadRows(False)):
         relations.add(row["relation_id"])
         if row["relation_id"] == relation and row["head_id"] in item_of:
             linked[item_of[row["head_id"]]].add(row["tail_id"])
