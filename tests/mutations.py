@@ -31,19 +31,21 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tests.planting_source import LostPlace, plant  # noqa: E402  the path is set first
+
 
 @dataclass(frozen=True)
 class Mutation:
-    """What is planted and which test must fail. `test`.
+    """What is planted and which test must fail.
 
-    A function of test_named_errors.py, or `file.py::function` for a unit test.
+    Attributes:
+        test: a function of test_named_errors.py, or `file.py::function` for a unit test.
+        changes: (file in gdrt_ds, function, old text, new text), see planting_source.py.
     """
 
     what: str
     test: str
-    changes: tuple[
-        tuple[str, str, str], ...
-    ]  # (file in gdrt_ds, old text that occurs exactly once, new text)
+    changes: tuple[tuple[str, str, str, str], ...]
 
 
 MUTATIONS = [
@@ -53,11 +55,13 @@ MUTATIONS = [
         (
             (
                 "dro/buffer.py",
+                "StepBuffer.add",
                 "+= torch.nan_to_num(sums, 0.0, 0.0, 0.0)",
                 "+= torch.nan_to_num(sums / counts.to(sums), 0.0, 0.0, 0.0)",
             ),
             (
                 "dro/buffer.py",
+                "StepBuffer.losses",
                 "return self.loss_sums / self.counts.clamp_min(1)",
                 "return self.loss_sums / dist.get_world_size()",
             ),
@@ -66,12 +70,19 @@ MUTATIONS = [
     Mutation(
         "2 weights from a rank's own losses",
         "test_error_02_weights_come_from_all_ranks_and_are_bitwise_equal",
-        (("training/step.py", "buffer.reduce().wait()", "buffer.wait()"),),
+        (("training/step.py", "StepRunner._reduce", "buffer.reduce().wait()", "buffer.wait()"),),
     ),
     Mutation(
         "3 absent group counts as loss 0",
         "test_error_03_absent_group_has_no_weight_and_does_not_count_as_loss_zero",
-        (("dro/weights.py", "else present.double()", "else torch.ones_like(counts, dtype=torch.float64)"),),
+        (
+            (
+                "dro/weights.py",
+                "prior",
+                "else present.double()",
+                "else torch.ones_like(counts, dtype=torch.float64)",
+            ),
+        ),
     ),
     Mutation(
         "3 absent group pulls its moving average to 0",
@@ -79,6 +90,7 @@ MUTATIONS = [
         (
             (
                 "dro/state.py",
+                "DroState.update_ema",
                 "self.ema_weight = torch.where(present, (1 - rate) * self.ema_weight + rate, "
                 "self.ema_weight)",
                 "self.ema_weight = (1 - rate) * self.ema_weight + rate",
@@ -91,6 +103,7 @@ MUTATIONS = [
         (
             (
                 "training/step.py",
+                "StepRunner._two_pass_order",
                 "            self._measure(found, buffer, facts.slots[index] if self.per_token else None)\n",
                 "            self._measure(found, buffer, facts.slots[index] if self.per_token else None)\n"
                 "            if index < len(facts.micro_steps) - 1:\n"
@@ -104,6 +117,7 @@ MUTATIONS = [
         (
             (
                 "training/step.py",
+                "StepRunner.run",
                 "        if taken:\n",
                 "        if taken and self.runtime.is_main:\n",
             ),
@@ -115,6 +129,7 @@ MUTATIONS = [
         (
             (
                 "training/step.py",
+                "StepRunner._early_order",
                 "self._backward(found.sums, found.values, coefficients, None)",
                 "self._backward(found.sums, found.values, q / (group_sums(self._weights_of(found.micro), "
                 "found.groups, self.tokens.num_groups).clamp_min(1) * len(facts.micro_steps) "
@@ -128,6 +143,7 @@ MUTATIONS = [
         (
             (
                 "training/step.py",
+                "StepRunner._early_order",
                 "            self._measure(found, buffer)\n            self._backward(",
                 "            found.sums.data.mul_(q * self.tokens.num_groups)\n"
                 "            self._measure(found, buffer)\n            self._backward(",
@@ -138,9 +154,10 @@ MUTATIONS = [
         "8 exp without subtracting the maximum",
         "test_error_08_small_tau_gives_the_worst_group_without_overflow",
         (
-            ("dro/weights.py", "(kept - worst) / tau", "kept / tau"),
+            ("dro/weights.py", "closed_form_weights", "(kept - worst) / tau", "kept / tau"),
             (
                 "dro/weights.py",
+                "closed_form_weights",
                 "q = torch.softmax(p.clamp_min(1e-300).log() + below, 0)",
                 "q = p * below.exp() / (p * below.exp()).sum()",
             ),
@@ -149,7 +166,7 @@ MUTATIONS = [
     Mutation(
         "9 local instead of global rank 0",
         "test_error_09_only_global_rank_zero_writes_when_two_machines_have_a_local_rank_zero",
-        (("runtime.py", "return self.rank == 0", "return self.local_rank == 0"),),
+        (("runtime.py", "Runtime.is_main", "return self.rank == 0", "return self.local_rank == 0"),),
     ),
     Mutation(
         "10 padding counted in a group",
@@ -157,6 +174,7 @@ MUTATIONS = [
         (
             (
                 "batches/layout.py",
+                "build_micro_batch",
                 "stops = [b * width + len(row) for b, row in enumerate(rows)]",
                 "stops = [(b + 1) * width for b, row in enumerate(rows)]",
             ),
@@ -165,12 +183,26 @@ MUTATIONS = [
     Mutation(
         "11 moving averages are not restored",
         "test_error_11_weights_and_moving_averages_come_back_from_the_checkpoint",
-        (("dro/state.py", 'for name in ("ema", "ema_weight", "q"):', 'for name in ("q",):'),),
+        (
+            (
+                "dro/state.py",
+                "DroState.load_state_dict",
+                'for name in ("ema", "ema_weight", "q"):',
+                'for name in ("q",):',
+            ),
+        ),
     ),
     Mutation(
         "11 online q is not restored",
         "test_error_11_weights_and_moving_averages_come_back_from_the_checkpoint",
-        (("dro/state.py", 'for name in ("ema", "ema_weight", "q"):', 'for name in ("ema", "ema_weight"):'),),
+        (
+            (
+                "dro/state.py",
+                "DroState.load_state_dict",
+                'for name in ("ema", "ema_weight", "q"):',
+                'for name in ("ema", "ema_weight"):',
+            ),
+        ),
     ),
     Mutation(
         "11 the trainer leaves the state out",
@@ -178,6 +210,7 @@ MUTATIONS = [
         (
             (
                 "training/resuming.py",
+                "client_state",
                 '"dro": state.state_dict(),',
                 '"dro": DroState(grouped.plan.num).state_dict(),',
             ),
@@ -189,6 +222,7 @@ MUTATIONS = [
         (
             (
                 "dro/weights.py",
+                "closed_form_weights",
                 "q = torch.softmax(p.clamp_min(1e-300).log() + below, 0)",
                 "q = torch.softmax(below, 0)",
             ),
@@ -197,12 +231,26 @@ MUTATIONS = [
     Mutation(
         "objective by log instead of log1p",
         "dro/test_dro.py::test_infinite_tau_with_token_shares_is_sft",
-        (("dro/weights.py", "(p * below.expm1()).sum().log1p()", "(p * below.exp()).sum().log()"),),
+        (
+            (
+                "dro/weights.py",
+                "closed_form_weights",
+                "(p * below.expm1()).sum().log1p()",
+                "(p * below.exp()).sum().log()",
+            ),
+        ),
     ),
     Mutation(
         "moving average without bias correction",
         "dro/test_dro.py::test_moving_average_is_bias_corrected_and_an_absent_group_keeps_its_own",
-        (("dro/state.py", "self.ema / self.ema_weight.clamp_min(1e-300)", "self.ema"),),
+        (
+            (
+                "dro/state.py",
+                "DroState.ema_losses",
+                "self.ema / self.ema_weight.clamp_min(1e-300)",
+                "self.ema",
+            ),
+        ),
     ),
     Mutation(
         "CVaR takes the best share",
@@ -210,6 +258,7 @@ MUTATIONS = [
         (
             (
                 "dro/weights.py",
+                "cvar_weights",
                 "-torch.inf), descending=True, stable=True)",
                 "torch.inf), descending=False, stable=True)",
             ),
@@ -221,6 +270,7 @@ MUTATIONS = [
         (
             (
                 "dro/buffer.py",
+                "StepBuffer.add",
                 "(~torch.isfinite(sums)).any().to(self.data)",
                 "torch.isnan(sums).all().to(self.data)",
             ),
@@ -232,6 +282,7 @@ MUTATIONS = [
         (
             (
                 "batches/plan.py",
+                "BatchPlan.samples",
                 "np.random.PCG64([self.seed, epoch])",
                 "np.random.PCG64([self.seed, epoch, self.world])",
             ),
@@ -243,6 +294,7 @@ MUTATIONS = [
         (
             (
                 "batches/layout.py",
+                "build_micro_batch",
                 "supervised = [np.arange(stop - len(target), stop)",
                 "supervised = [np.arange(stop - len(target) - 1, stop - 1)",
             ),
@@ -252,8 +304,13 @@ MUTATIONS = [
         "first title token predicted from another title",
         "dro/test_relevance.py::test_entry_scores_are_read_at_the_token_before_however_titles_are_dealt_out",
         (
-            ("dro/relevance.py", "store.num_target[0]) - 1", "store.num_target[0])"),
-            ("batches/layout.py", "if any(len(target) > body for", "if False and any(len(target) > body for"),
+            ("dro/relevance.py", "score_entries", "store.num_target[0]) - 1", "store.num_target[0])"),
+            (
+                "batches/layout.py",
+                "build_micro_batch",
+                "if any(len(target) > body for",
+                "if False and any(len(target) > body for",
+            ),
         ),
     ),
     Mutation(
@@ -262,6 +319,7 @@ MUTATIONS = [
         (
             (
                 "loss/head.py",
+                "Head.backproject",
                 "range(0, gradient_CV.shape[1], CPU_NARROW_BLOCK)",
                 "range(0, min(gradient_CV.shape[1], CPU_NARROW_BLOCK), CPU_NARROW_BLOCK)",
             ),
@@ -273,6 +331,7 @@ MUTATIONS = [
         (
             (
                 "batches/tree_attention.py",
+                "_segments",
                 "own_query, own_keys, own_values, attn_mask",
                 "own_query, own_keys, own_values + values[-1][:, :, -1:] * 0.01, attn_mask",
             ),
@@ -284,6 +343,7 @@ MUTATIONS = [
         (
             (
                 "batches/tree_attention.py",
+                "_sample_mask",
                 "return mask if window is None else mask & (query - key < window)",
                 "return mask",
             ),
@@ -295,6 +355,7 @@ MUTATIONS = [
         (
             (
                 "batches/tree_attention.py",
+                "tree_mask",
                 "(index[None, :] <= index[:, None]) & (index[:, None] < end[None, :])",
                 "(index[None, :] <= index[:, None]) & (index[:, None] <= end[None, :])",
             ),
@@ -303,22 +364,22 @@ MUTATIONS = [
     Mutation(
         "focal weighs by the probability",
         "objectives/test_objectives.py::test_focal_weighs_by_one_minus_probability_and_gamma_zero_is_sft",
-        (("objectives/focal.py", "(-(-view.losses).expm1())", "((-view.losses).exp())"),),
+        (("objectives/focal.py", "focal_term", "(-(-view.losses).expm1())", "((-view.losses).exp())"),),
     ),
     Mutation(
         "reweight by popularity",
         "objectives/test_objectives.py::test_reweight_is_inverse_popularity_and_power_zero_is_sft",
-        (("objectives/reweight.py", "** -table", "** table"),),
+        (("objectives/reweight.py", "inverse_popularity", "** -table", "** table"),),
     ),
     Mutation(
         "random groups keep their order",
         "dro/test_groups.py::test_random_groups_have_the_sizes_of_relevance_groups_and_no_meaning",
-        (("dro/groups.py", 'if plan.by == "random":', 'if plan.by == "shuffled":'),),
+        (("dro/groups.py", "apply_groups", 'if plan.by == "random":', 'if plan.by == "shuffled":'),),
     ),
     Mutation(
         "unknown keys are accepted",
         "test_config.py::test_an_unknown_key_is_an_error_with_the_nearest_name",
-        (("config.py", 'extra="forbid"', 'extra="ignore"'),),
+        (("config.py", "Section", 'extra="forbid"', 'extra="ignore"'),),
     ),
 ]
 
@@ -327,9 +388,9 @@ class Planter(importlib.abc.MetaPathFinder):
     """Compiles the changed source in place of the file's."""
 
     def __init__(self, changes):
-        self.changes: dict[str, list[tuple[str, str]]] = {}
-        for file, old, new in changes:
-            self.changes.setdefault(str(ROOT / "gdrt_ds" / file), []).append((old, new))
+        self.changes: dict[str, list[tuple[str, str, str]]] = {}
+        for file, *change in changes:
+            self.changes.setdefault(str(ROOT / "gdrt_ds" / file), []).append(tuple(change))
 
     def find_spec(self, name, path=None, target=None):
         if not name.startswith("gdrt_ds."):
@@ -338,8 +399,8 @@ class Planter(importlib.abc.MetaPathFinder):
         if spec is None or spec.origin not in self.changes:
             return None
         source = Path(spec.origin).read_text(encoding="utf-8")
-        for old, new in self.changes[spec.origin]:
-            source = source.replace(old, new)
+        for change in self.changes[spec.origin]:
+            source = plant(source, *change)
 
         class Loader(importlib.machinery.SourceFileLoader):
             def get_code(self, fullname):
@@ -357,12 +418,13 @@ def lost_places(mutations=MUTATIONS) -> list[str]:
     lost = []
     for mutation in mutations:
         sources = {
-            file: (ROOT / "gdrt_ds" / file).read_text(encoding="utf-8") for file, _, _ in mutation.changes
+            file: (ROOT / "gdrt_ds" / file).read_text(encoding="utf-8") for file, *_ in mutation.changes
         }
-        for file, old, new in mutation.changes:
-            if sources[file].count(old) != 1:
-                lost.append(f"{mutation.what}: {file}: {old!r}")
-            sources[file] = sources[file].replace(old, new)
+        for file, *change in mutation.changes:
+            try:
+                sources[file] = plant(sources[file], *change)
+            except LostPlace as error:
+                lost.append(f"{mutation.what}: {file}: {error}")
         for file, source in sources.items():
             try:
                 compile(source, file, "exec")
