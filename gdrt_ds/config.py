@@ -46,9 +46,11 @@ class DataSection(Section):
         description="Folder or file of interactions, or the name of an embedded data set: `planted` "
         "(generated) or `ml-100k` (MovieLens-100k from the package recbole).",
     )
-    format: Literal["auto", "windows", "table", "movielens", "amazon_reviews", "planted"] = Field(
+    format: str = Field(
         "auto",
-        description="How the files are read. `windows` is the CSV family of MSL, LBR and BIGRec; `table` "
+        description="How the files are read: `auto` or the name of a file in `gdrt_ds/data/readers/`, which "
+        "are `amazon_reviews`, `movielens`, `planted`, `table` and `windows`. `windows` is the CSV family of "
+        "MSL, LBR and BIGRec; `table` "
         "is one row per (user, item, timestamp[, rating]) with an item table; `auto` recognises the "
         "format.",
     )
@@ -120,7 +122,7 @@ class DataSection(Section):
     )
     planted: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the planted corpus; `gdrt_ds/data/planted.py` lists them. Example: "
+        description="Options of the planted corpus; `gdrt_ds/data/readers/planted.py` lists them. Example: "
         "`data.planted={num_items: 24, shortcut_share: 0.8}`.",
     )
 

@@ -18,18 +18,14 @@ import numpy as np
 
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.interactions import make_windows
-from gdrt_ds.data.planted import make_planted
-from gdrt_ds.data.readers.amazon_reviews import is_amazon_reviews, read_amazon_reviews
-from gdrt_ds.data.readers.base import BadRows, Item, Sample, Windows
-from gdrt_ds.data.readers.movielens import is_movielens, read_embedded_ml100k, read_movielens
-from gdrt_ds.data.readers.table import read_table
-from gdrt_ds.data.readers.windows import read_windows
+from gdrt_ds.data.readers.base import BadRows, Interactions, Item, Reader, Sample, Windows
 from gdrt_ds.errors import UserError, nearest
+from gdrt_ds.registry import parts
 
 __all__ = ["Corpus", "Item", "Sample", "load_corpus", "train_popularity"]
 
 SPLITS = ("train", "valid", "test")
-EMBEDDED = ("planted", "ml-100k")
+READERS = "gdrt_ds.data.readers"
 
 
 @dataclass
@@ -82,27 +78,16 @@ def load_corpus(data: DataSection) -> Corpus:
     for role in data.columns:
         if role not in known:
             raise UserError(f"data.columns.{role}: unknown column role", nearest(role, known))
-    kind = _format_of(data)
+    reader = _reader_of(data)
+    found = reader.read(data, bad)
     notes: list[str] = []
-    if kind == "planted":
-        windows = make_planted(data)
-    elif kind == "windows":
-        windows = read_windows(data, bad)
+    if isinstance(found, Interactions):
+        windows, notes = make_windows(found, data)
     else:
-        if kind == "movielens":
-            events = (
-                read_embedded_ml100k(data, bad)
-                if data.path == "ml-100k" and not Path(data.path).exists()
-                else read_movielens(data, bad)
-            )
-        elif kind == "amazon_reviews":
-            events = read_amazon_reviews(data, bad)
-        else:
-            events = read_table(data, bad)
-        windows, notes = make_windows(events, data)
+        windows = found
     notes = bad.notes() + notes
     splits = _finish_splits(windows, data, notes)
-    name = data.path if data.path in EMBEDDED else Path(data.path).resolve().name
+    name = data.path if data.path in embedded_names() else Path(data.path).resolve().name
     corpus = Corpus(name, windows.domain, windows.items, splits, windows.users, notes)
     corpus.split("train")
     corpus.split("test")
@@ -110,33 +95,42 @@ def load_corpus(data: DataSection) -> Corpus:
     return corpus
 
 
-def _format_of(data: DataSection) -> str:
-    path = Path(data.path)
-    if data.format != "auto":
-        if data.format not in ("planted",) and data.path not in EMBEDDED and not path.exists():
-            raise _missing(data)
-        return data.format
-    if data.path == "planted" and not path.exists():
-        return "planted"
-    if data.path == "ml-100k" and not path.exists():
-        return "movielens"
-    if not path.exists():
-        raise _missing(data)
-    if path.is_dir():
-        if (path / (data.train_file or "train.csv")).is_file() or (path / "test.csv").is_file():
-            return "windows"
-        if is_movielens(path):
-            return "movielens"
-    if is_amazon_reviews(path):
-        return "amazon_reviews"
-    return "table"
+def readers() -> dict[str, Reader]:
+    """Every reader by the name that `data.format` takes."""
+    return parts(READERS, "READER")
 
 
-def _missing(data: DataSection) -> UserError:
-    return UserError(
-        f"data.path={data.path}: no such file or folder",
-        f"give a path, or an embedded set: {', '.join(EMBEDDED)}",
+def embedded_names() -> list[str]:
+    """Data sets that need no path."""
+    return [name for reader in in_order() for name in reader.embedded]
+
+
+def in_order() -> list[Reader]:
+    """Every reader, in the order in which they are asked."""
+    return sorted(readers().values(), key=lambda reader: reader.order)
+
+
+def _reader_of(data: DataSection) -> Reader:
+    """The reader that `data.format` names, or the first that recognises `data.path`.
+
+    Raises:
+        UserError: unknown format; nothing at that path.
+    """
+    known = readers()
+    if data.format != "auto" and data.format not in known:
+        hint = nearest(data.format, ["auto", *known])
+        raise UserError(f"data.format = {data.format} is unknown; {hint}", f"one of auto, {', '.join(known)}")
+    needs_no_file = data.path in embedded_names() or (
+        data.format != "auto" and data.format in known[data.format].embedded
     )
+    if not Path(data.path).exists() and not needs_no_file:
+        raise UserError(
+            f"data.path={data.path}: no such file or folder",
+            f"give a path, or an embedded set: {', '.join(embedded_names())}",
+        )
+    if data.format != "auto":
+        return known[data.format]
+    return next(reader for reader in in_order() if reader.detect(data))
 
 
 def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dict[str, list[Sample]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from gdrt_ds.runtime import Watchdog
 from gdrt_ds.training import checkpoint
+from gdrt_ds.training.flops import training_flops_per_token
 from gdrt_ds.training.grouping import Grouped, group_tokens, save_groups
 from gdrt_ds.training.job import Job
 from gdrt_ds.training.loading import Loaded
@@ -53,7 +54,15 @@ def train(
         NonFiniteLoss: NaN or inf with train.on_nonfinite=stop; nothing of that step is published.
         StorageError: a checkpoint could not be written.
     """
-    with Telemetry(job.folder, job.config, job.runtime, loaded.total_steps, resumed.first_step) as telemetry:
+    telemetry = Telemetry(
+        job.folder,
+        job.config,
+        job.runtime,
+        loaded.total_steps,
+        resumed.first_step,
+        training_flops_per_token(loaded.base.model),
+    )
+    with telemetry:
         loop = _Loop(job, prepared, loaded, telemetry, watchdog)
         result = Result(resumed.first_step, resumed.best)
         while result.step < loaded.total_steps and not (result.interrupted or result.stopped_early):

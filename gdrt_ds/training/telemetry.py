@@ -174,7 +174,10 @@ class Telemetry:
         print(f"step {record['step']}/{self.total}  {figures}  eta {eta}", flush=True)
 
     def _mfu(self, tokens_per_s: float) -> float:
-        """Share of the dense bf16 peak: 989 TFLOP/s on H100 and H200, 312 on A100 (NVIDIA data sheets)."""
+        """Model FLOP utilisation: share of the dense bf16 peak that the model's own products use.
+
+        989 TFLOP/s on H100 and H200, 312 on A100 (NVIDIA data sheets); another GPU shows 0.
+        """
         name = torch.cuda.get_device_name()
         peak = 989e12 if "H100" in name or "H200" in name else 312e12 if "A100" in name else float("inf")
         return tokens_per_s * self.flops_per_token / (peak * self.runtime.world)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.readers.base import BadRows, Interactions, guess_domain
-from gdrt_ds.data.readers.rows import header_of, require_file
+from gdrt_ds.data.readers._rows import header_of, require_file
+from gdrt_ds.data.readers.base import BadRows, Interactions, Reader, guess_domain
 from gdrt_ds.data.readers.table import read_events, read_item_table, read_user_table
 from gdrt_ds.errors import UserError
 
@@ -80,3 +80,6 @@ def _reviews_file(path: Path) -> Path | None:
         if any(user in keys and item in keys for user, item in _KEYS):
             return candidate
     return None
+
+
+READER = Reader(lambda data: is_amazon_reviews(Path(data.path)), read_amazon_reviews, order=40)

@@ -12,10 +12,12 @@ import html
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+from gdrt_ds.config import DataSection
 from gdrt_ds.errors import UserError
 
 
@@ -114,6 +116,25 @@ class BadRows:
             f"{name}: {kind}: {count} (first: {self.first[name, kind]})"
             for (name, kind), count in self.counts.items()
         ]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One way to read data; the file that binds it as `READER` gives it its name, a value of `data.format`.
+
+    Attributes:
+        detect: whether `data.path` looks like this reader's format (`data.format=auto`). Called on
+            whatever the user
+            gave: a file, a folder, the name of an embedded set, or something that does not exist.
+        read: the data as `Windows` or `Interactions`. Bad rows go to `BadRows.report`; raises UserError.
+        order: readers are asked in this order, the special before the general.
+        embedded: names of data sets that need no path.
+    """
+
+    detect: Callable[[DataSection], bool]
+    read: Callable[[DataSection, BadRows], Windows | Interactions]
+    order: int
+    embedded: tuple[str, ...] = ()
 
 
 def clean_title(text: str) -> str:

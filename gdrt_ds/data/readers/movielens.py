@@ -16,8 +16,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.readers.base import BadRows, Interactions, Item, clean_title, parse_number
-from gdrt_ds.data.readers.rows import open_text, require_file
+from gdrt_ds.data.readers._rows import open_text, require_file
+from gdrt_ds.data.readers.base import BadRows, Interactions, Item, Reader, clean_title, parse_number
 from gdrt_ds.errors import UserError, nearest
 
 DIRECTED_BY = "film.film.directed_by"
@@ -270,3 +270,21 @@ def _read_latest(folder: Path, data: DataSection, bad: BadRows) -> Interactions:
     events = read_events(folder / "ratings.csv", data, bad, items, items_path)
     events.users, events.domain = read_user_table(data, folder, bad), "movie"
     return events
+
+
+def _is_embedded(data: DataSection) -> bool:
+    return data.path == "ml-100k" and not Path(data.path).exists()
+
+
+def _detect(data: DataSection) -> bool:
+    path = Path(data.path)
+    return _is_embedded(data) or (path.is_dir() and is_movielens(path))
+
+
+def _read(data: DataSection, bad: BadRows) -> Interactions:
+    if _is_embedded(data):
+        return read_embedded_ml100k(data, bad)
+    return read_movielens(data, bad)
+
+
+READER = Reader(_detect, _read, order=30, embedded=("ml-100k",))

@@ -11,17 +11,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
+from gdrt_ds.data.readers._rows import TABLE_SUFFIXES, header_of, pick_column, read_rows, require_file
 from gdrt_ds.data.readers.base import (
     BadRows,
     Interactions,
     Item,
+    Reader,
     as_id,
     clean_title,
     guess_domain,
     parse_genres,
     parse_number,
 )
-from gdrt_ds.data.readers.rows import TABLE_SUFFIXES, header_of, pick_column, read_rows, require_file
 from gdrt_ds.errors import UserError
 
 INTERACTION_NAMES = ("interactions", "inter", "ratings", "events", "reviews")
@@ -201,3 +202,7 @@ def read_user_table(data: DataSection, folder: Path, bad: BadRows) -> dict[str, 
             name: str(value) for name, value in row.items() if name != column and value is not None
         }
     return users
+
+
+# A table is what is left when nothing else recognises the data, so it is asked last.
+READER = Reader(lambda data: Path(data.path).exists(), read_table, order=90)

@@ -14,9 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
+from gdrt_ds.data.readers._rows import header_of, open_text, pick_column, read_rows, require_file
 from gdrt_ds.data.readers.base import (
     BadRows,
     Item,
+    Reader,
     Sample,
     Windows,
     as_id,
@@ -25,7 +27,6 @@ from gdrt_ds.data.readers.base import (
     parse_list,
     parse_number,
 )
-from gdrt_ds.data.readers.rows import header_of, open_text, pick_column, read_rows, require_file
 from gdrt_ds.data.readers.table import read_item_table, read_user_table
 from gdrt_ds.errors import UserError
 
@@ -222,3 +223,12 @@ def _titled(rows: list[tuple[int, Sample]], items: dict[str, Item], path: Path, 
         else:
             kept.append(sample)
     return kept
+
+
+def _has_windows(data: DataSection) -> bool:
+    folder = Path(data.path)
+    names = (data.train_file or "train.csv", "test.csv")
+    return folder.is_dir() and any((folder / name).is_file() for name in names)
+
+
+READER = Reader(_has_windows, read_windows, order=20)

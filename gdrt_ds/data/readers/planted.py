@@ -11,11 +11,12 @@ its objective.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.readers.base import Item, Sample, Windows
+from gdrt_ds.data.readers.base import Item, Reader, Sample, Windows
 from gdrt_ds.errors import UserError, nearest
 
 _ONSETS = "b d f g k l m n p r s t v z br dr gl kr pl tr".split()
@@ -161,3 +162,10 @@ def _options(data: DataSection) -> PlantedOptions:
                 "1 <= min_history <= max_history < num_items, sizes positive",
             )
     return options
+
+
+def _is_planted(data: DataSection) -> bool:
+    return data.path == "planted" and not Path(data.path).exists()
+
+
+READER = Reader(_is_planted, lambda data, bad: make_planted(data), order=10, embedded=("planted",))
