@@ -38,17 +38,18 @@ def load(way: str, path: Path, rank: int, world: int):
     import torch
 
     from gdrt_ds.config import ModelSection
-    from gdrt_ds.models import load as models
     from gdrt_ds.models.sharded_loading import load_sharded
+    from gdrt_ds.models.source import read_model_config
+    from gdrt_ds.models.stock_loading import load_stock
 
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     section = ModelSection(path=str(path), loading="sharded")
     dtype = torch.bfloat16
-    config = models.read_model_config(path)
+    config = read_model_config(path)
     setup = {"train_batch_size": world, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
     if way == "sharded":
         return load_sharded(path, config, section, dtype, "sdpa", device, setup)
-    model = models.load_stock(path, config, section, dtype, "sdpa", device)
+    model = load_stock(path, config, section, dtype, "sdpa", device)
     deepspeed.zero.Init(module=model, config_dict_or_path=setup, dtype=dtype)
     return model
 

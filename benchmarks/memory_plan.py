@@ -121,7 +121,7 @@ def predicted_bytes(overrides: list[str], world: int) -> dict[str, int]:
     from gdrt_ds.training.trainer import choose_packing
 
     from gdrt_ds.config import load_config
-    from gdrt_ds.models.load import compute_dtype
+    from gdrt_ds.models.source import compute_dtype
     from gdrt_ds.planning.plan import memory_of
     from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
     from gdrt_ds.training.preparation import padding_figures, plan_batches, prepare

@@ -89,7 +89,7 @@ def on_real_data(options) -> list[dict]:
     from gdrt_ds.data.corpus import load_corpus
     from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
     from gdrt_ds.inference.recommender import assemble
-    from gdrt_ds.models.load import resolve_model
+    from gdrt_ds.models.source import resolve_model
     from gdrt_ds.runtime import Runtime
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -284,7 +284,7 @@ def on_generated_catalogues(options) -> list[dict]:
     from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
     from gdrt_ds.inference.prompt_reader import PromptReader
     from gdrt_ds.models.built_in import smollm2_folder
-    from gdrt_ds.models.load import load_tokenizer
+    from gdrt_ds.models.source import load_tokenizer
     from gdrt_ds.training.memory_use import PeakMemory
 
     tokenizer = load_tokenizer(smollm2_folder())

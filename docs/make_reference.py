@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from gdrt_ds.config import RunConfig
+from gdrt_ds.config import PartName, RunConfig
 from gdrt_ds.files import write_text
 
 PAGE = Path(__file__).with_name("config-reference.md")
@@ -53,6 +53,8 @@ def allowed_values(field: FieldInfo) -> str:
     """The field's type and range in words."""
     bounds = []
     for constraint in field.metadata:
+        if isinstance(constraint, PartName):
+            return ", ".join(f"`{name}`" for name in constraint.known())
         for name, word in BOUNDS.items():
             if getattr(constraint, name, None) is not None:
                 bounds.append(f"{word} {getattr(constraint, name)}")

@@ -9,19 +9,51 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import core_schema
 
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import UserError, nearest
+from gdrt_ds.registry import part_names
 
 
 class Section(BaseModel):
     """A part of the settings. Unknown keys are errors; every assignment is checked again."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=False)
+
+
+@dataclass(frozen=True)
+class PartName:
+    """Marks a setting that names a part of a room: a file of that folder (gdrt_ds/registry.py).
+
+    Attributes:
+        room: the package whose files are allowed; none of them is imported to check a name.
+        besides: a word that is allowed besides, e.g. `auto`.
+    """
+
+    room: str
+    besides: str = ""
+
+    def known(self) -> tuple[str, ...]:
+        """All that is allowed."""
+        return (*([self.besides] if self.besides else []), *part_names(self.room))
+
+    def check(self, name: str) -> str:
+        """Returns the name, or raises ValueError with the nearest one and all that there are."""
+        if name in self.known():
+            return name
+        hint = nearest(name, self.known())
+        if hint.startswith("did you mean"):
+            hint = f"{hint} One of {', '.join(self.known())}"
+        raise ValueError(f"unknown; {hint}")
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
 class RunSection(Section):
@@ -181,8 +213,10 @@ class ModelSection(Section):
     trust_remote_code: bool = Field(
         False, description="Runs code that comes with a hub model. Leave it off unless you read that code."
     )
-    quantization: Literal["nf4", "none"] = Field(
-        "nf4", description="`nf4` holds the base in 4 bits (QLoRA). `none` holds it in `model.dtype`."
+    quantization: Annotated[str, PartName("gdrt_ds.models.quantization")] = Field(
+        "nf4",
+        description="`nf4` holds the base in 4 bits (QLoRA). `none` holds it in `model.dtype`. A new "
+        "quantization is one file in gdrt_ds/models/quantization/.",
     )
     double_quant: bool = Field(
         True,
@@ -197,12 +231,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the computation. `auto` is bfloat16 on GPUs and float32 on CPUs."
     )
-    attention: Literal[
-        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
-    ] = Field(
+    attention: Annotated[str, PartName("gdrt_ds.models.attention", "auto")] = Field(
         "auto",
         description="Attention implementation. `auto` takes flash-attn on GPUs where it can be imported, "
-        "else SDPA; the start of a run says which.",
+        "else SDPA; the start of a run says which. A new backend is one file in gdrt_ds/models/attention/.",
     )
     loading: Literal["auto", "sharded", "stock"] = Field(
         "auto",

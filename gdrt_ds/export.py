@@ -22,8 +22,10 @@ from torch import nn
 
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError
+from gdrt_ds.models.adapters import load_adapter
 from gdrt_ds.models.built_in import TINY_NAME
-from gdrt_ds.models.load import add_adapter, load_model, resolve_model
+from gdrt_ds.models.load import load_model
+from gdrt_ds.models.source import resolve_model
 from gdrt_ds.runtime import report_user_errors
 
 TOLERANCE = {
@@ -80,7 +82,7 @@ def export(
     if section.quantization == "nf4":
         loaded.model = None
         plain = dequantised(load_model(section, runtime, train=False, path=path).model)
-        adapted, _ = add_adapter(plain, section, path, torch.float32, 0, run / "adapter", train=False)
+        adapted, _ = load_adapter(plain, run / "adapter", path, torch.float32, train=False)
     model = merge(adapted)
     with torch.no_grad():
         difference = float((model(input_ids=probe).logits - expected).abs().max())

@@ -68,7 +68,8 @@ def random_model(context):
     """The base's architecture with fresh float32 weights; two layers of it where the base is large."""
     from transformers import AutoModelForCausalLM
 
-    from gdrt_ds.models.load import read_model_config, unwrap
+    from gdrt_ds.models.families import unwrap
+    from gdrt_ds.models.source import read_model_config
 
     recommender = context.recommender
     loaded = recommender.loaded

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from gdrt_ds.errors import UserError
-from gdrt_ds.models.load import decoder, lm_head, lm_head_scaling
+from gdrt_ds.models.attention import takes_dense_masks
+from gdrt_ds.models.families import attention_windows, decoder, lm_head, lm_head_scaling
 
 KeyValues = list[tuple[Tensor, Tensor]]  # per layer: keys and values [B or 1, K, P, D]
-_ATTENTION_OF_DENSE_MASKS = ("sdpa", "eager")
 
 
 class FrozenCache(Cache):
@@ -175,29 +175,6 @@ class LmHeadRows:
         return self.finish(logits)
 
 
-def _layer_windows(config) -> tuple[dict[str, int | None] | None, int | None]:
-    """Attention windows: ({layer type: window or None}, None) for hybrid models, (None, window) for
-    uniform ones.
-
-    Hybrid models of transformers 5 take a dict of masks by layer type; uniform ones (Llama, Mistral,
-    GPT-2) one mask.
-    """
-    kinds = set(getattr(config, "layer_types", None) or ())
-    unknown = kinds - {"full_attention", "sliding_attention"}
-    if unknown or getattr(config, "is_encoder_decoder", False):
-        what = f"layers of type {', '.join(sorted(unknown))}" if unknown else "an encoder"
-        raise UserError(
-            f"model type `{config.model_type}` has {what}; catalogue scoring needs causal attention layers",
-            "use a decoder-only model with full or sliding-window attention",
-        )
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    if "sliding_attention" in kinds:
-        return {kind: window if kind == "sliding_attention" else None for kind in kinds}, None
-    return None, None if kinds else window
-
-
 @dataclass
 class PromptReader:
     """A causal LM that reads prompts once and token trees many times.
@@ -216,11 +193,10 @@ class PromptReader:
 
     def __post_init__(self):
         self.decoder, self.config = decoder(self.model), decoder(self.model).config
-        if self.config._attn_implementation not in _ATTENTION_OF_DENSE_MASKS:
-            self.decoder.set_attn_implementation(
-                "sdpa"
-            )  # flash kernels take no dense mask; the report names this
-        self.windows, self.window = _layer_windows(self.config)
+        if not takes_dense_masks(self.config._attn_implementation):
+            # Flash kernels take no explicit mask. The evaluation's report names the attention that scored.
+            self.decoder.set_attn_implementation("sdpa")
+        self.windows, self.window = attention_windows(self.config)
         self.rows = LmHeadRows.of(self.model)
         weight = self.decoder.get_input_embeddings().weight
         self.device, self.num_layers = weight.device, self.config.num_hidden_layers

@@ -21,14 +21,10 @@ from gdrt_ds.data.prompts import PromptEncoder, PromptTemplate
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.prompt_reader import PromptReader
-from gdrt_ds.models.load import (
-    LoadedModel,
-    base_fingerprint,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-    unwrap,
-)
+from gdrt_ds.models.families import unwrap
+from gdrt_ds.models.fingerprint import base_fingerprint
+from gdrt_ds.models.load import LoadedModel, load_model
+from gdrt_ds.models.source import load_tokenizer, resolve_model
 
 RUN_FILES = ("config.yaml", "prompt.json", "catalogue.jsonl")
 

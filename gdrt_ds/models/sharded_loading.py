@@ -1,19 +1,18 @@
 """Loads a model straight into its ZeRO-3 shards: no rank ever holds more than its slice and one tensor.
 
-The usual path builds the whole quantised model on every rank and shards it afterwards (transformers
-#24395, bitsandbytes
-#1249, peft #2016), so a 70B model fails to start where it would fit. Here each rank
+The usual path builds the whole quantised model on every rank and shards it afterwards (transformers #24395,
+bitsandbytes #1249, peft #2016), so a 70B model fails to start where it would fit. Here each rank
 1. builds the skeleton without storage, with bitsandbytes' 4-bit modules in place;
-2. reads from the safetensors files only the values that its slice of each parameter needs, widened to
-whole 64-value blocks;
+2. reads from the safetensors files only the values that its slice of each parameter needs, widened to whole
+   blocks of 64 values;
 3. quantises these blocks (NF4 is block-wise: packed bytes and scales of a block do not depend on the others);
 4. exchanges the float32 block scales in order and runs bitsandbytes' own nested quantisation on the whole
-vector, because
-   its offset is the mean over all blocks;
+   vector, because its offset is the mean over all blocks;
 5. fills DeepSpeed's partition of the parameter directly.
-Weights and quant_state are bitwise those of the usual path. Notation: a packed weight has S storage
-elements of b bytes, two values per byte; rank r owns storage elements [r * ceil(S / world), (r + 1) *
-ceil(S / world)).
+Weights and quant_state are bitwise those of the usual path.
+
+Notation: a packed weight has S storage elements of `item` bytes, and a byte holds two values. Rank r owns the
+storage elements [r * size, (r + 1) * size) with size = ceil(S / world).
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,12 +29,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gdrt_ds.config import ModelSection
+from gdrt_ds.models.quantization import get_quantization
+from gdrt_ds.models.quantization.nf4 import BLOCK, NESTED_BLOCK, is_4bit
 from gdrt_ds.models.weight_files import WeightFiles
 
-BLOCK, NESTED_BLOCK, QUANT_TYPE = 64, 256, "nf4"
-PIECE = (
-    4096 * BLOCK
-)  # values read and quantised at once on a CPU, where bitsandbytes works with about 20 bytes per value
+QUANT_TYPE = "nf4"
+PIECE = 4096 * BLOCK
+"""Values read and quantised at once on a CPU, where bitsandbytes works with about 20 bytes per value."""
 
 
 class CannotShard(Exception):
@@ -49,15 +51,25 @@ def load_sharded(
     device: torch.device,
     deepspeed_config: dict,
 ) -> nn.Module:
-    """The model with every parameter already partitioned for ZeRO-3 on this rank.
+    """Returns the model with every parameter already partitioned for ZeRO-3 on this rank.
+
+    Args:
+        path: folder of the base.
+        config: its transformers config.
+        section: settings of the model.
+        dtype: dtype of the computation.
+        attention: transformers' name of the attention.
+        device: where the slices go, unless the DeepSpeed config offloads them.
+        deepspeed_config: the filled DeepSpeed config, of ZeRO stage 3.
 
     Raises:
         CannotShard: the model stores its weights in another form than its parameters, or the configuration
-        needs the whole
-            tensor (NVMe, hierarchical partitions, quantised communication).
-        UserError: unreadable or incomplete weight files.
+            needs the whole tensor (NVMe, hierarchical partitions, quantised communication).
+        UserError: the weight files are unreadable or incomplete.
     """
     _check_engine(deepspeed_config)
+    if not get_quantization(section.quantization).loads_sharded:
+        raise CannotShard(f"model.quantization = {section.quantization} needs whole weights")
     files = WeightFiles(path)
     model, quantizer = build_skeleton(path, config, section, dtype, attention, device)
     sources = match_names(model, files)
@@ -68,28 +80,10 @@ def load_sharded(
     zero = Init(config_dict_or_path=deepspeed_config, dtype=dtype)
     if zero.mem_efficient_linear:
         zero._enable_mem_efficient_linear()  # what deepspeed.initialize does to a model that it shards itself
-    filled: dict[int, nn.Parameter] = {}  # tied parameters stay one object
-    for module_name, module in model.named_modules():
-        for leaf, parameter in list(module._parameters.items()):
-            name = f"{module_name}.{leaf}" if module_name else leaf
-            if parameter is None:
-                continue
-            if id(parameter) not in filled:
-                if leaf == "weight" and is_4bit(module):
-                    filled[id(parameter)] = quantized_parameter(
-                        files, sources[name], module, dtype, section, device, zero
-                    )
-                else:
-                    filled[id(parameter)] = plain_parameter(
-                        files, sources[name], parameter.shape, dtype, device, zero
-                    )
-            module._parameters[leaf] = filled[id(parameter)]
-        for leaf, buffer in module.named_buffers(recurse=False):
-            name = f"{module_name}.{leaf}" if module_name else leaf
-            value = buffer
-            if name in sources and leaf not in module._non_persistent_buffers_set:
-                value = files.read(sources[name]).view(buffer.shape).to(buffer.dtype)
-            module._buffers[leaf] = value.to(device)
+    filler = Filler(files, sources, dtype, section.double_quant, device, zero)
+    for name, module in model.named_modules():
+        filler.fill_parameters(name, module)
+        filler.fill_buffers(name, module)
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
@@ -111,13 +105,14 @@ def _check_engine(deepspeed_config: dict) -> None:
 def build_skeleton(
     path: Path, config, section: ModelSection, dtype: torch.dtype, attention: str, device: torch.device
 ):
-    """(model whose parameters have shapes but no storage and whose buffers are real, quantiser or None)."""
+    """Returns a model whose parameters have no storage and whose buffers are real, and the quantiser.
+
+    The quantiser is transformers'; it is None for a base that is not quantised.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
     from transformers.quantizers import AutoHfQuantizer
-
-    from gdrt_ds.models.quantization import quantization_config
 
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(
@@ -126,58 +121,37 @@ def build_skeleton(
             attn_implementation=attention,
             trust_remote_code=section.trust_remote_code,
         )
-    if section.quantization == "none":
+    quantization_config = get_quantization(section.quantization).transformers_config(section, dtype)
+    if quantization_config is None:
         return model, None
-    quantizer = AutoHfQuantizer.from_config(quantization_config(section, dtype), pre_quantized=False)
+    quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
     quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": str(device)})
     model.tie_weights()
     return model, quantizer
 
 
 def match_names(model: nn.Module, files: WeightFiles) -> dict[str, str]:
-    """Parameter or persistent buffer -> name in the files; tied parameters once.
+    """Returns parameter or persistent buffer -> its name in the files; tied parameters share one name.
 
     Raises:
         CannotShard: a name or shape that transformers would convert while loading.
     """
-    from transformers.pytorch_utils import Conv1D
-
-    prefix = model.base_model_prefix + "."
-    with contextlib.suppress(ImportError):
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-
-        for conversion in get_model_conversion_mapping(model):
-            if isinstance(conversion, WeightConverter) and any(
-                conversion.rename_source_key(name)[1] is not None for name in files.tensors
-            ):
-                raise CannotShard(
-                    f"transformers converts the stored weights of {type(model).__name__} while loading"
-                )
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    sources = {}
+    _refuse_conversions(model, files)
     wanted = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-    wanted.update(
-        {
-            name: buffer.shape
-            for name, buffer in model.named_buffers()
-            if name.rpartition(".")[2]
-            not in model.get_submodule(name.rpartition(".")[0])._non_persistent_buffers_set
-        }
-    )
+    for name, buffer in model.named_buffers():
+        module, leaf = _owner(model, name)
+        if leaf not in module._non_persistent_buffers_set:
+            wanted[name] = buffer.shape
+    prefix = model.base_model_prefix + "."
+    sources = {}
     for name, shape in wanted.items():
+        # Some checkpoints were saved from the backbone alone: their names lack its prefix.
         stored = next((n for n in (name, name.removeprefix(prefix)) if n in files.tensors), None)
         if stored is None:
             continue
-        module = model.get_submodule(name.rpartition(".")[0])
-        stored_shape = files.tensors[stored].shape
-        if is_4bit(module) and name.endswith(".weight"):
-            shape = (module.out_features, module.in_features)
-            stored_shape = stored_shape[::-1] if issubclass(module.source_cls, Conv1D) else stored_shape
-        if tuple(stored_shape) != tuple(shape):
-            raise CannotShard(f"{name} is stored as {list(stored_shape)}, the model has {list(shape)}")
+        _check_shape(model, name, shape, files.tensors[stored].shape)
         sources[name] = stored
-    for target, source in tied.items():
+    for target, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
         if target in sources and source in sources:
             raise CannotShard(f"{target} and {source} are tied but both stored")
         if target in sources or source in sources:
@@ -189,168 +163,296 @@ def match_names(model: nn.Module, files: WeightFiles) -> dict[str, str]:
     return sources
 
 
-def is_4bit(module: nn.Module) -> bool:
-    return type(module).__name__ == "Linear4bit"
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter or buffer, and its name there."""
+    module_name, _, leaf = name.rpartition(".")
+    return model.get_submodule(module_name), leaf
 
 
-# ---------------------------------------------------------------------------------------------------- one
-# parameter
+def _refuse_conversions(model: nn.Module, files: WeightFiles) -> None:
+    """Raises CannotShard if this transformers converts the stored weights while loading."""
+    with contextlib.suppress(ImportError):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        for conversion in get_model_conversion_mapping(model):
+            if isinstance(conversion, WeightConverter) and any(
+                conversion.rename_source_key(name)[1] is not None for name in files.tensors
+            ):
+                raise CannotShard(
+                    f"transformers converts the stored weights of {type(model).__name__} while loading"
+                )
+
+
+def _check_shape(model: nn.Module, name: str, shape: torch.Size, stored_shape: tuple[int, ...]) -> None:
+    """Raises CannotShard if a tensor is stored in another shape than the model has."""
+    from transformers.pytorch_utils import Conv1D
+
+    module, leaf = _owner(model, name)
+    if leaf == "weight" and is_4bit(module):
+        shape = (module.out_features, module.in_features)
+        if issubclass(module.source_cls, Conv1D):
+            stored_shape = stored_shape[::-1]
+    if tuple(stored_shape) != tuple(shape):
+        raise CannotShard(f"{name} is stored as {list(stored_shape)}, the model has {list(shape)}")
 
 
 def partition_range(numel: int, rank: int, world: int) -> tuple[int, int, int]:
-    """(partition size, first, end) of a rank's elements in a flat tensor of `numel`.
+    """Returns (size, first, end) of a rank's elements in a flat tensor of `numel`.
 
-    The last ranks may own less.
+    The last ranks may own fewer than `size`.
     """
     size = -(-numel // world)
     return size, min(rank * size, numel), min((rank + 1) * size, numel)
 
 
 def block_range(first: int, end: int, numel: int) -> tuple[int, int]:
-    """The range of values widened to whole quantisation blocks."""
+    """Returns the range of values, widened to whole quantisation blocks."""
     return first // BLOCK * BLOCK, min(-(-end // BLOCK) * BLOCK, numel)
 
 
-def plain_parameter(
-    files: WeightFiles, source: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, zero
-) -> nn.Parameter:
-    """A parameter that is not quantised: this rank's slice, in `dtype`."""
-    parameter = nn.Parameter(_hollow(shape, dtype, device), requires_grad=False)
-    zero._convert_to_deepspeed_param(parameter)
-    size, first, end = partition_range(parameter.ds_numel, _rank(parameter), _world(parameter))
-    partition = torch.zeros(size, dtype=dtype)
-    partition[: end - first].copy_(files.read(source, first, end))
-    _install(parameter, partition, dtype, device, zero)
-    return parameter
+@dataclass(frozen=True)
+class Packed:
+    """How the packed weight of one 4-bit layer is divided over the ranks.
+
+    Attributes:
+        numel: values of the weight.
+        item: bytes of one storage element.
+        size: storage elements of a rank's slice.
+        rank, world: this rank, and how many there are.
+    """
+
+    numel: int
+    item: int
+    size: int
+    rank: int
+    world: int
+
+    @property
+    def bytes(self) -> int:
+        """Packed bytes of the whole weight: two values each."""
+        return (self.numel + 1) // 2
+
+    @property
+    def own_bytes(self) -> tuple[int, int]:
+        """First and end of this rank's packed bytes."""
+        first = self.rank * self.size * self.item
+        return min(first, self.bytes), min(first + self.size * self.item, self.bytes)
+
+    @property
+    def own_values(self) -> tuple[int, int]:
+        """First and end of the values in this rank's packed bytes."""
+        first, end = self.own_bytes
+        return first * 2, min(end * 2, self.numel)
+
+    def owned_blocks(self, rank: int) -> tuple[int, int]:
+        """First and end of a rank's blocks (see `owned_blocks`)."""
+        return owned_blocks(self.numel, self.bytes, self.item, self.size, rank)
 
 
-def quantized_parameter(
-    files: WeightFiles,
-    source: str,
-    module: nn.Module,
-    dtype: torch.dtype,
-    section: ModelSection,
-    device: torch.device,
-    zero,
-) -> nn.Parameter:
-    """A Params4bit whose packed bytes are partitioned and whose quant_state is whole on every rank."""
-    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
-    from bitsandbytes.nn import Params4bit
-    from transformers.pytorch_utils import Conv1D
+@dataclass
+class Filler:
+    """Puts this rank's slices into the parameters of a skeleton.
 
-    old = module.weight
-    shape = torch.Size((module.out_features, module.in_features))
-    numel, storage = shape.numel(), old.quant_storage
-    item = torch.empty((), dtype=storage).element_size()
-    packed_bytes = (numel + 1) // 2
-    if packed_bytes % item:
-        raise CannotShard(f"{source}: {packed_bytes} packed bytes do not fill {storage} elements")
-    parameter = Params4bit(
-        _hollow((packed_bytes // item, 1), storage, device),
-        requires_grad=False,
-        compress_statistics=old.compress_statistics,
-        quant_type=old.quant_type,
-        quant_storage=storage,
-        module=module,
-        bnb_quantized=True,
-    )
-    zero._convert_to_deepspeed_param(parameter)
-    rank, world = _rank(parameter), _world(parameter)
-    size, first, end = partition_range(parameter.ds_numel, rank, world)
-    own_first, own_end = first * item * 2, min(end * item * 2, numel)  # in values
-    low, high = block_range(own_first, own_end, numel)
-    partition = torch.zeros(
-        size * item, dtype=torch.uint8
-    )  # before what is temporary: a heap cannot shrink below what stays
-    if issubclass(module.source_cls, Conv1D):  # stored transposed: the one tensor is read whole
-        location = files.tensors[source]
-        values = files.read(source).view(location.shape).t().reshape(-1)[low:high].clone()
+    Attributes:
+        files: the stored tensors.
+        sources: parameter or buffer -> name in the files.
+        dtype: dtype of the computation.
+        double_quant: whether the block scales are quantised too.
+        device: where the slices go.
+        zero: DeepSpeed's `Init`, which turns a tensor into a partitioned parameter.
+    """
 
-        def read(start, stop):
+    files: WeightFiles
+    sources: dict[str, str]
+    dtype: torch.dtype
+    double_quant: bool
+    device: torch.device
+    zero: object
+
+    def __post_init__(self):
+        self._filled: dict[int, nn.Parameter] = {}  # tied parameters stay one object
+
+    def fill_parameters(self, module_name: str, module: nn.Module) -> None:
+        """Replaces the parameters that the module itself holds."""
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in self._filled:
+                source = self.sources[f"{module_name}.{leaf}" if module_name else leaf]
+                if leaf == "weight" and is_4bit(module):
+                    self._filled[id(parameter)] = self.quantized_parameter(source, module)
+                else:
+                    self._filled[id(parameter)] = self.plain_parameter(source, parameter.shape)
+            module._parameters[leaf] = self._filled[id(parameter)]
+
+    def fill_buffers(self, module_name: str, module: nn.Module) -> None:
+        """Moves the module's own buffers to the device; stored ones are read."""
+        for leaf, buffer in module.named_buffers(recurse=False):
+            name = f"{module_name}.{leaf}" if module_name else leaf
+            value = buffer
+            if name in self.sources and leaf not in module._non_persistent_buffers_set:
+                value = self.files.read(self.sources[name]).view(buffer.shape).to(buffer.dtype)
+            module._buffers[leaf] = value.to(self.device)
+
+    def plain_parameter(self, source: str, shape: torch.Size) -> nn.Parameter:
+        """Returns a parameter that is not quantised: this rank's slice, in the dtype of the computation."""
+        parameter = nn.Parameter(_hollow(shape, self.dtype, self.device), requires_grad=False)
+        self.zero._convert_to_deepspeed_param(parameter)
+        size, first, end = partition_range(parameter.ds_numel, _rank(parameter), _world(parameter))
+        partition = torch.zeros(size, dtype=self.dtype)
+        partition[: end - first].copy_(self.files.read(source, first, end))
+        _install(parameter, partition, self.dtype, self.device, self.zero)
+        return parameter
+
+    def quantized_parameter(self, source: str, module: nn.Module) -> nn.Parameter:
+        """Returns a Params4bit: its packed bytes are partitioned, its quant_state is whole on every rank."""
+        storage = module.weight.quant_storage
+        parameter = self._hollow_4bit(source, module)
+        self.zero._convert_to_deepspeed_param(parameter)
+        rank = _rank(parameter)
+        world = _world(parameter)
+        size, _, _ = partition_range(parameter.ds_numel, rank, world)
+        item = _bytes_of_one(storage)
+        layout = Packed(module.out_features * module.in_features, item, size, rank, world)
+        # The slice that stays is made before anything temporary: a heap cannot shrink below what stays.
+        partition = torch.zeros(size * item, dtype=torch.uint8)
+        own_first, own_end = layout.own_values
+        low, high = block_range(own_first, own_end, layout.numel)
+        read = self._reader(source, module, low, high)
+        packed, absmax = quantize_range(read, low, high, self.dtype, self.device)
+        first_byte, end_byte = layout.own_bytes
+        skip = (own_first - low) // 2
+        partition[: end_byte - first_byte].copy_(packed[skip : skip + end_byte - first_byte])
+        absmax = gather_absmax(absmax, low // BLOCK, layout)
+        state = self._quant_state(absmax, torch.Size((module.out_features, module.in_features)))
+        parameter.quant_state = state
+        module.quant_state = state
+        _install(parameter, partition.view(storage), storage, self.device, self.zero)
+        return parameter
+
+    def _hollow_4bit(self, source: str, module: nn.Module):
+        """A Params4bit in the packed shape, without storage."""
+        from bitsandbytes.nn import Params4bit
+
+        old = module.weight
+        packed_bytes = (module.out_features * module.in_features + 1) // 2
+        item = _bytes_of_one(old.quant_storage)
+        if packed_bytes % item:
+            raise CannotShard(
+                f"{source}: {packed_bytes} packed bytes do not fill {old.quant_storage} elements"
+            )
+        return Params4bit(
+            _hollow((packed_bytes // item, 1), old.quant_storage, self.device),
+            requires_grad=False,
+            compress_statistics=old.compress_statistics,
+            quant_type=old.quant_type,
+            quant_storage=old.quant_storage,
+            module=module,
+            bnb_quantized=True,
+        )
+
+    def _reader(self, source: str, module: nn.Module, low: int, high: int) -> Callable[[int, int], Tensor]:
+        """A function (start, stop) -> the values of the weight [out, in], flattened, within [low, high)."""
+        from transformers.pytorch_utils import Conv1D
+
+        if not issubclass(module.source_cls, Conv1D):
+            return functools.partial(self.files.read, source)
+        # GPT-2's Conv1D is stored transposed, so this one tensor is read whole.
+        location = self.files.tensors[source]
+        values = self.files.read(source).view(location.shape).t().reshape(-1)[low:high].clone()
+
+        def read(start: int, stop: int) -> Tensor:
             return values[start - low : stop - low]
-    else:
-        read = functools.partial(files.read, source)
-    packed, absmax = quantize_range(read, low, high, dtype, device)
-    skip = (own_first - low) // 2
-    partition[: (end - first) * item].copy_(packed[skip : skip + (end - first) * item])
-    absmax = gather_absmax(absmax, low // BLOCK, numel, packed_bytes, item, size, rank, world, parameter)
-    state2, offset = None, None
-    if section.double_quant:
-        offset = absmax.mean()
-        absmax, state2 = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-    state = QuantState(
-        absmax=absmax,
-        shape=shape,
-        dtype=dtype,
-        blocksize=BLOCK,
-        code=get_4bit_type(QUANT_TYPE, device=device),
-        quant_type=QUANT_TYPE,
-        offset=offset,
-        state2=state2,
-    )
-    parameter.quant_state = module.quant_state = state
-    _install(parameter, partition.view(storage), storage, device, zero)
-    return parameter
+
+        return read
+
+    def _quant_state(self, absmax: Tensor, shape: torch.Size):
+        """bitsandbytes' description of a packed weight, from the scales of all blocks."""
+        from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
+
+        offset = None
+        state2 = None
+        if self.double_quant:
+            offset = absmax.mean()
+            absmax, state2 = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        return QuantState(
+            absmax=absmax,
+            shape=shape,
+            dtype=self.dtype,
+            blocksize=BLOCK,
+            code=get_4bit_type(QUANT_TYPE, device=self.device),
+            quant_type=QUANT_TYPE,
+            offset=offset,
+            state2=state2,
+        )
 
 
 def quantize_range(
-    read, low: int, high: int, dtype: torch.dtype, device: torch.device
+    read: Callable[[int, int], Tensor], low: int, high: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_blocks` of the values [low, high) that `read(start, stop)` gives, in pieces on a CPU.
+    """Returns `quantize_blocks` of the values [low, high) that `read(start, stop)` gives.
 
-    An empty range gives empty tensors.
+    On a CPU they are taken in pieces. An empty range gives empty tensors.
     """
     step = max(1, high - low) if device.type == "cuda" else PIECE
-    done = [
-        quantize_blocks(read(start, min(start + step, high)).to(dtype).to(device))
-        for start in range(low, high, step)
-    ]
-    empty = torch.empty(0, dtype=torch.uint8, device=device), torch.empty(0, device=device)
-    return tuple(torch.cat(parts) for parts in zip(*(done or [empty])))
+    packed = [torch.empty(0, dtype=torch.uint8, device=device)]
+    absmax = [torch.empty(0, device=device)]
+    for start in range(low, high, step):
+        values = read(start, min(start + step, high)).to(dtype).to(device)
+        piece, scales = quantize_blocks(values)
+        packed.append(piece)
+        absmax.append(scales)
+    return torch.cat(packed), torch.cat(absmax)
 
 
 def quantize_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(packed uint8[n / 2], absmax float32[blocks]) of whole blocks of a flat tensor."""
+    """Returns packed uint8[n / 2] and the scales float32[blocks] of whole blocks of a flat tensor."""
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, BLOCK, QUANT_TYPE, torch.uint8)
     return packed.view(-1), absmax.view(-1)
 
 
 def owned_blocks(numel: int, packed_bytes: int, item: int, size: int, rank: int) -> tuple[int, int]:
-    """Blocks whose first value lies in the rank's slice: every block has exactly one owner."""
+    """Returns first and end of the blocks whose first value lies in the rank's slice: each has one owner.
+
+    Args:
+        numel: values of the weight.
+        packed_bytes: its packed bytes.
+        item: bytes of one storage element.
+        size: storage elements of a rank's slice.
+        rank: the rank.
+    """
     total = -(-numel // BLOCK)
     first, end = (min(r * size * item, packed_bytes) * 2 for r in (rank, rank + 1))
     return min(-(-first // BLOCK), total), min(-(-end // BLOCK), total)
 
 
-def gather_absmax(
-    absmax: Tensor,
-    first_block: int,
-    numel: int,
-    packed_bytes: int,
-    item: int,
-    size: int,
-    rank: int,
-    world: int,
-    parameter,
-) -> Tensor:
-    """float32[blocks of the whole tensor], the same on every rank, from each rank's owned blocks in order."""
-    ranges = [owned_blocks(numel, packed_bytes, item, size, r) for r in range(world)]
-    low, high = ranges[rank]
-    if world == 1:
+def gather_absmax(absmax: Tensor, first_block: int, layout: Packed) -> Tensor:
+    """Returns float32[blocks of the whole weight], the same on every rank: the ranks' own blocks in order.
+
+    Args:
+        absmax: scales of the blocks that this rank quantised, the first of which is block `first_block`.
+        first_block: see above; a rank may have quantised one block more than it owns at either end.
+        layout: how the weight is divided.
+    """
+    if layout.world == 1:
         return absmax
+    ranges = [layout.owned_blocks(rank) for rank in range(layout.world)]
+    low, high = ranges[layout.rank]
     width = max(end - start for start, end in ranges)
     mine = absmax.new_zeros(width)
     mine[: high - low].copy_(absmax[low - first_block : high - first_block])
-    parts = [torch.empty_like(mine) for _ in range(world)]
+    parts = [torch.empty_like(mine) for _ in range(layout.world)]
     dist.all_gather(parts, mine)
-    return torch.cat([part[: end - start] for part, (start, end) in zip(parts, ranges)])
+    return torch.cat([part[: end - start] for part, (start, end) in zip(parts, ranges, strict=True)])
+
+
+def _bytes_of_one(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()
 
 
 def _hollow(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of a shape over one element of storage.
-
-    DeepSpeed reads the shape, then the data are dropped.
-    """
+    """A tensor of a shape over one element of storage: DeepSpeed reads its shape and drops its data."""
     return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
@@ -363,10 +465,7 @@ def _world(parameter) -> int:
 
 
 def _install(parameter, partition: Tensor, dtype: torch.dtype, device: torch.device, zero) -> None:
-    """Leaves the parameter as DeepSpeed leaves it after partitioning.
-
-    Own slice in ds_tensor, nothing in data.
-    """
+    """Leaves the parameter as DeepSpeed does: its own slice in ds_tensor, nothing in data."""
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 

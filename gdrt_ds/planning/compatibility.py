@@ -14,8 +14,9 @@ import torch
 
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
-from gdrt_ds.models.load import choose_attention, compute_dtype
-from gdrt_ds.models.quantization import quant_storage
+from gdrt_ds.models.attention import choose_attention
+from gdrt_ds.models.quantization import Setting, get_quantization
+from gdrt_ds.models.source import compute_dtype
 
 
 def check_combination(
@@ -46,16 +47,14 @@ def check_combination(
     choose_attention(config.model.attention, device, compute_dtype(config.model.dtype, device))
 
 
-def refusals(  # noqa: PLR0912
+def refusals(
     config: RunConfig, deepspeed_config: dict[str, Any], cuda: bool, versions: dict[str, str]
 ) -> Iterator[tuple[str, str]]:
     """(problem, fix) of every bad combination found."""
     model = config.model
     zero = deepspeed_config.get("zero_optimization") or {}
     stage = int(zero.get("stage", 0))
-    nf4 = model.quantization == "nf4"
     dtype = compute_dtype(model.dtype, torch.device("cuda" if cuda else "cpu"))
-    text = str(dtype).removeprefix("torch.")
 
     deepspeed_version = _version(versions["deepspeed"])
     if deepspeed_version == (0, 19, 2):
@@ -71,35 +70,8 @@ def refusals(  # noqa: PLR0912
             "needs 0.19.3 (DeepSpeed #8130, #8148; transformers #47254)",
             "pip install 'deepspeed>=0.19.3', or switch it off",
         )
-    if nf4 and not cuda and _version(versions["bitsandbytes"]) < (0, 47):
-        yield (
-            f"model.quantization = nf4 on a CPU with bitsandbytes {versions['bitsandbytes']}: NF4 runs on "
-            "CPUs from 0.47 on",
-            "pip install 'bitsandbytes>=0.50', or model.quantization=none",
-        )
-
-    if nf4:
-        storage = quant_storage(model)
-        if storage not in (torch.uint8, dtype):
-            yield (
-                f"model.quant_storage = {model.quant_storage} with {text} arithmetic: the engine casts "
-                f"floating tensors to {text} and so destroys "
-                "the packed 4-bit weights silently (peft #2016; bitsandbytes #1249)",
-                f"set model.quant_storage to auto (uint8) or to {text}",
-            )
-        for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-            if zero.get(key):
-                yield (
-                    f"zero_optimization.{key} = true would quantise packed 4-bit weights once more, as "
-                    "8-bit (bitsandbytes #1451 is the same family)",
-                    f"remove {key} from the DeepSpeed config",
-                )
-        if int((deepspeed_config.get("tensor_parallel") or {}).get("autotp_size", 1)) > 1:
-            yield (
-                "tensor_parallel.autotp_size > 1 splits matrices, packed 4-bit weights cannot be split by "
-                "rows",
-                "remove tensor_parallel, ZeRO-3 shards them",
-            )
+    setting = Setting(model, dtype, deepspeed_config, cuda, versions)
+    yield from get_quantization(model.quantization).refusals(setting)
     for section, key in (
         ("weight_quantization", "quantized_initialization"),
         ("compression_training", "weight_quantization"),

@@ -31,7 +31,10 @@ from torch import nn
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss.group_loss import default_chunk_bytes
-from gdrt_ds.models.load import choose_attention, compute_dtype, linear_names, model_class
+from gdrt_ds.models.attention import choose_attention
+from gdrt_ds.models.families import linear_names, lm_head_name, model_class
+from gdrt_ds.models.quantization import get_quantization
+from gdrt_ds.models.source import compute_dtype
 from gdrt_ds.training.deepspeed_config import read_deepspeed_config, zero_stage
 from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
 
@@ -132,10 +135,10 @@ def take_inventory(config: RunConfig, model_config) -> Inventory:
         ) from None
     text = model_config.get_text_config()
     names = linear_names(model)
-    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
-    nf4 = config.model.quantization == "nf4"
+    head = lm_head_name(model)
+    is_quantised = get_quantization(config.model.quantization).bytes_of is not None
     linear = {name: model.get_submodule(name).weight for name in names}
-    quantised = sum(w.numel() for name, w in linear.items() if name != head) if nf4 else 0
+    quantised = sum(w.numel() for name, w in linear.items() if name != head) if is_quantised else 0
     total = sum(p.numel() for p in model.parameters())
     targets = config.model.lora.targets
     adapted = [n for n in names if n != head and (targets == "all-linear" or n.rsplit(".", 1)[-1] in targets)]
@@ -222,9 +225,11 @@ def estimate(
     tokens = tokens or rows * config.prompt.max_length
     targets = targets or max(1, tokens // 10)
     shard = world if stage == 3 else 1
-    packed = model.quantised // 2
-    blocks = model.quantised / 64
-    state = int(blocks * (1 + 4 / 256) if config.model.double_quant else blocks * 4)
+    packed = 0
+    state = 0
+    bytes_of = get_quantization(config.model.quantization).bytes_of
+    if bytes_of is not None:
+        packed, state = bytes_of(config.model, dtype, model.quantised)
     offload_param = (zero.get("offload_param") or {}).get("device", "none") != "none"
     offload_optimizer = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     resident = packed // shard + model.plain * size // shard

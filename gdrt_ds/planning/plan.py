@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from gdrt_ds.config import RunConfig, dump_config
-from gdrt_ds.models.load import compute_dtype
+from gdrt_ds.models.source import compute_dtype
 from gdrt_ds.objectives import get_objective
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config, zero_stage
 
@@ -28,7 +28,7 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
     say("--- resolved config\n" + dump_config(config).rstrip() + "\n---")
     if not full:
         return
-    from gdrt_ds.batches.packing import choose_packing
+    from gdrt_ds.models.packing import choose_packing
     from gdrt_ds.training.preparation import padding_figures, plan_batches, prepare, total_steps
 
     prepared = prepare(config)

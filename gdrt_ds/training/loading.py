@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from gdrt_ds.batches import BatchPlan
-from gdrt_ds.batches.packing import choose_packing
 from gdrt_ds.batches.tree_attention import ATTENTION_NAME
-from gdrt_ds.models.load import LoadedModel, compute_dtype, load_model
+from gdrt_ds.models.load import LoadedModel, load_model
+from gdrt_ds.models.packing import choose_packing
 from gdrt_ds.models.reference_adapters import load_reference_adapters
+from gdrt_ds.models.source import compute_dtype
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config, zero_stage
 from gdrt_ds.training.job import Job
 from gdrt_ds.training.memory_use import PeakMemory

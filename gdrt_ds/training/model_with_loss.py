@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gdrt_ds.batches import MicroBatch
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens, group_cross_entropy
-from gdrt_ds.models.load import decoder, lm_head, lm_head_scaling
+from gdrt_ds.models.families import decoder, lm_head, lm_head_scaling
 
 
 @dataclass

@@ -17,8 +17,8 @@ from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
 from gdrt_ds.data.prompts import PromptEncoder, PromptTemplate, TokenStore, tokenise_split
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
-from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, smollm2_folder
-from gdrt_ds.models.load import load_tokenizer, read_model_config, resolve_model
+from gdrt_ds.models.built_in import TINY_NAME
+from gdrt_ds.models.source import load_tokenizer, read_model_config, resolve_model, tokenizer_source
 
 
 @dataclass
@@ -68,8 +68,7 @@ def prepare(config: RunConfig) -> Prepared:
         texts=_tiny_texts(config, corpus, texts),
         seed=config.train.seed,
     )
-    tokenizer_path = smollm2_folder() if model.tokenizer == SMOLLM2_NAME else model.tokenizer or folder
-    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(tokenizer_source(model, folder), trust_remote_code=model.trust_remote_code)
     model_config = read_model_config(folder, trust_remote_code=model.trust_remote_code)
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.prompt.max_length > limit:

@@ -12,7 +12,7 @@ import transformers
 from gdrt_ds.batches import build_micro_batch
 from gdrt_ds.batches.tree_attention import ATTENTION_NAME, TreeLayout, _flex, _segments, tree_mask
 from gdrt_ds.data.prompts import TokenStore
-from gdrt_ds.models.load import decoder
+from gdrt_ds.models.families import decoder
 
 SIZES = dict(
     vocab_size=120,

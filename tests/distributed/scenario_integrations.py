@@ -201,7 +201,7 @@ def main(output, folder, with_trl):
     folder = Path(folder)
     if with_trl:
         from gdrt_ds.models.built_in import make_tiny_model
-        from gdrt_ds.models.load import load_tokenizer
+        from gdrt_ds.models.source import load_tokenizer
 
         load_tokenizer(make_tiny_model(folder / "tiny", ["a b c"])).save_pretrained(folder / "tokenizer")
     one = run_ranks(1, train_cases, folder, list(CASES), with_trl, timeout_s=400)

@@ -14,8 +14,12 @@ import torch
 import transformers
 
 from gdrt_ds.config import ModelSection
-from gdrt_ds.models import load as models
 from gdrt_ds.models import sharded_loading
+from gdrt_ds.models.attention import choose_attention
+from gdrt_ds.models.families import model_class
+from gdrt_ds.models.load import load_model
+from gdrt_ds.models.source import compute_dtype, read_model_config
+from gdrt_ds.models.stock_loading import load_stock
 from tests.distributed import engines
 from tests.distributed.ranks import run_ranks
 
@@ -69,15 +73,15 @@ def compare(rank, world, path, **changes):
     import deepspeed
 
     section = ModelSection(path=str(path), **changes)
-    device, dtype = torch.device("cpu"), models.compute_dtype(section.dtype, torch.device("cpu"))
-    config = models.read_model_config(path)
-    attention, _ = models.choose_attention("auto", device, dtype, models.model_class(config))
+    device, dtype = torch.device("cpu"), compute_dtype(section.dtype, torch.device("cpu"))
+    config = read_model_config(path)
+    attention, _ = choose_attention("auto", device, dtype, model_class(config))
     setup = engines.deepspeed_config(3, world, section.dtype if section.dtype != "auto" else "float32")
     try:
         ours = sharded_loading.load_sharded(path, config, section, dtype, attention, device, setup)
     except sharded_loading.CannotShard as reason:
         return [f"cannot: {reason}"]
-    stock = models.load_stock(path, config, section, dtype, attention, device)
+    stock = load_stock(path, config, section, dtype, attention, device)
     deepspeed.zero.Init(module=stock, config_dict_or_path=setup, dtype=dtype)
     differences = []
     mine, theirs = dict(ours.named_parameters()), dict(stock.named_parameters())
@@ -134,9 +138,7 @@ def train(rank, world, path, loading, dtype):
 
 def plain_loss(rank, world, path):
     """Without DeepSpeed, NF4 on one process: the loss of the same untouched model."""
-    loaded = models.load_model(
-        engines.section(path), SimpleNamespace(device="cpu", rank=0, world=1), train=False
-    )
+    loaded = load_model(engines.section(path), SimpleNamespace(device="cpu", rank=0, world=1), train=False)
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         return float(loaded.model(input_ids=ids, labels=ids).loss)

@@ -186,13 +186,13 @@ def test_wrong_positions_are_caught(monkeypatch):
 
 
 def test_a_forgotten_sliding_window_is_caught(monkeypatch):
-    monkeypatch.setattr(prompt_cache, "_layer_windows", lambda config: (None, None))
+    monkeypatch.setattr(prompt_cache, "attention_windows", lambda config: (None, None))
     for name in ("mistral", "gemma3"):
         model = family(name)
         if name == "gemma3":
             monkeypatch.setattr(
                 prompt_cache,
-                "_layer_windows",
+                "attention_windows",
                 lambda config: (dict.fromkeys(["full_attention", "sliding_attention"]), None),
             )
         assert (score(model)[2, SAMPLE] - reference(model, PROMPTS[2])).abs().max() > 1e-3

@@ -12,7 +12,7 @@ from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import load_corpus
 from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 from gdrt_ds.inference.recommender import assemble
-from gdrt_ds.models.load import resolve_model
+from gdrt_ds.models.source import resolve_model
 from gdrt_ds.runtime import Runtime
 
 

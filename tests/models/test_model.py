@@ -10,8 +10,12 @@ import transformers
 
 from gdrt_ds.config import ModelSection
 from gdrt_ds.errors import UserError
-from gdrt_ds.models import load as models
+from gdrt_ds.models.attention import choose_attention
 from gdrt_ds.models.built_in import make_tiny_model
+from gdrt_ds.models.families import decoder, lm_head, lm_head_scaling
+from gdrt_ds.models.fingerprint import base_fingerprint
+from gdrt_ds.models.load import load_model
+from gdrt_ds.models.source import load_tokenizer, resolve_model
 from tests.distributed.scenario_sharded import FAMILIES, make_family
 
 RUNTIME = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1)
@@ -29,7 +33,7 @@ def tiny(folder):
 
 
 def load(path, train=True, seed=0, **changes):
-    return models.load_model(ModelSection(path=str(path), **changes), RUNTIME, train=train, seed=seed)
+    return load_model(ModelSection(path=str(path), **changes), RUNTIME, train=train, seed=seed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -38,9 +42,9 @@ def test_decoder_head_and_scaling_rebuild_the_logits_of_every_family(folder, fam
     model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
-        hidden = models.decoder(model)(input_ids=ids).last_hidden_state
-        scale, cap = models.lm_head_scaling(model.config)
-        logits = scale * models.lm_head(model)(hidden)
+        hidden = decoder(model)(input_ids=ids).last_hidden_state
+        scale, cap = lm_head_scaling(model.config)
+        logits = scale * lm_head(model)(hidden)
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
         assert torch.equal(logits, model(input_ids=ids).logits)
     assert (cap == 30.0) == (family == "gemma2")
@@ -48,14 +52,14 @@ def test_decoder_head_and_scaling_rebuild_the_logits_of_every_family(folder, fam
 
 def test_parts_are_found_through_peft_and_head_is_the_lora_layer_when_it_is_trained(tiny):
     loaded = load(tiny, train_head=True)
-    assert type(models.decoder(loaded.model)).__name__ == "LlamaModel"
-    assert hasattr(models.lm_head(loaded.model), "lora_A")
-    assert not hasattr(models.lm_head(load(tiny).model), "lora_A")
+    assert type(decoder(loaded.model)).__name__ == "LlamaModel"
+    assert hasattr(lm_head(loaded.model), "lora_A")
+    assert not hasattr(lm_head(load(tiny).model), "lora_A")
 
 
 def test_cohere_and_granite_scales_multiply_and_divide():
-    assert models.lm_head_scaling(transformers.CohereConfig(logit_scale=0.0625)) == (0.0625, None)
-    assert models.lm_head_scaling(transformers.GraniteConfig(logits_scaling=8.0)) == (0.125, None)
+    assert lm_head_scaling(transformers.CohereConfig(logit_scale=0.0625)) == (0.0625, None)
+    assert lm_head_scaling(transformers.GraniteConfig(logits_scaling=8.0)) == (0.125, None)
 
 
 def test_lora_is_seeded_trainable_alone_and_in_the_compute_dtype(tiny):
@@ -115,7 +119,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny):
 
 
 def test_the_tiny_tokenizer_spells_any_text_and_keeps_titles_apart(tiny):
-    tokenizer = models.load_tokenizer(tiny)
+    tokenizer = load_tokenizer(tiny)
     for text in [*TEXTS, "Amélie (2001) 天空", "alien (1979)"]:
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
     assert len(tokenizer(TEXTS[0], add_special_tokens=False).input_ids) < len(TEXTS[0])
@@ -123,17 +127,15 @@ def test_the_tiny_tokenizer_spells_any_text_and_keeps_titles_apart(tiny):
 
 def test_the_fingerprint_follows_weights_and_storage(tiny, folder):
     section, dtype = ModelSection(path=str(tiny)), torch.float32
-    original = models.base_fingerprint(tiny, section, dtype)
-    assert models.base_fingerprint(tiny, section, dtype) == original
-    assert (
-        models.base_fingerprint(tiny, section.model_copy(update={"double_quant": False}), dtype) != original
-    )
+    original = base_fingerprint(tiny, section, dtype)
+    assert base_fingerprint(tiny, section, dtype) == original
+    assert base_fingerprint(tiny, section.model_copy(update={"double_quant": False}), dtype) != original
     other = shutil.copytree(tiny, folder / "other")
     file = other / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    assert models.base_fingerprint(other, section, dtype) != original
+    assert base_fingerprint(other, section, dtype) != original
 
 
 @pytest.mark.parametrize(
@@ -145,17 +147,15 @@ def test_the_fingerprint_follows_weights_and_storage(tiny, folder):
 )
 def test_a_kernel_that_cannot_run_here_is_refused_by_name(requested, dtype, message):
     with pytest.raises(UserError, match=message):
-        models.choose_attention(requested, torch.device("cpu"), dtype)
+        choose_attention(requested, torch.device("cpu"), dtype)
 
 
 def test_the_automatic_attention_says_why():
-    assert models.choose_attention("auto", torch.device("cpu"), torch.float32) == (
+    assert choose_attention("auto", torch.device("cpu"), torch.float32) == (
         "sdpa",
         "attention: sdpa (auto: flash-attn needs a GPU, this is cpu)",
     )
-    name, line = models.choose_attention(
-        "auto", torch.device("cpu"), torch.float32, transformers.Gemma2ForCausalLM
-    )
+    name, line = choose_attention("auto", torch.device("cpu"), torch.float32, transformers.Gemma2ForCausalLM)
     assert name == "eager" and "Gemma2ForCausalLM does not run on SDPA" in line
 
 
@@ -195,14 +195,14 @@ def _truncate(path):
 def test_a_damaged_model_folder_is_one_clear_error(folder, tiny, name, damage, message):
     path = _broken(folder, tiny, name, damage)
     with pytest.raises(UserError, match=message) as error:
-        load(models.resolve_model(str(path)))
+        load(resolve_model(str(path)))
     assert name in str(error.value) and error.value.fix
 
 
 @pytest.mark.parametrize("path, message", [("./nowhere", "no such folder"), ("nowhere", "no such folder")])
 def test_a_missing_model_names_what_is_allowed(path, message):
     with pytest.raises(UserError, match=message) as error:
-        models.resolve_model(path)
+        resolve_model(path)
     assert "smollm2-135m" in error.value.fix
 
 

@@ -1,0 +1,120 @@
+"""The LoRA adapter that is trained, or one that was trained before, around the frozen base (PEFT).
+
+LoRA weights are kept in the dtype of the computation, so that the engine holds one trainable dtype. The
+adapters that training compares itself with are in reference_adapters.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gdrt_ds.config import ModelSection
+from gdrt_ds.errors import UserError
+from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME
+from gdrt_ds.models.families import linear_names, lm_head_name, num_parameters
+from gdrt_ds.models.source import dtype_name, first_line
+
+
+def load_adapter(
+    model: nn.Module, adapter: str | Path, base: Path, dtype: torch.dtype, train: bool
+) -> tuple[nn.Module, str]:
+    """Puts a saved adapter around the base; returns the PEFT model and the line to announce.
+
+    Args:
+        model: the loaded base.
+        adapter: folder that PEFT's save_pretrained wrote.
+        base: folder of the base, named in errors.
+        dtype: dtype of the computation.
+        train: whether the adapter is trained on; otherwise it is frozen.
+
+    Raises:
+        UserError: this is no adapter, or it does not fit the base.
+    """
+    from peft import PeftModel
+
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{adapter} is not a PEFT adapter (no adapter_config.json)", "give the adapter folder of a run"
+        )
+    try:
+        peft_model = PeftModel.from_pretrained(
+            model, str(adapter), is_trainable=train, autocast_adapter_dtype=False
+        )
+    except Exception as error:
+        raise UserError(
+            f"adapter {adapter} does not fit {base} ({first_line(error)})",
+            "give the base model it was trained on",
+        ) from None
+    _cast_adapter(peft_model, dtype)
+    return peft_model, f"adapter: {adapter}"
+
+
+def new_adapter(
+    model: nn.Module, section: ModelSection, base: Path, dtype: torch.dtype, seed: int
+) -> tuple[nn.Module, str]:
+    """Puts a fresh LoRA around the base; returns the PEFT model and the line to announce.
+
+    Its initial values depend on the seed alone, so every rank gets the same. The process's own random
+    numbers are left as they were.
+
+    Raises:
+        UserError: `model.lora.targets` names a module that the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora_targets(model, section)
+    lora = LoraConfig(
+        r=section.lora.r,
+        lora_alpha=section.lora.alpha,
+        lora_dropout=section.lora.dropout,
+        target_modules=list(targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    # The adapter records its base: a hub name as the user gave it, anything else as the folder here.
+    is_hub_name = not Path(section.path).exists() and section.path not in (SMOLLM2_NAME, TINY_NAME)
+    recorded = peft_model.peft_config["default"]
+    recorded.base_model_name_or_path = section.path if is_hub_name else str(base)
+    recorded.revision = section.revision
+    _cast_adapter(peft_model, dtype)
+    trainable = num_parameters(peft_model, trainable_only=True)
+    return peft_model, (
+        f"adapter: LoRA r={section.lora.r} alpha={section.lora.alpha:g} dropout={section.lora.dropout:g} on "
+        f"{', '.join(targets)}; {trainable:,} trainable parameters in {dtype_name(dtype)}"
+    )
+
+
+def lora_targets(model: nn.Module, section: ModelSection) -> list[str]:
+    """Returns the names of the modules that get an adapter.
+
+    Raises:
+        UserError: `model.lora.targets` names a module that the model does not have.
+    """
+    linear = linear_names(model)
+    head_name = lm_head_name(model)
+    targets = section.lora.targets
+    if targets == "all-linear":
+        targets = sorted({name.rsplit(".", 1)[-1] for name in linear if name != head_name})
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise UserError(
+                f"model.lora.targets names {target}, which {type(model).__name__} does not have",
+                f"choose among {', '.join(known)}, or all-linear",
+            )
+    if section.train_head:
+        return [*targets, head_name]
+    return list(targets)
+
+
+def _cast_adapter(model: nn.Module, dtype: torch.dtype) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)

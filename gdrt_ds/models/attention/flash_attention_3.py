@@ -1,0 +1,21 @@
+"""FlashAttention-3, from the package flash_attn_interface: Hopper GPUs (H100, H200), 16-bit dtypes."""
+
+from __future__ import annotations
+
+import torch
+
+from gdrt_ds.models.attention.base import AttentionBackend, Obstacle, Place, needs_flash_kernel
+
+PACKAGE = "flash_attn_interface"
+HOPPER = 9  # major number of the compute capability
+
+
+def obstacle(place: Place) -> Obstacle | None:
+    """A GPU, a 16-bit dtype and the package are needed; `auto` takes it on Hopper only."""
+    found = needs_flash_kernel(place, PACKAGE)
+    if found is None and torch.cuda.get_device_capability(place.device)[0] != HOPPER:
+        return Obstacle("FlashAttention-3 is made for Hopper GPUs", only_auto=True)
+    return found
+
+
+BACKEND = AttentionBackend("flash_attention_3", obstacle=obstacle, chosen_because=f"{PACKAGE} is importable")

@@ -1,0 +1,161 @@
+"""What differs between model families: where decoder, layers and lm_head are, and how logits are scaled.
+
+The loss and the evaluation reach hidden states and the output matrix through `decoder`, `lm_head` and
+`lm_head_scaling`, so that no logits are built. These functions take a model as it is or wrapped by PEFT,
+torch.compile or DeepSpeed.
+
+Shapes: B sequences, T positions, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from gdrt_ds.errors import UserError
+
+
+def model_class(config):
+    """Returns the transformers class of a causal language model's config, None for remote code."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        found = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        return None
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def supports_sdpa(architecture) -> bool:
+    """Whether a transformers class runs on SDPA. Remote code (None) is taken to do so."""
+    return architecture is None or architecture._supports_sdpa
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the causal language model itself, out of a DeepSpeed engine, torch.compile and PEFT."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif model.__class__.__name__ in ("DeepSpeedEngine", "DistributedDataParallel") and hasattr(
+            model, "module"
+        ):
+            model = model.module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """Returns the backbone.
+
+    Called with input_ids it gives `last_hidden_state` [B, T, H], after the final norm.
+
+    Raises:
+        UserError: the backbone is not found.
+    """
+    base = unwrap(model)
+    backbone = base.base_model
+    if backbone is base or backbone is None:
+        backbone = base.get_decoder()
+    if backbone is base or backbone is None:
+        raise UserError(
+            f"{type(base).__name__}: its decoder is not found",
+            "use a causal language model of transformers (Llama, Qwen, Mistral, Gemma, Phi, GPT-2 ...)",
+        )
+    return backbone
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Returns the transformer blocks: of all module lists of the decoder, the one with most parameters.
+
+    Raises:
+        UserError: the decoder holds no module list.
+    """
+    lists = [module for module in decoder(model).modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UserError(
+            f"{type(unwrap(model)).__name__}: its layers are not found", "set model.compile to false"
+        )
+    return max(lists, key=num_parameters)
+
+
+def num_parameters(module: nn.Module, trainable_only: bool = False) -> int:
+    """Counts parameters, also of a module that ZeRO-3 has sharded."""
+    chosen = (p for p in module.parameters() if p.requires_grad or not trainable_only)
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in chosen)
+
+
+def lm_head(model: nn.Module) -> nn.Module:
+    """Returns the output projection [V, H]: nn.Linear, or PEFT's LoRA layer around it. Phi-2's has a bias.
+
+    Raises:
+        UserError: the model has no output projection.
+    """
+    module = unwrap(model).get_output_embeddings()
+    if module is None:
+        raise UserError(f"{type(unwrap(model)).__name__} has no output head", "use a causal language model")
+    return module
+
+
+def lm_head_name(model: nn.Module) -> str | None:
+    """Returns the module name of the output projection, None if the model has none."""
+    output = model.get_output_embeddings()
+    if output is None:
+        return None
+    return next((name for name, module in model.named_modules() if module is output), None)
+
+
+def lm_head_scaling(config) -> tuple[float, float | None]:
+    """Returns (scale, softcap) of logits = softcap * tanh(scale * (W h + b) / softcap).
+
+    A softcap of None means that nothing is capped.
+    Gemma-2 caps its logits. Cohere multiplies them; Granite and MiniCPM-like families divide them.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:
+        scale = float(config.logit_scale)
+    if getattr(config, "logits_scaling", None) is not None:
+        scale /= float(config.logits_scaling)
+    if getattr(config, "lm_head_multiplier", None) is not None:
+        scale *= float(config.lm_head_multiplier)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return scale, None if softcap is None else float(softcap)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Returns the names of all modules that LoRA can adapt: Linear, its 4-bit form, and GPT-2's Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def attention_windows(config) -> tuple[dict[str, int | None] | None, int | None]:
+    """Returns the attention windows in tokens; None stands for full attention.
+
+    Hybrid models (Gemma 3) of transformers 5 take a dict of masks by layer type: the result is
+    ({layer type: window or None}, None). Uniform ones (Llama, Mistral, GPT-2) take one mask: the result is
+    (None, window or None).
+
+    Raises:
+        UserError: some layers are not causal attention, e.g. recurrent or chunked layers, or an encoder.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown or getattr(config, "is_encoder_decoder", False):
+        what = f"layers of type {', '.join(sorted(unknown))}" if unknown else "an encoder"
+        raise UserError(
+            f"model type `{config.model_type}` has {what}; catalogue scoring needs causal attention layers",
+            "use a decoder-only model with full or sliding-window attention",
+        )
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    if "sliding_attention" in kinds:
+        return {kind: window if kind == "sliding_attention" else None for kind in kinds}, None
+    return None, None if kinds else window
+
+
+def soft_caps_attention(config) -> bool:
+    """Whether the model caps its attention scores (Gemma-2), which SDPA and the tree attention cannot do."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None

@@ -1,0 +1,187 @@
+"""Where a model comes from: `model.path` becomes a local folder, whose config and tokenizer are read here.
+
+No weight is loaded in this file. Everything that can be wrong with a folder, a hub name or a tokenizer is
+refused here with words, before any rank spends time on weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gdrt_ds.config import ModelSection
+from gdrt_ds.errors import UserError
+from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, make_tiny_model, smollm2_folder
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+TINY_STD = 0.2
+"""Standard deviation of `tiny-random`. Features this wide let adapters alone learn the planted rule; at 0.05
+they need several times the steps."""
+
+
+def resolve_model(
+    path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    tiny_folder: str | Path | None = None,
+    texts: list[str] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Returns the local folder of a model.
+
+    Args:
+        path: a folder, a hub name, `smollm2-135m` or `tiny-random`.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: also downloads the Python files of a hub model.
+        tiny_folder: where `tiny-random` is made.
+        texts: the texts that the tokenizer of `tiny-random` is made of.
+        seed: seed of the weights of `tiny-random`.
+
+    Raises:
+        UserError: there is nothing at this path, or the hub cannot be reached.
+    """
+    if path == SMOLLM2_NAME:
+        return smollm2_folder()
+    if path == TINY_NAME:
+        if tiny_folder is None or not texts:
+            raise UserError(
+                f"model.path = {TINY_NAME} needs the texts of a corpus and a folder",
+                "give model.path a folder here",
+            )
+        return make_tiny_model(tiny_folder, texts, seed, std=TINY_STD)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        _check_model_folder(path, folder)
+        return folder.resolve()
+    if folder.exists():
+        raise UserError(
+            f"model.path = {path} is a file", "give the folder that holds config.json and the safetensors"
+        )
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(
+            f"model.path = {path}: no such folder",
+            f"give a folder, a hub name (owner/name), {SMOLLM2_NAME} or {TINY_NAME}",
+        )
+    return _download(path, revision, trust_remote_code)
+
+
+def _check_model_folder(path: str, folder: Path) -> None:
+    """Raises UserError for a folder that holds no model."""
+    if (folder / "config.json").is_file():
+        return
+    hint = "it has no config.json"
+    if (folder / "adapter_config.json").is_file():
+        hint = "that is an adapter: give its base as model.path"
+    raise UserError(
+        f"model.path = {path} is not a model folder ({hint})",
+        "give the folder that transformers' save_pretrained wrote",
+    )
+
+
+def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """Fetches a hub model. The hub client locks its files, so the ranks of one machine share one download."""
+    from huggingface_hub import snapshot_download
+
+    patterns = list(HUB_PATTERNS)
+    if trust_remote_code:
+        patterns.append("*.py")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the client's own errors (missing, gated, offline) derive from many bases
+        kind = type(error).__name__
+        raise UserError(
+            f"model.path = {name}: neither a local folder nor reachable on the hub "
+            f"({kind}: {first_line(error)})",
+            "check the name, log in if the model is gated, or download it elsewhere and give the folder",
+        ) from None
+
+
+def tokenizer_source(section: ModelSection, folder: Path) -> str | Path:
+    """Returns where the tokenizer is read from: `model.tokenizer`, else the model's own folder."""
+    if section.tokenizer == SMOLLM2_NAME:
+        return smollm2_folder()
+    return section.tokenizer or folder
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False):
+    """Loads the tokenizer of a folder or hub name.
+
+    A missing pad token becomes the end token: padding is masked everywhere and never trained on.
+
+    Raises:
+        UserError: there is no readable tokenizer, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(
+            f"no readable tokenizer in {path} ({first_line(error)})",
+            "set model.tokenizer to a folder or hub name that has one",
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {path} has no end-of-sequence token", "set model.tokenizer to one that has"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_model_config(path: Path, *, trust_remote_code: bool = False):
+    """Reads the transformers config of a folder.
+
+    Raises:
+        UserError: the config is unreadable, or the weights are quantised already, which QLoRA cannot take.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(
+            f"model folder {path} is not readable ({first_line(error)})",
+            "check config.json; a newer architecture may need a newer transformers",
+        ) from None
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        _refuse_quantized(path, quantized)
+    return config
+
+
+def _refuse_quantized(path: Path, quantized) -> None:
+    """Raises UserError for weights that are stored in a quantised form."""
+    fix = "give the unquantised model; it is quantised to NF4 while loading"
+    if not isinstance(quantized, dict):
+        method = getattr(quantized, "quant_method", "unknown")
+        raise UserError(f"{path} is already quantised ({method})", fix)
+    if quantized.get("load_in_8bit"):
+        raise UserError(
+            f"{path} holds 8-bit weights: 8-bit under ZeRO-3 computes wrong losses (bitsandbytes #1451)", fix
+        )
+    raise UserError(f"{path} is already quantised ({quantized.get('quant_method')})", fix)
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns `model.dtype` as a torch dtype.
+
+    `auto` is bfloat16 on a GPU and float32 on a CPU: bfloat16 is faster only on CPUs that have avx512_bf16 or
+    AMX, and slower on all others.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns e.g. `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error of another library, at most 300 characters."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
