@@ -67,9 +67,9 @@ def load_sharded(
             needs the whole tensor (NVMe, hierarchical partitions, quantised communication).
         UserError: the weight files are unreadable or incomplete.
     """
-    _check_engine(deepspeed_config)
     if not get_quantization(section.quantization).loads_sharded:
         raise CannotShard(f"model.quantization = {section.quantization} needs whole weights")
+    _check_engine(deepspeed_config)
     files = WeightFiles(path)
     model, quantizer = build_skeleton(path, config, section, dtype, attention, device)
     sources = match_names(model, files)

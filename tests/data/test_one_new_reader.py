@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-import gdrt_ds.data.readers as room
-from gdrt_ds import registry
 from gdrt_ds.config import load_config
 from gdrt_ds.data.corpus import load_corpus
 from gdrt_ds.errors import UserError
-
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples" / "readers"
-
-
-def forget() -> None:
-    for cached in (registry.part_names, registry.parts):
-        cached.cache_clear()
+from tests.rooms import EXAMPLES, room_with
 
 
 @pytest.fixture
 def with_example():
-    room.__path__.append(str(EXAMPLES))
-    forget()
-    yield
-    room.__path__.remove(str(EXAMPLES))
-    sys.modules.pop("gdrt_ds.data.readers.pairs", None)
-    forget()
+    with room_with("gdrt_ds.data.readers", EXAMPLES / "readers"):
+        yield
 
 
 @pytest.fixture

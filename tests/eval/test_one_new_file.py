@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,31 +14,7 @@ from eval import metrics
 from eval.audit import audits
 from eval.metrics import evaluate, evaluate_targets
 from eval.run import main as evaluate_run
-from gdrt_ds import registry
-
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
-
-
-@contextmanager
-def room_with(package: str, folder: Path) -> Iterator[None]:
-    """The files of a folder stand in a room of the package, as if they had been put there."""
-    room = importlib.import_module(package)
-    added = [f"{package}.{path.stem}" for path in folder.glob("*.py")]
-    room.__path__.append(str(folder))
-    forget_parts()
-    try:
-        yield
-    finally:
-        room.__path__.remove(str(folder))
-        for name in added:
-            if sys.modules.pop(name, None) is not None:
-                delattr(room, name.rpartition(".")[2])
-        forget_parts()
-
-
-def forget_parts() -> None:
-    registry.part_names.cache_clear()
-    registry.parts.cache_clear()
+from tests.rooms import EXAMPLES, room_with
 
 
 @pytest.fixture(scope="module")
