@@ -1,4 +1,4 @@
-"""Writes docs/config-reference.md from the settings' own descriptions in gdrt_ds/config.py.
+"""Writes docs/config-reference.md from the settings' own descriptions in gdrt_ds/config/sections.py.
 
 python docs/make_reference.py            # writes the page
 python docs/make_reference.py --check    # exits with status 1 where the page is stale
@@ -23,7 +23,8 @@ WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false
 
 HEAD = """# Every setting
 
-This page is written by `python docs/make_reference.py` from gdrt_ds/config.py. A test fails if it is stale.
+This page is written by `python docs/make_reference.py` from gdrt_ds/config/sections.py.
+A test fails if it is stale.
 
 A run config is a YAML file of sections. Any key can also be given on the command line as `section.key=value`,
 e.g. `dro.tau=0.3` or `model.lora.r=16`; the command line wins. Every key has a default. An unknown key is an
@@ -89,7 +90,7 @@ def tables(model: type[BaseModel], prefix: str, title: str) -> list[str]:
     behind = []
     for name, field in model.model_fields.items():
         if not field.description:
-            raise ValueError(f"{prefix}{name} has no description in gdrt_ds/config.py")
+            raise ValueError(f"{prefix}{name} has no description in gdrt_ds/config/sections.py")
         if is_section(field):
             behind += tables(field.annotation, f"{prefix}{name}.", f"`{prefix}{name}`")
             continue

@@ -66,9 +66,10 @@ def test_messages_that_the_guide_lists_exist_in_the_code():
     code = "\n".join(
         path.read_text(encoding="utf-8")
         for folder in ("slurm", "gdrt_ds")
-        for path in (HOME / folder).iterdir()
+        for path in (HOME / folder).rglob("*")
         if path.suffix in (".sh", ".py")
     )
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # a message that goes on in the next line is one message
     ours = [
         "the project was not found from",
         "no Python environment",

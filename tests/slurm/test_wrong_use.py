@@ -60,7 +60,11 @@ def wrong(site):
     "name, problem, fix",
     [
         ("missing config", "configs/nowhere.yaml: no such file", "configs/smoke.yaml"),
-        ("unknown key", "unknown key `train.max_step`; did you mean `train.max_steps`?", "configs/"),
+        (
+            "unknown key",
+            "unknown key `train.max_step`; did you mean `train.max_steps`?",
+            "docs/config-reference.md",
+        ),
         ("unwritable run folder", "a_file/run: not writable (Not a directory)", "choose another run.dir"),
         (
             "unequal GPUs",

@@ -374,7 +374,7 @@ def test_cells_of_several_ranks_train_beside_another_job_that_holds_the_launcher
     A second study on the machine would fail there.
     """
     text = STUDY.replace("seeds: [0, 1]", "ranks: 2\nseeds: [0]").replace(
-        "train.micro_batch=32, ", "train.micro_batch=16, "
+        "train.micro_batch=32\n", "train.micro_batch=16\n"
     )
     with socket.socket() as other:
         with contextlib.suppress(OSError):  # taken by a job of the machine's own: as good

@@ -1,0 +1,37 @@
+"""The settings of a run: `RunConfig` is the whole tree, `load_config` reads a file and overrides."""
+
+from gdrt_ds.config.loading import dump_config, known_keys, load_config
+from gdrt_ds.config.sections import (
+    DataSection,
+    DroSection,
+    GroupsSection,
+    LogSection,
+    LoraSection,
+    ModelSection,
+    ObjectiveOptions,
+    PartName,
+    PromptSection,
+    RunConfig,
+    RunSection,
+    Section,
+    TrainSection,
+)
+
+__all__ = [
+    "DataSection",
+    "DroSection",
+    "GroupsSection",
+    "LogSection",
+    "LoraSection",
+    "ModelSection",
+    "ObjectiveOptions",
+    "PartName",
+    "PromptSection",
+    "RunConfig",
+    "RunSection",
+    "Section",
+    "TrainSection",
+    "dump_config",
+    "known_keys",
+    "load_config",
+]
