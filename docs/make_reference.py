@@ -7,19 +7,17 @@ python docs/make_reference.py --check    # exits with status 1 where the page is
 from __future__ import annotations
 
 import sys
-import typing
 from pathlib import Path
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from gdrt_ds.config import PartName, RunConfig
+from gdrt_ds.config import RunConfig
+from gdrt_ds.config.explaining import allowed_values, is_section, written
 from gdrt_ds.files import write_text
 
 PAGE = Path(__file__).with_name("config-reference.md")
-BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "empty"}
 
 HEAD = """# Every setting
 
@@ -33,35 +31,6 @@ Words that are special to this project are explained in the [glossary](glossary.
 """
 
 
-def kind_of(annotation: typing.Any) -> str:
-    """A type annotation in words, e.g. `whole number, or empty`."""
-    origin = typing.get_origin(annotation)
-    arguments = typing.get_args(annotation)
-    if origin is typing.Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
-    if origin is list:
-        return f"list of {kind_of(arguments[0])}"
-    if origin is tuple:
-        return f"list of {len(arguments)} numbers"
-    if origin is dict:
-        return "mapping"
-    if arguments:
-        return ", or ".join(kind_of(part) for part in arguments)
-    return WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def allowed_values(field: FieldInfo) -> str:
-    """The field's type and range in words."""
-    bounds = []
-    for constraint in field.metadata:
-        if isinstance(constraint, PartName):
-            return ", ".join(f"`{name}`" for name in constraint.known())
-        for name, word in BOUNDS.items():
-            if getattr(constraint, name, None) is not None:
-                bounds.append(f"{word} {getattr(constraint, name)}")
-    return "; ".join([kind_of(field.annotation), *bounds])
-
-
 def default_of(field: FieldInfo) -> str:
     """The default as it is written in YAML."""
     value = field.default
@@ -69,15 +38,7 @@ def default_of(field: FieldInfo) -> str:
         value = field.default_factory()
     if value is None:
         return "empty"
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, (list, tuple)):
-        return f"`[{', '.join(str(item) for item in value)}]`"
-    return f"`{value}`"
-
-
-def is_section(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    return f"`{written(value)}`"
 
 
 def tables(model: type[BaseModel], prefix: str, title: str) -> list[str]:

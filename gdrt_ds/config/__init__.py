@@ -1,5 +1,6 @@
 """The settings of a run: `RunConfig` is the whole tree, `load_config` reads a file and overrides."""
 
+from gdrt_ds.config.base import PartName, Section
 from gdrt_ds.config.loading import dump_config, known_keys, load_config
 from gdrt_ds.config.sections import (
     DataSection,
@@ -9,11 +10,9 @@ from gdrt_ds.config.sections import (
     LoraSection,
     ModelSection,
     ObjectiveOptions,
-    PartName,
     PromptSection,
     RunConfig,
     RunSection,
-    Section,
     TrainSection,
 )
 

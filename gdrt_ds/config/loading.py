@@ -5,40 +5,21 @@ Unknown keys are errors that name the nearest key.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from gdrt_ds.config.explaining import fields_of, refuse
 from gdrt_ds.config.sections import RunConfig
 from gdrt_ds.errors import UserError
 
 
-def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+def known_keys() -> list[str]:
     """All dotted keys of the tree, e.g. `dro.tau`."""
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _describe(error: Mapping[str, Any], origin: str) -> str:
-    key = ".".join(str(part) for part in error["loc"]) or "(combination)"
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-        leaf = difflib.get_close_matches(
-            key.split(".")[-1], [k.split(".")[-1] for k in known_keys()], n=1, cutoff=0.6
-        )
-        same_leaf = [k for k in known_keys() if leaf and k.split(".")[-1] == leaf[0]]
-        hint = near[0] if near else (same_leaf[0] if same_leaf else None)
-        return f"{origin}: unknown key `{key}`" + (f"; did you mean `{hint}`?" if hint else "")
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{origin}: {key} = {error['input']!r}: {message}" if error["loc"] else f"{origin}: {message}"
+    return list(fields_of())
 
 
 def _set_dotted(tree: dict[str, Any], override: str) -> None:
@@ -102,11 +83,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [_describe(e, str(path or "config")) for e in error.errors()]
-        raise UserError(
-            "; ".join(dict.fromkeys(lines)),
-            "docs/config-reference.md lists every key with its meaning, its allowed values and its default",
-        ) from None
+        given = [override.partition("=")[0] for override in overrides]
+        raise refuse(error.errors(), tree, str(path or "config"), given) from None
 
 
 def dump_config(config: RunConfig) -> str:

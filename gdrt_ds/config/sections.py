@@ -6,49 +6,12 @@ never the whole tree.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import core_schema
+from pydantic import Field, field_validator, model_validator
 
-from gdrt_ds.errors import nearest
-from gdrt_ds.registry import part_names
-
-
-class Section(BaseModel):
-    """A part of the settings. Unknown keys are errors; every assignment is checked again."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=False)
-
-
-@dataclass(frozen=True)
-class PartName:
-    """Marks a setting that names a part of a room: a file of that folder (gdrt_ds/registry.py).
-
-    Attributes:
-        room: the package whose files are allowed; none of them is imported to check a name.
-        besides: a word that is allowed besides, e.g. `auto`.
-    """
-
-    room: str
-    besides: str = ""
-
-    def known(self) -> tuple[str, ...]:
-        """All that is allowed."""
-        return (*([self.besides] if self.besides else []), *part_names(self.room))
-
-    def check(self, name: str) -> str:
-        """Returns the name, or raises ValueError with the nearest one and all that there are."""
-        if name in self.known():
-            return name
-        hint = nearest(name, self.known())
-        if hint.startswith("did you mean"):
-            hint = f"{hint} One of {', '.join(self.known())}"
-        raise ValueError(f"unknown; {hint}")
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
+from gdrt_ds.config.base import DecayRate, PartName, Section, Share, Weight
+from gdrt_ds.config.combinations import contradictions
 
 
 class RunSection(Section):
@@ -107,6 +70,7 @@ class DataSection(Section):
     )
     min_rating: float | None = Field(
         None,
+        examples=[4],
         description="Interactions with a lower rating are not positives and are left out. Empty: all are "
         "kept.",
     )
@@ -115,9 +79,10 @@ class DataSection(Section):
         description="`time` splits all windows at two points in time. `leave_one_out` tests on the last "
         "item of each user.",
     )
-    split_ratio: tuple[float, float, float] = Field(
+    split_ratio: tuple[Share, Share, Share] = Field(
         (0.8, 0.1, 0.1),
-        description="Shares of train, valid and test among the windows in time order (split `time`).",
+        description="Shares of train, valid and test among the windows in time order (split `time`). They "
+        "sum to 1, and train's is above 0.",
     )
     train_file: str | None = Field(
         None,
@@ -127,20 +92,23 @@ class DataSection(Section):
     limit_train: int | None = Field(
         None,
         ge=1,
+        examples=[1000],
         description="Trains on a seeded sample of this many windows. Empty: on all of them.",
     )
     limit_valid: int | None = Field(
         None,
         ge=1,
+        examples=[1000],
         description="Validates on a seeded sample of this many windows. Empty: on all of them.",
     )
     limit_test: int | None = Field(
         None,
         ge=1,
+        examples=[1000],
         description="Evaluates on a seeded sample of this many test windows. Empty: on all of them.",
     )
     sample_seed: int = Field(
-        0, description="Seed of the three limits above and of the generator of `planted`."
+        0, ge=0, description="Seed of the three limits above and of the generator of `planted`."
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error",
@@ -152,6 +120,17 @@ class DataSection(Section):
         description="Options of the planted corpus; `gdrt_ds/data/readers/planted.py` lists them. Example: "
         "`data.planted={num_items: 24, shortcut_share: 0.8}`.",
     )
+
+    @field_validator("split_ratio")
+    @classmethod
+    def _shares_of_one_whole(cls, shares: tuple[float, float, float]) -> tuple[float, float, float]:
+        if abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(
+                f"the shares of train, valid and test must sum to 1, these sum to {sum(shares):g}"
+            )
+        if shares[0] == 0:
+            raise ValueError("the share of train is 0, so there is nothing to train on")
+        return shares
 
 
 class PromptSection(Section):
@@ -253,16 +232,19 @@ class TrainSection(Section):
     """Steps, batches, optimizer, validation and checkpoints."""
 
     max_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps. Empty: as many as `train.epochs` takes."
+        None, ge=1, examples=[1000], description="Optimizer steps. Empty: as many as `train.epochs` takes."
     )
     epochs: float = Field(
-        1.0, gt=0, description="Passes over the training windows where `train.max_steps` is empty."
+        1.0,
+        gt=0,
+        le=1_000_000,
+        description="Passes over the training windows where `train.max_steps` is empty.",
     )
     seed: int = Field(
-        0, description="Seed of the adapter's initial values, of the data order and of dropout."
+        0, ge=0, description="Seed of the adapter's initial values, of the data order and of dropout."
     )
     global_batch: int = Field(32, ge=1, description="Samples per optimizer step, over all ranks together.")
-    micro_batch: int | Literal["auto"] = Field(
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="Samples per rank and forward pass. `auto` is global_batch / ranks, at most 8.",
     )
@@ -271,9 +253,16 @@ class TrainSection(Section):
         description="`none` pads rows. `packed` puts samples one behind the other without padding. "
         "`shared_prefix` also computes the constant prompt prefix once per micro-batch.",
     )
-    lr: float = Field(1e-4, gt=0, description="Largest learning rate, reached after the warm-up.")
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the optimizer, on adapter weights.")
-    betas: tuple[float, float] = Field(
+    lr: float = Field(
+        1e-4, gt=0, le=1_000_000, description="Largest learning rate, reached after the warm-up."
+    )
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="Weight decay of the optimizer, on adapter weights. A step takes train.lr times this "
+        "share of every weight, so the product has to be below 1.",
+    )
+    betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.999), description="Decay rates of AdamW's first and second moments."
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="The optimizer.")
@@ -295,17 +284,20 @@ class TrainSection(Section):
         "line.",
     )
     eval_every: int | None = Field(
-        None, ge=1, description="Steps between validations. Empty: at the end of each epoch."
+        None, ge=1, examples=[100], description="Steps between validations. Empty: at the end of each epoch."
     )
     patience: int | None = Field(
         None,
         ge=1,
+        examples=[3],
         description="Stops after this many validations without improvement. Empty: never stops early.",
     )
     select_by: Literal["nll", "worst_group", "objective"] = Field(
         "nll", description="The validation figure that picks the best checkpoint."
     )
-    save_every: int | None = Field(None, ge=1, description="Steps between checkpoints. Empty: only the last.")
+    save_every: int | None = Field(
+        None, ge=1, examples=[100], description="Steps between checkpoints. Empty: only the last."
+    )
     keep_checkpoints: int = Field(
         2, ge=1, description="Number of newest checkpoints that are kept. The best one stays beside them."
     )
@@ -315,6 +307,7 @@ class TrainSection(Section):
     timeout_s: int = Field(
         600,
         ge=10,
+        le=10_000_000,
         description="Time-out of the process group in seconds: a dead or hung rank ends the job within it.",
     )
     debug_sync: bool = Field(
@@ -330,6 +323,7 @@ class GroupsSection(Section):
     num: int = Field(
         8,
         ge=1,
+        le=32767,
         description="Number of groups G. With labels (user_attribute, provider, column) these are the G - "
         "1 most frequent labels and the rest.",
     )
@@ -369,8 +363,10 @@ class DroSection(Section):
     tau: float = Field(
         1.0,
         gt=0,
+        allow_inf_nan=True,  # NaN is not above 0
+        examples=[0.3],
         description="Temperature in nats. Large values approach plain SFT, small ones the worst group "
-        "alone. Example: `dro.tau=0.3`.",
+        "alone; infinity (`dro.tau=.inf`) is the plain mean over the prior. Example: `dro.tau=0.3`.",
     )
     estimate: Literal["batch", "ema"] = Field(
         "batch",
@@ -390,39 +386,55 @@ class DroSection(Section):
         description="Weighs groups by their loss above a reference's loss with the history, as DoReMi "
         "does. `true` takes the base; a PEFT or run folder takes that adapter.",
     )
-    eta: float = Field(0.1, gt=0, description="Objective group_dro: step size of the exponentiated gradient.")
+    eta: float = Field(
+        0.1, gt=0, le=1_000_000, description="Objective group_dro: step size of the exponentiated gradient."
+    )
     alpha: float = Field(0.5, gt=0, le=1, description="Objective cvar: the worst share that is averaged.")
     cvar_over: Literal["tokens", "groups"] = Field(
         "tokens", description="Objective cvar: whether the worst share is one of tokens or of groups."
     )
-    frozen_weights: list[float] | str | None = Field(
+    frozen_weights: list[Weight] | str | None = Field(
         None,
+        examples=[[0.25, 0.75]],
         description="Control: constant group weights, as a list of G numbers or as the run folder whose "
-        "last weights are taken. Empty: weights adapt.",
+        "last weights are taken. They are scaled to sum to 1; a group of weight 0 is not trained on. "
+        "Empty: weights adapt.",
     )
+
+    @field_validator("frozen_weights")
+    @classmethod
+    def _some_weight_is_left(cls, weights: list[float] | str | None) -> list[float] | str | None:
+        if isinstance(weights, list) and not sum(weights) > 0:
+            raise ValueError("no weight is above 0, so no group would be trained on")
+        return weights
 
 
 class ObjectiveOptions(Section):
     """Numbers that single objectives need."""
 
-    focal_gamma: float = Field(2.0, ge=0, description="Objective focal: gamma of (1 - p)^gamma l.")
+    focal_gamma: float = Field(2.0, ge=0, le=1000, description="Objective focal: gamma of (1 - p)^gamma l.")
     msl_temperature: float = Field(
-        1.0, gt=0, description="Objectives msl and gdrt+msl: temperature of the masked softmax."
+        1.0, ge=1e-3, le=1000, description="Objectives msl and gdrt+msl: temperature of the masked softmax."
     )
-    cft_alpha: float = Field(0.1, ge=0, description="Objective cft: weight of the counterfactual term.")
+    cft_alpha: float = Field(
+        0.1, ge=0, le=1000, description="Objective cft: weight of the counterfactual term."
+    )
     cft_beta: float = Field(
         0.5,
         ge=0,
-        description="Objective cft: weight at the last target token; weights fall linearly to it from 1.",
+        le=1000,
+        description="Objective cft: weight at the last target token; weights change linearly to it from 1.",
     )
     igd_beta: float = Field(
         0.1,
         ge=0,
+        le=1000,
         description="Objective igd: weight of tokens that the titles' prefix tree already determines.",
     )
     reweight_power: float = Field(
         1.0,
         ge=0,
+        le=10,
         description="Objective reweight: a sample weighs its target's number of train interactions to the "
         "power of minus this.",
     )
@@ -469,15 +481,7 @@ class RunConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _combinations(self):
-        if self.groups.by == "column" and not self.groups.column:
-            raise ValueError("groups.by=column needs groups.column (a label of the samples)")
-        if self.groups.by == "user_attribute" and not self.groups.column:
-            raise ValueError("groups.by=user_attribute needs groups.column, e.g. groups.column=gender")
-        if (
-            self.groups.reference == "auxiliary_sft"
-            and self.groups.by == "relevance"
-            and not self.groups.reference_adapter
-        ):
-            raise ValueError("groups.reference=auxiliary_sft needs groups.reference_adapter (a PEFT folder)")
+    def _combinations(self) -> RunConfig:
+        for problem in contradictions(self):
+            raise ValueError(problem)
         return self

@@ -38,6 +38,20 @@ def test_the_readme_shows_the_commands_that_users_rely_on():
         assert command in text, command
 
 
+def test_every_page_that_the_code_names_exists_and_the_readme_lists_the_formats():
+    sources = [
+        path for package in ("gdrt_ds", "eval", "slurm") for path in (REPOSITORY / package).rglob("*.py")
+    ]
+    named = {page for path in sources for page in re.findall(r"docs/[\w-]+\.md", path.read_text("utf-8"))}
+    assert len(named) > 5
+    assert not {page for page in named if not (REPOSITORY / page).is_file()}
+    formats = (
+        (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Your own data")[1].split("\n## ")[0]
+    )
+    for name in ("train.csv", "id2name4Rec.json", "item table", "MovieLens", "Amazon reviews", "planted"):
+        assert name in formats, name
+
+
 def test_the_tour_names_ten_files_of_the_code():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     tour = text.split("## A tour of the code")[1].split("\n## ")[0]

@@ -43,7 +43,7 @@ def require_file(path: Path, setting: str) -> Path:
     if not path.is_file():
         raise UserError(
             f"{setting}: {path}: no such file",
-            f"check {setting}; docs/quickstart.md lists the files of each format",
+            f"check {setting}; the section on your own data in README.md lists the formats",
         )
     return path
 

@@ -1,0 +1,33 @@
+"""Settings that are each allowed and cannot be meant together, as far as no data is needed to know it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gdrt_ds.config.sections import RunConfig
+
+
+def contradictions(config: RunConfig) -> Iterator[str]:
+    """One sentence for every contradiction; it names the settings, their values and the way out."""
+    groups, data, train = config.groups, config.data, config.train
+    if groups.by == "column" and not groups.column:
+        yield "groups.by=column needs groups.column (a label of the samples)"
+    if groups.by == "user_attribute" and not groups.column:
+        yield "groups.by=user_attribute needs groups.column, e.g. groups.column=gender"
+    needs_adapter = groups.reference == "auxiliary_sft" and groups.by in ("relevance", "random")
+    if needs_adapter and not groups.reference_adapter:
+        yield "groups.reference=auxiliary_sft needs groups.reference_adapter (a PEFT folder)"
+    if data.min_history > data.history_length:
+        yield (
+            f"data.min_history = {data.min_history} is more than data.history_length = "
+            f"{data.history_length}, the most items that a window keeps: no window could be made; lower "
+            "data.min_history"
+        )
+    lost = train.lr * train.weight_decay
+    if lost >= 1:
+        yield (
+            f"train.lr = {train.lr:g} times train.weight_decay = {train.weight_decay:g} is {lost:g}: a step "
+            "would take away the whole weight or more; lower train.weight_decay"
+        )

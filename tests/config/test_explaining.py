@@ -1,0 +1,109 @@
+"""A refused setting is told with who gave it, what it takes, and an example that is itself accepted."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from gdrt_ds.config import load_config
+from gdrt_ds.config.explaining import example_of, fields_of, is_section, nearest_key
+from gdrt_ds.errors import UserError
+
+
+def refusal(overrides: list[str], path=None) -> UserError:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return caught.value
+
+
+def test_a_value_of_the_command_line_is_not_blamed_on_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {lr: 0.1}\ndro: {tau: -1}\n")
+    problem = refusal(["train.lr=0", "seed=3"], path).problem
+    assert "command line: train.lr = 0" in problem
+    assert "command line: unknown key `seed`" in problem
+    assert f"{path}: dro.tau = -1" in problem
+    combination = refusal(["groups.by=column"])
+    assert combination.problem.startswith("command line: groups.by=column needs")
+
+
+@pytest.mark.parametrize(
+    "override, allowed, example",
+    [
+        ("train.lr=0", "above 0", "train.lr=0.0001"),
+        ("train.betas=[1.5, 0.9]", "below 1", "train.betas=[0.9, 0.999]"),
+        ("train.max_steps=0", "at least 1", "train.max_steps=1000"),
+        ("train.micro_batch=0", "whole number at least 1, or `auto`", "train.micro_batch=auto"),
+        ("dro.estimate=late", "`batch`, `ema`", "dro.estimate=batch"),
+        ("train.epochs=many", "number", "train.epochs=1.0"),
+        ("model.quantization=int8", "`nf4`", "model.quantization=nf4"),
+    ],
+)
+def test_the_fix_names_the_allowed_range_and_an_example(override, allowed, example):
+    fix = refusal([override]).fix
+    assert override.partition("=")[0] in fix and allowed in fix and f"e.g. {example}" in fix
+
+
+def test_every_example_is_accepted_by_the_key_that_it_is_for():
+    examples = {key: example_of(key, field) for key, field in fields_of().items() if not is_section(field)}
+    given = [example for example in examples.values() if example]
+    assert len(given) > 70
+    for example in given:
+        load_config(None, [example])
+
+
+@pytest.mark.parametrize(
+    "key, meant",
+    [
+        ("seed", "train.seed"),
+        ("lr", "train.lr"),
+        ("optimizer.lr", "train.lr"),
+        ("train.tau", "dro.tau"),
+        ("path", "data.path"),
+        ("model.pathh", "model.path"),
+        ("zzzz", None),
+    ],
+)
+def test_a_key_that_ends_as_a_known_one_means_that_one(key, meant):
+    assert nearest_key(key) == meant
+    told = refusal([f"{key}=3"]).problem
+    assert f"unknown key `{key}`" in told
+    assert ("did you mean" in told) == (meant is not None)
+
+
+@pytest.mark.parametrize("weights", ["[-3, 1, 1, 2]", "[.nan, 1]", "[.inf, 1]", "[0, 0]"])
+def test_frozen_weights_are_refused_unless_they_are_a_distribution(weights):
+    told = refusal([f"dro.frozen_weights={weights}"])
+    assert told.problem.startswith("command line: dro.frozen_weights = [")
+    assert "valid string" not in told.problem
+
+
+def test_a_frozen_weight_of_zero_leaves_its_group_out():
+    assert load_config(None, ["dro.frozen_weights=[0, 1, 3]"]).dro.frozen_weights == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "shares, word",
+    [("[0.8, 0.1, 0.2]", "sum to 1.1"), ("[1.2, -0.1, -0.1]", "0"), ("[0, 0.5, 0.5]", "nothing to train on")],
+)
+def test_shares_of_the_splits_make_one_whole_whatever_the_data(shares, word):
+    told = refusal([f"data.split_ratio={shares}", "data.path=planted", "data.split=leave_one_out"])
+    assert "data.split_ratio" in told.problem and word in told.problem
+
+
+@pytest.mark.parametrize(
+    "overrides, word",
+    [
+        (["train.lr=0.1", "train.weight_decay=10"], "take away the whole weight"),
+        (["data.min_history=11"], "no window could be made"),
+        (["groups.by=random", "groups.reference=auxiliary_sft"], "groups.reference_adapter"),
+    ],
+)
+def test_settings_that_cannot_be_meant_together_are_refused(overrides, word):
+    assert word in refusal(overrides).problem
+
+
+@pytest.mark.parametrize("word", ["true", "off"])
+def test_a_truth_value_is_no_number(word):
+    assert "no numbers" in refusal([f"train.max_steps={word}"]).problem
+    assert yaml.safe_load(word) in (True, False)
