@@ -86,13 +86,35 @@ def load_corpus(data: DataSection) -> Corpus:
     else:
         windows = found
     notes = bad.notes() + notes
+    if data.train_file and reader is not readers()["windows"]:
+        notes.append(f"data.train_file = {data.train_file} is not used: only the format `windows` has it")
     splits = _finish_splits(windows, data, notes)
+    notes += _trained_on(splits)
     name = data.path if data.path in embedded_names() else Path(data.path).resolve().name
     corpus = Corpus(name, windows.domain, windows.items, splits, windows.users, notes)
     corpus.split("train")
     corpus.split("test")
     corpus.fingerprint = _fingerprint(corpus)
     return corpus
+
+
+def _trained_on(splits: dict[str, list[Sample]]) -> list[str]:
+    """A line for every held-out split that shares windows with train."""
+
+    def window(sample: Sample) -> tuple:
+        return sample.user_id, sample.history, sample.target, sample.timestamp
+
+    held_out = {window(sample) for name in ("valid", "test") for sample in splits[name]}
+    train = {key for key in map(window, splits["train"]) if key in held_out}
+    lines = []
+    for name in ("valid", "test"):
+        shared = sum(window(sample) in train for sample in splits[name])
+        if shared:
+            lines.append(
+                f"{name}: {shared} of {len(splits[name])} windows are also windows of train (same user, "
+                "history, target and time): their targets are trained on"
+            )
+    return lines
 
 
 def readers() -> dict[str, Reader]:

@@ -95,8 +95,9 @@ def test_train_file_names_another_train_file(tmp_path):
     assert targets(load_corpus(section(tmp_path, train_file="train_1.csv")).split("train")) == [
         ("8", ("4",), "2")
     ]
-    with pytest.raises(UserError, match="data.train_file.*train_2.csv: no such file"):
+    with pytest.raises(UserError, match="data.train_file.*train_2.csv: no such file") as caught:
         load_corpus(section(tmp_path, train_file="train_2.csv"))
+    assert "train_1.csv" in caught.value.problem
 
 
 def test_bigrec_columns_with_titles_need_no_item_table(tmp_path):

@@ -143,6 +143,7 @@ def _options(data: DataSection) -> PlantedOptions:
             )
     options = PlantedOptions(**data.planted)
     problems = {
+        "seed": options.seed is not None and options.seed < 0,
         "num_items": options.num_items < 4,
         "num_popular": not 1 <= options.num_popular <= options.num_items // 2,
         "num_train": options.num_train < 1,
@@ -157,8 +158,8 @@ def _options(data: DataSection) -> PlantedOptions:
         if wrong:
             raise UserError(
                 f"data.planted.{name}={asdict(options)[name]}: out of range",
-                "num_items >= 4, 1 <= num_popular <= num_items / 2, 0 <= shortcut_share <= 1, 0 <= "
-                "shortcut_strength < 1, "
+                "seed >= 0, num_items >= 4, 1 <= num_popular <= num_items / 2, "
+                "0 <= shortcut_share <= 1, 0 <= shortcut_strength < 1, "
                 "1 <= min_history <= max_history < num_items, sizes positive",
             )
     return options

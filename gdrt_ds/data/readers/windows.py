@@ -54,16 +54,51 @@ def read_windows(data: DataSection, bad: BadRows) -> Windows:
         UserError: missing file or column, malformed list, empty history, item id without title.
     """
     folder = Path(data.path)
-    files = {"train": data.train_file or "train.csv", "valid": "valid.csv", "test": "test.csv"}
-    paths = {split: folder / name for split, name in files.items()}
-    require_file(paths["train"], "data.train_file" if data.train_file else "data.path")
+    if folder.is_file():
+        raise _no_folder(folder)
+    paths = {"train": folder / (data.train_file or "train.csv"), **_held_out(folder)}
+    _require_train(paths["train"], data)
     require_file(paths["test"], "data.path")
+    for split in ("valid", "test"):
+        if paths[split].is_file() and paths["train"].samefile(paths[split]):
+            raise UserError(
+                f"data.train_file = {data.train_file}: this is the file of the {split} windows, so their "
+                "targets would be trained on",
+                "name a file of train windows, or leave data.train_file empty for train.csv",
+            )
     titles: dict[str, str] = {}
     splits = {split: _read_split(path, data, bad, titles) for split, path in paths.items() if path.is_file()}
     items = _read_items(folder, data, bad, titles)
     for split in splits:
         splits[split] = _titled(splits[split], items, paths[split], bad)
     return Windows(splits, items, read_user_table(data, folder, bad), guess_domain(folder.resolve().name))
+
+
+def _held_out(folder: Path) -> dict[str, Path]:
+    return {"valid": folder / "valid.csv", "test": folder / "test.csv"}
+
+
+def _no_folder(file: Path) -> UserError:
+    fix = f"set data.path={file.parent}"
+    if file.name not in ("train.csv", "valid.csv", "test.csv"):
+        fix += f" data.train_file={file.name}"
+    return UserError(
+        f"data.path={file}: this is one file of a folder of windows; the folder is expected", fix
+    )
+
+
+def _require_train(path: Path, data: DataSection) -> None:
+    """The file of train windows, or UserError with the files that may have been meant."""
+    setting = "data.train_file" if data.train_file else "data.path"
+    others = sorted(set(path.parent.glob("*train*.csv")) - {path})
+    if path.is_file() or not others:
+        require_file(path, setting)
+        return
+    names = ", ".join(other.name for other in others)
+    raise UserError(
+        f"{setting}: {path}: no such file; the folder has {names}",
+        f"set data.train_file={others[0].name}",
+    )
 
 
 def _read_split(
@@ -226,9 +261,13 @@ def _titled(rows: list[tuple[int, Sample]], items: dict[str, Item], path: Path, 
 
 
 def _has_windows(data: DataSection) -> bool:
-    folder = Path(data.path)
+    """A folder with train or test windows; or one of its files, which is then refused in words."""
+    path = Path(data.path)
+    if path.is_file():
+        beside = any((path.parent / name).is_file() for name in ITEM_NAME_FILES)
+        return beside and data.items is None and path.name.startswith(("train", "valid", "test"))
     names = (data.train_file or "train.csv", "test.csv")
-    return folder.is_dir() and any((folder / name).is_file() for name in names)
+    return path.is_dir() and any((path / name).is_file() for name in names)
 
 
 READER = Reader(_has_windows, read_windows, order=20)
