@@ -10,132 +10,15 @@ printed: it is what a user would type.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from gdrt_ds.errors import UserError
-from gdrt_ds.files import REPOSITORY
+from gdrt_ds.files import write_json
 from gdrt_ds.runtime import report_user_errors
-
-PLANTED_AUDIT = (
-    "--audit",
-    "sensitivity,information,language",
-    "--audit-users",
-    "200",
-)  # the tiny model scores thousands of prompts a second
-AUDIT = ("--audit", "sensitivity,information", "--audit-users", "16")  # users whose history is swapped
-ROOT = REPOSITORY
+from gdrt_ds.studies.quickstart_runs import planted, ranks_here, real
 
 
-def ranks_here() -> int:
-    """GPUs, or two CPU ranks."""
-    import torch
-
-    return torch.cuda.device_count() or 2
-
-
-def run(command: list[str], log: Path) -> float:
-    """Runs one command, its output shown and kept; returns seconds. Raises.
-
-    UserError naming the log when it fails.
-    """
-    shown = " ".join("python" if part == sys.executable else str(part) for part in command)
-    print(f"\n$ {shown}", flush=True)
-    started = time.time()
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    }
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w", encoding="utf-8") as stream:
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for line in process.stdout:
-            stream.write(line)
-            if not line.startswith(
-                ("[20", "W1", "DeepSpeed deepspeed.ops")
-            ):  # launcher chatter stays in the log
-                print("  " + line.rstrip(), flush=True)
-        status = process.wait()
-    if status:
-        raise UserError(f"the command above ended with status {status}", f"its whole output is in {log}")
-    return time.time() - started
-
-
-def train(config: str, folder: Path, ranks: int, *overrides: str) -> float:
-    command = [
-        "deepspeed",
-        "--num_gpus",
-        ranks,
-        "gdrt_ds/train.py",
-        "--config",
-        config,
-        f"run.dir={folder}",
-        "run.overwrite=true",
-        *overrides,
-    ]
-    return run(command, folder.parent / f"{folder.name}.log")
-
-
-def evaluate(run_dir: Path, output: Path, *arguments: str) -> float:
-    return run(
-        [sys.executable, "-m", "eval.run", "--run", run_dir, "--output", output, "--overwrite", *arguments],
-        output.parent / f"{output.name}.log",
-    )
-
-
-def compare(folders: list[Path], output: Path) -> float:
-    return run(
-        [sys.executable, "-m", "eval.compare", *folders, "--output", output],
-        output.parent / f"{output.name}.log",
-    )
-
-
-def planted(base: Path, ranks: int) -> dict[str, float]:
-    seconds = {}
-    for objective in ("sft", "gdrt"):
-        seconds[f"planted {objective}"] = train(
-            "configs/planted.yaml", base / f"planted-{objective}", ranks, f"objective={objective}"
-        )
-        seconds[f"planted eval {objective}"] = evaluate(
-            base / f"planted-{objective}", base / f"planted-{objective}-eval", *PLANTED_AUDIT
-        )
-    seconds["planted compare"] = compare(
-        [base / "planted-sft-eval", base / "planted-gdrt-eval"], base / "planted-comparison"
-    )
-    return seconds
-
-
-def real(base: Path, ranks: int, steps: int | None) -> dict[str, float]:
-    seconds, extra = {}, [f"train.max_steps={steps}"] if steps else []
-    for objective in ("sft", "gdrt"):
-        seconds[f"train {objective}"] = train(
-            "configs/quickstart.yaml",
-            base / f"quickstart-{objective}",
-            ranks,
-            f"objective={objective}",
-            *extra,
-        )
-    seconds["eval base"] = evaluate(base / "quickstart-sft", base / "quickstart-base-eval", "--base", *AUDIT)
-    for objective in ("sft", "gdrt"):
-        seconds[f"eval {objective}"] = evaluate(
-            base / f"quickstart-{objective}", base / f"quickstart-{objective}-eval", *AUDIT
-        )
-    folders = [base / f"quickstart-{name}-eval" for name in ("sft", "gdrt", "base")]
-    seconds["compare"] = compare(folders, base / "quickstart-comparison")
-    return seconds
-
-
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m gdrt_ds.quickstart",
         description=__doc__,
@@ -146,23 +29,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=int, help="optimizer steps of the real part (default: configs/quickstart.yaml)"
     )
-    parser.add_argument("--skip-planted", action="store_true")
-    options = parser.parse_args(argv)
+    parser.add_argument("--skip-planted", action="store_true", help="the real part only")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
     with report_user_errors():
-        base, ranks, started = Path(options.dir), options.ranks or ranks_here(), time.time()
-        seconds = {} if options.skip_planted else planted(base, ranks)
+        started = time.time()
+        base = Path(options.dir)
+        ranks = options.ranks or ranks_here()
+        seconds = {}
+        if not options.skip_planted:
+            seconds |= planted(base, ranks)
         seconds |= real(base, ranks, options.steps)
-        print(
-            "\nwhere the time went: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-        )
-        print(f"quickstart: {time.time() - started:.0f} s in all, installation not counted")
-        print(
-            f"look at: {base}/quickstart-comparison/compare.html, {base}/planted-comparison/compare.html, "
-            f"{base}/quickstart-gdrt-eval/report.html"
-        )
-        print('next: your own data, see README, section "Your own data"')
-        (base / "quickstart.json").write_text(json.dumps(seconds, indent=1), encoding="utf-8")
+        print_ending(base, seconds, time.time() - started)
+        write_json(base / "quickstart.json", seconds)
     return 0
+
+
+def print_ending(base: Path, seconds: dict[str, float], total: float) -> None:
+    """Where the time went and what to look at."""
+    print("\nwhere the time went: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
+    print(f"quickstart: {total:.0f} s in all, installation not counted")
+    print(
+        f"look at: {base}/quickstart-comparison/compare.html, {base}/planted-comparison/compare.html, "
+        f"{base}/quickstart-gdrt-eval/report.html"
+    )
+    print('next: your own data, see README, section "Your own data"')
 
 
 if __name__ == "__main__":

@@ -379,7 +379,7 @@ MUTATIONS = [
     Mutation(
         "unknown keys are accepted",
         "test_config.py::test_an_unknown_key_is_an_error_with_the_nearest_name",
-        (("config.py", "Section", 'extra="forbid"', 'extra="ignore"'),),
+        (("config/sections.py", "Section", 'extra="forbid"', 'extra="ignore"'),),
     ),
 ]
 

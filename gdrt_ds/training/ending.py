@@ -44,6 +44,7 @@ def end(job: Job, prepared: Prepared, loaded: Loaded, result: Result) -> int:
             loading=loaded.base.loading,
             life=job.life,
             base_fingerprint=loaded.base.fingerprint,
+            data_fingerprint=prepared.corpus.fingerprint,
             peak_memory_bytes=peak,
         )
     job.say(f"done: {job.folder} ({duration(seconds)}); next: python -m eval.run --run {job.folder}")

@@ -15,6 +15,8 @@ import pytest
 import torch
 import yaml
 
+from gdrt_ds.config import load_config
+from gdrt_ds.data.corpus import load_corpus
 from tests.distributed.ranks import ROOT, free_port, run_scenario
 from tests.distributed.scenario_mistakes import SETTINGS
 
@@ -83,8 +85,10 @@ def mistakes(folder):
 def test_the_deepspeed_launcher_leaves_a_complete_run_folder(by_deepspeed):
     done, run = by_deepspeed
     assert [name for name in PUBLIC if not (run / name).is_file()] == []
-    assert json.loads((run / "summary.json").read_text())["status"] == "completed"
-    assert json.loads((run / "summary.json").read_text())["world"] == 2
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert summary["world"] == 2
+    assert summary["data_fingerprint"] == load_corpus(load_config(run / "config.yaml").data).fingerprint
     assert "launcher: deepspeed, 2 rank(s)" in done.stdout and "loading: sharded" in done.stdout
     records = lines(run)
     assert [r["step"] for r in records] == list(range(1, 7))

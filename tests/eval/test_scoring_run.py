@@ -22,8 +22,8 @@ from eval.scoring import expected_rank, per_item_scores
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
+from gdrt_ds.inference.recommending import parse_history
 from gdrt_ds.recommend import main as recommend_main
-from gdrt_ds.recommend import parse_history
 from gdrt_ds.runtime import Runtime
 from tests.eval.run_folders import TINY, make_run
 

@@ -1,4 +1,8 @@
-"""Exported models load in transformers alone and give the logits of base + adapter."""
+"""Exported models load in transformers alone, give the logits of base + adapter, and say what they are."""
+
+import json
+import os
+import re
 
 import pytest
 import torch
@@ -6,54 +10,141 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gdrt_ds.config import RunConfig, dump_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.export import export
+from gdrt_ds.export import main
+from gdrt_ds.files import sha256_of
+from gdrt_ds.inference.exporting import export
 from gdrt_ds.models.built_in import make_tiny_model
 from tests.models.test_model import TEXTS, load
 
+PROBE = torch.arange(3, 20)[None]
 
-def make_run(folder, tie=False, **model):
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=PROBE).logits
+
+
+def make_run(folder, tie=False, zero=False, **model):
+    """A run folder as far as the export reads it; returns it with the logits of base + adapter."""
     path = make_tiny_model(folder / "tiny", TEXTS, 0, tie_embeddings=tie)
     run = folder / "run"
     run.mkdir()
     loaded = load(path, **model)
     torch.manual_seed(0)
     for name, parameter in loaded.model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name and not zero:
             torch.nn.init.normal_(parameter, std=0.05)
     loaded.model.save_pretrained(run / "adapter", save_embedding_layers=False)
     (run / "config.yaml").write_text(dump_config(RunConfig(model={"path": str(path), **model})))
-    ids = torch.arange(3, 20)[None]
-    with torch.no_grad():
-        return run, ids, loaded.model.eval()(input_ids=ids).logits
+    return run, logits(loaded.model)
+
+
+def evaluate(run, name, value, written, **key):
+    """An evaluation folder that `eval.run` could have written, as far as the card reads it."""
+    folder = run / "eval" / name
+    folder.mkdir(parents=True)
+    adapter = sha256_of(run / "adapter" / "adapter_model.safetensors")
+    metric = {"value": value, "ci_low": value, "ci_high": value, "n": 40}
+    results = {
+        "metrics": {"ndcg@10": metric},
+        "split": "test",
+        "num_samples": 40,
+        "num_items": 24,
+        "scoring_key": {"adapter": adapter, "limit": None, "corpus": "c0ffee", **key},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    os.utime(folder / "results.json", (written, written))
+
+
+def card_of(run, output, *arguments):
+    export(run, output, *arguments)
+    return (output / "README.md").read_text()
 
 
 def test_the_base_as_trained_gives_the_logits_of_the_quantised_model(tmp_path):
-    run, ids, expected = make_run(tmp_path)
+    run, expected = make_run(tmp_path)
     done = export(run, tmp_path / "out", "float32", "trained")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([300]) is not None
-    with torch.no_grad():
-        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
-    assert done["max_difference"] < 1e-4 and not any("lora" in name for name, _ in model.named_parameters())
+    assert torch.allclose(logits(model), expected, atol=1e-4)
+    assert done["max_difference"] < 1e-4
+    assert not any("lora" in name for name, _ in model.named_parameters())
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "dequantised from NF4" in card and "objective: gdrt" in card
+    assert "dequantised from NF4" in card
+    assert "objective: gdrt" in card
+    assert "so its scores are the run's" in card
 
 
 def test_a_tied_model_with_an_adapted_head_is_untied_when_merged(tmp_path):
-    run, ids, expected = make_run(tmp_path, tie=True, train_head=True, quantization="none")
+    run, expected = make_run(tmp_path, tie=True, train_head=True, quantization="none")
     export(run, tmp_path / "out", "float32", shard_size="50KB")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    with torch.no_grad():
-        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(logits(model), expected, atol=1e-4)
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
 
 
-def test_exports_refuse_unfinished_runs_and_folders_in_use(tmp_path):
-    run, *_ = make_run(tmp_path)
+def test_exports_refuse_unfinished_runs_and_folders_that_cannot_be_written(tmp_path):
+    run, _ = make_run(tmp_path, quantization="none")
     (tmp_path / "busy").mkdir()
     (tmp_path / "busy" / "file").write_text("x")
     with pytest.raises(UserError, match="not empty"):
         export(run, tmp_path / "busy")
     with pytest.raises(UserError, match="not a run folder"):
         export(tmp_path / "busy", tmp_path / "out")
+    with pytest.raises(UserError, match="cannot be written"):
+        export(run, tmp_path / "busy" / "file" / "out")
+    (run / "adapter" / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="no adapter"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_changes_nothing_is_refused(tmp_path):
+    run, _ = make_run(tmp_path, zero=True, quantization="none")
+    with pytest.raises(UserError, match="lora_B matrices are zero"):
+        export(run, tmp_path / "out")
+
+
+def test_the_card_takes_the_newest_full_evaluation_of_this_adapter(tmp_path):
+    run, _ = make_run(tmp_path, quantization="none")
+    assert "no full evaluation yet" in card_of(run, tmp_path / "none")
+    evaluate(run, "a-older", 0.1111, written=1000)
+    evaluate(run, "b-own", 0.2222, written=2000)
+    evaluate(run, "a-base", 0.3333, written=3000, adapter="")
+    evaluate(run, "c-part", 0.4444, written=4000, limit=8)
+    evaluate(run, "d-other-adapter", 0.5555, written=5000, adapter="0" * 64)
+    card = card_of(run, tmp_path / "out")
+    assert "| ndcg@10 | 0.2222 | 0.2222 .. 0.2222 | 40 |" in card
+    assert not re.search("0.1111|0.3333|0.4444|0.5555", card)
+
+
+def test_the_card_names_the_fingerprints_that_the_run_recorded(tmp_path):
+    run, _ = make_run(tmp_path, quantization="none")
+    assert "Fingerprint of the data: not recorded by the version" in card_of(run, tmp_path / "earlier")
+    evaluate(run, "own", 0.5, written=1000)
+    assert "Fingerprint of the data: `c0ffee`" in card_of(run, tmp_path / "evaluated")
+    summary = {"data_fingerprint": "facade", "base_fingerprint": "decade", "dtype": "bfloat16"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    card = card_of(run, tmp_path / "recorded")
+    assert "Fingerprint of the data: `facade`" in card
+    assert "Fingerprint of this base: `decade`" in card
+    assert "dtype=torch.bfloat16" in card
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_code_on_the_card_loads_the_model_that_was_trained(tmp_path, quantization):
+    run, expected = make_run(tmp_path, quantization=quantization)
+    card = card_of(run, tmp_path / "out")
+    assert ("more than a nat" in card) == (quantization == "nf4")
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    names = {}
+    exec(code, names)
+    assert torch.equal(logits(names["model"]), expected)
+
+
+def test_the_command_says_what_it_wrote(tmp_path, capsys):
+    run, _ = make_run(tmp_path, quantization="none")
+    assert main(["--run", str(run), "--output", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert f"{tmp_path}/out: merged model in bfloat16; logits differ" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16

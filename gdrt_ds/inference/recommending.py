@@ -1,0 +1,128 @@
+"""Histories of titles in, ranked titles out: what `python -m gdrt_ds.recommend` computes.
+
+A history is a list of titles, oldest first. In text, titles are separated by `; `. A title that the catalogue
+does not have is used as text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gdrt_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gdrt_ds.data.catalogue import CatalogueEntry
+    from gdrt_ds.inference.recommender import Recommender
+
+SEPARATOR = ";"
+
+
+def parse_history(text: str, known: set[str]) -> list[str]:
+    """Returns the titles of one line.
+
+    A catalogue title that holds the separator itself is kept whole; the longest match wins.
+    """
+    parts = [part.strip() for part in text.split(SEPARATOR)]
+    titles = []
+    start = 0
+    while start < len(parts):
+        for stop in range(len(parts), start, -1):
+            title = f"{SEPARATOR} ".join(parts[start:stop])
+            if stop == start + 1 or title in known:
+                break
+        if title:
+            titles.append(title)
+        start = stop
+    return titles
+
+
+def read_histories(history: str | None, file: str | None, known: set[str]) -> list[list[str]]:
+    """Returns the histories of --history (one) or --file (one per line).
+
+    Args:
+        known: the titles of the catalogue.
+
+    Raises:
+        UserError: neither or both are given, the file is unreadable, or a line has no title.
+    """
+    if (history is None) == (file is None):
+        raise UserError(
+            "give either --history or --file",
+            '--history "title; title; ..." or --file FILE with one history per line',
+        )
+    if history is not None:
+        lines = [("--history", history)]
+    else:
+        lines = _lines_of(file)
+    histories = [parse_history(line, known) for _, line in lines]
+    empty = [where for (where, _), titles in zip(lines, histories) if not titles]
+    if empty or not histories:
+        raise UserError(f"{empty[0] if empty else file}: no title found", "separate titles by `; `")
+    return histories
+
+
+def _lines_of(file: str) -> list[tuple[str, str]]:
+    """(where, text) of every line of a file that is not blank."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--file {file}: cannot be read ({error})", "give a UTF-8 text file with one history per line"
+        ) from None
+    return [
+        (f"{file}, line {number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()
+    ]
+
+
+def unknown_titles(histories: Iterable[list[str]], known: set[str]) -> list[str]:
+    """Titles that the catalogue does not have, each once, in the order of their appearance."""
+    return list(dict.fromkeys(title for titles in histories for title in titles if title not in known))
+
+
+def recommend(
+    recommender: Recommender, histories: list[list[str]], k: int = 10, batch_size: int = 8
+) -> list[list[dict[str, Any]]]:
+    """Returns the k most probable titles of the catalogue for every history, with exact scores.
+
+    Args:
+        recommender: what `gdrt_ds.open_run` returns.
+        histories: titles, oldest first.
+        k: length of the lists; a k larger than the catalogue gives all of it.
+        batch_size: histories scored at once.
+
+    Returns:
+        per history the k best {"rank", "item_id", "title", "log_prob", "probability"}, best first.
+    """
+    # Torch is imported when something is scored: the command's --help and its wrong uses answer at once.
+    from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
+
+    scorer = CatalogueScorer(recommender.reader, recommender.trie)
+    lists = []
+    for start in range(0, len(histories), batch_size):
+        prompts = [recommender.prompt_of_titles(titles) for titles in histories[start : start + batch_size]]
+        for row in scorer.score(prompts):
+            lists.append(_best(row, recommender.catalogue.entries, k))
+    return lists
+
+
+def _best(log_prob: Tensor, entries: list[CatalogueEntry], k: int) -> list[dict[str, Any]]:
+    """The k best entries of one row of scores [I].
+
+    NaN counts as the worst; ties keep the catalogue's order.
+    """
+    values, places = log_prob.nan_to_num(nan=-float("inf")).sort(descending=True, stable=True)
+    return [
+        {
+            "rank": rank,
+            "item_id": entries[place].item_id,
+            "title": entries[place].text,
+            "log_prob": value,
+            "probability": math.exp(value),
+        }
+        for rank, (value, place) in enumerate(zip(values[:k].tolist(), places[:k].tolist()), 1)
+    ]

@@ -1,0 +1,121 @@
+"""What `python -m gdrt_ds.quickstart` runs: the same commands that a user would type, shown and timed.
+
+Two parts: the planted-shortcut corpus, where the truth is known and the effect is visible in a minute, then a
+real small language model on real data with a fixed token budget. Each part trains SFT and GDRT from the same
+seed and data, evaluates both and compares them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gdrt_ds.errors import UserError
+from gdrt_ds.files import REPOSITORY
+
+OBJECTIVES = ("sft", "gdrt")
+
+# The tiny model scores thousands of prompts a second, so many users are audited.
+PLANTED_AUDIT = ("--audit", "sensitivity,information,language", "--audit-users", "200")
+
+# The users are those whose history is swapped.
+REAL_AUDIT = ("--audit", "sensitivity,information", "--audit-users", "16")
+
+LAUNCHER_CHATTER = ("[20", "W1", "DeepSpeed deepspeed.ops")
+"""How lines begin that are kept in the log and not shown."""
+
+
+def ranks_here() -> int:
+    """The number of GPUs, or two CPU ranks where there is none."""
+    import torch
+
+    return torch.cuda.device_count() or 2
+
+
+def planted(base: Path, ranks: int) -> dict[str, float]:
+    """Runs the part on the planted corpus below the folder `base`; returns the seconds of each command."""
+    seconds = {}
+    for objective in OBJECTIVES:
+        run = base / f"planted-{objective}"
+        seconds[f"planted {objective}"] = _train("configs/planted.yaml", run, ranks, f"objective={objective}")
+        seconds[f"planted eval {objective}"] = _evaluate(run, _evaluation_of(run), *PLANTED_AUDIT)
+    evaluations = [_evaluation_of(base / f"planted-{objective}") for objective in OBJECTIVES]
+    seconds["planted compare"] = _compare(evaluations, base / "planted-comparison")
+    return seconds
+
+
+def real(base: Path, ranks: int, steps: int | None) -> dict[str, float]:
+    """Runs the part on real data below the folder `base`; returns the seconds of each command.
+
+    Args:
+        steps: optimizer steps; None = those of configs/quickstart.yaml.
+    """
+    seconds = {}
+    budget = [f"train.max_steps={steps}"] if steps else []
+    runs = {objective: base / f"quickstart-{objective}" for objective in OBJECTIVES}
+    for objective, run in runs.items():
+        settings = [f"objective={objective}", *budget]
+        seconds[f"train {objective}"] = _train("configs/quickstart.yaml", run, ranks, *settings)
+    untrained = _evaluation_of(base / "quickstart-base")
+    seconds["eval base"] = _evaluate(runs["sft"], untrained, "--base", *REAL_AUDIT)
+    for objective, run in runs.items():
+        seconds[f"eval {objective}"] = _evaluate(run, _evaluation_of(run), *REAL_AUDIT)
+    evaluations = [*(_evaluation_of(run) for run in runs.values()), untrained]
+    seconds["compare"] = _compare(evaluations, base / "quickstart-comparison")
+    return seconds
+
+
+def _evaluation_of(run: Path) -> Path:
+    return run.with_name(f"{run.name}-eval")
+
+
+def _train(config: str, run: Path, ranks: int, *overrides: str) -> float:
+    launch = ["deepspeed", "--num_gpus", str(ranks), "gdrt_ds/train.py", "--config", config]
+    return show([*launch, f"run.dir={run}", "run.overwrite=true", *overrides], _log_of(run))
+
+
+def _evaluate(run: Path, output: Path, *arguments: str) -> float:
+    command = [sys.executable, "-m", "eval.run", "--run", str(run), "--output", str(output), "--overwrite"]
+    return show([*command, *arguments], _log_of(output))
+
+
+def _compare(evaluations: list[Path], output: Path) -> float:
+    command = [sys.executable, "-m", "eval.compare", *map(str, evaluations), "--output", str(output)]
+    return show(command, _log_of(output))
+
+
+def _log_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
+
+
+def show(command: list[str], log: Path) -> float:
+    """Runs one command in the checkout; its output is shown and kept in `log`. Returns seconds.
+
+    Raises:
+        UserError: the command failed; names the log.
+    """
+    print("\n$ " + " ".join("python" if part == sys.executable else part for part in command), flush=True)
+    started = time.time()
+    # The launcher of this very environment comes first.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=os.environ | {"PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for line in process.stdout:
+            stream.write(line)
+            if not line.startswith(LAUNCHER_CHATTER):
+                print("  " + line.rstrip(), flush=True)
+        status = process.wait()
+    if status:
+        raise UserError(f"the command above ended with status {status}", f"its whole output is in {log}")
+    return time.time() - started
