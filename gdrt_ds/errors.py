@@ -1,13 +1,23 @@
-"""The one exception that users see for their own mistakes: it names the setting, its value, what is
-allowed and the fix.
+"""The one exception that users see for their own mistakes: it names the setting, its value and the fix.
 
-Entry points print it without a traceback and exit with status 2 (see `runtime.report_user_errors`).
+Entry points print it without a traceback and exit with its status (see `runtime.report_user_errors`). The
+statuses of a process are:
+
+    0    finished
+    1    a bug
+    2    the user's mistake; NaN and out of memory too, because a setting has to change
+    70   this rank hung, or a peer of it is dead
+    74   no space for what has to be written
+    75   interrupted after a checkpoint: please requeue
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+EXIT_INTERRUPTED = 75
+"""EX_TEMPFAIL of sysexits.h. The other statuses stand at the errors that they belong to."""
 
 
 class UserError(Exception):
@@ -21,8 +31,12 @@ class UserError(Exception):
     status = 2  # exit status
 
     def __init__(self, problem: str, fix: str = ""):
-        self.problem, self.fix = problem, fix
-        super().__init__(f"{problem}\n  fix: {fix}" if fix else problem)
+        self.problem = problem
+        self.fix = fix
+        text = problem
+        if fix:
+            text += f"\n  fix: {fix}"
+        super().__init__(text)
 
 
 class StorageError(UserError):

@@ -25,14 +25,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gdrt_ds.config import load_config
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import EXIT_INTERRUPTED, LostPeer, StorageError, UserError
 
-USER_ERROR, STORAGE_ERROR, INTERRUPTED = 2, 74, 75
-SIGNALS = {
+STATUSES = {
     137: "killed by signal 9: often out of memory, see `sacct -o MaxRSS` or the node's kernel log",
     139: "segmentation fault",
     134: "aborted",
-    70: "it hung, or a peer did; the stacks are in RUN/logs",
+    LostPeer.status: "it hung, or a peer did; the stacks are in RUN/logs",
     143: "killed by signal 15",
 }
 
@@ -190,7 +189,7 @@ def first_failure(logs: Path) -> tuple[int, str] | None:
         return None
     _, code, rank, node = min(ended)
     return code, f"rank {rank} on {node} ended with status {code}" + (
-        f" ({SIGNALS[code]})" if code in SIGNALS else ""
+        f" ({STATUSES[code]})" if code in STATUSES else ""
     )
 
 
@@ -227,7 +226,7 @@ def end(args: argparse.Namespace) -> dict:
             f"the job was ended from outside ({args.state}); checkpoint step {step} is safe, submit again "
             "to go on",
         )
-    elif code == USER_ERROR:
+    elif code == UserError.status:
         verdict, text = (
             "stop",
             f"{what}: a setting has to be mended, so there is no requeue; the message is in "
@@ -236,16 +235,16 @@ def end(args: argparse.Namespace) -> dict:
     else:
         reason = refusal(lives, args.restart + 1, step)
         if args.early:
-            code, text = INTERRUPTED, f"the time limit is reached; newest checkpoint: step {step}"
+            code, text = EXIT_INTERRUPTED, f"the time limit is reached; newest checkpoint: step {step}"
         else:
             text = (
                 f"interrupted, all ranks saved step {step}"
-                if code == INTERRUPTED
+                if code == EXIT_INTERRUPTED
                 else f"{what}; newest checkpoint: step {step}; logs: {logs}"
             )
         if reason:
             verdict, code, text = "stop", 1, f"{text}; stopped: {reason}"
-        elif code == STORAGE_ERROR:
+        elif code == StorageError.status:
             verdict, text = "hold", f"{text}; the job is held: free space, then `scontrol release {args.job}`"
         else:
             verdict, text = "requeue", f"{text}; the job requeues itself"
@@ -287,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         answer = {"look": look, "begin": begin, "end": end}[args.action](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return error.status
     for name, value in answer.items():
         words = (
             " ".join(shlex.quote(str(v)) for v in value)

@@ -166,7 +166,7 @@ MUTATIONS = [
     Mutation(
         "9 local instead of global rank 0",
         "test_error_09_only_global_rank_zero_writes_when_two_machines_have_a_local_rank_zero",
-        (("runtime.py", "Runtime.is_main", "return self.rank == 0", "return self.local_rank == 0"),),
+        (("runtime/ranks.py", "Runtime.is_main", "return self.rank == 0", "return self.local_rank == 0"),),
     ),
     Mutation(
         "10 padding counted in a group",
@@ -379,7 +379,7 @@ MUTATIONS = [
     Mutation(
         "unknown keys are accepted",
         "test_config.py::test_an_unknown_key_is_an_error_with_the_nearest_name",
-        (("config/sections.py", "Section", 'extra="forbid"', 'extra="ignore"'),),
+        (("config/base.py", "Section", 'extra="forbid"', 'extra="ignore"'),),
     ),
 ]
 

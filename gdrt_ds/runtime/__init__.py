@@ -1,0 +1,41 @@
+"""What a process is in its job, and how it leaves it.
+
+    ranks.py          which rank this process is, whichever launcher started it
+    starting.py       joins the process group, claims a device and CPU threads
+    build_folder.py   where DeepSpeed's CPU extension is built, without waiting for other environments
+    signals.py        signals that ask for a checkpoint
+    watchdog.py       ends a rank that stopped moving, with the stacks of its threads
+    failures.py       failures in words: a UserError or a broken machine becomes one message and a status
+
+The exit statuses of a process are listed in gdrt_ds/errors.py.
+"""
+
+from gdrt_ds.errors import EXIT_INTERRUPTED
+from gdrt_ds.runtime.build_folder import own_build_folder
+from gdrt_ds.runtime.failures import explain, report_user_errors
+from gdrt_ds.runtime.ranks import Runtime, detect_rank, free_port
+from gdrt_ds.runtime.signals import catch_stop_signals, ignore_stop_signals
+from gdrt_ds.runtime.starting import (
+    quiet_libraries,
+    single_process_runtime,
+    start_runtime,
+    unname_shared_memory,
+)
+from gdrt_ds.runtime.watchdog import Watchdog
+
+__all__ = [
+    "EXIT_INTERRUPTED",
+    "Runtime",
+    "Watchdog",
+    "catch_stop_signals",
+    "detect_rank",
+    "explain",
+    "free_port",
+    "ignore_stop_signals",
+    "own_build_folder",
+    "quiet_libraries",
+    "report_user_errors",
+    "single_process_runtime",
+    "start_runtime",
+    "unname_shared_memory",
+]

@@ -1,0 +1,112 @@
+"""Which rank this process is: `deepspeed`, `torchrun`, `srun` and plain `python` each say it their way."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class Runtime:
+    """One process of the job.
+
+    Attributes:
+        rank: its number among all processes of the job.
+        local_rank: its number among those of its machine.
+        world: processes of the job.
+        local_world: processes of this machine.
+        device: where its tensors are.
+        launcher: what started it.
+        life: how often the job was restarted; an older life may not write any more.
+        threads: its CPU threads.
+        stop_signal: the last signal that asked for a checkpoint, if one came.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+    local_world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    launcher: str = "python"
+    life: int = 0
+    threads: int = 1
+    stop_signal: int | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for all ranks; returns at once where there is no process group."""
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def detect_rank() -> dict[str, Any]:
+    """Returns rank, local_rank, world, local_world and launcher from the environment; it starts nothing."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _from_torch_variables()
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            return _from_slurm_variables()
+    return {"rank": 0, "local_rank": 0, "world": 1, "local_world": 1, "launcher": "python"}
+
+
+def _from_torch_variables() -> dict[str, Any]:
+    """The variables that torchrun and the deepspeed launcher set, and our Slurm templates too."""
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        launcher = "torchrun"
+    elif "SLURM_STEP_ID" in environment:
+        launcher = "srun"
+    else:
+        launcher = "deepspeed"
+    world = int(environment["WORLD_SIZE"])
+    return {
+        "rank": int(environment["RANK"]),
+        "local_rank": int(environment.get("LOCAL_RANK", 0)),
+        "world": world,
+        # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
+        "local_world": int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world),
+        "launcher": launcher,
+    }
+
+
+def _from_slurm_variables() -> dict[str, Any]:
+    """The variables that srun sets for each task."""
+    world = int(os.environ["SLURM_NTASKS"])
+    nodes = int(os.environ.get("SLURM_NNODES", 1))
+    return {
+        "rank": int(os.environ["SLURM_PROCID"]),
+        "local_rank": int(os.environ.get("SLURM_LOCALID", 0)),
+        "world": world,
+        "local_world": -(-world // nodes),
+        "launcher": "srun",
+    }
+
+
+def cpu_threads(local_world: int) -> int:
+    """Returns the CPU threads of one rank: OMP_NUM_THREADS, else the machine's cores divided by its ranks.
+
+    By itself every rank would take all cores.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return int(os.environ["OMP_NUM_THREADS"])
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, cores // max(1, local_world))
+
+
+def free_port() -> int:
+    """Returns a TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
