@@ -1,7 +1,7 @@
 """The LoRA adapter that is trained, or one that was trained before, around the frozen base (PEFT).
 
-LoRA weights are kept in the dtype of the computation, so that the engine holds one trainable dtype. The
-adapters that training compares itself with are in reference_adapters.py.
+LoRA weights are kept in the dtype of the computation, so that the engine holds one trainable dtype.
+The adapters that training compares itself with are in reference_adapters.py.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def new_adapter(
 ) -> tuple[nn.Module, str]:
     """Puts a fresh LoRA around the base; returns the PEFT model and the line to announce.
 
-    Its initial values depend on the seed alone, so every rank gets the same. The process's own random
-    numbers are left as they were.
+    Its initial values depend on the seed alone, so every rank gets the same. The process's own
+    random numbers are left as they were.
 
     Raises:
         UserError: `model.lora.targets` names a module that the model does not have.
@@ -66,6 +66,9 @@ def new_adapter(
     from peft import LoraConfig, get_peft_model
 
     targets = lora_targets(model, section)
+    left_out = {}
+    if section.lora.targets == "all-linear":
+        left_out = unadaptable(model, sorted({name.rsplit(".", 1)[-1] for name in linear_names(model)}))
     lora = LoraConfig(
         r=section.lora.r,
         lora_alpha=section.lora.alpha,
@@ -85,23 +88,31 @@ def new_adapter(
     recorded.revision = section.revision
     _cast_adapter(peft_model, dtype)
     trainable = num_parameters(peft_model, trainable_only=True)
-    return peft_model, (
+    line = (
         f"adapter: LoRA r={section.lora.r} alpha={section.lora.alpha:g} dropout={section.lora.dropout:g} on "
         f"{', '.join(targets)}; {trainable:,} trainable parameters in {dtype_name(dtype)}"
     )
+    for name, reason in left_out.items():
+        line += f"; not on {name} ({reason})"
+    return peft_model, line
 
 
 def lora_targets(model: nn.Module, section: ModelSection) -> list[str]:
     """Returns the names of the modules that get an adapter.
 
+    `all-linear` leaves out lm_head and what PEFT cannot adapt (`unadaptable`).
+
     Raises:
-        UserError: `model.lora.targets` names a module that the model does not have.
+        UserError: `model.lora.targets` names a module that the model does not have, or cannot have
+            adapted.
     """
     linear = linear_names(model)
     head_name = lm_head_name(model)
     targets = section.lora.targets
     if targets == "all-linear":
-        targets = sorted({name.rsplit(".", 1)[-1] for name in linear if name != head_name})
+        names = sorted({name.rsplit(".", 1)[-1] for name in linear if name != head_name})
+        refused = unadaptable(model, names)
+        targets = [name for name in names if name not in refused]
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in linear):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
@@ -109,9 +120,43 @@ def lora_targets(model: nn.Module, section: ModelSection) -> list[str]:
                 f"model.lora.targets names {target}, which {type(model).__name__} does not have",
                 f"choose among {', '.join(known)}, or all-linear",
             )
+    for target, reason in unadaptable(model, targets).items():
+        raise UserError(
+            f"model.lora.targets names {target}, and {reason}",
+            "leave it out, or set model.lora.targets=all-linear",
+        )
     if section.train_head:
         return [*targets, head_name]
     return list(targets)
+
+
+def unadaptable(model: nn.Module, targets: list[str]) -> dict[str, str]:
+    """Returns target -> why PEFT does not put an adapter on the linear layers of this name.
+
+    Mamba's kernels read the weight of `out_proj` past the adapter. In models whose routed experts
+    are fused into one parameter (Qwen3-Next), PEFT takes the names of a shared expert's layers for
+    the fused parameters: it would adapt all experts instead, with weights that ZeRO-3 does not
+    gather.
+    """
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+    from peft.utils import transformers_weight_conversion
+
+    reasons = {}
+    for target in targets:
+        lora = LoraConfig(target_modules=[target])
+        try:
+            tuners_utils._check_lora_target_modules_mamba(lora, model, target)
+        except ValueError:
+            reasons[target] = "Mamba's kernels read its weight past the adapter"
+            continue
+        try:
+            transformers_weight_conversion.convert_peft_config_for_transformers(lora, model, None)
+        except ValueError:  # half of a fused pair
+            lora.target_parameters = {target}
+        if lora.target_parameters:
+            reasons[target] = "PEFT would adapt the fused experts in its place"
+    return reasons
 
 
 def _cast_adapter(model: nn.Module, dtype: torch.dtype) -> None:

@@ -154,8 +154,3 @@ def attention_windows(config) -> tuple[dict[str, int | None] | None, int | None]
     if "sliding_attention" in kinds:
         return {kind: window if kind == "sliding_attention" else None for kind in kinds}, None
     return None, None if kinds else window
-
-
-def soft_caps_attention(config) -> bool:
-    """Whether the model caps its attention scores (Gemma-2), which SDPA and the tree attention cannot do."""
-    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None

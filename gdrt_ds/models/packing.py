@@ -1,7 +1,9 @@
 """Chooses how the samples of a micro-batch are put into rows, and says why.
 
-Whether rows can be packed depends on the model and on its attention, so the choice stands here and not beside
-the batches: packed rows need the tree attention, which builds on SDPA.
+Whether rows can be packed depends on the model's layers and on its attention, so the choice stands
+here and not beside the batches: packed rows need layers that keep positions apart (layer_types.py)
+and the tree attention, which builds on SDPA. It is made on the model without storage, so that
+`--plan` and training decide alike.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.attention import get_backend
-from gdrt_ds.models.families import soft_caps_attention
+from gdrt_ds.models.families import attention_windows, model_class, supports_sdpa
+from gdrt_ds.models.layer_types import LayerTypes, layer_types
+from gdrt_ds.models.skeleton import skeleton
 
 
 def choose_packing(config: RunConfig, model_config) -> tuple[str, str]:
@@ -20,27 +24,56 @@ def choose_packing(config: RunConfig, model_config) -> tuple[str, str]:
         model_config: transformers' config of the model.
 
     Raises:
-        UserError: packed rows are asked for where the model's attention cannot follow them.
+        UserError: packed rows are asked for where the model's layers or its attention cannot follow
+            them.
     """
     wanted = config.train.packing
-    obstacle = _obstacle(config.model.attention, model_config)
+    if wanted == "none":
+        return wanted, "packing: none (as set)"
+    chosen = _chosen_obstacle(config.model.attention)
+    obstacle = chosen or _sdpa_obstacle(model_config)
+    if not obstacle:
+        model = skeleton(model_config, config.model.trust_remote_code)
+        obstacle = packing_obstacle(layer_types(model), model_config)
     if wanted == "auto" and obstacle:
         return "none", f"packing: none (auto: {obstacle})"
     if wanted == "auto":
         line = "packing: shared_prefix (auto: no padding, the prompt prefix once per micro-batch)"
         return "shared_prefix", line
-    if wanted != "none" and obstacle:
+    if chosen:
         raise UserError(
-            f"train.packing = {wanted} needs the tree attention, but {obstacle}",
+            f"train.packing = {wanted} needs the tree attention, but {chosen}",
             "set train.packing=none, or model.attention=auto",
+        )
+    if obstacle:
+        raise UserError(
+            f"train.packing = {wanted} would let the samples of a row see each other: {obstacle}",
+            "set train.packing=auto or none",
         )
     return wanted, f"packing: {wanted} (as set)"
 
 
-def _obstacle(attention: str, model_config) -> str:
-    """Returns why rows cannot be packed, empty if they can."""
-    if soft_caps_attention(model_config):
-        return "the model soft-caps its attention"
+def packing_obstacle(layers: LayerTypes, model_config) -> str:
+    """Returns why the layers of a model cannot follow packed rows, empty if they can."""
+    if layers.mixing:
+        return layers.mixing
+    try:
+        by_layer, everywhere = attention_windows(model_config.get_text_config())
+    except UserError as error:
+        return error.problem
+    return layers.not_understood(windows=everywhere is not None or any((by_layer or {}).values()))
+
+
+def _chosen_obstacle(attention: str) -> str:
+    """Returns why the tree attention cannot stand in for the chosen backend, empty if it can."""
     if attention == "auto" or get_backend(attention).packs:
         return ""
     return f"model.attention = {attention} is set"
+
+
+def _sdpa_obstacle(model_config) -> str:
+    """Returns why the model's attention cannot be replaced, empty if it can."""
+    architecture = model_class(model_config)
+    if supports_sdpa(architecture):
+        return ""
+    return f"{architecture.__name__} does not run on SDPA, which the tree attention builds on"

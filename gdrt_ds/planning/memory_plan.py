@@ -29,11 +29,10 @@ import torch
 from torch import nn
 
 from gdrt_ds.config import RunConfig
-from gdrt_ds.errors import UserError
 from gdrt_ds.loss.group_loss import default_chunk_bytes
-from gdrt_ds.models.attention import choose_attention
-from gdrt_ds.models.families import linear_names, lm_head_name, model_class
+from gdrt_ds.models.families import linear_names, lm_head_name
 from gdrt_ds.models.quantization import get_quantization
+from gdrt_ds.models.skeleton import skeleton
 from gdrt_ds.models.source import compute_dtype
 from gdrt_ds.training.deepspeed_config import read_deepspeed_config, zero_stage
 from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
@@ -116,23 +115,7 @@ class Inventory:
 
 def take_inventory(config: RunConfig, model_config) -> Inventory:
     """Counts on a model without storage. Raises: UserError if transformers cannot build it."""
-    import copy
-
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    attention, _ = choose_attention("auto", torch.device("cpu"), torch.float32, model_class(model_config))
-    try:
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(model_config),
-                attn_implementation=attention,
-                trust_remote_code=config.model.trust_remote_code,
-            )
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UserError(
-            f"the memory of this model cannot be estimated: {error}", "check config.json"
-        ) from None
+    model = skeleton(model_config, config.model.trust_remote_code)
     text = model_config.get_text_config()
     names = linear_names(model)
     head = lm_head_name(model)
