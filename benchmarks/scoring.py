@@ -279,7 +279,8 @@ def on_generated_catalogues(options) -> list[dict]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from gdrt_ds.config import PromptSection
-    from gdrt_ds.data.prompts import PromptEncoder, PromptTemplate
+    from gdrt_ds.data.prompts import PromptEncoder
+    from gdrt_ds.data.templates import PromptTemplate
     from gdrt_ds.data.trie import TokenTrie
     from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
     from gdrt_ds.inference.prompt_reader import PromptReader

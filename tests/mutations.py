@@ -319,7 +319,7 @@ MUTATIONS = [
         (
             (
                 "loss/head.py",
-                "Head.backproject",
+                "Head._backproject_in_blocks",
                 "range(0, gradient_CV.shape[1], CPU_NARROW_BLOCK)",
                 "range(0, min(gradient_CV.shape[1], CPU_NARROW_BLOCK), CPU_NARROW_BLOCK)",
             ),

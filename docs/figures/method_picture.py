@@ -37,7 +37,7 @@ def measure() -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gdrt_ds.config import PromptSection
-    from gdrt_ds.data.prompts import PromptTemplate
+    from gdrt_ds.data.templates import PromptTemplate
     from gdrt_ds.models.built_in import smollm2_folder
 
     folder = smollm2_folder()

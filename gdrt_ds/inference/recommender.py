@@ -17,7 +17,8 @@ import torch
 
 from gdrt_ds.config import ModelSection, RunConfig, load_config
 from gdrt_ds.data.catalogue import Catalogue
-from gdrt_ds.data.prompts import PromptEncoder, PromptTemplate
+from gdrt_ds.data.prompts import PromptEncoder
+from gdrt_ds.data.templates import PromptTemplate
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.prompt_reader import PromptReader

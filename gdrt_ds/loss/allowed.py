@@ -1,5 +1,4 @@
-"""Softmax over the valid next tokens of a catalogue trie (MSL, SIGIR 2025) without touching the rest of
-the vocabulary.
+"""Softmax over the next tokens that a catalogue trie has (MSL, SIGIR 2025), and over no others.
 
 A row at trie node n may only choose among the children of n. Rows whose node has one child have loss 0 and
 no gradient, whatever the model says, and never reach the head. The others are sorted by the number of
@@ -7,8 +6,8 @@ children and cut into chunks; a chunk multiplies only the union of its rows' all
 Amazon-like catalogues the root has thousands of children and almost all other nodes have few, so the two
 kinds never share a chunk.
 
-Shapes: N supervised tokens, M trie nodes, K = offsets[M] (node, token) pairs, C rows of a chunk, U union
-of their tokens.
+Shapes: N supervised tokens, M trie nodes, K = offsets[M] (node, token) pairs, C rows of a chunk, U union of
+their tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from gdrt_ds.errors import UserError
 
 
 class AllowedTokens(NamedTuple):
-    """Which tokens row i may choose: tokens[offsets[node[i]] : offsets[node[i] + 1]], without repetition.
+    """Which tokens each row may choose.
 
-    Keep the three tensors on the CPU: the chunks are planned there, and a CUDA tensor would cost a host
-    synchronisation.
+    Row i has tokens[offsets[node[i]] : offsets[node[i] + 1]], without repetition. Keep the three tensors on
+    the CPU: the chunks are planned there, and a CUDA tensor would cost a host synchronisation.
     """
 
     node: torch.Tensor  # [N] integer
@@ -36,19 +35,19 @@ class AllowedTokens(NamedTuple):
 
 @dataclass
 class AllowedChunk:
-    """Rows that share a gathered head.
-
-    `forbidden` is None when every row may choose every token of the union.
-    """
+    """Rows that share a gathered head."""
 
     rows: torch.Tensor  # [C] long, on the device
     tokens: torch.Tensor  # [U] long, ascending, on the device
     node_slot: torch.Tensor  # [C] long: row of `forbidden` for each row
-    forbidden: torch.Tensor | None  # [distinct nodes, U] bool, True = may not be chosen
+    # [distinct nodes, U] bool, True = may not be chosen; None: every row may choose every token of the union.
+    forbidden: torch.Tensor | None
 
 
 @dataclass
 class AllowedPlan:
+    """All rows of a call: those that reach the head, in chunks, and those that have no choice."""
+
     chunks: list[AllowedChunk]
     single_rows: torch.Tensor  # [S] long: rows whose node has exactly one child
     single_tokens: torch.Tensor  # [S] long: that child
@@ -59,7 +58,16 @@ def plan_allowed(
 ) -> AllowedPlan:
     """Cuts N rows into chunks of similar allowed sizes.
 
-    Raises UserError for shapes, nodes or tokens out of range and empty nodes.
+    Args:
+        allowed: what each row may choose.
+        num_rows: N.
+        vocabulary: rows of the head.
+        chunk_bytes: budget for the logits of a chunk.
+        bytes_per_logit: what one logit takes of it.
+        device: where the chunks are used.
+
+    Raises:
+        UserError: a shape is wrong, a node or token is out of range, or a node has no children.
     """
     node = allowed.node.detach().cpu().numpy().astype(np.int64)
     offsets = allowed.offsets.detach().cpu().numpy().astype(np.int64)
@@ -93,26 +101,30 @@ def plan_allowed(
     # smallest row needs.
     size_class = np.log2(np.maximum(size, 1)).astype(np.int64) // 2
     rest = rest[np.lexsort((rest, node[rest], -size_class[rest]))]
-    chunks, start = [], 0
+    chunks = []
+    start = 0
     while start < len(rest):
-        stop, union, last = start, 0, -1
+        stop = start
+        union = 0
+        last = -1
         while stop < len(rest) and size_class[rest[stop]] == size_class[rest[start]]:
             row = rest[stop]
-            union_next = union + (size[row] if node[row] != last else 0)
+            union_next = union
+            if node[row] != last:
+                union_next += size[row]
             too_big = (stop - start + 1) * min(union_next, vocabulary) * bytes_per_logit > chunk_bytes
             # Many small nodes in one chunk would make the product quadratic: at most 256 rows unless they
             # share one node.
             too_mixed = stop - start >= 256 and node[row] != last
             if stop > start and (too_big or too_mixed):
                 break
-            union, last, stop = union_next, node[row], stop + 1
+            union = union_next
+            last = node[row]
+            stop += 1
         chunks.append(_chunk(rest[start:stop], node, offsets, tokens, device))
         start = stop
-
-    def to_device(array):
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
-    return AllowedPlan(chunks, to_device(single), to_device(tokens[offsets[node[single]]]))
+    only_children = tokens[offsets[node[single]]]
+    return AllowedPlan(chunks, _to_device(single, device), _to_device(only_children, device))
 
 
 def _chunk(
@@ -126,9 +138,13 @@ def _chunk(
         forbidden = np.ones((len(nodes), len(union)), dtype=bool)
         for slot, part in enumerate(parts):
             forbidden[slot, np.searchsorted(union, part)] = False
+    return AllowedChunk(
+        _to_device(rows, device),
+        _to_device(union, device),
+        _to_device(node_slot.reshape(-1), device),
+        None if forbidden is None else _to_device(forbidden, device),
+    )
 
-    def to_device(array):
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
-    mask = None if forbidden is None else to_device(forbidden)
-    return AllowedChunk(to_device(rows), to_device(union), to_device(node_slot.reshape(-1)), mask)
+def _to_device(array: np.ndarray, device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

@@ -1,16 +1,18 @@
-"""Triton kernels for what happens to a chunk of logits between the two matrix products; rowwise.py is the
-same in torch.
+"""Triton kernels for what happens to a chunk of logits between the two matrix products.
 
-Logits lie in device memory in the head's dtype (as a model's own logits do), arithmetic is float32. A
-chunk of complete rows is read
-twice and written once: an online log-sum-exp, then softmax - onehot over the logits themselves, so no
-second buffer exists. With 1,000 rows of a 128k vocabulary in bfloat16 that is 0.8 GB of traffic beside 2 x
-0.9 TFLOP of products (H = 3584), below a tenth of their time.
-No atomics: one program owns a row, one program owns a group, and their loops run in order, so sums are
-bitwise reproducible.
+rowwise.py is the same in torch. Logits lie in device memory in the head's dtype, as a model's own logits do;
+arithmetic is float32.
 
-Runs on CPUs under TRITON_INTERPRET=1 (set before import) and compiles ahead of time for sm_80 and sm_90: see
-tests/loss/test_kernels.py, which lists registers and spills.
+Memory traffic: a chunk of complete rows is read twice and written once. An online log-sum-exp comes first,
+then softmax - onehot is written over the logits themselves, so no second buffer exists. With 1,000 rows of a
+128k vocabulary in bfloat16 that is 0.8 GB of traffic beside 2 x 0.9 TFLOP of products (H = 3584), which is
+below a tenth of their time.
+
+There are no atomics: one program owns a row, one program owns a group, and their loops run in order. So sums
+are bitwise reproducible.
+
+The kernels run on CPUs under TRITON_INTERPRET=1 (set before import) and compile ahead of time for sm_80 and
+sm_90. tests/loss/test_kernels.py does both and lists registers and spills.
 
 Shapes: C rows of a chunk, V columns, N tokens, G groups.
 """
@@ -31,7 +33,7 @@ TOKEN_BLOCK = 1024
 
 
 def why_unusable(device_type: str, dtype: torch.dtype) -> str:
-    """Empty when the kernels can run on such tensors, else the reason."""
+    """Returns why the kernels cannot run on such tensors; empty when they can."""
     if dtype == torch.float64:
         return "the kernels compute in float32 and the head is float64"
     if device_type == "cpu" and not INTERPRETED:
@@ -41,10 +43,7 @@ def why_unusable(device_type: str, dtype: torch.dtype) -> str:
 
 @triton.jit
 def _final_logits(raw, gain, cap_gain, HAS_CAP: tl.constexpr, KEEP_INF: tl.constexpr):
-    """(final logits, derivative of the tanh).
-
-    Raw * gain, or cap_gain * tanh(raw * gain) with the soft-cap.
-    """
+    """Returns raw * gain, or cap_gain * tanh(raw * gain) with the soft-cap, and tanh's derivative."""
     scaled = raw * gain
     slope = scaled * 0.0 + 1.0
     if HAS_CAP:
@@ -200,17 +199,21 @@ def group_sums_kernel(losses_ptr, groups_ptr, sums_ptr, num_tokens, BLOCK: tl.co
 
 
 class TritonRowwise(TorchRowwise):
-    """The same interface as TorchRowwise.
+    """The Triton part of one call, with the interface of TorchRowwise.
 
-    The buffer holds logits in the product's dtype and the kernels apply gain and soft-cap.
+    The buffer holds logits in the product's dtype, and the kernels apply gain and soft-cap.
     """
 
     def __init__(self, settings, product_dtype: torch.dtype):
         super().__init__(settings, product_dtype)
         self.gain = self.head_gain * self.scratch_gain
-        self.cap_gain = 0.0 if self.softcap is None else self.cap_gain
-        self.slope, self.head_gain, self.gradient_slope = settings.slope, 1.0, 1.0
-        self.bytes_per_logit, self.chunk_bytes = product_dtype.itemsize, settings.chunk_bytes
+        if self.softcap is None:
+            self.cap_gain = 0.0  # the kernel takes a number and does not read it
+        self.slope = settings.slope
+        self.head_gain = 1.0
+        self.gradient_slope = 1.0
+        self.bytes_per_logit = product_dtype.itemsize
+        self.chunk_bytes = settings.chunk_bytes
 
     def buffer(self, rows: int, columns: int, device) -> torch.Tensor:
         return torch.empty(rows, columns, dtype=self.buffer_dtype, device=device)

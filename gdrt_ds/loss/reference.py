@@ -1,5 +1,4 @@
-"""The loss in plain torch, with the whole [N, V] logits tensor and torch's own autograd: the judge of the
-fused versions.
+"""The loss in plain torch, with all [N, V] logits and torch's own autograd: the judge of the fused versions.
 
 Shapes: N supervised tokens, H hidden, V vocabulary, G groups, r rank of a LoRA pair.
 """
@@ -26,9 +25,10 @@ def reference_group_cross_entropy(
     lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # A[r, H], B[V, r], scale
     dtype: torch.dtype | None = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # loss_sums[G], token_losses[N]
-    """Same arguments and results as `group_cross_entropy`, computed in `dtype` (None.
+    """Same arguments and results as `group_cross_entropy`.
 
-    The head's own dtype, as a model would).
+    Args:
+        dtype: of the computation; None takes the head's own, as a model would.
     """
     dtype = dtype or weight.dtype
     logits_NV = hidden.to(dtype) @ weight.to(dtype).T

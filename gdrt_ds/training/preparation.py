@@ -14,7 +14,8 @@ from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import RunConfig
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
-from gdrt_ds.data.prompts import PromptEncoder, PromptTemplate, TokenStore, tokenise_split
+from gdrt_ds.data.prompts import PromptEncoder, TokenStore, tokenise_split
+from gdrt_ds.data.templates import PromptTemplate, template_texts
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import TINY_NAME
@@ -97,8 +98,6 @@ def prepare(config: RunConfig) -> Prepared:
 def _tiny_texts(config: RunConfig, corpus: Corpus, titles: list[str]) -> list[str] | None:
     if config.model.path != TINY_NAME:
         return None
-    from gdrt_ds.data.prompts import template_texts
-
     return [*template_texts(config.prompt, corpus.domain), *titles]
 
 

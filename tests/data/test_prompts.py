@@ -20,9 +20,9 @@ from gdrt_ds.data.prompts import (
     TARGET,
     TEMPLATE,
     PromptEncoder,
-    PromptTemplate,
     tokenise_split,
 )
+from gdrt_ds.data.templates import PromptTemplate
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
 

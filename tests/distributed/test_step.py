@@ -11,9 +11,8 @@ from tests.distributed.ranks import run_scenario
 
 pytestmark = pytest.mark.distributed
 
-# Checks of arguments that run on CPUs only; on a device they are assertions of the device
-# (loss/group_loss.py).
-CPU_CHECKS = ("group_loss.py:_check_range:", "group_loss.py:_require:")
+# Checks of arguments that run on CPUs only; on a device they are assertions of the device (loss/checks.py).
+CPU_CHECKS = ("checks.py:check_range:", "checks.py:require:")
 
 
 @pytest.fixture(scope="module")
