@@ -14,6 +14,7 @@ from gdrt_ds.models.attention import choose_attention
 from gdrt_ds.models.built_in import make_tiny_model
 from gdrt_ds.models.families import decoder, lm_head, lm_head_scaling
 from gdrt_ds.models.fingerprint import base_fingerprint
+from gdrt_ds.models.four_bit import FourBitLinear
 from gdrt_ds.models.load import load_model
 from gdrt_ds.models.source import load_tokenizer, resolve_model
 from tests.distributed.scenario_sharded import FAMILIES, make_family
@@ -83,11 +84,9 @@ def test_loading_leaves_the_global_random_generator_alone(tiny):
 def test_nf4_weights_are_packed_bytes_and_stay_unpacked_on_avx512(tiny):
     loaded = load(tiny, train=False)
     linear = loaded.model.model.layers[0].self_attn.q_proj
-    assert (
-        type(linear).__name__ == "Linear4bit"
-        and linear.weight.dtype == torch.uint8
-        and not linear.support_avx512bf16_for_cpu
-    )
+    assert isinstance(linear, FourBitLinear)
+    assert linear.weight.dtype == torch.uint8
+    assert not linear.support_avx512bf16_for_cpu
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         before = linear.weight.data.clone()

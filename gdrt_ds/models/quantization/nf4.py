@@ -96,12 +96,16 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def prepare(model: nn.Module) -> None:
-    """Turns bitsandbytes' in-place repacking of CPU weights off.
+    """Takes the own 4-bit linear layer, and turns bitsandbytes' in-place repacking of CPU weights off.
 
+    The own layer does not keep a gathered weight alive from forward to backward (four_bit.py).
     On processors with AVX512-BF16, Linear4bit rewrites weight and quant_state for inference the first time it
     runs without gradient. Under ZeRO-3 the rewritten weight is freed after the forward while the rewritten
     quant_state stays, and every later forward is wrong. Without ZeRO-3 the scales are rounded to bfloat16.
     """
+    from gdrt_ds.models.four_bit import use_four_bit_linear
+
+    use_four_bit_linear(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
