@@ -54,9 +54,9 @@ def title_log_probs(context, which: str) -> np.ndarray:
 
 def _random_losses(context, rows) -> list[dict[str, np.ndarray]]:
     """Losses of a model with the base's architecture and fresh weights."""
-    from gdrt_ds.inference.prompt_reader import PromptReader
+    from gdrt_ds.inference.path_reader import make_reader
 
-    reader = PromptReader(random_model(context))
+    reader = make_reader(random_model(context), [])
 
     def compute(part):
         return token_losses(reader, None, part)
@@ -68,7 +68,7 @@ def random_model(context):
     """The base's architecture with fresh float32 weights; two layers of it where the base is large."""
     from transformers import AutoModelForCausalLM
 
-    from gdrt_ds.models.families import unwrap
+    from gdrt_ds.models.families import model_class, supports_sdpa, unwrap
     from gdrt_ds.models.source import read_model_config
 
     recommender = context.recommender
@@ -80,5 +80,6 @@ def random_model(context):
             config.layer_types = config.layer_types[:2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(CONTROL_SEED)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        attention = "sdpa" if supports_sdpa(model_class(config)) else "eager"
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return model.float().eval().to(recommender.reader.device)

@@ -25,7 +25,14 @@ from transformers.cache_utils import Cache
 
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.attention import takes_dense_masks
-from gdrt_ds.models.families import attention_windows, decoder, lm_head, lm_head_scaling
+from gdrt_ds.models.families import (
+    attention_windows,
+    decoder,
+    lm_head,
+    lm_head_scaling,
+    supports_sdpa,
+    unwrap,
+)
 
 KeyValues = list[tuple[Tensor, Tensor]]  # per layer: keys and values [B or 1, K, P, D]
 
@@ -193,10 +200,7 @@ class PromptReader:
 
     def __post_init__(self):
         self.decoder, self.config = decoder(self.model), decoder(self.model).config
-        if not takes_dense_masks(self.config._attn_implementation):
-            # Flash kernels take no explicit mask. The evaluation's report names the attention that scored.
-            self.decoder.set_attn_implementation("sdpa")
-        self.windows, self.window = attention_windows(self.config)
+        self._take_masks()
         self.rows = LmHeadRows.of(self.model)
         weight = self.decoder.get_input_embeddings().weight
         self.device, self.num_layers = weight.device, self.config.num_hidden_layers
@@ -206,6 +210,14 @@ class PromptReader:
         # The last head token is left to `read`, so that a prompt without history still has a token to
         # forward.
         self.num_shared = max(0, len(self.prefix_ids) - 1)
+
+    def _take_masks(self) -> None:
+        """Makes the attention take explicit masks, and finds the windows of the layers."""
+        if not takes_dense_masks(self.config._attn_implementation):
+            # Flash kernels take no explicit mask. The evaluation's report names the attention that scored.
+            substitute = "sdpa" if supports_sdpa(type(unwrap(self.model))) else "eager"
+            self.decoder.set_attn_implementation(substitute)
+        self.windows, self.window = attention_windows(self.config)
 
     def check_length(self, longest: int) -> None:
         """Raises UserError if prompt + item would not fit the model's positions."""

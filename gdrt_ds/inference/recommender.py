@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gdrt_ds.config import ModelSection, RunConfig, load_config
@@ -21,10 +22,13 @@ from gdrt_ds.data.prompts import PromptEncoder
 from gdrt_ds.data.templates import PromptTemplate
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
+from gdrt_ds.inference.catalogue_scoring import TreePlan
+from gdrt_ds.inference.path_reader import PathReader, make_reader
 from gdrt_ds.inference.prompt_reader import PromptReader
 from gdrt_ds.models.families import unwrap
 from gdrt_ds.models.fingerprint import base_fingerprint
 from gdrt_ds.models.load import LoadedModel, load_model
+from gdrt_ds.models.scoring_choice import tree_obstacle
 from gdrt_ds.models.source import load_tokenizer, resolve_model
 
 RUN_FILES = ("config.yaml", "prompt.json", "catalogue.jsonl")
@@ -226,8 +230,23 @@ def assemble(
     encoder.reserve_for(catalogue)
     titles = [entry.text for entry in catalogue.entries]
     trie = TokenTrie.build([encoder.target_ids(title) for title in titles], titles)
-    reader = PromptReader(model, encoder.prefix_ids)
+    reader = make_reader(model, encoder.prefix_ids)
+    if isinstance(reader, PathReader):
+        lines.append(path_cost_line(tree_obstacle(model), trie, encoder.max_length))
     return Recommender(config, loaded, encoder, catalogue, trie, reader, adapter, lines)
+
+
+def path_cost_line(reason: str, trie: TokenTrie, prompt_tokens: int) -> str:
+    """Says once that items are scored one by one, why, and what it costs beside a tree."""
+    plan = TreePlan(trie, "renormalised")
+    after = np.append(plan.nodes[1:], trie.num_nodes)
+    last = plan.nodes[after >= trie.end[plan.nodes]]  # forwarded nodes below which nothing is forwarded
+    one_by_one = len(last) * prompt_tokens + int(trie.depth[last].sum())
+    times = one_by_one / max(1, len(plan.nodes) + prompt_tokens)
+    return (
+        f"scoring: item by item, because {reason}: {len(last):,} sequences per user, {times:.0f} times the "
+        f"tokens of a tree (for prompts of {prompt_tokens} tokens)"
+    )
 
 
 def open_run(

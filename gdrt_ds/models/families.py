@@ -27,7 +27,7 @@ def model_class(config):
 
 def supports_sdpa(architecture) -> bool:
     """Whether a transformers class runs on SDPA. Remote code (None) is taken to do so."""
-    return architecture is None or architecture._supports_sdpa
+    return getattr(architecture, "_supports_sdpa", True)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -145,7 +145,7 @@ def attention_windows(config) -> tuple[dict[str, int | None] | None, int | None]
     if unknown or getattr(config, "is_encoder_decoder", False):
         what = f"layers of type {', '.join(sorted(unknown))}" if unknown else "an encoder"
         raise UserError(
-            f"model type `{config.model_type}` has {what}; catalogue scoring needs causal attention layers",
+            f"model type `{config.model_type}` has {what}, which follow no mask of ours",
             "use a decoder-only model with full or sliding-window attention",
         )
     window = getattr(config, "sliding_window", None)

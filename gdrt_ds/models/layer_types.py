@@ -35,6 +35,7 @@ POSITION_WISE = (
     nn.Identity,
     nn.ModuleList,
     nn.ModuleDict,
+    nn.ParameterDict,
     nn.SiLU,
     nn.GELU,
     nn.ReLU,
@@ -120,6 +121,8 @@ def is_position_wise(module: nn.Module) -> bool:
     if isinstance(module, (*POSITION_WISE, Conv1D)):  # GPT-2's Conv1D is a linear layer
         return True
     kind = type(module)
+    if kind.__module__.startswith("peft."):  # an adapter around a layer, which is looked at itself
+        return True
     activations = tuple(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
     return isinstance(module, activations) or POSITION_WISE_NAMES.search(kind.__name__) is not None
 

@@ -3,7 +3,7 @@
 Whether rows can be packed depends on the model's layers and on its attention, so the choice stands
 here and not beside the batches: packed rows need layers that keep positions apart (layer_types.py)
 and the tree attention, which builds on SDPA. It is made on the model without storage, so that
-`--plan` and training decide alike.
+`--plan` and training decide alike. gdrt_ds/training/leak_check.py then measures the loaded model.
 """
 
 from __future__ import annotations

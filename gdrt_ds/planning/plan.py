@@ -29,6 +29,8 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
     if not full:
         return
     from gdrt_ds.models.packing import choose_packing
+    from gdrt_ds.models.scoring_choice import scoring_line
+    from gdrt_ds.models.skeleton import skeleton
     from gdrt_ds.training.preparation import padding_figures, plan_batches, prepare, total_steps
 
     prepared = prepare(config)
@@ -58,6 +60,7 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
         f"{figures['shared_prefix']:,.0f} with a shared head"
     )
     say(line)
+    say(scoring_line(skeleton(prepared.model_config, config.model.trust_remote_code)))
     say(
         f"engine: DeepSpeed ZeRO stage {zero_stage(filled)} on {world} rank(s), "
         f"{str(dtype).removeprefix('torch.')}"

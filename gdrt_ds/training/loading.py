@@ -11,9 +11,11 @@ from gdrt_ds.batches.tree_attention import ATTENTION_NAME
 from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.models.packing import choose_packing
 from gdrt_ds.models.reference_adapters import load_reference_adapters
+from gdrt_ds.models.scoring_choice import scoring_line
 from gdrt_ds.models.source import compute_dtype
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config, zero_stage
 from gdrt_ds.training.job import Job
+from gdrt_ds.training.leak_check import confirm_packing
 from gdrt_ds.training.memory_use import PeakMemory
 from gdrt_ds.training.model_with_loss import FusedLossModel
 from gdrt_ds.training.optimizer import make_optimizer
@@ -75,6 +77,7 @@ def load(job: Job, prepared: Prepared) -> Loaded:
     for line in base.lines:
         job.say(line)
     job.say(packing_line)
+    job.say(scoring_line(base.model))
     job.say(f"engine: DeepSpeed ZeRO stage {zero_stage(deepspeed_config)}; {plan.describe()}")
     for line in load_reference_adapters(base.model, config, base.fingerprint):
         job.say(line)
@@ -91,4 +94,15 @@ def load(job: Job, prepared: Prepared) -> Loaded:
         dist_init_required=False,
     )
     engine.train()
+    packing, line = confirm_packing(
+        config.train.packing,
+        packing,
+        engine,
+        prepared.model_config,
+        prepared.tokenizer.pad_token_id,
+        dtype,
+        runtime.device,
+    )
+    if line:
+        job.say(line)
     return Loaded(base, engine, plan, total_steps(config, store), packing, dtype, memory)

@@ -21,7 +21,7 @@ SIZES = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    max_position_embeddings=128,
+    max_position_embeddings=1024,
     bos_token_id=1,
     eos_token_id=2,
     pad_token_id=2,
@@ -48,6 +48,7 @@ class Family:
         changes: what differs from SIZES.
         packs: whether samples may stand in one row.
         why_not: a part of the reason that is announced where they may not.
+        tree_scoring: whether the catalogue is scored as a tree; otherwise item by item.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Family:
     changes: dict = field(default_factory=dict)
     packs: bool = True
     why_not: str = ""
+    tree_scoring: bool = True
 
 
 FAMILIES = {
@@ -82,7 +84,7 @@ FAMILIES = {
     ),
     "phi": Family("Phi", "PhiConfig"),
     "phi3": Family("Phi-3", "Phi3Config", {"sliding_window": WINDOW}),
-    "gpt2": Family("GPT-2", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "gpt2": Family("GPT-2", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024}),
     "granite": Family("Granite", "GraniteConfig", {"logits_scaling": 4.0}),
     "cohere": Family("Cohere", "CohereConfig"),
     "gpt_oss": Family(
@@ -104,6 +106,7 @@ FAMILIES = {
         {"head_dim": 8, "shared_expert_intermediate_size": 16, **EXPERTS, **DELTA_NET},
         packs=False,
         why_not="Qwen3NextGatedDeltaNet",
+        tree_scoring=False,
     ),
     "qwen3_5": Family(
         "Qwen3.5",
@@ -111,6 +114,7 @@ FAMILIES = {
         {"head_dim": 8, **DELTA_NET},
         packs=False,
         why_not="Qwen3_5GatedDeltaNet",
+        tree_scoring=False,
     ),
     "lfm2": Family(
         "LFM2",
@@ -118,6 +122,7 @@ FAMILIES = {
         {"layer_types": ["conv", "full_attention"]},
         packs=False,
         why_not="Lfm2ShortConv",
+        tree_scoring=False,
     ),
     "falcon_h1": Family(
         "Falcon-H1",
@@ -132,6 +137,7 @@ FAMILIES = {
         },
         packs=False,
         why_not="FalconH1Mixer",
+        tree_scoring=False,
     ),
 }
 TITLES = [
@@ -157,6 +163,14 @@ def family_config(name: str, vocabulary: int):
     return config
 
 
+def spread_weights(model: torch.nn.Module) -> None:
+    """Random matrices so wide that a wrong mask or position shows in losses and scores."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2, generator=generator)
+
+
 def make_family(name: str, folder: Path) -> Path:
     """A model folder with tokenizer. Weights are wide enough that a wrong mask or position
     shows."""
@@ -165,10 +179,7 @@ def make_family(name: str, folder: Path) -> Path:
         return path
     tokenizer = transformers.AutoTokenizer.from_pretrained(make_tiny_model(folder / "words", TITLES, 0))
     model = transformers.AutoModelForCausalLM.from_config(family_config(name, len(tokenizer)))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.2, generator=generator)
+    spread_weights(model)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -176,10 +187,11 @@ def make_family(name: str, folder: Path) -> Path:
 
 def family_table() -> list[str]:
     """The lines of the table in docs/support-matrix.md."""
-    lines = ["| family | samples share rows |", "|---|---|"]
+    lines = ["| family | samples share rows | catalogue scored |", "|---|---|---|"]
     for family in FAMILIES.values():
         packs = "yes" if family.packs else f"no: {family.why_not}"
-        lines.append(f"| {family.title} | {packs} |")
+        scored = "as a tree" if family.tree_scoring else "item by item"
+        lines.append(f"| {family.title} | {packs} | {scored} |")
     return lines
 
 

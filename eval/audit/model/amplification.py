@@ -23,7 +23,7 @@ from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap, permutation_p
 from eval.audit.score_rows import entropy, exposure, probabilities, top_lists
 from eval.metrics.inputs import popularity_bins
-from gdrt_ds.inference.prompt_reader import PromptReader
+from gdrt_ds.inference.path_reader import make_reader
 
 DEFAULT_USERS = 16
 K = 10
@@ -125,7 +125,7 @@ def score_steps(context: AuditContext, samples) -> list[tuple[int, np.ndarray]]:
     for step, folder in chosen_steps(context):
         set_adapter(recommender.loaded.model, adapter_weights(folder))
         # The reader's prompt cache holds states of the former weights.
-        recommender.reader = PromptReader(recommender.loaded.model, recommender.encoder.prefix_ids)
+        recommender.reader = make_reader(recommender.loaded.model, recommender.encoder.prefix_ids)
         walker.forget()
         steps.append((step, walker.scores(histories, f"step {step}")))
     return steps

@@ -1,0 +1,130 @@
+"""Measures, once after loading, whether the samples of a packed row see each other.
+
+The choice of packing reads the code of the layers (gdrt_ds/models/layer_types.py); this reads what they
+compute, with the engine, the attention kernel and the quantization of the run. Three short samples A, B,
+C stand in one row. B's losses are compared after all tokens of A were changed, and after those of C
+were. Nothing may move them but the order of sums: routed experts work on as many rows as tokens come to
+them. That is the control: a causal layer that leaks lets A reach B and never C, so A may move B no more
+than C does.
+
+It costs three forward passes of about twenty tokens. Every rank takes part, so it works under ZeRO-3.
+
+Shapes: N target tokens of B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from gdrt_ds.batches import build_micro_batch
+from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.errors import UserError
+
+SHARED = 2
+"""Tokens that the samples have in common, as all prompts begin alike."""
+LENGTHS = (7, 6, 8)
+"""Further tokens of A, B and C."""
+TOLERANCE = {torch.float32: 1e-4}
+"""Nats by which B's losses may move in any case, by dtype."""
+HALF_TOLERANCE = 1e-2
+ABOVE_CONTROL = 10.0
+"""How many times as much A may move B as C does."""
+NO_MASK = 100.0
+"""Times the tolerance: if C moves B by more, B sees what stands behind it."""
+
+
+@dataclass(frozen=True)
+class Leak:
+    """By how many nats the losses of sample B move, at most.
+
+    Attributes:
+        before: when A, which stands before B, changes.
+        after: when C, which stands behind B, changes.
+    """
+
+    before: float
+    after: float
+
+    def found(self, dtype: torch.dtype) -> bool:
+        """Whether samples see each other. Losses that are not numbers say nothing."""
+        tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
+        return self.after > NO_MASK * tolerance or self.before > max(tolerance, ABOVE_CONTROL * self.after)
+
+
+def measure_leak(engine, packing: str, vocabulary: int, pad_id: int, device: torch.device) -> Leak:
+    """Runs the probe; the same result on every rank. The engine's mode (train or eval) is kept.
+
+    Args:
+        engine: DeepSpeed's, around the FusedLossModel.
+        packing: packed or shared_prefix.
+        vocabulary: tokens of the model.
+    """
+
+    def losses_of_b(seed_a: int, seed_c: int) -> torch.Tensor:
+        store = probe(vocabulary, (seed_a, 2, seed_c))
+        micro = build_micro_batch(store, np.arange(3), packing, SHARED, pad_id, device).to(device)
+        one_group = torch.zeros(len(micro.labels), dtype=torch.long, device=device)
+        with torch.no_grad():
+            losses = engine(micro, one_group, 1)[1]
+        first, second = store.target_offsets[1:3]
+        return losses[first:second].double()
+
+    training = engine.training
+    engine.eval()
+    usual = losses_of_b(1, 3)
+    moved = torch.stack([(losses_of_b(4, 3) - usual).abs().max(), (losses_of_b(1, 5) - usual).abs().max()])
+    engine.train(training)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(moved, op=dist.ReduceOp.MAX)
+    return Leak(*moved.tolist())
+
+
+def probe(vocabulary: int, seeds: tuple[int, int, int]) -> TokenStore:
+    """Three samples of random tokens behind a common start; every token of their own is a target."""
+    start = np.random.default_rng(0).integers(0, vocabulary, SHARED)
+    rows = [
+        np.concatenate([start, np.random.default_rng(seed).integers(0, vocabulary, length)])
+        for seed, length in zip(seeds, LENGTHS, strict=True)
+    ]
+    ids = np.concatenate(rows).astype(np.int32)
+    targets = np.array(LENGTHS, np.int32) - 1  # the first own token is predicted from the common start
+    return TokenStore(
+        ids,
+        np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
+        np.zeros(len(ids), np.int8),
+        targets,
+        np.concatenate([[0], np.cumsum(targets)]).astype(np.int64),
+    )
+
+
+def confirm_packing(
+    wanted: str, packing: str, engine, model_config, pad_id: int, dtype: torch.dtype, device: torch.device
+) -> tuple[str, str]:
+    """Returns the packing to use and the line to announce; the line is empty where rows are not packed.
+
+    Args:
+        wanted: `train.packing`.
+        packing: what was chosen from the layers.
+        model_config: transformers' config of the model.
+
+    Raises:
+        UserError: samples see each other in rows that were asked for.
+    """
+    if packing == "none":
+        return packing, ""
+    vocabulary = model_config.get_text_config().vocab_size
+    leak = measure_leak(engine, packing, vocabulary, pad_id, device)
+    text = f"another sample's tokens move a sample's losses by {max(leak.before, leak.after):.1e} nats"
+    if not leak.found(dtype):
+        return packing, f"packing: measured on a probe row, {text}"
+    if wanted == "auto":
+        return "none", f"packing: none (auto: measured on a probe row, {text})"
+    raise UserError(
+        f"train.packing = {wanted} would let the samples of a row see each other: measured on a probe "
+        f"row, {text}",
+        "set train.packing=auto or none",
+    )
