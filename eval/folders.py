@@ -190,9 +190,20 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{path} cannot be read ({reason})", "give folders that `python -m eval.run` has written"
-        ) from None
+        raise UserError(f"{path} cannot be read ({reason})", _folders_meant(path.parent)) from None
+
+
+def _folders_meant(folder: Path) -> str:
+    """The fix for a folder that is no evaluation: those that stand beneath it, as in a run folder."""
+    if is_evaluation(folder):
+        return "give folders that `python -m eval.run` has written"
+    beneath = sorted(str(path.parent) for path in folder.glob(f"eval/*/{RESULTS}"))
+    beneath += sorted(str(path.parent) for path in folder.glob(f"*/{RESULTS}"))
+    if beneath:
+        return f"give an evaluation folder; beneath it there are {', '.join(beneath[:6])}"
+    if (folder / "config.yaml").is_file():
+        return f"this run is not evaluated yet: python -m eval.run --run {folder}"
+    return "give folders that `python -m eval.run` has written"
 
 
 # -- names of earlier versions ---------------------------------------------------------------------

@@ -11,6 +11,7 @@ from eval.folders import FORMAT, RESULTS, is_evaluation, read_results
 from eval.loading import Subject
 from eval.metrics import evaluate, evaluate_targets
 from eval.predictions import (
+    Exactness,
     Progress,
     ScoringOptions,
     check_exactness,
@@ -88,8 +89,9 @@ def run_evaluation(
             keep = context.wanted_scores()
     output = output or default_output(subject, options)
     key = scoring_key(subject, options)
+    exactness = None
     if runtime.is_main:
-        _begin(subject, options, output, key, overwrite)
+        exactness = _begin(subject, options, output, key, overwrite)
     runtime.barrier()
     with Progress(runtime, f"{subject.name}: {options.mode}") as progress:
         predictions, scores = predict(subject, options, output, runtime, progress, keep)
@@ -101,7 +103,7 @@ def run_evaluation(
         audited = run_audits(audits, context)
     if predictions is None:
         return None
-    results = measure(subject, options, predictions, floors=floors, num_bootstrap=num_bootstrap)
+    results = measure(subject, options, predictions, exactness, floors=floors, num_bootstrap=num_bootstrap)
     kept = {name: audit for name, audit in earlier_audits(output, key).items() if name not in audited}
     if kept:
         print(f"audits of an earlier evaluation of the same predictions are kept: {', '.join(kept)}")
@@ -112,15 +114,17 @@ def run_evaluation(
 
 def _begin(
     subject: Subject, options: ScoringOptions, output: Path, key: dict[str, Any], overwrite: bool
-) -> None:
+) -> Exactness:
     """Says what is evaluated, checks that it can be scored, and makes the output ready."""
     for line in subject.recommender.lines:
         print(line)
     num_items = len(subject.catalogue)
     if options.k > num_items:
         print(f"lists: the catalogue has {num_items} items, so lists end there (--k {options.k})")
-    print(check_exactness(subject, options), flush=True)
+    exactness = check_exactness(subject, options)
+    print(exactness.line(), flush=True)
     claim_output(output, key, overwrite)
+    return exactness
 
 
 def earlier_audits(output: Path, key: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +142,7 @@ def measure(
     subject: Subject,
     options: ScoringOptions,
     predictions: list[dict[str, Any]],
+    exactness: Exactness | None = None,
     *,
     floors: bool = True,
     num_bootstrap: int = 1000,
@@ -157,12 +162,16 @@ def measure(
     found["targets"] = evaluate_targets(
         predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap
     )
+    notes = _notes(subject, options, predictions)
+    if exactness is not None:
+        results["exactness"] = exactness.figures()
+        notes += exactness.notes()
     if options.mode == "best_first":
         results["search"] = _search_figures(subject, predictions)
     return {
         **results,
         "format": FORMAT,
-        "notes": [*results.get("notes", []), *_notes(subject, options, predictions)],
+        "notes": [*results.get("notes", []), *notes],
         "name": subject.name,
         "split": subject.split,
         "num_samples": len(predictions),

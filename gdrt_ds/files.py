@@ -97,6 +97,15 @@ def finite(value: Any) -> Any:
     return value
 
 
+def written_file(error: OSError) -> str:
+    """The file that an error of the file system is about.
+
+    A failed copy or rename names its source first and its destination second; what cannot be written is the
+    destination.
+    """
+    return str(error.filename2 or error.filename or "a file")
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()

@@ -49,6 +49,17 @@ def print_json(titles: list[str], unknown: list[str], found: list[dict[str, Any]
     print(json.dumps({"history": titles, "unknown": unknown, "recommendations": found}, ensure_ascii=False))
 
 
+def tell(text: str) -> None:
+    """A line about the work on stderr: stdout has the recommendations alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def tell_progress(finished: int, total: int) -> None:
+    """Progress of a file of histories; a single batch needs no line."""
+    if total > finished or total > 8:
+        tell(f"{finished}/{total} histories")
+
+
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     from gdrt_ds.runtime import report_user_errors, single_process_runtime
@@ -59,12 +70,16 @@ def main(argv: list[str] | None = None) -> None:
 
         if options.k < 1:
             raise UserError(f"--k {options.k} is too small", "give at least 1")
+        read_histories(options.history, options.file, set())  # wrong uses are told before the model is loaded
+        tell(f"loading the model of {options.run}")
         recommender = open_run(options.run, single_process_runtime(), options.overrides, base=options.base)
         known = {entry.text for entry in recommender.catalogue.entries}
         histories = read_histories(options.history, options.file, known)
         for title in unknown_titles(histories, known):
             print(f"note: {title!r} is not in the catalogue; its text is used as it is", file=sys.stderr)
-        for titles, found in zip(histories, recommend(recommender, histories, options.k)):
+        tell(f"scoring {len(histories)} histories against {len(known)} titles")
+        lists = recommend(recommender, histories, options.k, on_batch=tell_progress)
+        for titles, found in zip(histories, lists):
             if options.json:
                 print_json(titles, unknown_titles([titles], known), found)
             else:

@@ -2,17 +2,19 @@
 progress.
 
 options.py   how to score
-scorer.py    batches of samples -> predictions; the check against scoring items one by one
+scorer.py    batches of samples -> predictions
+exactness.py the check against scoring items one by one
 rows.py      one object of predictions.jsonl
 predict.py   scores what is missing, rank by rank, and joins the parts
 progress.py  what a person sees meanwhile
 """
 
+from eval.predictions.exactness import Exactness, check_exactness
 from eval.predictions.options import MODES, SCORINGS, ScoringOptions
 from eval.predictions.predict import claim_output, predict, scoring_key
 from eval.predictions.progress import Progress
 from eval.predictions.rows import describe, item_order
-from eval.predictions.scorer import SampleScorer, check_exactness
+from eval.predictions.scorer import SampleScorer
 
 __all__ = [
     "MODES",
@@ -20,6 +22,7 @@ __all__ = [
     "Progress",
     "SampleScorer",
     "ScoringOptions",
+    "Exactness",
     "check_exactness",
     "claim_output",
     "describe",

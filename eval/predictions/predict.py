@@ -144,6 +144,13 @@ def predict(
             flush=True,
         )
     missing = [sample for sample in subject.samples if sample.sample_id not in done]
+    if missing and runtime.is_main:
+        ranks = f" on {runtime.world} ranks" if runtime.world > 1 else ""
+        finished = f" ({len(done)} are finished)" if done else ""
+        print(
+            f"scoring: {len(missing)} users{finished} against {len(subject.catalogue)} titles{ranks}",
+            flush=True,
+        )
     runtime.barrier()  # every rank has read the parts before any rank appends
     mine = missing[runtime.rank :: runtime.world]
     kept: KeptScores = {}

@@ -1,12 +1,10 @@
-"""Batches of samples -> predictions, in one of the modes; and a check that the model is scored correctly."""
+"""Batches of samples -> predictions, in one of the modes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from eval.loading import Subject
 from eval.metrics.calibration import nll_curve
@@ -19,17 +17,10 @@ from eval.scoring import (
     expected_rank,
     num_tied,
     path_scores,
-    per_item_scores,
     top_entries,
 )
 from gdrt_ds.data.corpus import Sample
-from gdrt_ds.errors import UserError
 from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
-
-# Largest difference to per-item scoring at the start of a scoring job, in nats. fp32 rounding of a title
-# stays below 1e-3 on every family tried; a wrong mask or position gives tenths and more. Half precision
-# rounds logits to 1/64 and less.
-CHECK_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 1.0, torch.float16: 0.3}
 
 
 class SampleScorer:
@@ -124,51 +115,3 @@ class SampleScorer:
             top_scores=scores[: self.options.k],
             nll=nll,
         )
-
-
-def check_exactness(subject: Subject, options: ScoringOptions) -> str:
-    """Compares tree scores with plain per-item scoring on the first sample: its target and two other items.
-
-    Returns:
-        a line that says how far they are apart.
-    Raises:
-        UserError: they differ. This architecture does something with masks or positions that scoring does not
-            know.
-    """
-    recommender = subject.recommender
-    sample = subject.samples[0]
-    entries = sorted({subject.catalogue.index_of[sample.target], 0, len(subject.catalogue) // 2})
-    prompt = recommender.prompt_of(sample.history)
-    found = per_item_scores(recommender.loaded.model, recommender.trie, prompt, entries, options.scoring)
-    by_tree = _tree_scores(subject, options, prompt, entries)
-    if not bool(torch.isfinite(found).all()):
-        return "check: the model gives NaN or infinite scores; they count as the worst rank"
-    difference = float((by_tree.double() - found).abs().max())
-    dtype = recommender.reader.mask_dtype
-    # A NaN difference is no agreement either, hence `not <=`.
-    if not difference <= CHECK_TOLERANCE.get(dtype, 1.0):
-        raise UserError(
-            f"scores of {type(recommender.loaded.model).__name__} in {dtype} differ by {difference:.3g} nats "
-            "from scoring items one by one",
-            "this model family is not supported by tree scoring (or the dtype is too coarse: set "
-            "model.dtype=float32)",
-        )
-    return (
-        f"check: tree scores equal scoring items one by one within {difference:.1e} nats "
-        f"({len(entries)} items, {str(dtype).removeprefix('torch.')})"
-    )
-
-
-def _tree_scores(
-    subject: Subject, options: ScoringOptions, prompt: list[int], entries: Sequence[int]
-) -> torch.Tensor:
-    """Scores of the entries as the chosen mode computes them, [len(entries)]."""
-    reader = subject.recommender.reader
-    trie = subject.recommender.trie
-    state = reader.read([prompt])
-    if options.exact:
-        scorer = CatalogueScorer(reader, trie, options.scoring, options.max_score_bytes)
-        return scorer.score_state(state)[0, entries]
-    return torch.tensor(
-        [float(path_scores(reader, trie, state, [entry], options.scoring)[0]) for entry in entries]
-    )

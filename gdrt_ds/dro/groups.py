@@ -19,8 +19,9 @@ from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Corpus, Sample
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import write_text
 
-OTHER = "(other)"
+OTHER, UNKNOWN = "(other)", "(unknown)"
 
 
 @dataclass
@@ -63,10 +64,8 @@ class GroupPlan:
         return [f"{what} in [{low}, {high}){suffix}" for low, high in zip(cuts, cuts[1:])]
 
     def save(self, path: Path) -> None:
-        path.write_text(
-            json.dumps({**asdict(self), "names": self.names()}, indent=1, ensure_ascii=False),
-            encoding="utf-8",
-        )
+        text = json.dumps({**asdict(self), "names": self.names()}, indent=1, ensure_ascii=False)
+        write_text(path, text)
 
     @classmethod
     def load(cls, path: Path) -> GroupPlan:
@@ -115,7 +114,7 @@ def _sample_label(section: GroupsSection, corpus: Corpus, catalogue: Catalogue, 
             )
         return str(user[section.column])
     if section.by == "provider":
-        return str(catalogue.entries[catalogue.index_of[sample.target]].provider or "(unknown)")
+        return str(catalogue.entries[catalogue.index_of[sample.target]].provider or UNKNOWN)
     if section.column not in sample.labels:
         raise UserError(
             f"groups.column = {section.column!r}: sample {sample.sample_id} has no such label",
@@ -182,11 +181,29 @@ def fit_groups(
         frequent = Counter(_sample_values(section, corpus, catalogue, samples)).most_common()
         frequent.sort(key=lambda pair: (-pair[1], pair[0]))
         names = [name for name, _ in frequent]
+        _refuse_one_label(section, names)
         plan.labels = names if len(names) <= section.num else names[: section.num - 1] + [OTHER]
         plan.num = len(plan.labels)
     groups = apply_groups(plan, section, corpus, catalogue, samples, store, relevance, "train")
     plan.counts = np.bincount(groups, minlength=plan.num).tolist()
     return plan
+
+
+def _refuse_one_label(section: GroupsSection, names: list[str]) -> None:
+    """With one group every objective over groups is the plain mean, which is not what was asked for."""
+    if names == [UNKNOWN]:
+        raise UserError(
+            "groups.by = provider, but no target of train has a provider in the item table",
+            "give the item table a column `provider` (data.columns.provider renames another), or choose "
+            "another groups.by",
+        )
+    if len(names) == 1 and section.num > 1:
+        what = "provider" if section.by == "provider" else f"groups.column = {section.column}"
+        raise UserError(
+            f"groups.by = {section.by}: all targets of train have the same label {names[0]!r} of {what}, so "
+            "there would be one group",
+            "choose a label with at least two values, or another groups.by",
+        )
 
 
 def apply_groups(

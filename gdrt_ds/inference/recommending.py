@@ -7,7 +7,7 @@ does not have is used as text.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,11 @@ def unknown_titles(histories: Iterable[list[str]], known: set[str]) -> list[str]
 
 
 def recommend(
-    recommender: Recommender, histories: list[list[str]], k: int = 10, batch_size: int = 8
+    recommender: Recommender,
+    histories: list[list[str]],
+    k: int = 10,
+    batch_size: int = 8,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> list[list[dict[str, Any]]]:
     """Returns the k most probable titles of the catalogue for every history, with exact scores.
 
@@ -94,6 +98,7 @@ def recommend(
         histories: titles, oldest first.
         k: length of the lists; a k larger than the catalogue gives all of it.
         batch_size: histories scored at once.
+        on_batch: called after every batch with the number of finished and of all histories.
 
     Returns:
         per history the k best {"rank", "item_id", "title", "log_prob", "probability"}, best first.
@@ -107,6 +112,8 @@ def recommend(
         prompts = [recommender.prompt_of_titles(titles) for titles in histories[start : start + batch_size]]
         for row in scorer.score(prompts):
             lists.append(_best(row, recommender.catalogue.entries, k))
+        if on_batch is not None:
+            on_batch(len(lists), len(histories))
     return lists
 
 

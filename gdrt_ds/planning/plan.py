@@ -25,6 +25,9 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
     from gdrt_ds.planning.compatibility import check_combination
 
     check_combination(config, raw)
+    from gdrt_ds.training.preflight import check_data, check_settings
+
+    check_settings(config)
     say("--- resolved config\n" + dump_config(config).rstrip() + "\n---")
     if not full:
         return
@@ -34,7 +37,7 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
     from gdrt_ds.training.preparation import padding_figures, plan_batches, prepare, total_steps
 
     prepared = prepare(config)
-    for note in prepared.notes:
+    for note in [*prepared.notes, *check_data(config, prepared)]:
         say(f"data: {note}")
     store = prepared.stores["train"]
     plan = plan_batches(config, store, world)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gdrt_ds.errors import LostPeer, StorageError, UserError
+from gdrt_ds.files import written_file
 from gdrt_ds.runtime.ranks import detect_rank
 
 OUT_OF_MEMORY = (
@@ -68,7 +69,7 @@ def explain(error: BaseException, memory_fix: str = MEMORY_FIX) -> UserError | N
         return UserError(f"out of memory on {place} ({first})", memory_fix)
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return StorageError(
-            f"{error.filename or 'a file'} cannot be written ({error.strerror})",
+            f"{written_file(error)} cannot be written ({error.strerror})",
             "free disk space and go on with resume=auto; published checkpoints are intact",
         )
     if _is_lost_peer(error, text):

@@ -46,6 +46,9 @@ def save_adapter(engine, folder: str | Path, *, tokenizer=None) -> Path:
         )
         if len(tensors) != len(gathered):
             raise RuntimeError(f"{len(gathered)} trainable tensors, {len(tensors)} recognised by PEFT")
+        broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise RuntimeError(f"{len(broken)} adapter matrices hold NaN or infinity, e.g. {broken[0]}")
         save_file(
             {name: value.contiguous() for name, value in tensors.items()},
             scratch / "adapter_model.safetensors",

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from gdrt_ds.errors import StorageError, UserError
+from gdrt_ds.files import written_file
 
 TAKEN_OVER = "was taken over by"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -42,6 +43,8 @@ def attempt(action: Callable[[], object], on: bool = True) -> str | None:
     except UserError as error:
         return error.problem
     except WRITE_ERRORS as error:
+        if isinstance(error, OSError) and error.filename:
+            return f"{type(error).__name__}: {written_file(error)}: {error.strerror}"
         text = str(error).strip().splitlines()
         return f"{type(error).__name__}: {text[0] if text else ''}"
     return None
@@ -65,9 +68,17 @@ def agree(engine, problem: str | None, scratch: Path, what: str | None = None) -
     which = next(rank for rank, text in enumerate(texts) if text)
     mistake = TAKEN_OVER in texts[which] or (what is not None and texts[which].startswith("RuntimeError"))
     kind = UserError if mistake else StorageError
+    fix = (
+        "free disk space (or stop the other process on this run folder) and go on with resume=auto; "
+        "earlier checkpoints are intact"
+    )
+    if mistake and what is not None:
+        fix = (
+            "the disk is not the reason: look at the losses in metrics.jsonl and lower train.lr; earlier "
+            "checkpoints are intact"
+        )
     raise kind(
         f"{what or 'checkpoint ' + scratch.name.split('.')[1]} was not published: rank {which}: "
         f"{texts[which]}",
-        "free disk space (or stop the other process on this run folder) and go on with resume=auto; "
-        "earlier checkpoints are intact",
+        fix,
     )

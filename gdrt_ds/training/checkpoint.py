@@ -17,6 +17,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,15 +125,7 @@ def resolve_resume(run_dir: str | Path, resume: str | None) -> tuple[Path | None
         return None, []
     if resume == "auto":
         return search_valid(run_dir)
-    path = Path(resume)
-    if not path.is_dir() and (Path(run_dir) / "checkpoints" / resume).is_dir():
-        path = Path(run_dir) / "checkpoints" / resume
-    if not path.is_dir():
-        known = ", ".join(p.name for _, p in _published(Path(run_dir) / "checkpoints")) or "none"
-        raise UserError(
-            f"resume = {resume}: no such checkpoint folder",
-            f"checkpoints of {run_dir}: {known}; or resume=auto",
-        )
+    path = _checkpoint_named(run_dir, resume)
     problem = verify(path)
     if problem is not None:
         raise UserError(
@@ -140,6 +133,35 @@ def resolve_resume(run_dir: str | Path, resume: str | None) -> tuple[Path | None
             "resume=auto takes the newest valid one",
         )
     return path, []
+
+
+def check_resume(run_dir: str | Path, resume: str | None) -> None:
+    """Looks only whether the checkpoint that `resume` names is there; `resolve_resume` reads it.
+
+    Raises:
+        UserError: no such checkpoint.
+    """
+    if resume is not None and resume != "auto":
+        _checkpoint_named(run_dir, resume)
+
+
+def _checkpoint_named(run_dir: str | Path, resume: str) -> Path:
+    """A checkpoint by its path, or by its name in the run folder.
+
+    Raises:
+        UserError: no such folder, or one that is no checkpoint.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    for path in (Path(resume), folder / resume):
+        if path.is_dir():
+            break
+    else:
+        known = ", ".join(p.name for _, p in _published(folder)) or "none"
+        raise UserError(
+            f"resume = {resume}: no such checkpoint folder",
+            f"checkpoints of {run_dir}: {known}; or resume=auto",
+        )
+    return path
 
 
 def verify(path: Path) -> str | None:
@@ -237,14 +259,29 @@ def _write_deepspeed_files(engine, scratch: Path) -> str | None:
         if problem:
             problems.append(problem)
 
+    copy_scripts = engine._copy_recovery_script
+
+    def guarded_copy(folder):
+        problem = _copied(copy_scripts, folder)
+        if problem:
+            problems.append(problem)
+
     writer.save = guarded
+    engine._copy_recovery_script = guarded_copy
     try:
         engine.save_checkpoint(
             str(scratch), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True
         )
     finally:
         del writer.save
+        del engine._copy_recovery_script
     return problems[0] if problems else None
+
+
+def _copied(copy_scripts: Callable[[str], object], folder: str) -> str | None:
+    """DeepSpeed's copy of its own scripts beside the state; the error of a copy may name the script alone."""
+    problem = attempt(lambda: copy_scripts(folder))
+    return None if problem is None else f"{problem} (while scripts were copied into {folder})"
 
 
 def _publish(run_dir: Path, scratch: Path, final: Path, about: dict, keep: int, best: bool) -> None:

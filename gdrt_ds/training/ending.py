@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from gdrt_ds.runtime import EXIT_INTERRUPTED
 from gdrt_ds.training import checkpoint, run_folder
@@ -12,6 +13,7 @@ from gdrt_ds.training.loading import Loaded
 from gdrt_ds.training.loop import Result
 from gdrt_ds.training.memory_use import format_bytes
 from gdrt_ds.training.preparation import Prepared
+from gdrt_ds.training.step import NonFiniteLoss
 from gdrt_ds.training.telemetry import duration
 
 
@@ -19,6 +21,9 @@ def end(job: Job, prepared: Prepared, loaded: Loaded, result: Result) -> int:
     """Publishes what the run leaves behind; returns the exit status. Every rank calls it."""
     if result.interrupted:
         return _interrupted(job, loaded, result)
+    broken = result.last is not None and not result.last.is_finite
+    if broken:
+        _refuse_without_a_sound_checkpoint(job, result)
     adapter_step = _publish_adapter(job, prepared, loaded, result)
     peak = loaded.memory.largest()
     job.say(f"memory per rank: peak {format_bytes(peak)}; --plan predicts it")
@@ -32,6 +37,7 @@ def end(job: Job, prepared: Prepared, loaded: Loaded, result: Result) -> int:
             adapter_step=adapter_step,
             stopped_early=result.stopped_early,
             best=result.best.figures,
+            last_validation_finite=not broken,
             seconds=round(seconds, 1),
             tokens_per_rank=result.tokens,
             samples=result.step * job.config.train.global_batch,
@@ -47,9 +53,37 @@ def end(job: Job, prepared: Prepared, loaded: Loaded, result: Result) -> int:
             data_fingerprint=prepared.corpus.fingerprint,
             peak_memory_bytes=peak,
         )
+    if broken:
+        job.say(
+            f"warning: the last validation (step {result.last.step}) is not finite, so the run broke down "
+            f"after step {adapter_step}; the adapter is of that step. Lower train.lr"
+        )
     job.say(f"done: {job.folder} ({duration(seconds)}); next: python -m eval.run --run {job.folder}")
     job.runtime.barrier()
     return 0
+
+
+def _refuse_without_a_sound_checkpoint(job: Job, result: Result) -> None:
+    """The last weights are broken: only an earlier checkpoint can give the adapter.
+
+    Raises:
+        NonFiniteLoss: no validation was finite, or the checkpoint of the best one is not there.
+    """
+    best = result.best.figures
+    if best is not None and (_checkpoint_of(job, best["step"])).is_dir():
+        return
+    seen = "no validation was finite"
+    if best is not None:
+        seen = f"the best validation was at step {best['step']}, of which no checkpoint was kept"
+    raise NonFiniteLoss(
+        f"the last validation (step {result.last.step}) is not finite, and {seen}: no adapter is published",
+        "lower train.lr and start anew; train.on_nonfinite=stop ends such a run at once, and "
+        "train.eval_every keeps the checkpoint of the best validation",
+    )
+
+
+def _checkpoint_of(job: Job, step: int) -> Path:
+    return job.folder / "checkpoints" / f"step_{step}"
 
 
 def _interrupted(job: Job, loaded: Loaded, result: Result) -> int:
@@ -70,7 +104,7 @@ def _publish_adapter(job: Job, prepared: Prepared, loaded: Loaded, result: Resul
     step = result.step
     best = result.best.figures
     if best is not None and best["step"] != step:
-        folder = job.folder / "checkpoints" / f"step_{best['step']}"
+        folder = _checkpoint_of(job, best["step"])
         if folder.is_dir():
             checkpoint.load(loaded.engine, folder, restore_rng=False)
             step = best["step"]

@@ -22,10 +22,11 @@ from gdrt_ds.dro import relevance
 from gdrt_ds.dro.groups import GroupPlan, apply_groups, fit_groups, token_relevance
 from gdrt_ds.files import cache_folder, replacing, sha256_of
 from gdrt_ds.models.reference_adapters import AUXILIARY, reference, reference_adapters
+from gdrt_ds.training.agreement import agree, attempt
 from gdrt_ds.training.job import Job
 from gdrt_ds.training.loading import Loaded
 from gdrt_ds.training.losses import token_losses
-from gdrt_ds.training.preparation import Prepared
+from gdrt_ds.training.preparation import Prepared, target_counts
 from gdrt_ds.training.telemetry import duration
 
 
@@ -151,7 +152,7 @@ def score_relevance(
         return Relevance(saved_table, store, key)
     if reference_name == "corpus":
         job.say(f"relevance: {what} from train frequencies")
-        values = relevance.corpus_scores(store, _target_counts(prepared))
+        values = relevance.corpus_scores(store, target_counts(prepared))
         return Relevance(values, store, relevance.fingerprint(key, prepared.stores["train"].fingerprint))
     if reference_name != "live":
         cached = _cached_on_every_rank(job, key, int(store.target_offsets[-1]))
@@ -159,11 +160,21 @@ def score_relevance(
             job.say(f"relevance: {what} from the cache ({key[:12]})")
             return Relevance(cached, store, key)
     started = time.time()
+    job.say(f"relevance: scoring {what} under `{reference_name}`")
     values = _score_with_model(job, prepared, loaded, store, on_progress)
     if job.runtime.is_main and reference_name != "live":
-        relevance.save_cached(relevance_cache(), key, values)
+        _keep_for_other_runs(job, key, values)
     job.say(f"relevance: {what} under `{reference_name}` in {duration(time.time() - started)}")
     return Relevance(values, store, key)
+
+
+def _keep_for_other_runs(job: Job, key: str, values: np.ndarray) -> None:
+    """Writes the table into the cache. A run does not end because others would have to score again."""
+    problem = attempt(lambda: relevance.save_cached(relevance_cache(), key, values))
+    if problem:
+        job.say(
+            f"relevance: not kept for other runs, the cache {relevance_cache()} cannot be written: {problem}"
+        )
 
 
 def _fingerprint(job: Job, prepared: Prepared, loaded: Loaded, store: TokenStore) -> str:
@@ -221,17 +232,17 @@ def _score_with_model(
     return values
 
 
-def _target_counts(prepared: Prepared) -> np.ndarray:
-    """int64[entries]: train samples whose target the entry is."""
-    catalogue = prepared.catalogue
-    targets = [catalogue.index_of[sample.target] for sample in prepared.corpus.split("train")]
-    return np.bincount(targets, minlength=len(catalogue.entries))
-
-
 def save_groups(job: Job, prepared: Prepared, grouped: Grouped) -> None:
-    """Writes groups.json and groups.safetensors into the run folder; rank 0 only."""
-    if not job.runtime.is_main:
-        return
+    """Writes groups.json and groups.safetensors into the run folder. Every rank calls it, rank 0 writes.
+
+    Raises:
+        StorageError: on every rank, if they could not be written.
+    """
+    problem = attempt(lambda: _write_groups(job, prepared, grouped), on=job.runtime.is_main)
+    agree(job.runtime, problem, job.folder / ".groups.tmp", what="groups.safetensors")
+
+
+def _write_groups(job: Job, prepared: Prepared, grouped: Grouped) -> None:
     grouped.plan.save(job.folder / "groups.json")
     store = prepared.stores["train"]
     tensors = {

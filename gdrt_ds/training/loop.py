@@ -17,7 +17,7 @@ from gdrt_ds.training.preparation import Prepared
 from gdrt_ds.training.resuming import Resumed, client_state
 from gdrt_ds.training.step import NonFiniteLoss, StepResult, StepRunner
 from gdrt_ds.training.telemetry import Telemetry
-from gdrt_ds.training.validation import Best, validate
+from gdrt_ds.training.validation import Best, Validation, validate
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Result:
     Attributes:
         step: optimizer steps that are done.
         best: the best validation.
+        last: the latest validation of this start.
         tokens: tokens that this rank computed since the start, padding not counted.
         interrupted: a signal ended it; `step` is saved and the run can go on.
         stopped_early: train.patience ended it.
@@ -34,6 +35,7 @@ class Result:
 
     step: int
     best: Best
+    last: Validation | None = None
     tokens: int = 0
     interrupted: bool = False
     stopped_early: bool = False
@@ -108,6 +110,7 @@ class _Loop:
         result = replace(before, step=done, tokens=before.tokens + stepped.tokens)
         is_best = False
         if self._validation_is_due(done):
+            self._tell_dead_gradient(done, gradient_norm)
             result, is_best = self._validate(result, grouped)
         finished = done == total or result.stopped_early
         if self._checkpoint_is_due(done, is_best) or finished or stepped.stop:
@@ -156,6 +159,7 @@ class _Loop:
         """(the result with its new best, whether this validation is the best)."""
         train = self.job.config.train
         found = validate(self.job, self.prepared, self.loaded, grouped, result.step, self.watchdog.beat)
+        self._tell_not_finite(found)
         is_best = result.best.is_beaten_by(found, train.select_by)
         best = result.best.after(found, train.select_by)
         self.telemetry.validation({"step": result.step, **found.figures(), "group_loss": found.group_loss})
@@ -164,7 +168,28 @@ class _Loop:
             + ("  (best so far)" if is_best else "")
         )
         stopped_early = train.patience is not None and best.later >= train.patience
-        return replace(result, best=best, stopped_early=stopped_early), is_best
+        return replace(result, best=best, last=found, stopped_early=stopped_early), is_best
+
+    def _tell_dead_gradient(self, done: int, gradient_norm) -> None:
+        """Weights that are far too large can leave finite losses that no longer depend on them."""
+        if gradient_norm is not None and float(gradient_norm) == 0:
+            self.telemetry.note(
+                f"warning: the gradient of step {done} is exactly 0, so nothing is learned: train.lr may be "
+                "far too large, or all groups of this batch have weight 0"
+            )
+
+    def _tell_not_finite(self, found: Validation) -> None:
+        """With on_nonfinite=stop a validation that is not finite ends the run, before it is published."""
+        if found.is_finite:
+            return
+        told = f"validation at step {found.step} is not finite (nll {found.nll}): the weights are broken"
+        if self.job.config.train.on_nonfinite == "stop":
+            raise NonFiniteLoss(
+                f"{told}; this step is not published",
+                "resume=auto goes on from the last checkpoint; lower train.lr, "
+                "or check model.dtype (float16 overflows)",
+            )
+        self.telemetry.note(f"warning: {told}; it never counts as the best")
 
     def _refuse_broken_weights(self, done: int, gradient_norm) -> None:
         """A finite loss can have a gradient that is not. The next step would notice.

@@ -37,7 +37,7 @@ def split_losses(
     Args:
         beat: called after every micro-batch, so that the watchdog sees progress.
         samples: score these only; the tokens of all others are 0.
-        announce: what to call the work in four progress lines; None says nothing.
+        announce: what to call the work in a line before it and four lines during it; None says nothing.
     """
     store, runtime = prepared.stores[split], job.runtime
     chosen = np.arange(len(store)) if samples is None else samples
@@ -51,6 +51,8 @@ def split_losses(
     )
     rounds = plan.split(chosen)
     losses = torch.zeros(int(store.target_offsets[-1]), dtype=torch.float64)
+    if announce:
+        job.say(f"{announce}: {len(rounds)} micro-batches to go")
     for index, slots in enumerate(rounds):
         micro = build_micro_batch(
             store,

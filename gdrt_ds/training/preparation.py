@@ -95,6 +95,13 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(corpus, catalogue, template, encoder, tokenizer, folder, model_config, stores, notes)
 
 
+def target_counts(prepared: Prepared) -> np.ndarray:
+    """int64[entries]: train samples whose target the entry is."""
+    catalogue = prepared.catalogue
+    targets = [catalogue.index_of[sample.target] for sample in prepared.corpus.split("train")]
+    return np.bincount(targets, minlength=len(catalogue.entries))
+
+
 def _tiny_texts(config: RunConfig, corpus: Corpus, titles: list[str]) -> list[str] | None:
     if config.model.path != TINY_NAME:
         return None

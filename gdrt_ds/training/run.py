@@ -31,6 +31,7 @@ from gdrt_ds.training.job import Job, last_word, open_job, stop_if_asked
 from gdrt_ds.training.loading import Loaded, load
 from gdrt_ds.training.loop import train
 from gdrt_ds.training.losses import split_losses
+from gdrt_ds.training.preflight import check_data, check_settings
 from gdrt_ds.training.preparation import Prepared, prepare
 from gdrt_ds.training.resuming import Resumed, resume
 from gdrt_ds.training.step import StepRunner
@@ -53,6 +54,7 @@ def run_training(config: RunConfig, runtime: Runtime, *, keep_engine: bool = Tru
         say(runtime, f"{config.run.dir} is a finished run: nothing to do")
         return 0
     objective = get_objective(config.objective)
+    check_settings(config)
     job = open_job(config, runtime)
     with last_word(job), contextlib.ExitStack() as cleanup:
         prepared = prepare_data(job)
@@ -71,6 +73,7 @@ def run_training(config: RunConfig, runtime: Runtime, *, keep_engine: bool = Tru
 def prepare_only(config: RunConfig, runtime: Runtime) -> None:
     """Tokenises and fills the relevance cache, so that a short job can do it before a long one starts."""
     objective = get_objective(config.objective)
+    check_settings(config)
     job = open_job(config, runtime)
     prepared = prepare_data(job)
     loaded = load(job, prepared)
@@ -86,7 +89,7 @@ def prepare_data(job: Job) -> Prepared:
     """
     prepared = prepare(job.config)
     stop_if_asked(job)
-    for line in prepared.notes:
+    for line in [*prepared.notes, *check_data(job.config, prepared)]:
         job.say(f"data: {line}")
     if job.runtime.is_main:
         prepared.catalogue.save(job.folder / "catalogue.jsonl")

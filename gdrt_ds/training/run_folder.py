@@ -99,8 +99,10 @@ def claim(config: RunConfig) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write_probe"
-        probe.write_text("x")
-        probe.unlink()
+        try:
+            probe.write_text("x")
+        finally:  # a full disk makes the file and then does not write it
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"run.dir = {folder}: not writable ({error.strerror})",

@@ -6,6 +6,7 @@ The group of every target token, and what the objective asks for beside losses.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,27 +105,43 @@ def frozen_weights(given: list[float] | str | None, num_groups: int, device: tor
     """
     if given is None:
         return None
-    if isinstance(given, str):
-        given = final_weights(Path(given))
-    if len(given) != num_groups:
-        raise UserError(
-            f"dro.frozen_weights has {len(given)} weights, there are {num_groups} groups",
-            "use the same groups.* in both runs",
-        )
-    q = torch.tensor(given, dtype=torch.float64, device=device)
+    q = torch.tensor(frozen_weights_given(given, num_groups), dtype=torch.float64, device=device)
     return q / q.sum()
+
+
+def frozen_weights_given(given: list[float] | str, num_groups: int | None = None) -> list[float]:
+    """The weights that `dro.frozen_weights` lists, or those at the end of the run that it names.
+
+    Raises:
+        UserError: a folder without metrics; weights that are no distribution; another number of groups.
+    """
+    weights = final_weights(Path(given)) if isinstance(given, str) else given
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
+        raise UserError(
+            f"dro.frozen_weights = {given}: the weights {weights} are no distribution over groups",
+            "give numbers of at least 0 that are not all 0; a group of weight 0 is not trained on",
+        )
+    if num_groups is not None and len(weights) != num_groups:
+        raise UserError(
+            f"dro.frozen_weights = {given} has {len(weights)} weights, there are {num_groups} groups",
+            f"give {num_groups} numbers, or use the same groups.* in both runs",
+        )
+    return weights
 
 
 def final_weights(run: Path) -> list[float]:
     """Mean group weights over the last steps of a run; a group absent in all of them has weight 0."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if not lines:
+    try:
+        last = [json.loads(line)["group_weight"] for line in lines[-LAST_STEPS:]]
+    except (ValueError, KeyError, TypeError):
+        last = []
+    if not last:
         raise UserError(
-            f"dro.frozen_weights = {run}: no metrics.jsonl there",
+            f"dro.frozen_weights = {run}: no metrics.jsonl there with the group weights of steps",
             "give the folder of a finished gdrt run, or a list of numbers",
         )
-    last = [json.loads(line)["group_weight"] for line in lines[-LAST_STEPS:]]
     rows = np.array([[np.nan if weight is None else weight for weight in row] for row in last], dtype=float)
     seen = np.isfinite(rows).sum(0)
     return (np.nansum(rows, axis=0) / np.maximum(seen, 1)).tolist()

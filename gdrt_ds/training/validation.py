@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,11 @@ class Validation:
     objective: float
     group_loss: torch.Tensor
 
+    @property
+    def is_finite(self) -> bool:
+        """False if any token's loss is NaN or infinite: such a model cannot be compared with another."""
+        return all(math.isfinite(value) for value in self.figures().values())
+
     def figures(self) -> dict[str, float]:
         return {"nll": self.nll, "worst_group": self.worst_group, "objective": self.objective}
 
@@ -43,6 +49,9 @@ class Best:
     later: int = 0
 
     def is_beaten_by(self, validation: Validation, select_by: str) -> bool:
+        """A validation that is not finite beats nothing, the first one included."""
+        if not validation.is_finite:
+            return False
         return self.figures is None or validation.figures()[select_by] < self.figures["value"]
 
     def after(self, validation: Validation, select_by: str) -> Best:
@@ -65,9 +74,8 @@ def validate(
     group_loss = group_sums(losses, groups, grouped.plan.num) / counts.clamp_min(1)
     group_loss[counts == 0] = float("nan")
     section = job.config.dro
-    _, objective = dro.closed_form_weights(
-        group_loss.nan_to_num(), dro.prior(counts, section.prior), section.tau
-    )
+    present = torch.where(counts > 0, group_loss, 0.0)  # NaN of a group that is there stays NaN
+    _, objective = dro.closed_form_weights(present, dro.prior(counts, section.prior), section.tau)
     return Validation(
         step=step,
         nll=losses.mean().item(),

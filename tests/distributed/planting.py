@@ -163,6 +163,32 @@ def nan_gradient(victim: int, step: int):
     return fault
 
 
+def broken_weights(step: int):
+    """Optimizer step `step` (1-based) leaves NaN in an adapter matrix, as an absurd learning rate would."""
+
+    def fault(rank: int) -> None:
+        import deepspeed
+        import torch
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        taken = [0]
+
+        def breaking(engine_step):
+            def stepping(self, *args, **kwargs):
+                taken[0] += 1
+                if taken[0] == step:
+                    parameter = next(p for n, p in self.module.named_parameters() if "lora_B" in n)
+                    whole = safe_get_full_fp32_param(parameter)
+                    safe_set_full_fp32_param(parameter, torch.full_like(whole, float("nan")))
+                return engine_step(self, *args, **kwargs)
+
+            return stepping
+
+        _wrap(deepspeed.DeepSpeedEngine, "step", breaking)
+
+    return fault
+
+
 def left_out_step(step: int):
     """The step is never run: what a skipped step must be equal to."""
 

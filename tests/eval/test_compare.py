@@ -165,12 +165,20 @@ def test_the_baseline_can_be_any_of_the_folders(folders, tmp_path):
         (["{0}"], "nothing to compare"),
         (["{0}", "{0}"], "given twice"),
         (["{0}", "nowhere"], "cannot be read"),
+        (["{0}", "{1}/.."], "give an evaluation folder; beneath it there are {1}/../eval"),
         (["{0}", "{1}", "--num-bootstrap", "5"], "--num-bootstrap is 5"),
     ],
 )
 def test_wrong_arguments_end_with_words_and_status_2(folders, tmp_path, capsys, arguments, words):
     assert main([*(a.format(*folders) for a in arguments), "--output", str(tmp_path / "out")]) == 2
-    assert words in capsys.readouterr().err
+    assert words.format(*folders) in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_evaluated_is_answered_with_the_command_that_does_it(folders, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    assert main([str(folders[0]), str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 2
+    assert f"python -m eval.run --run {tmp_path / 'run'}" in capsys.readouterr().err
 
 
 def test_a_difference_in_scoring_is_noted_and_a_limit_is_called_no_result(folders, tmp_path):

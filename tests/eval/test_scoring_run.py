@@ -481,6 +481,22 @@ def test_an_unsupported_architecture_is_noticed_before_scoring(run, monkeypatch)
         predictions_module.check_exactness(subject, predictions_module.ScoringOptions())
 
 
+def test_scores_are_called_exact_only_within_a_thousandth_of_a_nat(run, tmp_path, capsys):
+    for dtype, exact in (("float32", True), ("bfloat16", False)):
+        output = tmp_path / dtype
+        main(["--run", str(run), "--output", str(output), *FAST, f"model.dtype={dtype}"])
+        printed = capsys.readouterr().out
+        results = json.loads((output / "results.json").read_text())
+        found = results["exactness"]
+        assert found["dtype"] == dtype and found["num_items"] >= 2
+        assert (found["difference_nats"] <= 1e-3) is found["exact"] is exact, found
+        warned = [note for note in results["notes"] if "scores are not exact" in note]
+        assert ("warning: scores are not exact" in printed) is bool(warned) is not exact
+        report = (output / "report.md").read_text(encoding="utf-8")
+        assert ("scores are not exact" in report) is not exact
+        assert printed.index("scoring: ") < printed.index(f"{results['num_samples']}/")
+
+
 def test_recommend_lists_the_most_probable_titles_and_announces_unknown_ones(run, capsys, tmp_path):
     subject = load_subject(Runtime(), run=str(run))
     recommender, titles = subject.recommender, [entry.text for entry in subject.catalogue.entries]

@@ -1,0 +1,134 @@
+"""What can be known before weights are loaded is refused before they are loaded.
+
+`check_settings` looks at settings, and at the folders and packages that they name. `check_data` looks at the
+data too. A run does both before it loads its model, and `--plan` does both and loads nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+
+from gdrt_ds.config import RunConfig
+from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.dro import relevance
+from gdrt_ds.dro.groups import apply_groups, fit_groups, token_relevance
+from gdrt_ds.errors import UserError
+from gdrt_ds.models.reference_adapters import reference_adapters
+from gdrt_ds.objectives import Objective, get_objective, objectives
+from gdrt_ds.objectives.gdrt import closed_form
+from gdrt_ds.training import checkpoint
+from gdrt_ds.training.preparation import Prepared, target_counts
+from gdrt_ds.training.step_inputs import frozen_weights_given
+
+BOARDS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+"""Setting of `log` -> the package that it needs."""
+
+
+# -- without data
+def check_settings(config: RunConfig) -> None:
+    """Refuses what the settings name and what is not there.
+
+    Raises:
+        UserError: an adapter, a run or a checkpoint that is missing; a package that is not installed; frozen
+        weights of an objective that has no weights.
+    """
+    reference_adapters(config)
+    checkpoint.check_resume(config.run.dir, config.resume)
+    _check_frozen_weights(config, get_objective(config.objective))
+    for setting, package in BOARDS.items():
+        if getattr(config.log, setting) and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"log.{setting} = true, but {package} is not installed",
+                f"pip install 'gdrt-ds[{package}]', or set log.{setting}=false",
+            )
+
+
+def _check_frozen_weights(config: RunConfig, objective: Objective) -> None:
+    given = config.dro.frozen_weights
+    if given is None:
+        return
+    if objective.aggregate is not closed_form and objective.name in objectives():
+        weighing = [name for name, known in objectives().items() if known.aggregate is closed_form]
+        raise UserError(
+            f"dro.frozen_weights = {given} with objective = {config.objective}, which does not take them",
+            f"set objective to one of {', '.join(sorted(weighing))}, or leave dro.frozen_weights empty",
+        )
+    frozen_weights_given(given)
+
+
+# -- with data
+def check_data(config: RunConfig, prepared: Prepared) -> list[str]:
+    """Refuses data that the settings do not fit, and returns lines that a user should know.
+
+    Raises:
+        UserError: a catalogue of one title; a label that the data lacks; more groups than the data can have;
+        frozen weights of another number of groups.
+    """
+    num_titles = len(prepared.catalogue)
+    if num_titles < 2:
+        raise UserError(
+            f"the catalogue has {num_titles} title, so there is nothing to choose between: "
+            f"{prepared.catalogue.entries[0].text!r}",
+            "give an item table with at least two titles (data.items, data.path)",
+        )
+    num_groups = _check_groups(config, prepared)
+    lines = []
+    if num_groups < config.groups.num:
+        lines.append(
+            f"groups.num = {config.groups.num}, but groups.by={config.groups.by} has {num_groups} labels: "
+            f"{num_groups} groups"
+        )
+    objective = get_objective(config.objective)
+    weighs_groups = objective.needs_losses and not objective.per_token(config.dro)
+    if num_groups == 1 and weighs_groups:
+        lines.append(f"groups.num = 1: objective = {config.objective} with one group is the plain mean (sft)")
+    if config.dro.frozen_weights is not None:
+        frozen_weights_given(config.dro.frozen_weights, num_groups)
+    return lines
+
+
+def _check_groups(config: RunConfig, prepared: Prepared) -> int:
+    """The number of groups. Groups that need no model are made once here, for every split."""
+    section = config.groups
+    by_model = section.by in ("relevance", "random") and section.reference != "corpus"
+    if by_model:
+        _refuse_too_many_groups(section.num, prepared)
+        return section.num
+    values: dict[str, np.ndarray | None] = dict.fromkeys(prepared.stores)
+    if section.by in ("relevance", "random"):
+        values = _corpus_relevance(prepared)
+    corpus, catalogue = prepared.corpus, prepared.catalogue
+    seed = config.train.seed
+    plan = fit_groups(section, corpus, catalogue, prepared.stores["train"], values["train"], seed)
+    for split, store in prepared.stores.items():
+        samples = corpus.splits[split]
+        apply_groups(plan, section, corpus, catalogue, samples, store, values[split], split)
+    return plan.num
+
+
+def _refuse_too_many_groups(num: int, prepared: Prepared) -> None:
+    """A token's relevance depends on its title and its place in it: so many values there can be at most."""
+    counts = target_counts(prepared)
+    lengths = np.array([len(prepared.encoder.target_ids(entry.text)) for entry in prepared.catalogue.entries])
+    most = int(lengths[counts > 0].sum())
+    if num > most:
+        raise UserError(
+            f"groups.num = {num} is more than the {most} different target tokens of train: a token's "
+            "relevance depends on its title and its place in it alone",
+            f"set groups.num to at most {most}; 4 to 16 are usual",
+        )
+
+
+def _corpus_relevance(prepared: Prepared) -> dict[str, np.ndarray | None]:
+    """split -> float32[target tokens of the split] under groups.reference=corpus, which needs no model."""
+    titles = [entry.text for entry in prepared.catalogue.entries]
+    table: TokenStore = relevance.entry_store(prepared.encoder, titles)
+    scores = relevance.corpus_scores(table, target_counts(prepared))
+    return {
+        split: token_relevance(
+            scores, table.target_offsets, prepared.catalogue, prepared.corpus.splits[split], store
+        )
+        for split, store in prepared.stores.items()
+    }
