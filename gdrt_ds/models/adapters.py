@@ -92,8 +92,9 @@ def new_adapter(
         f"adapter: LoRA r={section.lora.r} alpha={section.lora.alpha:g} dropout={section.lora.dropout:g} on "
         f"{', '.join(targets)}; {trainable:,} trainable parameters in {dtype_name(dtype)}"
     )
-    for name, reason in left_out.items():
-        line += f"; not on {name} ({reason})"
+    for reason in dict.fromkeys(left_out.values()):
+        names = ", ".join(name for name in left_out if left_out[name] == reason)
+        line += f"; not on {names} ({reason})"
     return peft_model, line
 
 

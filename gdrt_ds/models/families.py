@@ -9,6 +9,7 @@ Shapes: B sequences, T positions, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from gdrt_ds.errors import UserError
@@ -128,6 +129,50 @@ def linear_names(model: nn.Module) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def fused_experts(model: nn.Module) -> dict[str, int]:
+    """Returns class name -> parameters of experts that are fused into one tensor [experts, rows, columns].
+
+    They are no linear layers: neither NF4 nor LoRA reaches them. A convolution's weight has three dimensions,
+    too, and is small.
+    """
+    found: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for parameter in module.parameters(recurse=False):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if len(shape) >= 3 and not hasattr(parameter, "quant_state"):
+                name = type(module).__name__
+                found[name] = found.get(name, 0) + getattr(parameter, "ds_numel", parameter.numel())
+    return found
+
+
+def fused_experts_line(model: nn.Module, dtype: torch.dtype) -> str:
+    """What to say about experts that a 4-bit base holds at full size; empty if there are none."""
+    found = fused_experts(model)
+    if not found:
+        return ""
+    count = sum(found.values())
+    held = str(dtype).removeprefix("torch.")
+    return (
+        f"base: {', '.join(found)} keep {count:,} parameters ({count / num_values(model):.0%} of the base) "
+        "as fused experts, which are no linear layers: they are not quantised, "
+        f"stay in {held} and get no adapter"
+    )
+
+
+def num_values(model: nn.Module) -> int:
+    """Counts parameters by the values that they hold: packed 4-bit weights count as unpacked."""
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            total += state.shape.numel()
+        else:
+            total += getattr(parameter, "ds_numel", parameter.numel())
+    return total
 
 
 def attention_windows(config) -> tuple[dict[str, int | None] | None, int | None]:

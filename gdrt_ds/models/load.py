@@ -18,7 +18,14 @@ from gdrt_ds.config import ModelSection
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.adapters import load_adapter, new_adapter
 from gdrt_ds.models.attention import choose_attention
-from gdrt_ds.models.families import decoder, decoder_layers, model_class, supports_sdpa, unwrap
+from gdrt_ds.models.families import (
+    decoder,
+    decoder_layers,
+    fused_experts_line,
+    model_class,
+    supports_sdpa,
+    unwrap,
+)
 from gdrt_ds.models.fingerprint import base_fingerprint
 from gdrt_ds.models.quantization import get_quantization
 from gdrt_ds.models.sharded_loading import CannotShard, load_sharded
@@ -102,6 +109,9 @@ def load_model(
     quantization.prepare(model)
     model.requires_grad_(False)
     lines = [attention_line, loading_line, quantization.describe(section, dtype)]
+    if quantization.bytes_of is not None:
+        experts = fused_experts_line(model, dtype)
+        lines += [experts] if experts else []
     if adapter is not None:
         model, line = load_adapter(model, adapter, path, dtype, train)
         lines.append(line)

@@ -5,6 +5,7 @@ The skeleton of the model is built without storage (transformers' own classes), 
 as it is.
 Per rank, W ranks, s bytes of the compute dtype, t tokens of a micro-batch:
     base        packed 4-bit weights (1/2 byte each), unquantised parameters (s each); both / W under ZeRO-3
+    experts     fused experts are no linear layers and stay unquantised (s each); / W under ZeRO-3
     quant_state 1 byte per 64 values + 4 per 64*256 (double quantisation), 4 per 64 without; whole on every
     rank adapter     weights s, gradients s, float32 masters 4 and two moments 8 per trainable parameter;
     sharded by stage gathered    ZeRO-3's whole parameters in use: all of them up to
@@ -30,10 +31,10 @@ from torch import nn
 
 from gdrt_ds.config import RunConfig
 from gdrt_ds.loss.group_loss import default_chunk_bytes
-from gdrt_ds.models.families import linear_names, lm_head_name
+from gdrt_ds.models.families import fused_experts, linear_names, lm_head_name
 from gdrt_ds.models.quantization import get_quantization
 from gdrt_ds.models.skeleton import skeleton
-from gdrt_ds.models.source import compute_dtype
+from gdrt_ds.models.source import compute_dtype, dtype_name
 from gdrt_ds.training.deepspeed_config import read_deepspeed_config, zero_stage
 from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
 
@@ -111,6 +112,7 @@ class Inventory:
     key_value: int
     vocabulary: int
     lora_inputs: int  # summed input sizes of the adapted modules of one layer
+    experts: int = 0  # of `plain`: fused experts, which a 4-bit base holds at full size
 
 
 def take_inventory(config: RunConfig, model_config) -> Inventory:
@@ -148,6 +150,7 @@ def take_inventory(config: RunConfig, model_config) -> Inventory:
         key_heads * head_size,
         int(text.vocab_size),
         sum(i for n, (i, _) in shapes.items() if n != head) // layers,
+        sum(fused_experts(model).values()),
     )
 
 
@@ -215,6 +218,7 @@ def estimate(
         packed, state = bytes_of(config.model, dtype, model.quantised)
     offload_param = (zero.get("offload_param") or {}).get("device", "none") != "none"
     offload_optimizer = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    experts = model.experts * size // shard
     resident = packed // shard + model.plain * size // shard
     optimizer = model.lora * 12 // (world if stage else 1)
     live = 0
@@ -234,7 +238,8 @@ def estimate(
     chunk = min(budget, targets * model.vocabulary * 4)
     transient = max(2 * model.largest * size, tokens * model.intermediate * size * 2)
     parts = {
-        "base weights": 0 if offload_param else resident,
+        "base weights": 0 if offload_param else resident - experts,
+        "fused experts": 0 if offload_param else experts,
         "quant_state": state,
         "adapter and gradients": model.lora * size // shard + gradients,
         "optimizer": 0 if offload_optimizer else optimizer,
@@ -244,6 +249,11 @@ def estimate(
         "loss": 2 * chunk + 2 * targets * model.hidden * size,
     }
     notes = []
+    if model.experts and bytes_of is not None:
+        notes.append(
+            f"{model.experts:,} of {model.quantised + model.plain:,} parameters are fused experts, which "
+            f"model.quantization = {config.model.quantization} does not reach: counted in {dtype_name(dtype)}"
+        )
     if not on_gpu:
         parts["engine"] = CPU_ENGINE_BYTES
         if cpu_allocator() == "glibc":

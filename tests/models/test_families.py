@@ -168,7 +168,7 @@ def test_a_training_step_is_the_same_packed_and_padded(folder, name):
     before, after = {}, {}
     for packing in dict.fromkeys(["none", *ways_to_pack(name)]):
         model = load_family(path, packing, train=True)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         losses = losses_of(model, make_store(), packing)
         losses.mean().backward()
         optimizer.step()

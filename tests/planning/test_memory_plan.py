@@ -163,3 +163,31 @@ def test_one_rank_gathers_nothing_since_its_slices_are_the_whole():
         for world in (1, 2)
     }
     assert gathered[1] == 0 and gathered[2] >= 300 * 64 * 4
+
+
+def test_fused_experts_are_counted_in_full_because_nf4_does_not_reach_them():
+    """Qwen3-30B-A3B: 128 experts of 3 x 2048 x 768 in each of 48 layers."""
+    model = transformers.Qwen3MoeConfig(
+        hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48, num_experts=128
+    )
+    experts = 48 * 128 * 3 * 2048 * 768
+    found = take_inventory(config(), model)
+    assert found.experts == experts and found.plain > experts > 20 * found.quantised
+    plan = estimate(config(dtype="bfloat16"), model, 8, 80 << 30)
+    assert plan.parts["fused experts"] == experts * 2 // 8
+    assert any("fused experts" in note and "bfloat16" in note for note in plan.lines())
+    assert not estimate(config(), transformers.LlamaConfig(**SMALL), 1, None).parts["fused experts"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_the_plan_counts_what_loading_leaves_unquantised(tmp_path, family):
+    from tests.models.family_models import make_family
+    from tests.models.test_model import load
+
+    path = make_family(family, tmp_path)
+    loaded = load(path, lora={"targets": "all-linear"})
+    kept = [p for p in loaded.model.parameters() if p.dim() >= 3]
+    found = take_inventory(config(), loaded.model.config)
+    assert found.experts == sum(p.numel() for p in kept) > 0
+    assert {p.dtype for p in kept} == {torch.float32}
+    assert any("as fused experts" in line and "not quantised" in line for line in loaded.lines)
