@@ -55,9 +55,34 @@ class LostPeer(UserError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean X?` for the nearest known name, or the list of what is known."""
+    """Returns `did you mean X?` for the nearest known name, or the list of what is known."""
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean `{close[0]}`?"
+    close = nearest_name(name, names)
+    if close is not None:
+        return f"did you mean `{close}`?"
     return f"known: {', '.join(names)}"
+
+
+def did_you_mean(name: str, known: Iterable[str], before: str = "") -> str:
+    """Returns `; did you mean X?` for the end of a sentence, or nothing where no known name is near.
+
+    Args:
+        before: what stands before every known name, e.g. their folder.
+    """
+    close = nearest_name(name, known)
+    if close is None:
+        return ""
+    return f"; did you mean `{before}{close}`?"
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """Returns the known name that was probably meant, or None."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    if not close:
+        return None
+    return close[0]
+
+
+def similarity(first: str, second: str) -> float:
+    """Returns how alike two names are, from 0 to 1."""
+    return difflib.SequenceMatcher(None, first, second).ratio()

@@ -5,7 +5,6 @@ docs/config-reference.md and the errors of `load_config` take their words from h
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -17,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from gdrt_ds.config.base import PartName
 from gdrt_ds.config.sections import RunConfig
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import UserError, similarity
 
 COMMAND_LINE = "command line"
 REFERENCE = "docs/config-reference.md lists every key with its meaning, its allowed values and its default"
@@ -62,15 +61,11 @@ def nearest_key(key: str) -> str | None:
     leaf = key.rpartition(".")[2]
     same_leaf = [name for name in known if leaf_of[name] == leaf]
     if same_leaf:
-        return max(same_leaf, key=lambda name: _similarity(key, name))
-    candidates = [(_similarity(key, name), name) for name in known]
-    candidates += [(_similarity(leaf, leaf_of[name]), name) for name in known]
-    similarity, name = max(candidates, key=lambda pair: pair[0])
-    return name if similarity >= 0.6 else None
-
-
-def _similarity(first: str, second: str) -> float:
-    return difflib.SequenceMatcher(None, first, second).ratio()
+        return max(same_leaf, key=lambda name: similarity(key, name))
+    candidates = [(similarity(key, name), name) for name in known]
+    candidates += [(similarity(leaf, leaf_of[name]), name) for name in known]
+    best, name = max(candidates, key=lambda pair: pair[0])
+    return name if best >= 0.6 else None
 
 
 # -- what a key allows

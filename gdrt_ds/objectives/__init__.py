@@ -6,12 +6,11 @@ package.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import pkgutil
 
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import UserError, did_you_mean
 from gdrt_ds.objectives.base import GroupView, Objective, TokenTable, TokenView, mean
 
 __all__ = ["GroupView", "Objective", "TokenTable", "TokenView", "get_objective", "mean", "objectives"]
@@ -47,8 +46,7 @@ def get_objective(name: str) -> Objective:
             f"objective = {name!r} is a {type(found).__name__}, not a gdrt_ds.objectives.Objective",
             "see docs/method.md",
         )
-    near = difflib.get_close_matches(name, objectives(), n=1)
     raise UserError(
-        f"objective = {name!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else ""),
+        f"objective = {name!r} is unknown{did_you_mean(name, objectives())}",
         f"one of {', '.join(sorted(objectives()))}, or package.module:ATTRIBUTE",
     )

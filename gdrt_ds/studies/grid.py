@@ -28,7 +28,6 @@ file:
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import UserError, did_you_mean
 
 RUN_OF = re.compile(r"\{run:([^}]+)\}")
 
@@ -180,9 +179,8 @@ def _borrowable(path: object, study: Study, name: str, lender: str, rows: list[s
 
 def _known(where: object, name: str, names: list[str], what: str) -> None:
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
         raise UserError(
-            f"{where}: there is no {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            f"{where}: there is no {what} {name!r}{did_you_mean(name, names)}",
             f"one of {', '.join(names)}",
         )
 
@@ -190,10 +188,8 @@ def _known(where: object, name: str, names: list[str], what: str) -> None:
 def _describe(error: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(
-            key.rsplit(".", 1)[-1], [*Study.model_fields, *Setting.model_fields, *Piece.model_fields], n=1
-        )
-        return f"unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else "")
+        known = [*Study.model_fields, *Setting.model_fields, *Piece.model_fields]
+        return f"unknown key `{key}`{did_you_mean(key.rpartition('.')[2], known)}"
     return f"{key} = {error['input']!r}: {error['msg']}"
 
 

@@ -4,7 +4,6 @@ in the message.
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import RunConfig
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import UserError, did_you_mean
 from gdrt_ds.files import REPOSITORY
 
 
@@ -24,10 +23,9 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
         file = REPOSITORY / path
     if not file.is_file():
         presets = sorted(p.name for p in (REPOSITORY / "ds_configs").glob("*.json"))
-        near = difflib.get_close_matches(Path(path).name, presets, n=1)
+        hint = did_you_mean(Path(path).name, presets, before="ds_configs/")
         raise UserError(
-            f"deepspeed config {path}: no such file"
-            + (f"; did you mean ds_configs/{near[0]}?" if near else ""),
+            f"deepspeed config {path}: no such file{hint}",
             f"presets: {', '.join('ds_configs/' + p for p in presets)}",
         )
     try:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import finite
 from gdrt_ds.runtime import Runtime
 from gdrt_ds.training.weight_watch import WeightWatch
 
@@ -28,20 +27,6 @@ def say(runtime: Runtime, text: str) -> None:
     """One line from rank 0."""
     if runtime.is_main:
         print(text, flush=True)
-
-
-def _plain(value: Any) -> Any:
-    """Tensors to lists and numbers.
-
-    NaN and inf to null, which is how absent groups and skipped steps are written.
-    """
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().tolist()
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def duration(seconds: float) -> str:
@@ -128,10 +113,12 @@ class Telemetry:
     def flush(self) -> None:
         if not self.pending:
             return
-        records, self.pending = self.pending, []
+        records = self.pending
+        self.pending = []
         if not self.runtime.is_main:
             return
-        records = [{key: _plain(value) for key, value in record.items()} for record in records]
+        # Tensors become numbers; absent groups and skipped steps, which are NaN, become null.
+        records = [finite(record) for record in records]
         now = time.perf_counter()
         seconds = (now - self.interval) / len(records)
         self.interval = now
@@ -185,7 +172,7 @@ class Telemetry:
     def validation(self, record: dict) -> None:
         """One line of validation.jsonl, at once."""
         if self.runtime.is_main:
-            self.validations.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+            self.validations.write(json.dumps(finite(record)) + "\n")
             self.validations.flush()
 
     def note(self, text: str) -> None:

@@ -181,7 +181,7 @@ def test_plan_prints_config_batch_arithmetic_and_memory_and_makes_no_run(mistake
         ("unreadable model folder", ["empty_model"]),
         ("missing model folder", ["no_model_here"]),
         ("missing data file", ["no_data_here"]),
-        ("missing deepspeed config", ["no such file", "did you mean ds_configs/zero3.json?"]),
+        ("missing deepspeed config", ["no such file", "did you mean `ds_configs/zero3.json`?"]),
         (
             "batch sizes of the two configs",
             ["train_batch_size = 64", "global batch 32 = 1 ranks x 4 accumulation x micro-batch 8"],

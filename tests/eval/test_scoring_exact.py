@@ -6,7 +6,7 @@ import torch
 
 from eval.scoring import per_item_scores
 from gdrt_ds.errors import UserError
-from gdrt_ds.inference import catalogue_scoring as scoring
+from gdrt_ds.inference import catalogue_scoring
 from gdrt_ds.inference import prompt_reader as prompt_cache
 from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 from gdrt_ds.inference.prompt_reader import PromptReader
@@ -19,30 +19,30 @@ SAMPLE = [0, 7, 19, 33, 58]
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "gemma2", "gpt2", "granite")
 
 
-def score(model, objective="renormalised", prompts=PROMPTS, trie=TRIE, head=HEAD, side="right", **options):
-    return CatalogueScorer(PromptReader(model, head, side), trie, objective, **options).score(prompts)
+def score(model, scoring="renormalised", prompts=PROMPTS, trie=TRIE, head=HEAD, side="right", **options):
+    return CatalogueScorer(PromptReader(model, head, side), trie, scoring, **options).score(prompts)
 
 
-def reference(model, prompt, objective="renormalised", trie=TRIE, entries=SAMPLE):
-    return per_item_scores(model, trie, prompt, entries, objective)
+def reference(model, prompt, scoring="renormalised", trie=TRIE, entries=SAMPLE):
+    return per_item_scores(model, trie, prompt, entries, scoring)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tree_scores_equal_one_forward_pass_per_item(name):
     model = family(name)
-    for objective in ("renormalised", "full"):
-        found = score(model, objective, tokens_per_slice=128)
+    for scoring in ("renormalised", "full"):
+        found = score(model, scoring, tokens_per_slice=128)
         for row, prompt in zip(found, PROMPTS, strict=True):
-            assert torch.allclose(row[SAMPLE], reference(model, prompt, objective), atol=1e-4, rtol=0)
+            assert torch.allclose(row[SAMPLE], reference(model, prompt, scoring), atol=1e-4, rtol=0)
     spread = found.std(dim=1).min()
     assert spread > 0.5, "the catalogue must have scores that differ, or equality says nothing"
 
 
 def test_every_item_agrees_and_probabilities_sum_to_one():
     model = family("llama")
-    for objective in ("renormalised", "full"):
-        found = score(model, objective)[2]
-        assert torch.allclose(found, reference(model, PROMPTS[2], objective, entries=None), atol=1e-4, rtol=0)
+    for scoring in ("renormalised", "full"):
+        found = score(model, scoring)[2]
+        assert torch.allclose(found, reference(model, PROMPTS[2], scoring, entries=None), atol=1e-4, rtol=0)
     total = score(model).exp().sum(1)
     assert torch.allclose(total, torch.ones(len(PROMPTS), dtype=torch.float64), atol=1e-12, rtol=0)
     assert (score(model, "full").exp().sum(1) < 1).all()
@@ -67,7 +67,7 @@ def test_the_order_of_the_catalogue_changes_nothing():
 
 
 def test_only_branching_nodes_and_their_ancestors_are_forwarded():
-    renormalised, full = (scoring.TreePlan(TRIE, objective) for objective in scoring.SCORINGS)
+    renormalised, full = (catalogue_scoring.TreePlan(TRIE, scoring) for scoring in catalogue_scoring.SCORINGS)
     expected = {
         a for n in np.flatnonzero(TRIE.branching) for a in range(1, int(n) + 1) if a <= n < TRIE.end[a]
     }
@@ -77,8 +77,8 @@ def test_only_branching_nodes_and_their_ancestors_are_forwarded():
 
 
 def test_slices_hold_the_ancestors_of_their_nodes_and_score_every_edge_once():
-    for objective in scoring.SCORINGS:
-        plan = scoring.TreePlan(TRIE, objective)
+    for scoring in catalogue_scoring.SCORINGS:
+        plan = catalogue_scoring.TreePlan(TRIE, scoring)
         for length in (1, 5, 64):
             seen = np.zeros(len(plan.edge_token), int)
             seen[: plan.edge_offsets[1] if plan.scored[0] == 0 else 0] += (
@@ -141,27 +141,27 @@ def test_lora_on_the_output_head_is_scored_as_the_model_computes_it():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.2)
     model.eval()
-    for objective in scoring.SCORINGS:
-        found = score(model, objective, prompts=PROMPTS[:2])
-        assert torch.allclose(found[1, SAMPLE], reference(model, PROMPTS[1], objective), atol=1e-4, rtol=0)
+    for scoring in catalogue_scoring.SCORINGS:
+        found = score(model, scoring, prompts=PROMPTS[:2])
+        assert torch.allclose(found[1, SAMPLE], reference(model, PROMPTS[1], scoring), atol=1e-4, rtol=0)
     with model.disable_adapter():
         assert (found[1, SAMPLE] - reference(model, PROMPTS[1], "full")).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("objective", ["renormalised", "full"])
-def test_a_catalogue_of_one_title_and_titles_without_branching(objective):
+@pytest.mark.parametrize("scoring", ["renormalised", "full"])
+def test_a_catalogue_of_one_title_and_titles_without_branching(scoring):
     model = family("llama")
     for items in ([ITEMS[0]], [[5, 10, 2], [6, 11, 2]]):
-        found = score(model, objective, prompts=PROMPTS[:1], trie=trie_of(items))[0]
+        found = score(model, scoring, prompts=PROMPTS[:1], trie=trie_of(items))[0]
         assert torch.allclose(
-            found, per_item_scores(model, trie_of(items), PROMPTS[0], None, objective), atol=1e-4, rtol=0
+            found, per_item_scores(model, trie_of(items), PROMPTS[0], None, scoring), atol=1e-4, rtol=0
         )
 
 
 # Planted errors: each must be caught by the equality above, or the check is worth nothing.
 def test_a_wrong_tree_mask_is_caught(monkeypatch):
     monkeypatch.setattr(
-        scoring, "tree_mask", lambda end: torch.ones(len(end), len(end), dtype=torch.bool).tril()
+        catalogue_scoring, "tree_mask", lambda end: torch.ones(len(end), len(end), dtype=torch.bool).tril()
     )
     assert (score(family("llama"))[2, SAMPLE] - reference(family("llama"), PROMPTS[2])).abs().max() > 1e-2
 

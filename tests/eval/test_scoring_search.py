@@ -18,19 +18,19 @@ TRIE = trie_of(ITEMS)
 NATURAL = np.arange(len(ITEMS))
 
 
-def setting(name, objective):
+def setting(name, scoring):
     reader = PromptReader(family(name), HEAD)
-    return reader, CatalogueScorer(reader, TRIE, objective).score(PROMPTS).numpy(), reader.read(PROMPTS)
+    return reader, CatalogueScorer(reader, TRIE, scoring).score(PROMPTS).numpy(), reader.read(PROMPTS)
 
 
-@pytest.mark.parametrize("objective", ["renormalised", "full"])
+@pytest.mark.parametrize("scoring", ["renormalised", "full"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-def test_best_first_finds_the_exact_top_list_and_certifies_it(name, objective):
-    reader, exact, state = setting(name, objective)
+def test_best_first_finds_the_exact_top_list_and_certifies_it(name, scoring):
+    reader, exact, state = setting(name, scoring)
     for nodes_per_pass in (4, 64):
         for scores, found in zip(
             exact,
-            BestFirst(reader, TRIE, objective, nodes_per_pass=nodes_per_pass).search(state, 7),
+            BestFirst(reader, TRIE, scoring, nodes_per_pass=nodes_per_pass).search(state, 7),
             strict=True,
         ):
             best = top_entries(scores, 7, NATURAL)
@@ -77,19 +77,19 @@ def test_a_bound_that_ignores_the_frontier_is_caught(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("objective", ["renormalised", "full"])
-def test_the_target_alone_is_scored_as_in_the_whole_catalogue(objective):
+@pytest.mark.parametrize("scoring", ["renormalised", "full"])
+def test_the_target_alone_is_scored_as_in_the_whole_catalogue(scoring):
     for name in ("mistral", "gpt2"):
-        reader, exact, state = setting(name, objective)
+        reader, exact, state = setting(name, scoring)
         targets = [3, 41, 0, 59]
         assert np.allclose(
-            path_scores(reader, TRIE, state, targets, objective), exact[range(4), targets], atol=1e-4, rtol=0
+            path_scores(reader, TRIE, state, targets, scoring), exact[range(4), targets], atol=1e-4, rtol=0
         )
 
 
 @pytest.mark.parametrize("renormalise,length_penalty", [(True, 0.0), (False, 0.0), (False, 1.0)])
 def test_beam_mode_gives_the_same_list_as_transformers_constrained_beam_search(renormalise, length_penalty):
-    model, objective = family("llama"), "renormalised" if renormalise else "full"
+    model, scoring = family("llama"), "renormalised" if renormalise else "full"
     reader = PromptReader(model, HEAD)
     for prompt in PROMPTS:
 
@@ -118,7 +118,7 @@ def test_beam_mode_gives_the_same_list_as_transformers_constrained_beam_search(r
         theirs = []
         for tokens in output.sequences[:, len(prompt) :].tolist():
             theirs.append(ITEMS.index(tokens[: tokens.index(TERMINATOR) + 1]))
-        entries, scores = beam_search(reader, TRIE, reader.read([prompt]), 10, objective, length_penalty)[0]
+        entries, scores = beam_search(reader, TRIE, reader.read([prompt]), 10, scoring, length_penalty)[0]
         assert entries.tolist() == theirs
         assert np.allclose(scores, output.sequences_scores.numpy(), atol=1e-4)
 

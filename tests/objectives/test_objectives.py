@@ -204,7 +204,7 @@ def test_an_objective_of_your_own_package_is_found_and_a_typo_gets_the_nearest_n
         "reweight",
     }
     assert get_objective("gdrt_ds.objectives.sft:OBJECTIVE") is get_objective("sft")
-    with pytest.raises(UserError, match="did you mean 'gdrt'"):
+    with pytest.raises(UserError, match="did you mean `gdrt`"):
         get_objective("grdt")
     with pytest.raises(UserError, match="cannot be imported"):
         get_objective("no_such_module:X")

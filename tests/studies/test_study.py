@@ -120,7 +120,7 @@ def test_a_setting_borrows_the_runs_of_another_and_trains_none_of_them_again(tmp
 @pytest.mark.parametrize(
     "change, words",
     [
-        (("borrows: {default:", "borrows: {defualt:"), "did you mean 'default'"),
+        (("borrows: {default:", "borrows: {defualt:"), "did you mean `default`"),
         (("[sft, gdrt]}}", "[sft, gdrt]}, set: [dro.tau=2]}"), "other overrides"),
         (("seeds: [0, 1], b", "seeds: [0, 7], b"), "has no seed [7]"),
         (("rows: [frozen], ", "rows: [frozen, gdrt], "), "also trained by control"),
@@ -191,7 +191,7 @@ def test_cells_are_rows_times_settings_times_seeds_in_a_fixed_order(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (("baseline: sft", "baseline: sff"), "no row 'sff'; did you mean 'sft'"),
+        (("baseline: sft", "baseline: sff"), "no row 'sff'; did you mean `sft`"),
         (("seeds:", "seed:"), "unknown key `seed`; did you mean `seeds`"),
         (("{run:gdrt}", "{run:gdr}"), "no row 'gdr'"),
         (("{run:gdrt}", "{run:frozen}"), "frozen reads the run folder of frozen, which comes later"),
@@ -214,7 +214,7 @@ def test_pieces_choose_cells_and_unknown_ones_are_refused(tmp_path):
     study = load_study(study_file(tmp_path, STUDY + "pieces: {first: {rows: [sft], seeds: [1]}}\n"))
     cells = cells_of(study, tmp_path)
     assert [c.name for c in choose_cells(study, cells, "first")] == ["sft-seed1"]
-    with pytest.raises(UserError, match="did you mean 'first'"):
+    with pytest.raises(UserError, match="did you mean `first`"):
         choose_cells(study, cells, "frist")
 
 

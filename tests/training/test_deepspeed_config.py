@@ -101,7 +101,7 @@ def test_an_auto_optimizer_is_filled_from_the_run_config():
 
 
 def test_files_that_are_missing_or_broken_are_told_with_the_nearest_preset(tmp_path):
-    with pytest.raises(UserError, match="did you mean ds_configs/zero3_qlora.json"):
+    with pytest.raises(UserError, match="did you mean `ds_configs/zero3_qlora.json`"):
         read_deepspeed_config("ds_configs/zero3_qlra.json")
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
