@@ -1,22 +1,20 @@
-"""Predicts the peak of tensor bytes per rank from the configs alone, and says what to change when it will
-not fit.
+"""Predicts the peak of tensor bytes per rank from the configs alone, and says what to change when it will not
+fit.
 
-The skeleton of the model is built without storage (transformers' own classes), so every family is counted
-as it is.
-Per rank, W ranks, s bytes of the compute dtype, t tokens of a micro-batch:
-    base        packed 4-bit weights (1/2 byte each), unquantised parameters (s each); both / W under ZeRO-3
-    experts     fused experts are no linear layers and stay unquantised (s each); / W under ZeRO-3
-    quant_state 1 byte per 64 values + 4 per 64*256 (double quantisation), 4 per 64 without; whole on every
-    rank adapter     weights s, gradients s, float32 masters 4 and two moments 8 per trainable parameter;
-    sharded by stage gathered    ZeRO-3's whole parameters in use: all of them up to
-    stage3_max_live_parameters elements, at least the embedding;
-                nothing on one rank, whose slices are the whole
-    dequantised the largest matrix, dense, twice (forward copy and its transpose product in backward)
-    activations per token and layer, see `activation_bytes_per_token`; with checkpointing the inputs of all
-    layers and one layer loss        logits chunk (its byte budget) and the hidden states and row gradients
-    of the supervised tokens
-On a CPU the estimate is compared with resident memory beyond the import baseline: engine buffers are
-added. It holds for allocators that reuse freed blocks (tcmalloc, jemalloc); glibc's keeps far more
+Every part is counted per rank, for W ranks, s bytes of the compute dtype and t tokens of a micro-batch:
+
+base        Packed 4-bit weights take half a byte each, other parameters s. ZeRO-3 divides both by W.
+experts     Fused experts are no linear layers: they stay unquantised and take s. ZeRO-3 divides them by W.
+quant_state One byte per 64 values and 4 per 64*256 (double quantisation), or 4 per 64. Whole on every rank.
+adapter     Weights and gradients take s, float32 masters 4 and two moments 8. The stage says what is sharded.
+gathered    Whole parameters that ZeRO-3 has gathered, see `gathered_bytes`. One rank gathers nothing.
+dequantised The largest matrix, dense, twice: in the forward, and as blocks in the backward.
+activations Per token and layer, see `activation_bytes_per_token`. With checkpointing they are the inputs of
+            all layers and what one layer keeps.
+loss        A chunk of logits (its byte budget), hidden states and row gradients of the supervised tokens.
+
+On a CPU the estimate is compared with resident memory beyond the import baseline, and engine buffers are
+added. It holds for allocators that reuse freed blocks (tcmalloc, jemalloc). glibc's keeps far more
 (docs/benchmarks.md), and the plan says so.
 """
 
@@ -27,18 +25,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from gdrt_ds.config import RunConfig
 from gdrt_ds.loss.group_loss import default_chunk_bytes
-from gdrt_ds.models.families import fused_experts, linear_names, lm_head_name
+from gdrt_ds.models.inventory import Inventory, take_inventory
 from gdrt_ds.models.quantization import get_quantization
-from gdrt_ds.models.skeleton import skeleton
 from gdrt_ds.models.source import compute_dtype, dtype_name
-from gdrt_ds.training.deepspeed_config import read_deepspeed_config, zero_stage
+from gdrt_ds.training.deepspeed_config import read_deepspeed_config, zero3_limits, zero_stage
 from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
 
-MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
 CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers: an allowance
 GLIBC_NOTE = (
     "glibc's allocator keeps freed tensors: 2 to 5 times this was seen resident. Where memory is short, "
@@ -94,71 +89,6 @@ class MemoryPlan:
         return out + self.notes + [f"to make it fit: {line}" for line in self.advice]
 
 
-@dataclass(frozen=True)
-class Inventory:
-    """Element counts of a model.
-
-    Quantised, the rest, trainable (LoRA), the largest matrix, and sizes of a layer.
-    """
-
-    quantised: int
-    plain: int
-    lora: int
-    largest: int
-    layers: int
-    hidden: int
-    intermediate: int
-    query: int
-    key_value: int
-    vocabulary: int
-    lora_inputs: int  # summed input sizes of the adapted modules of one layer
-    experts: int = 0  # of `plain`: fused experts, which a 4-bit base holds at full size
-
-
-def take_inventory(config: RunConfig, model_config) -> Inventory:
-    """Counts on a model without storage. Raises: UserError if transformers cannot build it."""
-    model = skeleton(model_config, config.model.trust_remote_code)
-    text = model_config.get_text_config()
-    names = linear_names(model)
-    head = lm_head_name(model)
-    is_quantised = get_quantization(config.model.quantization).bytes_of is not None
-    linear = {name: model.get_submodule(name).weight for name in names}
-    quantised = sum(w.numel() for name, w in linear.items() if name != head) if is_quantised else 0
-    total = sum(p.numel() for p in model.parameters())
-    targets = config.model.lora.targets
-    adapted = [n for n in names if n != head and (targets == "all-linear" or n.rsplit(".", 1)[-1] in targets)]
-    if config.model.train_head and head:
-        adapted.append(head)
-    shapes = {name: _in_out(model.get_submodule(name)) for name in adapted}
-    layers = int(text.num_hidden_layers)
-    lora = config.model.lora.r * sum(i + o for i, o in shapes.values())
-    heads = int(text.num_attention_heads)
-    head_size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    intermediate = int(
-        getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
-    )
-    return Inventory(
-        quantised,
-        total - quantised,
-        lora,
-        max((w.numel() for n, w in linear.items() if n != head), default=0),
-        layers,
-        int(text.hidden_size),
-        intermediate,
-        heads * head_size,
-        key_heads * head_size,
-        int(text.vocab_size),
-        sum(i for n, (i, _) in shapes.items() if n != head) // layers,
-        sum(fused_experts(model).values()),
-    )
-
-
-def _in_out(module: nn.Module) -> tuple[int, int]:
-    shape = tuple(module.weight.shape)
-    return (shape[1], shape[0]) if isinstance(module, nn.Linear) else shape
-
-
 def activation_bytes_per_token(model: Inventory, size: int, lora_dropout: float) -> int:
     """What autograd keeps of one layer for one token.
 
@@ -172,6 +102,32 @@ def activation_bytes_per_token(model: Inventory, size: int, lora_dropout: float)
     mlp = 3 * model.intermediate * size
     adapter = model.lora_inputs * (size + (1 if lora_dropout else 0)) if lora_dropout else 0
     return norms + attention + mlp + adapter
+
+
+def gathered_bytes(config: RunConfig, model: Inventory, zero: dict[str, Any], packed: int, size: int) -> int:
+    """Returns the most bytes of whole parameters that ZeRO-3 holds beside the slices.
+
+    The largest unquantised matrix (lm_head) is gathered while the layers beside it may still be there: those
+    that are used again within stage3_max_reuse_distance, and those that are fetched ahead, which
+    stage3_max_live_parameters bounds.
+
+    Args:
+        zero: the ZeRO section of the DeepSpeed config; "auto" is filled here.
+        packed: bytes of all packed weights; 0 without quantization.
+        size: bytes of one element of the compute dtype.
+    """
+    layer = model.layer_elements(config.model)
+    limits = zero3_limits(model.hidden, layer)
+    limits |= {key: value for key, value in zero.items() if key in limits and value != "auto"}
+    elements = int(limits["stage3_max_reuse_distance"])
+    elements += min(int(limits["stage3_prefetch_bucket_size"]), int(limits["stage3_max_live_parameters"]))
+    whole = model.linear * size
+    if packed:
+        whole = packed
+    whole += model.experts * size
+    bytes_per_element = whole / max(1, layer * model.layers)
+    layers = min(whole, int((elements + layer) * bytes_per_element))
+    return layers + model.vocabulary * model.hidden * size
 
 
 def estimate(
@@ -197,7 +153,7 @@ def estimate(
     size = torch.empty((), dtype=dtype).element_size()
     raw = deepspeed_config or read_deepspeed_config(config.deepspeed)
     zero, stage = raw.get("zero_optimization") or {}, zero_stage(raw)
-    model = take_inventory(config, model_config)
+    model = take_inventory(config.model, model_config)
     rows = (
         config.train.micro_batch
         if config.train.micro_batch != "auto"
@@ -223,11 +179,11 @@ def estimate(
     optimizer = model.lora * 12 // (world if stage else 1)
     live = 0
     if stage == 3 and world > 1:
-        limit = zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS)
-        limit = MAX_LIVE_PARAMETERS if limit == "auto" else int(limit)
-        storage_elements = packed + model.plain
-        share = min(1.0, limit / max(1, storage_elements))
-        live = max(int(share * (packed + model.plain * size)), model.vocabulary * model.hidden * size)
+        live = gathered_bytes(config, model, zero, packed, size)
+    secondary = 0
+    replicas = int(zero.get("zero_hpz_partition_size", 1) or 1)
+    if stage == 3 and replicas > 1:
+        secondary = (packed + model.plain * size) // replicas
     gradients = model.lora * size // (world if stage >= 2 else 1) + model.lora * size
     per_token = activation_bytes_per_token(model, size, config.model.lora.dropout)
     if config.model.gradient_checkpointing:
@@ -244,6 +200,7 @@ def estimate(
         "adapter and gradients": model.lora * size // shard + gradients,
         "optimizer": 0 if offload_optimizer else optimizer,
         "gathered parameters": live,
+        "secondary shards": secondary,
         "dequantised and transient": transient,
         "activations": activations,
         "loss": 2 * chunk + 2 * targets * model.hidden * size,
@@ -301,8 +258,8 @@ def advise(
         advice.append(f"ds_configs/zero3_qlora.json (base weights / {world})")
     if live > usable // 4:
         advice.append(
-            "stage3_max_live_parameters in the DeepSpeed config, e.g. 1e8 (gathered parameters "
-            f"{format_bytes(live)})"
+            "stage3_max_reuse_distance and stage3_prefetch_bucket_size in the DeepSpeed config at auto or 0 "
+            f"(gathered parameters {format_bytes(live)})"
         )
     if not config.model.gradient_checkpointing:
         saved = int(activations * (1 - 1 / max(2, model.layers)))

@@ -31,6 +31,7 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
     say("--- resolved config\n" + dump_config(config).rstrip() + "\n---")
     if not full:
         return
+    from gdrt_ds.models.inventory import take_inventory
     from gdrt_ds.models.packing import choose_packing
     from gdrt_ds.models.scoring_choice import scoring_line
     from gdrt_ds.models.skeleton import skeleton
@@ -43,9 +44,8 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
     plan = plan_batches(config, store, world)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(config.model.dtype, device)
-    filled = fill_deepspeed_config(
-        raw, config, plan, dtype, prepared.model_config.get_text_config().hidden_size
-    )
+    model = take_inventory(config.model, prepared.model_config)
+    filled = fill_deepspeed_config(raw, config, plan, dtype, model.hidden, model.layer_elements(config.model))
     steps = total_steps(config, store)
     figures = padding_figures(store, plan, len(prepared.encoder.prefix_ids))
     packing, line = choose_packing(config, prepared.model_config)

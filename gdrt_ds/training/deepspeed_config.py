@@ -46,14 +46,51 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int((config.get("zero_optimization") or {}).get("stage", 0))
 
 
+SMALL_ENOUGH_TO_KEEP = 1 << 25
+"""Elements that may stay gathered whatever the size of a layer: 32 MiB of packed weights."""
+
+
+def zero3_limits(hidden_size: int, layer_elements: int) -> dict[str, int]:
+    """Returns what "auto" means for the limits of ZeRO-3, in elements as they are stored.
+
+    - A weight that is used again within two layers stays. That is the way from the recomputed forward of a
+      layer to the end of its backward, so a checkpointed layer is gathered twice a step and not three times.
+      DeepSpeed's default of 1e9 elements keeps a whole model of 2 billion packed values.
+    - One layer is fetched ahead, so that its gather can overlap with the products of the layer before.
+    - Norms and other vectors stay whole on every rank; no matrix does.
+    - max_live bounds what is fetched ahead and nothing else.
+
+    Args:
+        hidden_size: of the model.
+        layer_elements: of the linear weights of one layer.
+    """
+    return {
+        "stage3_max_reuse_distance": max(2 * layer_elements, SMALL_ENOUGH_TO_KEEP),
+        "stage3_prefetch_bucket_size": layer_elements,
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+        "stage3_max_live_parameters": max(4 * layer_elements, SMALL_ENOUGH_TO_KEEP),
+    }
+
+
 def fill_deepspeed_config(
-    config: dict[str, Any], run: RunConfig, plan: BatchPlan, dtype: torch.dtype, hidden_size: int
+    config: dict[str, Any],
+    run: RunConfig,
+    plan: BatchPlan,
+    dtype: torch.dtype,
+    hidden_size: int,
+    layer_elements: int | None = None,
 ) -> dict[str, Any]:
     """A copy with every "auto" filled.
 
     The batch: train_batch_size = micro x accumulation x world. Where global_batch does not divide evenly,
     ranks carry micro-batches that differ by one sample and DeepSpeed is told the largest; loss weights are
     exact either way.
+
+    Args:
+        hidden_size: of the model.
+        layer_elements: storage elements of one layer's linear weights (`Inventory.layer_elements`), from
+        which
+            ZeRO-3's limits follow; None = those of a dense layer with unquantised weights.
 
     Raises:
         UserError: a batch size, clipping, precision or optimizer that contradicts the run config.
@@ -99,9 +136,8 @@ def fill_deepspeed_config(
         filled["bf16"] = {"enabled": False}
     zero = filled.get("zero_optimization") or {}
     autos = {
+        **zero3_limits(hidden_size, layer_elements or 12 * hidden_size**2),
         "reduce_bucket_size": hidden_size * hidden_size,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
         "allgather_bucket_size": int(2e8),
         "overlap_comm": torch.cuda.is_available(),
     }

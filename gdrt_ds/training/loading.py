@@ -8,6 +8,7 @@ import torch
 
 from gdrt_ds.batches import BatchPlan
 from gdrt_ds.batches.tree_attention import ATTENTION_NAME
+from gdrt_ds.models.inventory import take_inventory
 from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.models.packing import choose_packing
 from gdrt_ds.models.reference_adapters import load_reference_adapters
@@ -60,7 +61,8 @@ def load(job: Job, prepared: Prepared) -> Loaded:
     plan = plan_batches(config, store, runtime.world)
     hidden_size = prepared.model_config.get_text_config().hidden_size
     raw = read_deepspeed_config(config.deepspeed)
-    deepspeed_config = fill_deepspeed_config(raw, config, plan, dtype, hidden_size)
+    layer = take_inventory(config.model, prepared.model_config).layer_elements(config.model)
+    deepspeed_config = fill_deepspeed_config(raw, config, plan, dtype, hidden_size, layer)
     base = load_model(
         config.model,
         runtime,

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from gdrt_ds.config import RunConfig
-from gdrt_ds.planning.memory_plan import estimate, take_inventory
+from gdrt_ds.models.inventory import take_inventory
+from gdrt_ds.planning.memory_plan import estimate
 
 LLAMA8B = dict(
     hidden_size=4096,
@@ -45,12 +46,12 @@ def test_the_inventory_equals_the_counts_of_a_loaded_model(tmp_path):
         p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel()
         for p in loaded.model.parameters()
     )
-    found = take_inventory(config(), transformers.AutoConfig.from_pretrained(path))
+    found = take_inventory(config().model, transformers.AutoConfig.from_pretrained(path))
     assert (found.quantised, found.lora, found.plain) == (quantised, lora, total - quantised - lora)
 
 
 def test_8b_counts_are_those_of_the_model_card():
-    found = take_inventory(config(), transformers.LlamaConfig(**LLAMA8B))
+    found = take_inventory(config().model, transformers.LlamaConfig(**LLAMA8B))
     assert found.quantised + found.plain == 8_030_261_248
     assert found.lora == 32 * 8 * (4096 + 4096 + 4096 + 1024)
 
@@ -113,7 +114,7 @@ def test_activation_bytes_match_what_autograd_saves(tmp_path, dropout):
     measured = (saved_bytes(512) - saved_bytes(256)) / 256 / 4
     section = config(lora={"dropout": dropout})
     predicted = activation_bytes_per_token(
-        take_inventory(section, transformers.AutoConfig.from_pretrained(path)), 4, dropout
+        take_inventory(section.model, transformers.AutoConfig.from_pretrained(path)), 4, dropout
     )
     assert predicted == pytest.approx(measured, rel=0.15)
 
