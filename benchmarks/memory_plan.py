@@ -117,31 +117,12 @@ ROWS = [
 
 def predicted_bytes(overrides: list[str], world: int) -> dict[str, int]:
     """Parts of the plan, by the same functions as `--plan`."""
-    import torch
-    from gdrt_ds.training.trainer import choose_packing
-
     from gdrt_ds.config import load_config
-    from gdrt_ds.models.source import compute_dtype
-    from gdrt_ds.planning.plan import memory_of
-    from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
-    from gdrt_ds.training.preparation import padding_figures, plan_batches, prepare
+    from gdrt_ds.planning.plan import plan_run
+    from gdrt_ds.training.preparation import prepare
 
     config = load_config("configs/planted.yaml", overrides)
-    prepared = prepare(config)
-    plan = plan_batches(config, prepared.stores["train"], world)
-    dtype = compute_dtype(config.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    filled = fill_deepspeed_config(
-        read_deepspeed_config(config.deepspeed),
-        config,
-        plan,
-        dtype,
-        prepared.model_config.get_text_config().hidden_size,
-    )
-    packing = choose_packing(config, prepared.model_config)[0]
-    figures = padding_figures(prepared.stores["train"], plan, len(prepared.encoder.prefix_ids))
-    return memory_of(
-        config, prepared, plan, figures["padded" if packing == "none" else packing], filled, world
-    ).parts
+    return plan_run(config, prepare(config), world).memory.parts
 
 
 def measured_bytes(overrides: list[str], world: int, folder: Path, preload: str | None) -> int:

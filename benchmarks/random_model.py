@@ -71,7 +71,9 @@ def write_random_model(folder: Path, shape: str, layers: int | None = None, seed
     sizes = dict(SHAPES[shape])
     if layers is not None:
         sizes["num_hidden_layers"] = layers
-    config = LlamaConfig(**sizes, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    config = LlamaConfig(
+        **sizes, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=2
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)

@@ -2,16 +2,16 @@
 
     python benchmarks/step_memory.py [--world 1 2 4] [--presets] [--layers 2] [--json] [--quick]
 
-Real trainer, real engine, random Llama, forked gloo ranks. All figures are of step 3, when DeepSpeed's trace is
-complete and reuse distances act:
+Real trainer, real engine, random Llama, forked gloo ranks. All figures are of step 3, when DeepSpeed's
+trace is complete and reuse distances act:
 
 held   bytes of packed weights alive between forward and backward, beside the rank's own slice
 peak   most bytes of tensors that the step made and that were alive at one time (activations included)
 
-Without --presets, nothing may stay: reuse distance, prefetch and persistence are 0. The promise is then that at
-most two layers are held; otherwise the exit status is 1. With --presets every shipped ZeRO-3 preset runs on
-the shape of Llama-3-8B with `--layers` of its 32 layers, and what `--plan` says of gathered parameters stands
-beside.
+Without --presets, nothing may stay: reuse distance, prefetch and persistence are 0. The promise is then
+that at most two layers are held; otherwise the exit status is 1. With --presets every shipped ZeRO-3
+preset runs on the shape of Llama-3-8B with `--layers` of its 32 layers, and what `--plan` says of
+gathered parameters stands beside.
 """
 
 from __future__ import annotations
@@ -178,10 +178,11 @@ def main() -> int:
                 continue
             sizes = {key: value / 2**20 for key, value in found.items() if isinstance(value, int)}
             print(
-                f"{name}, {world} rank(s): packed base {sizes['whole']:.1f} MiB, a layer {sizes['layer']:.1f}; "
-                f"held between forward and backward: ours {sizes['ours']:.1f}, stock {sizes['peer']:.1f}; "
-                f"peak of a step: ours {sizes['peak_ours']:.0f}, stock {sizes['peak_peer']:.0f}; "
-                f"planned gathered {sizes['planned_gathered']:.0f}; same losses: {found['same_losses']}",
+                f"{name}, {world} rank(s): packed base {sizes['whole']:.1f} MiB, a layer "
+                f"{sizes['layer']:.1f}; held between forward and backward: ours {sizes['ours']:.1f}, "
+                f"stock {sizes['peer']:.1f}; peak of a step: ours {sizes['peak_ours']:.0f}, "
+                f"stock {sizes['peak_peer']:.0f}; planned gathered {sizes['planned_gathered']:.0f}; "
+                f"same losses: {found['same_losses']}",
                 flush=True,
             )
     if not options.json:

@@ -1,91 +1,159 @@
 """The plan of a run, printed before anything heavy.
 
-Resolved config, batch arithmetic, memory estimate per rank, refusals.
+It holds the resolved config, the batch arithmetic, the memory estimate per rank, and every refusal.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
+from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import RunConfig, dump_config
-from gdrt_ds.models.source import compute_dtype
+from gdrt_ds.models.inventory import take_inventory
+from gdrt_ds.models.packing import choose_packing
+from gdrt_ds.models.scoring_choice import scoring_line
+from gdrt_ds.models.skeleton import skeleton
+from gdrt_ds.models.source import compute_dtype, dtype_name
 from gdrt_ds.objectives import get_objective
+from gdrt_ds.planning.compatibility import check_combination
+from gdrt_ds.planning.memory_plan import MemoryPlan, estimate
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config, zero_stage
+from gdrt_ds.training.preflight import check_data, check_settings
+from gdrt_ds.training.preparation import Prepared, padding_figures, plan_batches, prepare, total_steps
 
 
 def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -> None:
-    """Prints the plan; with `full` also what needs the data (token counts, memory). Raises UserError for
-    every refusal.
+    """Prints the plan, or raises UserError for what would be refused.
 
-    quiet: check only (other ranks than 0).
+    Args:
+        config: settings of the run.
+        world: number of ranks.
+        full: prints also what needs the data: token counts and memory.
+        quiet: checks only, for ranks other than 0.
     """
-    say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
+    say = _silent if quiet else _print_now
     get_objective(config.objective)
-    raw = read_deepspeed_config(config.deepspeed)
-    from gdrt_ds.planning.compatibility import check_combination
-
-    check_combination(config, raw)
-    from gdrt_ds.training.preflight import check_data, check_settings
-
+    check_combination(config, read_deepspeed_config(config.deepspeed))
     check_settings(config)
     say("--- resolved config\n" + dump_config(config).rstrip() + "\n---")
-    if not full:
-        return
-    from gdrt_ds.models.inventory import take_inventory
-    from gdrt_ds.models.packing import choose_packing
-    from gdrt_ds.models.scoring_choice import scoring_line
-    from gdrt_ds.models.skeleton import skeleton
-    from gdrt_ds.training.preparation import padding_figures, plan_batches, prepare, total_steps
+    if full:
+        _print_data_and_memory(config, world, say)
 
+
+def _print_data_and_memory(config: RunConfig, world: int, say: Callable[[str], None]) -> None:
     prepared = prepare(config)
     for note in [*prepared.notes, *check_data(config, prepared)]:
         say(f"data: {note}")
-    store = prepared.stores["train"]
-    plan = plan_batches(config, store, world)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = compute_dtype(config.model.dtype, device)
-    model = take_inventory(config.model, prepared.model_config)
-    filled = fill_deepspeed_config(raw, config, plan, dtype, model.hidden, model.layer_elements(config.model))
-    steps = total_steps(config, store)
-    figures = padding_figures(store, plan, len(prepared.encoder.prefix_ids))
-    packing, line = choose_packing(config, prepared.model_config)
-    say(
-        f"data: {len(store):,} train samples, {store.lengths.mean():.0f} tokens on average (longest "
-        f"{store.lengths.max()}), "
-        f"{store.num_target.mean():.1f} of them targets; {len(prepared.catalogue):,} titles"
-    )
-    say(
-        f"batch: {plan.describe()}; {steps:,} steps = {steps * config.train.global_batch / len(store):.2f} "
-        "epochs"
-    )
-    say(
-        f"tokens per step: {figures['padded']:,.0f} padded, {figures['packed']:,.0f} packed, "
-        f"{figures['shared_prefix']:,.0f} with a shared head"
-    )
-    say(line)
-    say(scoring_line(skeleton(prepared.model_config, config.model.trust_remote_code)))
-    say(
-        f"engine: DeepSpeed ZeRO stage {zero_stage(filled)} on {world} rank(s), "
-        f"{str(dtype).removeprefix('torch.')}"
-    )
-    for text in memory_of(
-        config, prepared, plan, figures["padded" if packing == "none" else packing], filled, world
-    ).lines():
-        say(text)
+    for line in plan_run(config, prepared, world).lines():
+        say(line)
 
 
-def memory_of(config: RunConfig, prepared, plan, tokens_per_step: float, filled: dict, world: int):
-    """The MemoryPlan of the average micro-batch of this data. Args.
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run would do, known before its weights are read.
 
-    What `prepare`, `plan_batches`, `padding_figures` and `fill_deepspeed_config` return.
+    Attributes:
+        batches: which samples every rank computes in every step.
+        steps: optimizer steps of the whole run.
+        tokens: tokens of an average step: padded, packed, with a shared prefix.
+        packing: none, packed or shared_prefix, with the line that says why.
+        engine: the filled DeepSpeed config.
+        memory: the predicted peak per rank.
     """
-    from gdrt_ds.planning.memory_plan import estimate
 
+    config: RunConfig
+    prepared: Prepared
+    world: int
+    batches: BatchPlan
+    steps: int
+    tokens: dict[str, float]
+    packing: tuple[str, str]
+    dtype: torch.dtype
+    engine: dict[str, Any]
+    memory: MemoryPlan
+
+    def lines(self) -> Iterator[str]:
+        """What `--plan` prints of it."""
+        store = self.prepared.stores["train"]
+        epochs = self.steps * self.config.train.global_batch / len(store)
+        yield (
+            f"data: {len(store):,} train samples, {store.lengths.mean():.0f} tokens on average (longest "
+            f"{store.lengths.max()}), {store.num_target.mean():.1f} of them targets; "
+            f"{len(self.prepared.catalogue):,} titles"
+        )
+        yield f"batch: {self.batches.describe()}; {self.steps:,} steps = {epochs:.2f} epochs"
+        yield (
+            f"tokens per step: {self.tokens['padded']:,.0f} padded, {self.tokens['packed']:,.0f} packed, "
+            f"{self.tokens['shared_prefix']:,.0f} with a shared prefix"
+        )
+        yield self.packing[1]
+        yield scoring_line(skeleton(self.prepared.model_config, self.config.model.trust_remote_code))
+        yield (
+            f"engine: DeepSpeed ZeRO stage {zero_stage(self.engine)} on {self.world} rank(s), "
+            f"{dtype_name(self.dtype)}"
+        )
+        yield from self.memory.lines()
+
+
+def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
+    """Returns the plan of a run on `world` ranks for data that are prepared.
+
+    Raises:
+        UserError: the DeepSpeed config contradicts the settings, or transformers cannot build the model.
+    """
     store = prepared.stores["train"]
-    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    batches = plan_batches(config, store, world)
+    dtype = compute_dtype(config.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = take_inventory(config.model, prepared.model_config)
+    layer = model.layer_elements(config.model)
+    raw = read_deepspeed_config(config.deepspeed)
+    engine = fill_deepspeed_config(raw, config, batches, dtype, model.hidden, layer)
+    tokens = padding_figures(store, batches, len(prepared.encoder.prefix_ids))
+    packing = choose_packing(config, prepared.model_config)
+    step_tokens = tokens["padded" if packing[0] == "none" else packing[0]]
+    memory = memory_of(config, prepared, batches, step_tokens, engine, world)
+    steps = total_steps(config, store)
+    return RunPlan(config, prepared, world, batches, steps, tokens, packing, dtype, engine, memory)
+
+
+def memory_of(
+    config: RunConfig, prepared: Prepared, plan: BatchPlan, tokens_per_step: float, filled: dict, world: int
+) -> MemoryPlan:
+    """Returns the memory plan of the average micro-batch of these data.
+
+    Args:
+        config: settings of the run.
+        prepared: what `prepare` returns.
+        plan: what `plan_batches` returns.
+        tokens_per_step: a figure of `padding_figures`.
+        filled: what `fill_deepspeed_config` returns.
+        world: number of ranks.
+    """
+    store = prepared.stores["train"]
+    device_bytes = None
+    if torch.cuda.is_available():
+        device_bytes = torch.cuda.get_device_properties(0).total_memory
     micro_batches = world * plan.accumulation
     tokens = max(1, round(tokens_per_step / micro_batches))
     targets = max(1, round(config.train.global_batch * float(store.num_target.mean()) / micro_batches))
     return estimate(
-        config, prepared.model_config, world, memory, tokens=tokens, targets=targets, deepspeed_config=filled
+        config,
+        prepared.model_config,
+        world,
+        device_bytes,
+        tokens=tokens,
+        targets=targets,
+        deepspeed_config=filled,
     )
+
+
+def _print_now(text: str) -> None:
+    print(text, flush=True)
+
+
+def _silent(text: str) -> None:
+    """Ranks other than 0 check and say nothing."""

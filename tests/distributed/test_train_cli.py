@@ -120,7 +120,7 @@ def test_peft_opens_the_adapter_on_the_plain_base_and_merging_does_not_change_sc
             base = model(input_ids=ids).logits
         merged = model.merge_and_unload()(input_ids=ids).logits
     assert (tuned - base).abs().max() > 1e-3
-    torch.testing.assert_close(merged, tuned, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged, tuned, rtol=1e-4, atol=5e-5)  # merged weights are rounded
 
 
 def test_torchrun_and_plain_python_give_the_losses_of_the_deepspeed_launcher(by_deepspeed, mistakes, folder):
