@@ -47,7 +47,7 @@ class Inventory:
     experts: int = 0
 
     def layer_elements(self, section: ModelSection) -> int:
-        """Returns the storage elements of one layer's linear weights: what ZeRO-3 gathers for it, experts included.
+        """Returns the storage elements of one layer: what ZeRO-3 gathers for it, experts included.
 
         DeepSpeed counts its limits in elements as they are stored. One element of a packed weight holds two
         values as uint8 and four as bfloat16.

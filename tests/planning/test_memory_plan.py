@@ -172,7 +172,7 @@ def test_fused_experts_are_counted_in_full_because_nf4_does_not_reach_them():
         hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48, num_experts=128
     )
     experts = 48 * 128 * 3 * 2048 * 768
-    found = take_inventory(config(), model)
+    found = take_inventory(config().model, model)
     assert found.experts == experts and found.plain > experts > 20 * found.quantised
     plan = estimate(config(dtype="bfloat16"), model, 8, 80 << 30)
     assert plan.parts["fused experts"] == experts * 2 // 8
@@ -188,7 +188,7 @@ def test_the_plan_counts_what_loading_leaves_unquantised(tmp_path, family):
     path = make_family(family, tmp_path)
     loaded = load(path, lora={"targets": "all-linear"})
     kept = [p for p in loaded.model.parameters() if p.dim() >= 3]
-    found = take_inventory(config(), loaded.model.config)
+    found = take_inventory(config().model, loaded.model.config)
     assert found.experts == sum(p.numel() for p in kept) > 0
     assert {p.dtype for p in kept} == {torch.float32}
     assert any("as fused experts" in line and "not quantised" in line for line in loaded.lines)

@@ -5,6 +5,7 @@ numbers.
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from gdrt_ds.files import REPOSITORY
 from gdrt_ds.training.deepspeed_config import (
     fill_deepspeed_config,
     read_deepspeed_config,
+    zero3_limits,
     zero_stage,
 )
 
@@ -109,3 +111,30 @@ def test_files_that_are_missing_or_broken_are_told_with_the_nearest_preset(tmp_p
     (tmp_path / "y.json").write_text("[]")
     with pytest.raises(UserError, match="expected an object, found list"):
         read_deepspeed_config(str(tmp_path / "y.json"))
+
+
+PRESETS = sorted(path.name for path in (REPOSITORY / "ds_configs").glob("*.json"))
+
+
+def test_every_preset_says_for_whom_it_is():
+    text = (REPOSITORY / "ds_configs" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\S+\.json)` \|", text, re.MULTILINE) != []
+    assert sorted(re.findall(r"^\| `(\S+\.json)` \|", text, re.MULTILINE)) == PRESETS
+
+
+def test_presets_differ():
+    contents = {}
+    for name in PRESETS:
+        raw = json.loads((REPOSITORY / "ds_configs" / name).read_text(encoding="utf-8"))
+        same = [other for other, found in contents.items() if found == raw]
+        assert same == [], f"{name} is {same}"
+        contents[name] = raw
+
+
+@pytest.mark.parametrize("layer", [1 << 20, 1 << 27])
+def test_limits_of_zero3_follow_the_packed_layer(layer):
+    limits = zero3_limits(4096, layer)
+    assert limits["stage3_max_reuse_distance"] == max(2 * layer, 1 << 25)
+    assert limits["stage3_prefetch_bucket_size"] == layer
+    assert limits["stage3_max_live_parameters"] >= 2 * layer
+    assert limits["stage3_param_persistence_threshold"] < 4096 * 4096 // 4
