@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def cache_folder() -> Path:
-    """$GDRT_CACHE, or ~/.cache/gdrt_ds; made if missing.
+    """Returns $GDRT_CACHE, or ~/.cache/gdrt_ds; it is made if it is missing.
 
     Raises:
         UserError: the folder cannot be made.
@@ -51,12 +51,11 @@ def process_lock(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path (file or folder) beside `path`; what stands there at the end replaces `path`
-    at once.
+    """Gives a temporary path beside `path`; what stands there at the end replaces `path` at once.
 
-    A reader sees the old content or the new one, never a part. If the block raises, the temporary is
-    removed and
-    `path` stays as it was. Atomic on one file system; a folder can only replace nothing or an empty folder.
+    It may become a file or a folder. A reader sees the old content or the new one, never a part. If
+    the block raises, the temporary is removed and `path` stays as it was. This is atomic on one
+    file system; a folder can only replace nothing or an empty folder.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -82,9 +81,9 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def finite(value: Any) -> Any:
-    """A JSON tree in which NaN and infinity are None.
+    """Returns a JSON tree in which NaN and infinity are None.
 
-    Tuples and arrays become lists, NumPy scalars numbers.
+    Tuples, arrays and tensors become lists; NumPy scalars and tensors of one value become numbers.
     """
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -107,7 +106,7 @@ def written_file(error: OSError) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
+    """Returns the hexadecimal SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while piece := stream.read(1 << 20):

@@ -1,9 +1,9 @@
 """Fills what a training job would wait for: model conversion, tokenised data, relevance cache.
 
-    python -m gdrt_ds.prepare --config configs/x.yaml [key.sub=value ...]      also under torchrun, srun,
-    deepspeed
+    python -m gdrt_ds.prepare --config configs/x.yaml [key.sub=value ...]
 
-The run folder is left ready for `train.py ... resume=auto`, which finds the relevance table in its cache.
+It runs under torchrun, srun and deepspeed too. The run folder is left ready for `train.py ... resume=auto`,
+which finds the relevance table in its cache.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Finds the parts of a room by its folder: a new reader, objective, metric or audit is one new file there.
 
 A room is a package. Each public module in it is one part and binds one agreed name, e.g. `OBJECTIVE` or
-`READER`.
-Modules whose name starts with an underscore, and those named `base`, hold what the parts share.
+`READER`. Modules whose name starts with an underscore, and those named `base`, hold what the parts share.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ SHARED = ("base",)
 
 @functools.cache
 def part_names(package: str) -> tuple[str, ...]:
-    """Names of a room's modules in alphabetical order.
+    """Returns the names of a room's modules in alphabetical order.
 
-    Imports none of them, so settings can be checked cheaply.
+    None of them is imported, so settings can be checked cheaply.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
@@ -33,7 +32,7 @@ def part_names(package: str) -> tuple[str, ...]:
 
 @functools.cache
 def parts(package: str, attribute: str) -> dict[str, Any]:
-    """Module name -> its `attribute`, for every module of the room that binds it."""
+    """Returns module name -> its `attribute`, for every module of the room that binds it."""
     modules = {name: importlib.import_module(f"{package}.{name}") for name in part_names(package)}
     return {
         name: getattr(module, attribute) for name, module in modules.items() if hasattr(module, attribute)
@@ -41,10 +40,10 @@ def parts(package: str, attribute: str) -> dict[str, Any]:
 
 
 def find_part(package: str, attribute: str, name: str, setting: str) -> Any:
-    """The part called `name`; imports that module only.
+    """Returns the part called `name`; imports that module only.
 
     Raises:
-        UserError: no such part; names the setting, the nearest name and all that there are.
+        UserError: there is no such part; names the setting, the nearest name and all that there are.
     """
     known = part_names(package)
     if name not in known:

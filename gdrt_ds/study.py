@@ -1,12 +1,12 @@
 """Runs a study: a grid of objectives, settings and seeds, then one page about all of it.
 
-    python -m gdrt_ds.study configs/studies/planted.yaml [--workers N] [--piece NAME] [--dir DIR]
-    [key.sub=value ...] python -m gdrt_ds.study FILE --list      the cells with their state
+    python -m gdrt_ds.study configs/studies/planted.yaml [--workers N] [--piece NAME] [key.sub=value ...]
+    python -m gdrt_ds.study FILE --list      the cells with their state
     python -m gdrt_ds.study FILE --cell K    one cell, e.g. --cell $SLURM_ARRAY_TASK_ID in a job array
     python -m gdrt_ds.study FILE --report    the page from whatever is evaluated so far
 
-Started again it goes on: a completed run is not trained again, an interrupted one resumes, and an
-evaluation that exists is kept. The keys of a study file are described in gdrt_ds/studies/grid.py.
+Started again it goes on: a completed run is not trained again, an interrupted one resumes, and an evaluation
+that exists is kept. The keys of a study file are described in gdrt_ds/studies/grid.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Trains one run:  deepspeed gdrt_ds/train.py --config configs/x.yaml [--deepspeed_config
-ds_configs/y.json] [key.sub=value ...]
+"""Trains one run.
 
-Also under torchrun, srun and plain python (one rank). --plan prints the resolved config, the batch
+    deepspeed gdrt_ds/train.py --config configs/x.yaml [--deepspeed_config FILE] [key.sub=value ...]
+
+It runs under torchrun, srun and plain python (one rank) too. --plan prints the resolved config, the batch
 arithmetic and a memory estimate per rank, and exits.
 """
 
@@ -12,20 +13,17 @@ import os
 import sys
 from pathlib import Path
 
-# `deepspeed gdrt_ds/train.py` puts gdrt_ds/ first on sys.path; its modules are imported through the package
-# only.
+# `deepspeed gdrt_ds/train.py` puts gdrt_ds/ first on sys.path; its modules are imported through the package.
 _here = Path(__file__).resolve().parent
 sys.path[:] = [str(_here.parent), *(p for p in sys.path if p and Path(p).resolve() != _here)]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
 
-
 MEMORY_FIX = (
     "set train.micro_batch lower (accumulation keeps train.global_batch, and losses do not change), "
-    "model.gradient_checkpointing=true, "
-    "prompt.max_length lower, more ranks (ZeRO-3 shards the base), or --deepspeed_config "
-    "ds_configs/zero3_offload.json; --plan predicts the peak"
+    "model.gradient_checkpointing=true, prompt.max_length lower, more ranks (ZeRO-3 shards the base), "
+    "or --deepspeed_config ds_configs/zero3_offload.json; --plan predicts the peak"
 )
 
 
@@ -39,9 +37,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--world", type=int, help="with --plan: ranks to plan for (default: those of this launch)"
     )
-    parser.add_argument(
-        "--local_rank", type=int, default=-1, help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it
+    # The deepspeed launcher adds it.
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's"
     )
@@ -82,9 +79,6 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        code
-        # All is written and closed; a rank that was done has been seen to abort (status 134) in what Python
-        # tears
-        # down at exit
-    )
+    # All is written and closed. A rank that was done has been seen to abort (status 134) in what Python tears
+    # down at exit.
+    os._exit(code)

@@ -1,8 +1,7 @@
-"""Chains of jobs for submit.py: `check` the request, `build` the jobs, `show` or `submit` them. Slurm's
-own commands do the work.
+"""Chains of jobs for submit.py: `check` the request, `build` the jobs, `show` or `submit` them.
 
-A chain is kept as FOLDER/logs/slurm/chain.json (FOLDER = run.dir) or INTO/chain.json (a grid), for
-`submit.py --status`.
+Slurm's own commands do the work. A chain is kept as FOLDER/logs/slurm/chain.json (FOLDER = run.dir) or
+INTO/chain.json (a grid), for `submit.py --status`.
 """
 
 from __future__ import annotations
@@ -29,9 +28,11 @@ HOME = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Job:
-    """One job of a chain. `after` names jobs of the chain that must succeed first.
+    """One job of a chain.
 
-    `relation` is Slurm's word for that.
+    Attributes:
+        after: names of jobs of the chain that must succeed first.
+        relation: Slurm's word for that.
     """
 
     name: str
@@ -59,7 +60,11 @@ class Chain:
 
 
 def slurm(*command: str, check: bool = True) -> str:
-    """Output of one of Slurm's commands. Raises UserError with Slurm's own words when it fails."""
+    """Returns the output of one of Slurm's commands.
+
+    Raises:
+        UserError: it failed; with Slurm's own words.
+    """
     if shutil.which(command[0]) is None:
         raise UserError(
             f"the command `{command[0]}` is not on this machine",
@@ -76,7 +81,7 @@ def slurm(*command: str, check: bool = True) -> str:
 
 
 def known(job_id: str) -> list[dict[str, str]]:
-    """What `scontrol show job` says: one record per array task, none when Slurm does not know the job."""
+    """Returns what `scontrol show job` says, a record per array task; none when Slurm forgot the job."""
     text = slurm("scontrol", "-o", "show", "job", job_id, check=False)
     return [
         dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines() if line.startswith("JobId=")
@@ -108,9 +113,9 @@ def ranks_per_node(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> None:
     """Refuses what a job would fail on, before anything waits in a queue.
 
-    Raises:
-        UserError: settings, run folder, partition, number of ranks, environment; or a chain of this run
-        that still lives.
+    Raises: UserError: something is wrong with settings, run folder, partition, number of ranks or
+    environment, or a
+            chain of this run still lives.
     """
     if getattr(args, "study", None):
         raise UserError(
@@ -168,7 +173,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def build(args: argparse.Namespace) -> Chain:
-    """The jobs of the request, not yet submitted. Makes the folders that logs go to.
+    """Returns the jobs of the request, not yet submitted. Makes the folders that logs go to.
 
     Raises:
         UserError: a folder is not writable, or a chain of it still lives.
@@ -315,7 +320,7 @@ def is_grid(args: argparse.Namespace) -> bool:
 
 
 def evaluation_name(words: list[str]) -> str:
-    """The folder that eval.run chooses inside RUN/eval for these arguments."""
+    """Returns the folder that eval.run chooses inside RUN/eval for these arguments."""
     from eval.run import parse
 
     chosen = parse(["--run", "x", *words])
@@ -331,7 +336,7 @@ def evaluation_name(words: list[str]) -> str:
 
 
 def refuse_second(record: Path) -> None:
-    """A second chain must not write into the folders of one that still lives."""
+    """Raises UserError for a second chain that would write into the folders of one that still lives."""
     if not record.is_file():
         return
     for job in load(record).jobs:
@@ -349,7 +354,7 @@ def refuse_second(record: Path) -> None:
 
 
 def command(chain: Chain, job: Job) -> list[str]:
-    """The sbatch call; jobs that are not submitted yet appear as <name>."""
+    """Returns the sbatch call; jobs that are not submitted yet appear as <name>."""
     ids = [chain.job(name).id or f"<{name}>" for name in job.after]
     return [
         "sbatch",
@@ -364,7 +369,7 @@ def command(chain: Chain, job: Job) -> list[str]:
 
 
 def show(chain: Chain) -> str:
-    """Every command in order, then every script in full."""
+    """Returns every command in order, then every script in full."""
     lines = [f"# {chain.folder}: {len(chain.jobs)} jobs; nothing is submitted"]
     lines += [f"\n# {job.name}\n{shlex.join(command(chain, job))}" for job in chain.jobs]
     scripts = list(

@@ -1,6 +1,6 @@
-"""Where a chain is, in words: `submit.py --status`. Sources.
+"""Where a chain is, in words: `submit.py --status`.
 
-Scontrol for jobs Slurm remembers, sacct for older ones, the run folder for why.
+scontrol knows the jobs that Slurm remembers and sacct older ones; the run folder says why something ended.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GOOD, ALIVE = (
 
 
 def report(folder: Path) -> tuple[str, bool]:
-    """(text, broken) for a run folder or the folder of a grid.
+    """Returns (text, broken) for a run folder or the folder of a grid.
 
     Raises:
         UserError: no chain was submitted from that folder.
@@ -67,7 +67,7 @@ def report(folder: Path) -> tuple[str, bool]:
 
 
 def records(job: Job) -> list[dict[str, str]]:
-    """One dict with JobState and more per array task."""
+    """Returns one dict with JobState and more per array task."""
     found = known(job.id)
     return found or from_accounting(job.id) or [{"JobState": "FORGOTTEN"}]
 
@@ -90,7 +90,7 @@ def from_accounting(job_id: str) -> list[dict[str, str]]:
 
 
 def kind(states: list[str]) -> str:
-    """done, alive, broken or forgotten, for a job or all tasks of an array."""
+    """Returns done, alive, broken or forgotten, for a job or all tasks of an array."""
     if all(state in GOOD for state in states):
         return "done"
     if any(state in ALIVE for state in states):
@@ -124,7 +124,7 @@ def words(chain: Chain, job: Job, states: dict[str, list[dict[str, str]]], kinds
 
 
 def tasks_in(record: dict[str, str]) -> int:
-    """Array tasks that one record stands for: pending ones share a record, e.g. ArrayTaskId=2-5%2."""
+    """Counts the array tasks of a record: pending ones share one, e.g. ArrayTaskId=2-5%2."""
     count = 0
     for part in record.get("ArrayTaskId", "0").partition("%")[0].split(","):
         ends = re.findall(r"\d+", part)
@@ -169,7 +169,7 @@ def summary(chain: Chain) -> str:
 
 
 def progress(chain: Chain, job: Job) -> str:
-    """The last step of metrics.jsonl, for a training."""
+    """Returns the last step of metrics.jsonl, for a training."""
     path = Path(chain.runs[0]) / "metrics.jsonl"
     if job.name != "train" or job.array or not path.is_file():
         return ""
@@ -180,7 +180,7 @@ def progress(chain: Chain, job: Job) -> str:
 
 
 def last_words(chain: Chain, job: Job) -> str:
-    """Why it ended: the `error:` lines of the job's log, or the last entry of the run's lives."""
+    """Says why it ended: the `error:` lines of the job's log, or the last entry of the run's lives."""
     log = Path(job.log.replace("%j", job.id))
     if log.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-400:]

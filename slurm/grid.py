@@ -1,14 +1,15 @@
 """The grid of a sweep: objectives x seeds x temperatures, each a run with a name.
 
-    python slurm/grid.py --objectives sft,gdrt --seeds 0,1 --taus 0.5,1 [--into runs/sweep]     lists it,
-    numbered python slurm/grid.py --index 3 ... -- --config configs/x.yaml key=value                    the
-    arguments of run 3, quoted for a shell python slurm/grid.py --study configs/studies/x.yaml [--into DIR]
-    [--index 3]                the cells of a study file (gdrt_ds/studies/grid.py)
+    python slurm/grid.py --objectives sft,gdrt --seeds 0,1 --taus 0.5,1 [--into runs/sweep]
+        lists the runs, numbered
+    python slurm/grid.py --index 3 ... -- --config configs/x.yaml key=value
+        the arguments of run 3, quoted for a shell
+    python slurm/grid.py --study configs/studies/x.yaml [--into DIR] [--index 3]
+        the cells of a study file (gdrt_ds/studies/grid.py)
 
 Objectives without a temperature appear once per seed. A study's run folders lie where `python -m
-gdrt_ds.study FILE --dir INTO` looks for
-them: that command evaluates what the array has trained and writes the page. Cells that read another cell's
-run folder ({run:ROW}) belong into a second array.
+gdrt_ds.study FILE --dir INTO` looks for them: that command evaluates what the array has trained and writes
+the page. Cells that read another cell's run folder ({run:ROW}) belong into a second array.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ WITH_TAU = ("gdrt", "gdrt+msl")
 
 
 def grid(objectives: list[str], seeds: list[str], taus: list[str]) -> list[Cell]:
-    """Cells in the order of the lists. The trainer checks the names.
+    """Returns the cells in the order of the lists. The trainer checks the names.
 
-    Raises UserError for a value that is not a number.
+    Raises:
+        UserError: a value is not a number.
     """
     cells = []
     for objective in objectives or [""]:  # empty: the config's objective
@@ -87,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def write_list(into: Path, cells: list[Cell]) -> Path:
-    """INTO/runs.txt, one run folder per line.
+    """Writes INTO/runs.txt, one run folder per line.
 
     Every array task writes the same content, so they replace it atomically.
     """

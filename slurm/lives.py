@@ -1,15 +1,15 @@
-"""The lives of a run that is requeued: gdrt.sh asks `begin` before it starts the ranks and `end` after
-they ended.
-`look` only checks settings and run folder (prepare.sh).
+"""The lives of a job that is requeued: whether the next one may begin, and what follows from the end of one.
+
+gdrt.sh asks `begin` before it starts the ranks and `end` after they ended. `look` only checks
+settings and run folder (prepare.sh).
 
     python slurm/lives.py begin --job 12 --restart 0 -- --config configs/x.yaml run.dir=runs/x
     python slurm/lives.py look -- --config configs/x.yaml run.dir=runs/x
     python slurm/lives.py end --job 12 --restart 0 --run-dir runs/x --code 75 --state RUNNING --reason None
 
-What happened is explained on stderr and kept in RUN/logs/slurm/lives.jsonl; the answer on stdout is shell
-assignments:
-VERDICT = start | finished (begin, look), done | requeue | hold | stop (end). Exit status 2: the user's
-mistake, 1: no more lives.
+What happened is explained on stderr and kept in RUN/logs/slurm/lives.jsonl. The answer on stdout is
+shell assignments: VERDICT is start or finished (begin, look), done, requeue, hold or stop (end).
+Exit status 2 is the user's mistake, 1 means that there are no more lives.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ STATUSES = {
 
 
 def say(text: str) -> None:
+    """Prints a line on stderr; stdout is the answer to the shell."""
     print(f"gdrt: {text}", file=sys.stderr, flush=True)
 
 
@@ -48,7 +49,7 @@ class Lives:
         self.path = run_dir / "logs" / "slurm" / "lives.jsonl"
 
     def events(self, event: str) -> list[dict]:
-        """Events of this job, oldest first; a line that a dying node left half-written is passed over."""
+        """Returns the events of this job, oldest first; a half-written line (node died) is passed over."""
         found = []
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []:
             try:
@@ -65,7 +66,7 @@ class Lives:
             )
 
     def newest_step(self) -> int:
-        """Step of the newest published checkpoint, 0 without one."""
+        """Returns the step of the newest published checkpoint, 0 without one."""
         steps = [
             int(p.parent.name.removeprefix("step_"))
             for p in (self.run_dir / "checkpoints").glob("step_*/manifest.json")
@@ -74,7 +75,7 @@ class Lives:
         return max(steps, default=0)
 
     def stalled(self, step: int) -> int:
-        """How many of the newest lives of this job began at the checkpoint that is still the newest."""
+        """Counts the newest lives of this job that began at the checkpoint which is still the newest."""
         count = 0
         for life in reversed(self.events("begin")):
             if life["step"] != step:
@@ -88,6 +89,11 @@ class Lives:
 
 
 def limit(name: str, default: int) -> int:
+    """Returns a whole number from the environment.
+
+    Raises:
+        UserError: it is something else.
+    """
     text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise UserError(f"{name} = {text!r} is not a whole number", f"the default is {default}")
@@ -95,9 +101,11 @@ def limit(name: str, default: int) -> int:
 
 
 def refusal(lives: Lives, restart: int, step: int) -> str | None:
-    """Why there may be no further life, in words, or None.
+    """Returns why there may be no further life, in words, or None.
 
-    `restart` counts the requeues that another life would have made.
+    Args:
+        restart: the requeues that another life would have made.
+        step: of the newest checkpoint.
     """
     most, stalled_most = limit("GDRT_MAX_REQUEUES", 20), limit("GDRT_MAX_STALLED", 2)
     if restart > most:
@@ -144,6 +152,7 @@ def look(args: argparse.Namespace) -> dict:
 
 
 def begin(args: argparse.Namespace) -> dict:
+    """Decides whether a life may begin; returns the answer to the shell."""
     answer = look(args)
     run_dir = answer["RUN_DIR"]
     if answer["VERDICT"] == "finished":
@@ -176,7 +185,7 @@ def begin(args: argparse.Namespace) -> dict:
 
 
 def first_failure(logs: Path) -> tuple[int, str] | None:
-    """(exit status, description) of the rank that ended first with an error.
+    """Returns (exit status, description) of the rank that ended first with an error.
 
     Its peers' errors follow from it.
     """

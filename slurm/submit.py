@@ -1,14 +1,17 @@
 """Submits a chain of jobs - train, then evaluate, then compare - and tells how it goes.
 
-    python slurm/submit.py --config configs/llama3_8b.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00
-    run.dir=runs/office python slurm/submit.py --config ... --objectives sft,gdrt --seeds 0,1,2 --into
-    runs/sweep       a grid, as job arrays python slurm/submit.py --config ... --dry-run            shows
-    every command and script, submits nothing python slurm/submit.py --status runs/office
-    where the chain is, in words (exit status 1: it is broken)
+    python slurm/submit.py --config configs/llama3_8b.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00 \\
+        run.dir=runs/office
+    python slurm/submit.py --config ... --objectives sft,gdrt --seeds 0,1,2 --into runs/sweep
+        a grid, as job arrays
+    python slurm/submit.py --config ... --dry-run
+        shows every command and script, submits nothing
+    python slurm/submit.py --status runs/office
+        where the chain is, in words (exit status 1: it is broken)
 
-Each job starts when the one before succeeded; if one fails, those that wait for it are cancelled. The
-tuned model is compared with the base model it started from, and with the evaluation folders of
---compare-with. Settings of the site: docs/clusters.md.
+Each job starts when the one before succeeded; if one fails, those that wait for it are cancelled. The tuned
+model is compared with the base model it started from, and with the evaluation folders of --compare-with.
+Settings of the site: docs/clusters.md.
 """
 
 from __future__ import annotations

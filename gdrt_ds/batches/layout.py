@@ -1,5 +1,6 @@
-"""Lays the samples of a micro-batch out as tensors: padded rows, or one packed row in which samples may
-share the prompt's start.
+"""Lays the samples of a micro-batch out as tensors.
+
+They become padded rows, or one packed row in which samples may share the prompt's start.
 
 Shapes: B samples, T positions, N supervised tokens.
 """
@@ -23,10 +24,10 @@ class MicroBatch:
 
     Attributes:
         inputs: keyword arguments of the backbone (input_ids [B, T], masks or layout, positions).
-        supervised: Long[N] positions in the flattened [B*T] hidden states that predict a target token.
-        labels: Long[N] the target tokens.
-        token_index: Long[N] index of the target token in the split's flat target array
-        (`TokenStore.target_offsets`).
+        supervised: Long[N], positions in the flattened [B*T] hidden states that predict a target token.
+        labels: Long[N], the target tokens.
+        token_index: Long[N], index of the target token in the split's flat target array
+            (`TokenStore.target_offsets`).
         num_tokens: tokens computed that are not padding.
     """
 
@@ -63,11 +64,11 @@ def build_micro_batch(
     pad_id: int,
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
-    """Lays samples out in the chosen packing. An empty slot becomes one dummy token with nothing supervised,
-    so that every rank runs the same collectives.
+    """Lays samples out in the chosen packing.
 
-    The position before a token predicts it: inputs are a sample's tokens 0 .. T-2, labels its last
-    num_target tokens.
+    The position before a token predicts it: inputs are a sample's tokens 0 .. T-2, labels its last num_target
+    tokens. An empty slot becomes one dummy token with nothing supervised, so that every rank runs the same
+    collectives.
     """
     rows = [row[:-1] for row in _rows(store, samples)]
     targets = [

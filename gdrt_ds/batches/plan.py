@@ -16,7 +16,7 @@ from gdrt_ds.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Who computes what: `step(k)` gives the samples of every micro-batch of every rank."""
+    """Says who computes what: `step(k)` gives the samples of every micro-batch of every rank."""
 
     lengths: np.ndarray  # int64[n] tokens per sample
     global_batch: int
@@ -36,10 +36,11 @@ class BatchPlan:
 
     @property
     def accumulation(self) -> int:
+        """Micro-batches of one rank in one step."""
         return -(-self.global_batch // (self.world * self.micro_batch))
 
     def samples(self, step: int) -> np.ndarray:
-        """int64[B] sample indices of optimizer step `step`, sorted."""
+        """Returns int64[B], the sample indices of optimizer step `step`, sorted."""
         count = len(self.lengths)
         position, stop, parts = step * self.global_batch, (step + 1) * self.global_batch, []
         while position < stop:
@@ -51,7 +52,7 @@ class BatchPlan:
         return np.sort(np.concatenate(parts))
 
     def step(self, step: int) -> list[list[np.ndarray]]:
-        """[accumulation][world] arrays of sample indices; ranks of one micro-step carry nearly equal work."""
+        """Returns [accumulation][world] arrays of sample indices; ranks of a micro-step carry equal work."""
         return self.split(self.samples(step))
 
     def split(self, samples: np.ndarray) -> list[list[np.ndarray]]:
@@ -83,6 +84,7 @@ class BatchPlan:
         ]
 
     def describe(self) -> str:
+        """Says the arithmetic of the batches in one line."""
         return (
             f"global batch {self.global_batch} = {self.world} ranks x {self.accumulation} accumulation x "
             f"micro-batch {-(-self.global_batch // (self.world * self.accumulation))}"

@@ -1,16 +1,17 @@
-"""Attention over token trees: packing, shared prompt heads and catalogue tries are one idea.
+"""Attention over token trees: packing, shared prompt prefixes and catalogue tries are one idea.
 
-Tokens stand in depth-first order and every token knows the exclusive `end` of its subtree; query q may see
-key k iff
-`k <= q < end[k]` (and, in a sliding-window layer, their positions differ by less than the window).
-  packing:        every token of a sample ends where the sample ends
-  shared head:    the head's tokens end with the row, so every sample sees them; they are computed once
-  catalogue trie: `TokenTrie.end` as it is
-  padding:        end[i] = i + 1, the token sees only itself
+Tokens stand in depth-first order, and every token knows the exclusive `end` of its subtree. Query q may see
+key k iff `k <= q < end[k]`; in a sliding-window layer their positions also differ by less than the window.
 
-Two executions of the same rule: `tree_mask` (a dense boolean mask, for evaluation and as the reference) and
-`tree_attention`, an attention function registered with transformers as "gdrt_tree", which never builds the
-dense mask: on CPU one scaled_dot_product_attention per sample, on CUDA one FlexAttention call.
+    packing:         every token of a sample ends where the sample ends
+    shared prefix:   its tokens end with the row, so every sample sees them; they are computed once
+    catalogue trie:  `TokenTrie.end` as it is
+    padding:         end[i] = i + 1, the token sees only itself
+
+There are two executions of the same rule. `tree_mask` is a dense boolean mask, for evaluation and as the
+reference. `tree_attention` is an attention function that is registered with transformers as "gdrt_tree" and
+never builds the dense mask: on CPUs it is one scaled_dot_product_attention per sample, on CUDA one
+FlexAttention call.
 
 Shapes: T tokens of a packed row, A query heads, K key heads, D head size.
 """
@@ -33,13 +34,14 @@ ATTENTION_NAME = "gdrt_tree"
 def tree_mask(
     end: Tensor, *, past: int = 0, positions: Tensor | None = None, window: int | None = None
 ) -> Tensor:
-    """Dense visibility of a token tree.
+    """Returns the dense visibility of a token tree.
 
     Args:
         end: Long[T], exclusive end of each token's subtree.
         past: cached tokens in front, visible to all (their window is the caller's to apply).
         positions: Long[T], needed with `window`.
         window: sliding-window size in positions; None = unlimited.
+
     Returns:
         Bool[T, past + T], True where the query (row) may see the key (column).
     """
@@ -84,7 +86,7 @@ class TreeLayout:
 
 @functools.lru_cache(maxsize=256)
 def _sample_mask(length: int, head: int, window: int | None) -> Tensor:
-    """Bool[length, head + length]: one sample's queries against the head and the sample itself."""
+    """Returns Bool[length, head + length]: one sample's queries against the shared prefix and itself."""
     query = torch.arange(head, head + length)[:, None]
     key = torch.arange(head + length)[None, :]
     mask = key <= query
@@ -100,10 +102,10 @@ def _segments(
     dropout: float,
     window: int | None,
 ) -> Tensor:
-    """[1, A, T, D] -> [1, A, T, D], one call per sample; work is linear in the number of samples.
+    """Attends sample by sample, [1, A, T, D] -> [1, A, T, D]; work is linear in the number of samples.
 
-    Rows are cut by `split`, whose backward is one concatenation: a slice per sample would fill and add a
-    whole row's gradient each.
+    Rows are cut by `split`, whose backward is one concatenation: a slice per sample would fill and
+    add a whole row's gradient each.
     """
     options = dict(dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     head, sizes = layout.head, ([layout.head] if layout.head else []) + list(layout.lengths)
@@ -144,7 +146,7 @@ def _flex(
     window: int | None,
     compiled: bool = True,
 ) -> Tensor:
-    """The same rule as one FlexAttention call: blocks that no query may see are skipped."""
+    """Computes the same rule as one FlexAttention call: blocks that no query may see are skipped."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     end, positions = layout.end, layout.positions
@@ -177,10 +179,10 @@ def tree_attention(
     softcap: float | None = None,
     **kwargs,
 ):
-    """The attention function that transformers calls. Without a layout (evaluation, padded batches) it is
-    SDPA.
+    """The attention function that transformers calls.
 
-    query [B, A, T, D], key and value [B, K, T, D] -> [B, T, A, D].
+    Without a layout (evaluation, padded batches) it is SDPA. Query [B, A, T, D], key and value [B,
+    K, T, D] give [B, T, A, D].
     """
     if tree_layout is None:
         return sdpa_attention_forward(
@@ -202,10 +204,10 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def packed_inputs(layout: TreeLayout, device: torch.device | str) -> dict:
-    """Keyword arguments that carry a layout through a transformers model.
+    """Returns the keyword arguments that carry a layout through a transformers model.
 
-    A four-dimensional mask is passed through untouched by transformers, so that no dense mask is built;
-    the attention function ignores it and follows the layout.
+    A four-dimensional mask is passed through untouched by transformers, so that no dense mask is built; the
+    attention function ignores it and follows the layout.
     """
     return {
         "position_ids": layout.positions[None].to(device),

@@ -1,10 +1,8 @@
-"""The catalogue: items whose titles read the same are one entry; and the token trie over the entries'
-token sequences.
+"""The catalogue: the titles that can be recommended, each once.
 
-`Catalogue.build(corpus)` merges, `catalogue.save(path)` writes catalogue.jsonl of the run folder,
-`TokenTrie.build(sequences)` makes the one trie that the masked-softmax objective, exact scoring and
-constrained decoding share.
-Shapes: n trie nodes, E entries.
+Items whose titles read the same are one entry. `Catalogue.build(corpus)` merges them, and
+`catalogue.save(path)` writes catalogue.jsonl of the run folder. The token trie over the entries is
+in trie.py.
 """
 
 from __future__ import annotations
@@ -20,11 +18,15 @@ from gdrt_ds.errors import UserError
 
 @dataclass
 class CatalogueEntry:
-    """One distinct title. `item_id` represents all `merged_ids` (it is the first of them in corpus order);
-    any of them is a hit.
+    """One distinct title.
 
-    `train_count`: train interactions of all merged ids together. `groups`: labels for metrics by item
-    group, e.g. genres.
+    Attributes:
+        item_id: represents all merged ids; it is the first of them in corpus order.
+        merged_ids: every item id with this title. Any of them is a hit.
+        text: the title.
+        train_count: train interactions of all merged ids together.
+        provider: whoever offers or made it.
+        groups: labels for metrics by item group, e.g. genres.
     """
 
     item_id: str
@@ -36,7 +38,12 @@ class CatalogueEntry:
 
 
 class Catalogue:
-    """Entries in corpus order, and `index_of`: any merged item id -> index of its entry."""
+    """The entries in corpus order.
+
+    Attributes:
+        entries: one per distinct title.
+        index_of: any merged item id -> index of its entry.
+    """
 
     def __init__(self, entries: list[CatalogueEntry]):
         self.entries = entries
@@ -44,9 +51,10 @@ class Catalogue:
 
     @classmethod
     def build(cls, corpus: Corpus) -> Catalogue:
-        """Merges items with equal titles (entities resolved, white space single.
+        """Merges items with equal titles.
 
-        Upper and lower case differ).
+        Entities are resolved and white space is single before titles are compared. Upper and lower
+        case differ.
         """
         counts = train_popularity(corpus)
         by_text: dict[str, CatalogueEntry] = {}
@@ -67,11 +75,11 @@ class Catalogue:
         return len(self.entries)
 
     def text_of(self, item_id: str) -> str:
-        """The title of any merged id."""
+        """Returns the title of any merged id."""
         return self.entries[self.index_of[item_id]].text
 
     def notes(self) -> list[str]:
-        """How many ids share a title, for the start of a run."""
+        """Says how many ids share a title, for the start of a run."""
         extra = len(self.index_of) - len(self.entries)
         return (
             [

@@ -1,10 +1,8 @@
-"""The corpus: items with titles and providers, users with attributes, and windows (history -> target) in
-three splits.
+"""The corpus: items with titles and providers, users with attributes, and windows in three splits.
 
-`load_corpus(data)` reads any supported source: an embedded set (`planted`, `ml-100k`), ready-made windows,
-plain tables,
-MovieLens or Amazon reviews. Nothing is dropped silently: `Corpus.notes` accounts for every row that is not
-used.
+A window is a history and the target that follows it. `load_corpus(data)` reads any supported source: an
+embedded set (`planted`, `ml-100k`), ready-made windows, plain tables, MovieLens or Amazon reviews. Nothing is
+dropped silently: `Corpus.notes` accounts for every row that is not used.
 """
 
 from __future__ import annotations
@@ -33,13 +31,13 @@ class Corpus:
     """Items, users and the windows of each split.
 
     Attributes:
-        name: of the data set; domain: what an item is called in a prompt ("movie", "book", "product",
-        "item").
+        name: of the data set.
+        domain: what an item is called in a prompt ("movie", "book", "product", "item").
         items: item id -> Item, the whole catalogue before duplicate titles are merged.
         splits: "train", "valid", "test" -> samples; `sample_id` is the position in its split.
         users: user id -> attributes; empty where the data has none.
         notes: what was skipped, dropped or carved, with counts.
-        fingerprint: sha256 of items, users and splits.
+        fingerprint: SHA-256 of items, users and splits.
     """
 
     name: str
@@ -51,10 +49,10 @@ class Corpus:
     fingerprint: str = ""
 
     def split(self, name: str) -> list[Sample]:
-        """The samples of a split.
+        """Returns the samples of a split.
 
         Raises:
-            UserError: unknown or empty split.
+            UserError: the split is unknown or empty.
         """
         if name not in self.splits:
             raise UserError(f"split={name}: there is no such split", f"use one of {', '.join(SPLITS)}")
@@ -69,9 +67,9 @@ class Corpus:
 def load_corpus(data: DataSection) -> Corpus:
     """Reads the data that `data.path` names, cuts histories, splits, samples and checks it.
 
-    Raises:
-        UserError: missing file or column, malformed row (file, line, field), item id without title, empty
-        train or test split.
+    Raises: UserError: missing file or column, malformed row (file, line, field), item id without
+    title, or an empty
+            train or test split.
     """
     bad = BadRows(skip=data.on_bad_row == "skip")
     known = ("user", "item", "timestamp", "rating", "title", "provider", "genres")
@@ -118,25 +116,25 @@ def _trained_on(splits: dict[str, list[Sample]]) -> list[str]:
 
 
 def readers() -> dict[str, Reader]:
-    """Every reader by the name that `data.format` takes."""
+    """Returns every reader by the name that `data.format` takes."""
     return parts(READERS, "READER")
 
 
 def embedded_names() -> list[str]:
-    """Data sets that need no path."""
+    """Returns the names of data sets that need no path."""
     return [name for reader in in_order() for name in reader.embedded]
 
 
 def in_order() -> list[Reader]:
-    """Every reader, in the order in which they are asked."""
+    """Returns every reader, in the order in which they are asked."""
     return sorted(readers().values(), key=lambda reader: reader.order)
 
 
 def _reader_of(data: DataSection) -> Reader:
-    """The reader that `data.format` names, or the first that recognises `data.path`.
+    """Returns the reader that `data.format` names, or the first that recognises `data.path`.
 
     Raises:
-        UserError: unknown format; nothing at that path.
+        UserError: the format is unknown, or there is nothing at that path.
     """
     known = readers()
     if data.format != "auto" and data.format not in known:
@@ -156,9 +154,9 @@ def _reader_of(data: DataSection) -> Reader:
 
 
 def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dict[str, list[Sample]]:
-    """Cuts histories, drops short ones, carves valid where the files have none, samples, numbers.
+    """Cuts histories, drops short ones, carves valid where the files have none, samples and numbers.
 
-    Everything is noted.
+    Everything that leaves windows out is noted.
     """
     splits = {}
     for name, samples in windows.splits.items():
@@ -197,7 +195,7 @@ def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dic
 def _carve_valid(
     train: list[Sample], data: DataSection, notes: list[str]
 ) -> tuple[list[Sample], list[Sample]]:
-    """The latest windows of train become valid, in the proportion of `split_ratio`.
+    """Makes the latest windows of train the valid split, in the proportion of `split_ratio`.
 
     Equal times keep the order of the file.
     """
@@ -216,11 +214,11 @@ def _carve_valid(
 
 
 def train_popularity(corpus: Corpus) -> Counter[str]:
-    """Interactions per item in train, each counted once although sliding windows repeat it.
+    """Counts the interactions per item in train, each once although sliding windows repeat it.
 
-    Windows of one user are put in time order and stitched where the end of one is the beginning of the
-    next; what remains is the user's sequence, whose elements are counted. Windows sampled with gaps
-    between them give separate pieces.
+    Windows of one user are put in time order and stitched where the end of one is the beginning of
+    the next. What remains is the user's sequence, whose elements are counted. Windows sampled with
+    gaps between them give separate pieces.
     """
     of_user: dict[str, list[Sample]] = defaultdict(list)
     for sample in corpus.splits["train"]:

@@ -1,6 +1,7 @@
-"""From interactions to windows: rating filter, k-core, sliding windows, global-time split or leave-one-out.
+"""From interactions to windows: rating filter, k-core, sliding windows, and the split in time.
 
-Everything is deterministic: events of equal time keep the order of the file. Called by `corpus.load_corpus`.
+The split is at two points of global time, or leaves each user's last items out. Everything is deterministic:
+events of equal time keep the order of the file. `corpus.load_corpus` calls it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from gdrt_ds.errors import UserError
 
 
 def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list[str]]:
-    """Windows of every split, and notes that account for every event left out.
+    """Makes the windows of every split, and notes that account for every event left out.
 
-    An event becomes a target when its user has at least `min_history` events before it; its history is the
-    newest
-    `history_length` of them.
+    An event becomes a target when its user has at least `min_history` events before it. Its history
+    is the newest `history_length` of them.
     """
     notes: list[str] = []
     keep = list(range(len(events.users_of)))
@@ -104,7 +104,7 @@ def _split(windows: list[tuple[Sample, int]], data: DataSection) -> dict[str, li
 
 
 def time_cuts(num_windows: int, ratio: tuple[float, float, float]) -> tuple[int, int]:
-    """Where train ends and where valid ends, in windows; shares need not sum to 1."""
+    """Returns where train ends and where valid ends, counted in windows; shares need not sum to 1."""
     total = sum(ratio)
     if min(ratio) < 0 or total <= 0 or ratio[0] == 0:
         raise UserError(
@@ -115,7 +115,10 @@ def time_cuts(num_windows: int, ratio: tuple[float, float, float]) -> tuple[int,
 
 
 def k_core(users_of: list[str], items_of: list[str], rows: list[int], k: int) -> list[int]:
-    """The rows left when users and items with fewer than k rows are dropped until none is (order kept)."""
+    """Returns the rows that are left when users and items with fewer than k rows are dropped until none is.
+
+    The order of the rows is kept.
+    """
     while True:
         num_of_user = Counter(users_of[row] for row in rows)
         num_of_item = Counter(items_of[row] for row in rows)

@@ -1,5 +1,6 @@
-"""The token trie over the catalogue: the one that the masked-softmax objective, exact scoring and
-constrained decoding share.
+"""The token trie over the catalogue, the only one there is.
+
+The masked-softmax objective, exact scoring and constrained decoding share it.
 
 Shapes: n trie nodes, E entries.
 """
@@ -12,14 +13,18 @@ from gdrt_ds.errors import UserError
 
 
 class TokenTrie:
-    """Trie over token sequences, nodes in depth-first order, node 0 the root.
+    """A trie over token sequences: nodes in depth-first order, node 0 the root.
 
-    Attributes (n nodes):
-        token int32[n]: token of the edge into the node (root: -1). parent int32[n] (root: -1). depth
-        int32[n] (root: 0). end int32[n]: exclusive end of the node's subtree: a is an ancestor of m, or m
-        itself, iff a <= m < end[a]. entry int32[n]: leaf -> index of the sequence, else -1.
-        child_offsets int64[n + 1], child_nodes int32[n - 1]: children of a node, ascending in node id and
-        in token (CSR). branching bool[n]: more than one child.
+    Attributes:
+        token: int32[n], token of the edge into the node; -1 at the root.
+        parent: int32[n]; -1 at the root.
+        depth: int32[n]; 0 at the root.
+        end: int32[n], exclusive end of the node's subtree: a is an ancestor of m, or m itself, iff
+            a <= m < end[a].
+        entry: int32[n], index of the sequence that ends in this leaf, else -1.
+        child_offsets, child_nodes: int64[n + 1] and int32[n - 1], children of a node, ascending in
+            node id and in token (compressed sparse rows).
+        branching: bool[n], whether the node has more than one child.
     """
 
     def __init__(
@@ -36,9 +41,9 @@ class TokenTrie:
     def build(cls, sequences: list[list[int]], titles: list[str] | None = None) -> TokenTrie:
         """Builds the trie; sequence i ends in a leaf with `entry` i.
 
-        Raises:
-            UserError: no sequence, an empty one, two equal ones, or one that is a proper prefix of another
-            (names the titles).
+        Raises: UserError: there is no sequence, an empty one, two equal ones, or one that is a
+        proper prefix of another;
+                names the titles.
         """
         if not len(sequences):
             raise UserError(
@@ -82,11 +87,11 @@ class TokenTrie:
         return cls(as_int32(token), as_int32(parent), as_int32(depth), as_int32(ends), entry)
 
     def children(self, node: int) -> np.ndarray:
-        """Node ids of the children, int32[number of children], ascending in token."""
+        """Returns the node ids of the children, int32[number of children], ascending in token."""
         return self.child_nodes[self.child_offsets[node] : self.child_offsets[node + 1]]
 
     def walk(self, tokens: list[int]) -> list[int]:
-        """The node before each token, [len(tokens)]; the first is the root.
+        """Returns the node before each token, [len(tokens)]; the first is the root.
 
         Raises:
             KeyError: the tokens leave the trie.

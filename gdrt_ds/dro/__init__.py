@@ -1,9 +1,8 @@
-"""Group distributionally robust optimisation: which group a target token is in, and how much each group
-weighs.
+"""Group distributionally robust optimisation: the group of a target token, and how much each group weighs.
 
-The way of a token: `relevance` scores it, `groups` gives it a group, `buffer` sums the losses of its group
-over all ranks in the one all-reduce of a step, `weights` turns group losses into weights, `state`
-remembers between steps.
+The way of a token: `relevance` scores it, `groups` gives it a group, `buffer` sums the losses of
+its group over all ranks in the one all-reduce of a step, `weights` turns group losses into weights,
+and `state` remembers between steps.
 """
 
 from gdrt_ds.dro.buffer import StepBuffer, assert_equal_on_all_ranks

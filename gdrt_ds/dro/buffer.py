@@ -14,10 +14,9 @@ CONTROL_SLOTS = ("nonfinite", "stop")
 
 
 class StepBuffer:
-    """The one packed all-reduce of an optimizer step: [S (G) | n (G) | control slots | optional token
-    losses].
+    """The data of the all-reduce: [S (G) | n (G) | control slots | optional token losses], float64.
 
-    Every rank adds what it measured and takes part, also with no tokens at all; the sum is all that
+    Every rank adds what it measured and takes part, also with no tokens at all. The sum is all that
     anybody reads.
     """
 
@@ -29,7 +28,12 @@ class StepBuffer:
         self._work = None
 
     def add(self, loss_sums: Tensor, counts: Tensor) -> None:
-        """Adds one micro-batch: loss_sums [G] (detached here), counts [G]."""
+        """Adds one micro-batch.
+
+        Args:
+            loss_sums: [G]; detached here.
+            counts: [G].
+        """
         groups = self.num_groups
         sums = loss_sums.detach().to(self.data)
         self.data[:groups] += torch.nan_to_num(sums, 0.0, 0.0, 0.0)
@@ -37,19 +41,22 @@ class StepBuffer:
         self.data[2 * groups] += (~torch.isfinite(sums)).any().to(self.data)
 
     def add_tokens(self, slots: Tensor, token_losses: Tensor) -> None:
-        """Puts single token losses into their slot of the global batch (token-level CVaR)."""
+        """Puts single token losses into their slots of the global batch (token-level CVaR)."""
         start = 2 * self.num_groups + len(CONTROL_SLOTS)
         self.data[start + slots] = token_losses.detach().to(self.data)
 
     def request_stop(self) -> None:
+        """Asks all ranks to stop after this step."""
         self.data[2 * self.num_groups + 1] += 1
 
     def reduce(self, async_op: bool = False) -> StepBuffer:
+        """Adds up over all ranks; with `async_op`, `wait` must be called before anything is read."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._work = dist.all_reduce(self.data, op=dist.ReduceOp.SUM, async_op=async_op)
         return self
 
     def wait(self) -> StepBuffer:
+        """Waits for an asynchronous `reduce`."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -57,10 +64,12 @@ class StepBuffer:
 
     @property
     def loss_sums(self) -> Tensor:
+        """S[G]."""
         return self.data[: self.num_groups]
 
     @property
     def counts(self) -> Tensor:
+        """n[G]."""
         return self.data[self.num_groups : 2 * self.num_groups]
 
     @property
@@ -70,27 +79,30 @@ class StepBuffer:
 
     @property
     def present(self) -> Tensor:
+        """bool[G]: whether the group has tokens in this step."""
         return self.counts > 0
 
     @property
     def token_losses(self) -> Tensor:
+        """The losses of `add_tokens`, in their slots."""
         return self.data[2 * self.num_groups + len(CONTROL_SLOTS) :]
 
     def flags(self) -> tuple[bool, bool]:
-        """(non-finite seen on some rank, stop requested on some rank).
+        """Returns whether some rank saw a non-finite loss, and whether some rank was asked to stop.
 
-        The step's one host synchronisation.
+        It is the step's one host synchronisation.
         """
         nonfinite, stop = self.data[2 * self.num_groups : 2 * self.num_groups + 2].tolist()
         return nonfinite > 0, stop > 0
 
 
 def assert_equal_on_all_ranks(value: Tensor, name: str) -> None:
-    """Debug mode: proves that `value` is bitwise equal on every rank (extra collectives)."""
+    """Raises if `value` is not bitwise equal on every rank; for debugging, as it needs more collectives."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     bits = value.detach().double().contiguous().view(torch.int64)
-    low, high = bits.clone(), bits.clone()
+    low = bits.clone()
+    high = bits.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN)
     dist.all_reduce(high, op=dist.ReduceOp.MAX)
     if not torch.equal(low, high):

@@ -1,8 +1,7 @@
-"""Target tokens -> groups: bins of relevance, of popularity, or any label; what is decided here is saved
-as groups.json.
+"""Target tokens to groups: bins of relevance or of popularity, or any label.
 
-`GroupPlan` is fitted on the train split's token occurrences and applied to any split, so that validation
-and evaluation use the same edges and the same labels.
+`GroupPlan` is fitted on the train split's token occurrences and applied to any split, so that validation and
+evaluation use the same edges and the same labels. It is saved as groups.json.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ class GroupPlan:
     """How a token finds its group.
 
     Attributes:
-        by: `groups.by`; num: G.
+        by: `groups.by`.
+        num: G.
         edges: G-1 inner bin edges (relevance, item_popularity), ascending; group 0 holds the lowest values.
         labels: group labels in order (user_attribute, provider, column); the last may be "(other)".
         reference: which model r comes from.
@@ -49,13 +49,13 @@ class GroupPlan:
     fingerprint: str = ""
 
     def names(self) -> list[str]:
-        """One readable name per group."""
+        """Returns one readable name per group."""
         if self.labels is not None:
             return self.labels
         if self.by == "position":
-            return [
-                f"token {g + 1}" if g < self.num - 1 else f"token {g + 1} and later" for g in range(self.num)
-            ]
+            names = [f"token {g + 1}" for g in range(self.num)]
+            names[-1] += " and later"
+            return names
         if self.edges is None:
             return [f"group {g + 1}" for g in range(self.num)]
         cuts = ["-inf", *(f"{edge:.3g}" for edge in self.edges), "inf"]
@@ -64,20 +64,23 @@ class GroupPlan:
         return [f"{what} in [{low}, {high}){suffix}" for low, high in zip(cuts, cuts[1:])]
 
     def save(self, path: Path) -> None:
+        """Writes groups.json."""
         text = json.dumps({**asdict(self), "names": self.names()}, indent=1, ensure_ascii=False)
         write_text(path, text)
 
     @classmethod
     def load(cls, path: Path) -> GroupPlan:
+        """Reads what `save` wrote."""
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         data.pop("names", None)
         return cls(**data)
 
 
 def bin_edges(values: np.ndarray, num: int, binning: str) -> list[float]:
-    """G-1 inner edges. quantile: equal shares of `values`; uniform.
+    """Returns G-1 inner edges.
 
-    Equal widths between the 0.1 % and 99.9 % points.
+    `quantile` gives equal shares of `values`. `uniform` gives equal widths between the 0.1 % and
+    99.9 % points.
     """
     if binning == "quantile":
         return [float(edge) for edge in np.quantile(values, np.arange(1, num) / num)]
@@ -88,7 +91,7 @@ def bin_edges(values: np.ndarray, num: int, binning: str) -> list[float]:
 def _expand_entries(
     per_entry_token: np.ndarray, entry_offsets: np.ndarray, entries: np.ndarray, store: TokenStore
 ) -> np.ndarray:
-    """Values per (entry, place in title) -> per target token of the split."""
+    """Turns values per (entry, place in title) into values per target token of the split."""
     starts = entry_offsets[entries]
     index = np.repeat(starts - store.target_offsets[:-1], store.num_target) + np.arange(
         store.target_offsets[-1]
@@ -99,7 +102,7 @@ def _expand_entries(
 def token_relevance(
     r: np.ndarray, entry_offsets: np.ndarray, catalogue: Catalogue, samples: list[Sample], store: TokenStore
 ) -> np.ndarray:
-    """float32[target tokens of the split]: r of each target token, looked up by its catalogue entry."""
+    """Returns r of each target token of the split, float32, looked up by its catalogue entry."""
     entries = np.array([catalogue.index_of[s.target] for s in samples], dtype=np.int64)
     return _expand_entries(r, entry_offsets, entries, store)
 
@@ -144,8 +147,9 @@ def fit_groups(
 
     Args:
         relevance: float32[train target tokens], needed for by=relevance and by=random.
+
     Raises:
-        UserError: more groups than distinct values or tokens; a label that the data lacks.
+        UserError: there are more groups than distinct values or tokens, or the data lacks a label.
     """
     num_tokens = int(store.target_offsets[-1])
     if section.num > num_tokens:
@@ -158,23 +162,20 @@ def fit_groups(
     )
     samples = corpus.splits["train"]
     if section.by in ("relevance", "random", "item_popularity"):
-        values = (
-            relevance
-            if section.by != "item_popularity"
-            else np.repeat(_sample_values(section, corpus, catalogue, samples), store.num_target)
-        )
-        plan.binning, plan.reference = (
-            section.binning,
-            section.reference if section.by != "item_popularity" else "",
-        )
+        plan.binning = section.binning
+        if section.by == "item_popularity":
+            what = "popularity"
+            values = np.repeat(_sample_values(section, corpus, catalogue, samples), store.num_target)
+        else:
+            what = "r"
+            values = relevance
+            plan.reference = section.reference
         plan.edges = bin_edges(values, section.num, section.binning)
-        distinct = len(np.unique(values))
         if len(set(plan.edges)) < len(plan.edges):
             raise UserError(
                 f"groups.num = {section.num} with groups.binning = {section.binning}: the {num_tokens} "
-                f"target tokens have only {distinct} "
-                f"distinct values of {'r' if section.by != 'item_popularity' else 'popularity'} and some "
-                "bins would be empty",
+                f"target tokens have only {len(np.unique(values))} distinct values of {what} and some bins "
+                "would be empty",
                 "lower groups.num, or set groups.binning=uniform",
             )
     elif section.by != "position":
@@ -182,7 +183,9 @@ def fit_groups(
         frequent.sort(key=lambda pair: (-pair[1], pair[0]))
         names = [name for name, _ in frequent]
         _refuse_one_label(section, names)
-        plan.labels = names if len(names) <= section.num else names[: section.num - 1] + [OTHER]
+        if len(names) > section.num:
+            names = [*names[: section.num - 1], OTHER]
+        plan.labels = names
         plan.num = len(plan.labels)
     groups = apply_groups(plan, section, corpus, catalogue, samples, store, relevance, "train")
     plan.counts = np.bincount(groups, minlength=plan.num).tolist()
@@ -216,16 +219,14 @@ def apply_groups(
     relevance: np.ndarray | None,
     split: str,
 ) -> np.ndarray:
-    """int16[target tokens of the split]: the group of every target token."""
+    """Returns the group of every target token of the split, int16."""
     if plan.by == "position":
         place = np.arange(store.target_offsets[-1]) - np.repeat(store.target_offsets[:-1], store.num_target)
         return np.minimum(place, plan.num - 1).astype(np.int16)
     if plan.edges is not None:
-        values = (
-            relevance
-            if plan.by != "item_popularity"
-            else np.repeat(_sample_values(section, corpus, catalogue, samples), store.num_target)
-        )
+        values = relevance
+        if plan.by == "item_popularity":
+            values = np.repeat(_sample_values(section, corpus, catalogue, samples), store.num_target)
         groups = np.searchsorted(np.asarray(plan.edges), values, side="right").astype(np.int16)
         if plan.by == "random":  # the same sizes, no meaning
             np.random.Generator(np.random.PCG64([plan.seed, len(split), 77])).shuffle(groups)

@@ -1,12 +1,12 @@
 """Relevance: log p_ref(target token | auxiliary tokens only), the score that GDRT groups by.
 
-Without the history every prompt is the same, so r depends on the catalogue entry and the place in its
-title alone: one pass over the catalogue scores every target token of every sample, and the auxiliary
-prompt but its last token is one shared head. Ranks take turns over the micro-batches; one all-reduce at
-the end puts the parts together.
+Without the history every prompt is the same, so r depends on the catalogue entry and on the place
+in its title alone. One pass over the catalogue scores every target token of every sample, and the
+auxiliary prompt but its last token is one shared prefix. Ranks take turns over the micro-batches;
+one all-reduce at the end puts the parts together.
 
-`corpus_scores` needs no model: train frequencies of the next title token after the title's prefix. No
-predictor without the history has a lower train loss, so this is where every auxiliary_sft reference is
+`corpus_scores` needs no model: it counts how often train targets go on from a title's prefix with each token.
+No predictor without the history has a lower train loss, so this is where every auxiliary_sft reference is
 heading (our choice, `groups.reference=corpus`).
 
 The table is cached under a fingerprint of model, prompt, catalogue and reference, so that runs share it.
@@ -34,7 +34,7 @@ TABLE_VERSION = 2  # 1 read the first token of a title at the end of the title b
 
 
 def entry_store(encoder: PromptEncoder, texts: list[str]) -> TokenStore:
-    """One history-free sample per catalogue entry."""
+    """Makes one history-free sample per catalogue entry."""
     encoded = [encoder.encode([], text, mask_history=True) for text in texts]
     num_target = np.array([e.num_target for e in encoded], dtype=np.int32)
     return TokenStore(
@@ -56,11 +56,13 @@ def score_entries(
     tokens_per_batch: int = 2048,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """r for every target token of every entry.
+    """Returns r for every target token of every entry.
 
     Args:
-        store: `entry_store`.
-        token_losses: no-grad forward, [N] negative log-probabilities of a micro-batch under the reference.
+        store: what `entry_store` returns.
+        token_losses: a no-grad forward that returns [N] negative log-probabilities of a micro-batch under the
+            reference.
+
     Returns:
         float32[target tokens], r = -loss, the same on every rank.
     """
@@ -100,13 +102,16 @@ def score_entries(
 
 
 def corpus_scores(store: TokenStore, train_counts: np.ndarray) -> np.ndarray:
-    """r from counting: log of (train targets that continue the prefix with this token + 1) / (train
-    targets with the prefix + continuations).
+    """Returns r from counting.
 
-    One is added to every continuation that the catalogue has, so that titles unseen in train have a finite r.
+    r is the log of (train targets that continue the prefix with this token + 1) / (train targets
+    with the prefix + continuations). One is added to every continuation that the catalogue has, so
+    that titles unseen in train have a finite r.
 
     Args:
-        store: `entry_store`; train_counts: int[entries], how often an entry is the target of a train sample.
+        store: what `entry_store` returns.
+        train_counts: int[entries], how often an entry is the target of a train sample.
+
     Returns:
         float32[target tokens]; 0 where the catalogue leaves no choice.
     """
@@ -130,7 +135,7 @@ def corpus_scores(store: TokenStore, train_counts: np.ndarray) -> np.ndarray:
 
 
 def fingerprint(*parts: str) -> str:
-    """sha256 of what the table depends on: base model, prompt template, tokenised catalogue, reference."""
+    """Returns a SHA-256 of what the table depends on: base, prompt template, catalogue, reference."""
     return hashlib.sha256(json.dumps([TABLE_VERSION, *parts]).encode()).hexdigest()
 
 
@@ -139,7 +144,7 @@ def store_digest(store: TokenStore) -> str:
 
 
 def load_cached(folder: Path, key: str, num_tokens: int) -> np.ndarray | None:
-    """The table of an earlier run with the same fingerprint, or None."""
+    """Returns the table of an earlier run with the same fingerprint, or None."""
     path = folder / f"relevance-{key[:20]}.safetensors"
     if not path.is_file():
         return None
@@ -148,7 +153,7 @@ def load_cached(folder: Path, key: str, num_tokens: int) -> np.ndarray | None:
 
 
 def save_cached(folder: Path, key: str, table: np.ndarray) -> None:
-    """Atomic, so that a run that starts meanwhile sees all or nothing."""
+    """Saves the table in one piece, so that a run that starts meanwhile sees all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"relevance-{key[:20]}.safetensors"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")

@@ -10,9 +10,13 @@ from torch import Tensor
 
 
 def prior(counts: Tensor, kind: str) -> Tensor:
-    """p over the groups present: token share of this global batch, or uniform. counts.
+    """Returns p over the groups present: their token shares of this global batch, or uniform.
 
-    [G] -> float64[G], sums to 1.
+    Args:
+        counts: [G].
+
+    Returns:
+        float64[G], which sums to 1.
     """
     present = counts > 0
     weights = counts.double() if kind == "token_share" else present.double()
@@ -20,15 +24,16 @@ def prior(counts: Tensor, kind: str) -> Tensor:
 
 
 def closed_form_weights(losses: Tensor, p: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """argmax_q sum q L - tau KL(q || p) = p exp(L / tau) / Z, and its value tau log sum p exp(L / tau).
+    """Solves argmax_q sum q L - tau KL(q || p), which is q = p exp(L / tau) / Z.
 
     Args:
         losses: float64[G]; entries of groups with p = 0 are ignored (they may be NaN).
         p: float64[G] on the simplex over the groups present.
         tau: > 0; infinity is the plain mean under p.
+
     Returns:
-        (q float64[G], objective float64[]). Exact for any tau > 0: the largest loss is subtracted before
-        anything else.
+        q float64[G], and the value tau log sum p exp(L / tau), float64[]. Both are exact for any tau > 0: the
+        largest loss is subtracted before anything else.
     """
     kept = torch.where(p > 0, losses, -torch.inf)
     worst = kept.max()
@@ -50,17 +55,18 @@ def exponentiated_gradient(q: Tensor, losses: Tensor, present: Tensor, eta: floa
 
 
 def restrict(q: Tensor, present: Tensor) -> Tensor:
-    """q over the groups present, renormalised: an absent group has no term."""
+    """Returns q over the groups present, renormalised: an absent group has no term."""
     kept = torch.where(present, q, 0.0)
     return kept / kept.sum().clamp_min(1e-300)
 
 
 def cvar_weights(losses: Tensor, p: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Worst `alpha` share of the mass p: max_q sum q L with 0 <= q <= p / alpha. Works for groups and for
-    single tokens.
+    """Takes the worst `alpha` share of the mass p: max_q sum q L with 0 <= q <= p / alpha.
+
+    It works for groups and for single tokens.
 
     Returns:
-        (q, objective). alpha = 1 is the plain mean.
+        q and the objective. alpha = 1 is the plain mean.
     """
     order = torch.argsort(torch.where(p > 0, losses, -torch.inf), descending=True, stable=True)
     mass = p[order] / alpha

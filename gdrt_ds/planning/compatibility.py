@@ -1,5 +1,4 @@
-"""Combinations that are known to compute wrong results, hang or crash: refused in words before any weight
-is loaded.
+"""Combinations that are known to compute wrong results, hang or crash: refused before any weight is loaded.
 
 Each refusal cites the threads in which users found it. docs/support-matrix.md is the same list for readers.
 """
@@ -50,7 +49,7 @@ def check_combination(
 def refusals(
     config: RunConfig, deepspeed_config: dict[str, Any], cuda: bool, versions: dict[str, str]
 ) -> Iterator[tuple[str, str]]:
-    """(problem, fix) of every bad combination found."""
+    """Yields (problem, fix) of every bad combination that is found."""
     model = config.model
     zero = deepspeed_config.get("zero_optimization") or {}
     stage = int(zero.get("stage", 0))

@@ -1,7 +1,7 @@
-"""Rows of a file as dictionaries with their line numbers: CSV, TSV, JSONL, JSON, parquet; gzip where the
-name ends in .gz.
+"""Rows of a file as dictionaries, with their line numbers.
 
-Used by every reader, so that a broken row is named by file and line in the same words everywhere.
+CSV, TSV, JSONL, JSON and parquet are read, and gzip where the name ends in .gz. Every reader uses it, so that
+a broken row is named by file and line in the same words everywhere.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 
 def suffix_of(path: Path) -> str:
-    """`.csv` of x.csv and x.csv.gz."""
+    """Returns `.csv` for x.csv and x.csv.gz alike."""
     name = path.name[:-3] if path.name.endswith(".gz") else path.name
     return Path(name).suffix.lower()
 
 
 def require_file(path: Path, setting: str) -> Path:
-    """The path, or UserError naming the setting that led to it."""
+    """Returns the path, or raises UserError with the setting that led to it."""
     if not path.is_file():
         raise UserError(
             f"{setting}: {path}: no such file",
@@ -72,8 +72,9 @@ def open_text(path: Path, encoding: str = "utf-8-sig") -> Iterator[io.TextIOBase
 
 
 def read_rows(path: Path, bad: BadRows, delimiter: str | None = None) -> Iterator[tuple[int, dict]]:
-    """Yields (line number, row) of any table file; line 1 is the first line of the file (parquet: the
-    first row).
+    """Yields (line number, row) of any table file.
+
+    Line 1 is the first line of the file; of a parquet file it is the first row.
 
     Raises:
         UserError: missing or unreadable file, unknown suffix, or a broken row when bad rows are errors.
@@ -150,7 +151,7 @@ def _read_json_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, dict]]:
 
 
 def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[int, dict]]:
-    """A list of objects, or (as the published Amazon files) one object per line under a .json name."""
+    """Reads a list of objects, or one object per line, as the published Amazon files have it."""
     with open_text(path) as stream:
         first = stream.read(1)
         while first.isspace():
@@ -196,7 +197,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def header_of(path: Path, delimiter: str | None = None) -> list[str]:
-    """Column names of a table file (of its first row for JSON)."""
+    """Returns the column names of a table file; of JSON those of its first row."""
     require_file(path, "data.path")
     if suffix_of(path) == ".parquet":
         import pyarrow
@@ -229,7 +230,9 @@ def pick_column(
     renamed: dict[str, str],
     required: bool = True,
 ) -> str | None:
-    """The column that plays `role`: data.columns.<role> where given, else the first alias that is there.
+    """Returns the column that plays `role`.
+
+    It is data.columns.<role> where that is given, else the first alias that is there.
 
     Raises:
         UserError: the named column is not there, or none of the aliases is and the role is required.

@@ -1,9 +1,12 @@
-"""Reader of Amazon reviews with metadata, JSON lines (.gz too): the keys of the 2018 and of the 2023 release.
+"""Reader of Amazon reviews with metadata: JSON lines (.gz too) of the 2018 and of the 2023 release.
 
-`data.path` is the reviews file (then `data.items` names the metadata, or a file named meta* beside it is
-taken), or a folder with one file of each. Keys: 2018 reviewerID, asin, unixReviewTime, overall / asin,
-title, brand, category; 2023 user_id, parent_asin, timestamp, rating / parent_asin, title, store,
-categories. A product's provider is its brand (2018) or store (2023).
+`data.path` is the reviews file, or a folder with one file of reviews and one of metadata. Beside a reviews
+file the metadata are what `data.items` names, or a file named meta*. The keys are
+
+    2018   reviewerID, asin, unixReviewTime, overall      asin, title, brand, category
+    2023   user_id, parent_asin, timestamp, rating        parent_asin, title, store, categories
+
+A product's provider is its brand (2018) or its store (2023).
 """
 
 from __future__ import annotations
@@ -21,16 +24,16 @@ _SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
 def is_amazon_reviews(path: Path) -> bool:
-    """True for a reviews file, or a folder that holds one, by its first row's keys."""
+    """Whether the first row of a file, or of a file in a folder, has the keys of reviews."""
     return _reviews_file(path) is not None
 
 
 def read_amazon_reviews(data: DataSection, bad: BadRows) -> Interactions:
     """Reads reviews and metadata.
 
-    Raises:
-        UserError: no reviews or metadata file, missing key, unreadable value (file, line, field), reviewed
-        product without title.
+    Raises: UserError: no reviews or metadata file, missing key, unreadable value (file, line,
+    field), or a reviewed
+            product without title.
     """
     reviews = _reviews_file(Path(data.path))
     if reviews is None:

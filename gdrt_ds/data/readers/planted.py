@@ -3,9 +3,8 @@
 Most targets are drawn from a few popular items, whatever the history (kind "shortcut"): the prompt alone
 predicts them. The rest follow the successor rule (kind "history"): the target is the item after the last
 history item in catalogue order. A model that leans on the auxiliary tokens ranks popular items first
-everywhere; one that uses the history finds the successor.
-The two kinds cannot be told apart from the prompt, so what a model does about the minority is a matter of
-its objective.
+everywhere; one that uses the history finds the successor. The two kinds cannot be told apart from the prompt,
+so what a model does about the minority is a matter of its objective.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ _GENRES = ("river", "stone", "forest", "harbour", "meadow", "island", "canyon", 
 
 @dataclass(frozen=True)
 class PlantedOptions:
-    """`data.planted`: sizes and strength of the planted shortcut.
+    """The options of `data.planted`: sizes and strength of the planted shortcut.
 
-    Seeded by `data.sample_seed` unless `seed` is given.
+    The corpus is seeded by `data.sample_seed` unless `seed` is given.
     """
 
     num_items: int = 24  # catalogue size; the successor of the last item is the first
@@ -99,11 +98,11 @@ def make_planted(data: DataSection) -> Windows:
 
 
 def _items(num_items: int) -> dict[str, Item]:
-    """Titles of two words: an invented name that only this item has, then a class word that neighbours in
-    catalogue order share.
+    """Makes titles of two words, e.g. an invented name and `saga`.
 
-    The first word carries the choice; the rest of the target follows from the prefix, as most tokens of
-    real titles do.
+    The name is the item's own; the class word is shared by its neighbours in catalogue order.
+    The first word carries the choice. The rest of the target follows from the prefix, as most tokens of real
+    titles do.
     """
     block = max(1, -(-num_items // len(_GENRES)))
     names = _names(num_items)
@@ -119,7 +118,7 @@ def _items(num_items: int) -> dict[str, Item]:
 
 
 def _names(count: int) -> list[str]:
-    """Distinct pronounceable words, the same for every seed."""
+    """Makes distinct pronounceable words, the same for every seed."""
     syllables = [onset + vowel for onset in _ONSETS for vowel in _VOWELS]
     rng = np.random.default_rng(20)
     names: dict[str, None] = {}

@@ -1,9 +1,9 @@
-"""Reader of plain tables: interactions (user, item, timestamp[, rating]), items (id, title[, provider,
-genres]), users.
+"""Reader of plain tables: interactions, items and users.
 
-CSV, TSV, JSONL, JSON or parquet. `data.path` is the interactions file, or a folder that holds
-interactions.*, items.* and perhaps users.*; `data.items` and `data.users` name the other two where they
-lie elsewhere; `data.columns` renames columns.
+Interactions are (user, item, timestamp[, rating]), items (id, title[, provider, genres]). The files are CSV,
+TSV, JSONL, JSON or parquet. `data.path` is the interactions file, or a folder that holds interactions.*,
+items.* and perhaps users.*. `data.items` and `data.users` name the other two where they lie elsewhere;
+`data.columns` renames columns.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GENRES = ("genres", "genre", "categories", "category", "class")
 
 
 def find_table(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The first `name + suffix` that is in the folder."""
+    """Returns the first `name + suffix` that is in the folder, or None."""
     return next(
         (
             folder / (name + suffix)
@@ -84,7 +84,7 @@ def read_table(data: DataSection, bad: BadRows) -> Interactions:
 def read_events(
     path: Path, data: DataSection, bad: BadRows, items: dict[str, Item], items_path: Path
 ) -> Interactions:
-    """Interactions of one file; rows whose item has no title are bad rows."""
+    """Reads the interactions of one file; rows whose item has no title are bad rows."""
     header = header_of(path)
     user_column = pick_column(path, header, "user", USER, data.columns)
     item_column = pick_column(path, header, "item", ITEM, data.columns)
@@ -140,7 +140,7 @@ def read_events(
 
 
 def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, Item]:
-    """Item table: id and title needed; provider and genres where there."""
+    """Reads the item table: id and title are needed, provider and genres are taken where they are there."""
     header = header_of(path)
     item_column = pick_column(
         path, header, "item", ITEM + ("id",), {k: v for k, v in data.columns.items() if v in header}
@@ -182,7 +182,7 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
 
 
 def read_user_table(data: DataSection, folder: Path, bad: BadRows) -> dict[str, dict[str, str]]:
-    """User attributes {user: {attribute: value}}; empty when there is no user table.
+    """Returns {user: {attribute: value}}; it is empty where there is no user table.
 
     Every column but the id is an attribute.
     """

@@ -47,11 +47,12 @@ _ALL = {
 
 
 def read_windows(data: DataSection, bad: BadRows) -> Windows:
-    """Reads a folder of windows. A split whose file is not there is left out of the result (train and test
-    must be there).
+    """Reads a folder of windows.
+
+    A split whose file is not there is left out of the result; train and test must be there.
 
     Raises:
-        UserError: missing file or column, malformed list, empty history, item id without title.
+        UserError: missing file or column, malformed list, empty history, or item id without title.
     """
     folder = Path(data.path)
     if folder.is_file():
@@ -227,9 +228,9 @@ def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str,
 
 
 def _titled(rows: list[tuple[int, Sample]], items: dict[str, Item], path: Path, bad: BadRows) -> list[Sample]:
-    """The samples whose items all have titles. When skipping, an untitled item leaves the history.
+    """Returns the samples whose items all have titles.
 
-    An untitled target ends the window.
+    When bad rows are skipped, an untitled item leaves the history. An untitled target ends the window.
     """
     kept = []
     for line, sample in rows:
