@@ -37,6 +37,7 @@ from gdrt_ds.models.source import (
     tokenizer_source,
 )
 from gdrt_ds.models.stock_loading import load_stock
+from gdrt_ds.models.stored_four_bit import compute_in, stored_four_bit
 
 
 @dataclass
@@ -99,6 +100,9 @@ def load_model(
     device = torch.device(runtime.device)
     dtype = compute_dtype(section.dtype, device)
     config = read_model_config(path, trust_remote_code=section.trust_remote_code)
+    stored = stored_four_bit(config)
+    if stored is not None:
+        config = compute_in(config, section, dtype)
     tokenizer = load_tokenizer(tokenizer_source(section, path), trust_remote_code=section.trust_remote_code)
     _check_vocabulary(tokenizer, config)
     chosen, attention_line = _attention(section, device, dtype, config, attention)
@@ -108,7 +112,8 @@ def load_model(
     quantization = get_quantization(section.quantization)
     quantization.prepare(model)
     model.requires_grad_(False)
-    lines = [attention_line, loading_line, quantization.describe(section, dtype)]
+    base_line = quantization.describe(section, dtype) if stored is None else stored.describe(dtype)
+    lines = [attention_line, loading_line, base_line]
     if quantization.bytes_of is not None:
         experts = fused_experts_line(model, dtype)
         lines += [experts] if experts else []

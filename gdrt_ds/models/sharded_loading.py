@@ -9,6 +9,7 @@ bitsandbytes #1249, peft #2016), so a 70B model fails to start where it would fi
 4. exchanges the float32 block scales in order and runs bitsandbytes' own nested quantisation on the whole
    vector, because its offset is the mean over all blocks;
 5. fills DeepSpeed's partition of the parameter directly.
+A checkpoint that is 4-bit already is read without steps 3 and 4: its packed bytes by slice, its scales whole.
 Weights and quant_state are bitwise those of the usual path.
 
 Notation: a packed weight has S storage elements of `item` bytes, and a byte holds two values. Rank r owns the
@@ -29,13 +30,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gdrt_ds.config import ModelSection
+from gdrt_ds.models.quantised_slices import (
+    QUANT_TYPE,
+    Packed,
+    block_range,
+    gather_absmax,
+    partition_range,
+    quantize_range,
+)
 from gdrt_ds.models.quantization import get_quantization
 from gdrt_ds.models.quantization.nf4 import BLOCK, NESTED_BLOCK, is_4bit
-from gdrt_ds.models.weight_files import WeightFiles
-
-QUANT_TYPE = "nf4"
-PIECE = 4096 * BLOCK
-"""Values read and quantised at once on a CPU, where bitsandbytes works with about 20 bytes per value."""
+from gdrt_ds.models.stored_four_bit import is_packed, read_quant_state, stored_four_bit
+from gdrt_ds.models.weight_files import TensorLocation, WeightFiles
 
 
 class CannotShard(Exception):
@@ -121,10 +127,14 @@ def build_skeleton(
             attn_implementation=attention,
             trust_remote_code=section.trust_remote_code,
         )
-    quantization_config = get_quantization(section.quantization).transformers_config(section, dtype)
+    packed_already = stored_four_bit(config) is not None
+    if packed_already:
+        quantization_config = config.quantization_config
+    else:
+        quantization_config = get_quantization(section.quantization).transformers_config(section, dtype)
     if quantization_config is None:
         return model, None
-    quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
+    quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=packed_already)
     quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": str(device)})
     model.tie_weights()
     return model, quantizer
@@ -149,7 +159,10 @@ def match_names(model: nn.Module, files: WeightFiles) -> dict[str, str]:
         stored = next((n for n in (name, name.removeprefix(prefix)) if n in files.tensors), None)
         if stored is None:
             continue
-        _check_shape(model, name, shape, files.tensors[stored].shape)
+        if is_packed(files, stored):
+            _check_packed(model, name, files.tensors[stored])
+        else:
+            _check_shape(model, name, shape, files.tensors[stored].shape)
         sources[name] = stored
     for target, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
         if target in sources and source in sources:
@@ -197,57 +210,15 @@ def _check_shape(model: nn.Module, name: str, shape: torch.Size, stored_shape: t
         raise CannotShard(f"{name} is stored as {list(stored_shape)}, the model has {list(shape)}")
 
 
-def partition_range(numel: int, rank: int, world: int) -> tuple[int, int, int]:
-    """Returns (size, first, end) of a rank's elements in a flat tensor of `numel`.
-
-    The last ranks may own fewer than `size`.
-    """
-    size = -(-numel // world)
-    return size, min(rank * size, numel), min((rank + 1) * size, numel)
-
-
-def block_range(first: int, end: int, numel: int) -> tuple[int, int]:
-    """Returns the range of values, widened to whole quantisation blocks."""
-    return first // BLOCK * BLOCK, min(-(-end // BLOCK) * BLOCK, numel)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """How the packed weight of one 4-bit layer is divided over the ranks.
-
-    Attributes:
-        numel: values of the weight.
-        item: bytes of one storage element.
-        size: storage elements of a rank's slice.
-        rank, world: this rank, and how many there are.
-    """
-
-    numel: int
-    item: int
-    size: int
-    rank: int
-    world: int
-
-    @property
-    def bytes(self) -> int:
-        """Packed bytes of the whole weight: two values each."""
-        return (self.numel + 1) // 2
-
-    @property
-    def own_bytes(self) -> tuple[int, int]:
-        """First and end of this rank's packed bytes."""
-        first = self.rank * self.size * self.item
-        return min(first, self.bytes), min(first + self.size * self.item, self.bytes)
-
-    @property
-    def own_values(self) -> tuple[int, int]:
-        """First and end of the values in this rank's packed bytes."""
-        first, end = self.own_bytes
-        return first * 2, min(end * 2, self.numel)
-
-    def owned_blocks(self, rank: int) -> tuple[int, int]:
-        """First and end of a rank's blocks (see `owned_blocks`)."""
-        return owned_blocks(self.numel, self.bytes, self.item, self.size, rank)
+def _check_packed(model: nn.Module, name: str, stored: TensorLocation) -> None:
+    """Raises CannotShard if a packed weight does not fill its 4-bit layer."""
+    module, _ = _owner(model, name)
+    if not is_4bit(module):
+        raise CannotShard(f"{name} is stored in 4 bits, and the model has a {type(module).__name__} there")
+    wanted = (module.out_features * module.in_features + 1) // 2
+    found = stored.numel * _bytes_of_one(stored.dtype)
+    if found != wanted or stored.dtype != module.weight.quant_storage:
+        raise CannotShard(f"{name} is stored as {found} bytes of {stored.dtype}, its layer packs {wanted}")
 
 
 @dataclass
@@ -314,6 +285,12 @@ class Filler:
         world = _world(parameter)
         size, _, _ = partition_range(parameter.ds_numel, rank, world)
         item = _bytes_of_one(storage)
+        if is_packed(self.files, source):
+            _, first, end = partition_range(parameter.ds_numel, rank, world)
+            partition = torch.zeros(size, dtype=storage)
+            partition[: end - first].copy_(self.files.read(source, first, end))
+            self._finish_4bit(parameter, module, partition, read_quant_state(self.files, source, self.device))
+            return parameter
         layout = Packed(module.out_features * module.in_features, item, size, rank, world)
         # The slice that stays is made before anything temporary: a heap cannot shrink below what stays.
         partition = torch.zeros(size * item, dtype=torch.uint8)
@@ -326,10 +303,14 @@ class Filler:
         partition[: end_byte - first_byte].copy_(packed[skip : skip + end_byte - first_byte])
         absmax = gather_absmax(absmax, low // BLOCK, layout)
         state = self._quant_state(absmax, torch.Size((module.out_features, module.in_features)))
+        self._finish_4bit(parameter, module, partition.view(storage), state)
+        return parameter
+
+    def _finish_4bit(self, parameter, module: nn.Module, partition: Tensor, state) -> None:
+        """Gives a packed parameter its quant_state and this rank's slice."""
         parameter.quant_state = state
         module.quant_state = state
-        _install(parameter, partition.view(storage), storage, self.device, self.zero)
-        return parameter
+        _install(parameter, partition, partition.dtype, self.device, self.zero)
 
     def _hollow_4bit(self, source: str, module: nn.Module):
         """A Params4bit in the packed shape, without storage."""
@@ -386,65 +367,6 @@ class Filler:
             offset=offset,
             state2=state2,
         )
-
-
-def quantize_range(
-    read: Callable[[int, int], Tensor], low: int, high: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Returns `quantize_blocks` of the values [low, high) that `read(start, stop)` gives.
-
-    On a CPU they are taken in pieces. An empty range gives empty tensors.
-    """
-    step = max(1, high - low) if device.type == "cuda" else PIECE
-    packed = [torch.empty(0, dtype=torch.uint8, device=device)]
-    absmax = [torch.empty(0, device=device)]
-    for start in range(low, high, step):
-        values = read(start, min(start + step, high)).to(dtype).to(device)
-        piece, scales = quantize_blocks(values)
-        packed.append(piece)
-        absmax.append(scales)
-    return torch.cat(packed), torch.cat(absmax)
-
-
-def quantize_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns packed uint8[n / 2] and the scales float32[blocks] of whole blocks of a flat tensor."""
-    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, BLOCK, QUANT_TYPE, torch.uint8)
-    return packed.view(-1), absmax.view(-1)
-
-
-def owned_blocks(numel: int, packed_bytes: int, item: int, size: int, rank: int) -> tuple[int, int]:
-    """Returns first and end of the blocks whose first value lies in the rank's slice: each has one owner.
-
-    Args:
-        numel: values of the weight.
-        packed_bytes: its packed bytes.
-        item: bytes of one storage element.
-        size: storage elements of a rank's slice.
-        rank: the rank.
-    """
-    total = -(-numel // BLOCK)
-    first, end = (min(r * size * item, packed_bytes) * 2 for r in (rank, rank + 1))
-    return min(-(-first // BLOCK), total), min(-(-end // BLOCK), total)
-
-
-def gather_absmax(absmax: Tensor, first_block: int, layout: Packed) -> Tensor:
-    """Returns float32[blocks of the whole weight], the same on every rank: the ranks' own blocks in order.
-
-    Args:
-        absmax: scales of the blocks that this rank quantised, the first of which is block `first_block`.
-        first_block: see above; a rank may have quantised one block more than it owns at either end.
-        layout: how the weight is divided.
-    """
-    if layout.world == 1:
-        return absmax
-    ranges = [layout.owned_blocks(rank) for rank in range(layout.world)]
-    low, high = ranges[layout.rank]
-    width = max(end - start for start, end in ranges)
-    mine = absmax.new_zeros(width)
-    mine[: high - low].copy_(absmax[low - first_block : high - first_block])
-    parts = [torch.empty_like(mine) for _ in range(layout.world)]
-    dist.all_gather(parts, mine)
-    return torch.cat([part[: end - start] for part, (start, end) in zip(parts, ranges, strict=True)])
 
 
 def _bytes_of_one(dtype: torch.dtype) -> int:

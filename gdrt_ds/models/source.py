@@ -13,6 +13,7 @@ import torch
 from gdrt_ds.config import ModelSection
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, make_tiny_model, smollm2_folder
+from gdrt_ds.models.stored_four_bit import stored_four_bit
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 TINY_STD = 0.2
@@ -135,7 +136,8 @@ def read_model_config(path: Path, *, trust_remote_code: bool = False):
     """Reads the transformers config of a folder.
 
     Raises:
-        UserError: the config is unreadable, or the weights are quantised already, which QLoRA cannot take.
+        UserError: the config is unreadable, or the weights are quantised already, other than as
+            bitsandbytes 4-bit (stored_four_bit.py).
     """
     from transformers import AutoConfig
 
@@ -147,14 +149,14 @@ def read_model_config(path: Path, *, trust_remote_code: bool = False):
             "check config.json; a newer architecture may need a newer transformers",
         ) from None
     quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
+    if quantized is not None and stored_four_bit(config) is None:
         _refuse_quantized(path, quantized)
     return config
 
 
 def _refuse_quantized(path: Path, quantized) -> None:
     """Raises UserError for weights that are stored in a quantised form."""
-    fix = "give the unquantised model; it is quantised to NF4 while loading"
+    fix = "give the unquantised model, which is quantised to NF4 while loading, or one in bitsandbytes 4-bit"
     if not isinstance(quantized, dict):
         method = getattr(quantized, "quant_method", "unknown")
         raise UserError(f"{path} is already quantised ({method})", fix)

@@ -11,6 +11,7 @@ from gdrt_ds.config import ModelSection
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.quantization import get_quantization
 from gdrt_ds.models.source import first_line
+from gdrt_ds.models.stored_four_bit import stored_four_bit
 
 
 def load_stock(
@@ -38,12 +39,15 @@ def load_stock(
             f"model folder {path} has no .safetensors weights",
             "convert them with transformers' save_pretrained(safe_serialization=True); pickles are not read",
         )
+    quantization_config = None
+    if stored_four_bit(config) is None:  # else the config of the folder says how its weights are packed
+        quantization_config = get_quantization(section.quantization).transformers_config(section, dtype)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
-            quantization_config=get_quantization(section.quantization).transformers_config(section, dtype),
+            quantization_config=quantization_config,
             attn_implementation=attention,
             device_map={"": str(device)},
             use_safetensors=True,

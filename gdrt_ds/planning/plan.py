@@ -18,6 +18,7 @@ from gdrt_ds.models.packing import choose_packing
 from gdrt_ds.models.scoring_choice import scoring_line
 from gdrt_ds.models.skeleton import skeleton
 from gdrt_ds.models.source import compute_dtype, dtype_name
+from gdrt_ds.models.stored_four_bit import check_stored
 from gdrt_ds.objectives import get_objective
 from gdrt_ds.planning.compatibility import check_combination
 from gdrt_ds.planning.memory_plan import MemoryPlan, estimate
@@ -108,6 +109,7 @@ def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
     store = prepared.stores["train"]
     batches = plan_batches(config, store, world)
     dtype = compute_dtype(config.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_stored(prepared.model_config, config.model, dtype)
     model = take_inventory(config.model, prepared.model_config)
     layer = model.layer_elements(config.model)
     raw = read_deepspeed_config(config.deepspeed)

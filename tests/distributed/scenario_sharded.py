@@ -6,6 +6,7 @@ Every family loaded both ways at world 1, 2, 3 and compared to the bit; training
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from gdrt_ds.models.families import model_class
 from gdrt_ds.models.load import load_model
 from gdrt_ds.models.source import compute_dtype, read_model_config
 from gdrt_ds.models.stock_loading import load_stock
+from gdrt_ds.models.stored_four_bit import compute_in, stored_four_bit
 from tests.distributed import engines
 from tests.distributed.ranks import run_ranks
 
@@ -68,6 +70,21 @@ def make_family(name: str, folder: Path) -> Path:
     return path
 
 
+def store_in_four_bit(source: Path, double: bool = True) -> Path:
+    """A checkpoint of the model as transformers and bitsandbytes save it in 4 bits."""
+    path = source.with_name(source.name + "_4bit" + ("" if double else "_single"))
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, quantization_config=quantization, device_map={"": "cpu"}
+    )
+    model.save_pretrained(path)
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path
+
+
 def compare(rank, world, path, **changes):
     """Differences between the two ways, in words; empty = bitwise equal."""
     import deepspeed
@@ -75,6 +92,8 @@ def compare(rank, world, path, **changes):
     section = ModelSection(path=str(path), **changes)
     device, dtype = torch.device("cpu"), compute_dtype(section.dtype, torch.device("cpu"))
     config = read_model_config(path)
+    if stored_four_bit(config) is not None:
+        config = compute_in(config, section, dtype)
     attention, _ = choose_attention("auto", device, dtype, model_class(config))
     setup = engines.deepspeed_config(3, world, section.dtype if section.dtype != "auto" else "float32")
     try:
@@ -167,8 +186,13 @@ def main(output, folder):
         ("llama_single_quant", folder / "llama", {"double_quant": False}),
         ("llama_not_quantised", folder / "llama", {"quantization": "none"}),
     ]
+    stored = [
+        ("llama_stored_4bit", store_in_four_bit(folder / "llama"), {}),
+        ("gpt2_stored_4bit", store_in_four_bit(folder / "gpt2"), {}),
+        ("llama_stored_4bit_single", store_in_four_bit(folder / "llama", double=False), {}),
+    ]
     for world in (1, 2, 3):
-        chosen = {1: cases[:1], 2: [cases[0], cases[-1], *extra], 3: cases + extra[:1]}[world]
+        chosen = {1: cases[:1], 2: [cases[0], cases[-1], *extra], 3: cases + extra[:1] + stored}[world]
         for rank, result in enumerate(run_ranks(world, compare_all, chosen)):
             for label, differences in result.items():
                 report["families"].setdefault(label, {})[f"world{world}_rank{rank}"] = differences

@@ -30,6 +30,12 @@ def test_storage_types_and_single_quantisation_are_bitwise_equal_at_world_2(repo
     assert report["families"][case]["world2_rank0"] == report["families"][case]["world2_rank1"] == []
 
 
+@pytest.mark.parametrize("case", ["llama_stored_4bit", "gpt2_stored_4bit", "llama_stored_4bit_single"])
+def test_a_checkpoint_that_is_4bit_already_is_read_by_slice_and_is_bitwise_the_stock_one(report, case):
+    found = report["families"][case]
+    assert [found[f"world3_rank{rank}"] for rank in range(3)] == [[], [], []]
+
+
 def test_one_rank_loads_the_same_way(report):
     assert report["families"]["llama"]["world1_rank0"] == []
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from gdrt_ds.errors import UserError
-from gdrt_ds.models.sharded_loading import block_range, owned_blocks, partition_range
+from gdrt_ds.models.quantised_slices import block_range, owned_blocks, partition_range
 from gdrt_ds.models.weight_files import WeightFiles
 
 TENSORS = {
@@ -82,15 +82,15 @@ def test_every_quantisation_block_has_exactly_one_owner_and_lies_in_what_the_own
 def test_a_range_quantised_in_pieces_is_the_range_quantised_whole(monkeypatch, low, high):
     import bitsandbytes  # noqa: F401
 
-    from gdrt_ds.models import sharded_loading
+    from gdrt_ds.models import quantised_slices
 
     values = torch.randn(64 * 50, generator=torch.Generator().manual_seed(0))
 
     def read(start, stop):
         return values[start:stop]
 
-    whole = sharded_loading.quantize_range(read, low, high, torch.bfloat16, torch.device("cpu"))
-    monkeypatch.setattr(sharded_loading, "PIECE", 64 * 4)
-    pieces = sharded_loading.quantize_range(read, low, high, torch.bfloat16, torch.device("cpu"))
+    whole = quantised_slices.quantize_range(read, low, high, torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(quantised_slices, "PIECE", 64 * 4)
+    pieces = quantised_slices.quantize_range(read, low, high, torch.bfloat16, torch.device("cpu"))
     assert pieces[1].numel() == -(-(high - low) // 64)
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
