@@ -53,6 +53,7 @@ def measure(rank: int, world: int, way: str, model: str, deepspeed: str, setting
     from gdrt_ds.training.run import make_ready, prepare_data
     from gdrt_ds.training.tensor_bytes import TensorBytes
 
+    sys.stdout = sys.stderr  # what the run announces is not part of the figures
     if way == "stock":
         four_bit.use_four_bit_linear = lambda model: 0
     with tempfile.TemporaryDirectory() as folder:

@@ -70,7 +70,7 @@ def load_sharded(
 
     Raises:
         CannotShard: the model stores its weights in another form than its parameters, or the configuration
-            needs the whole tensor (NVMe, hierarchical partitions, quantised communication).
+            needs the whole tensor (NVMe, quantised communication).
         UserError: the weight files are unreadable or incomplete.
     """
     if not get_quantization(section.quantization).loads_sharded:
@@ -83,7 +83,8 @@ def load_sharded(
         raise CannotShard(f"{type(model).__name__} keeps some parameters in float32")
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    zero = Init(config_dict_or_path=deepspeed_config, dtype=dtype)
+    group = secondary_group(deepspeed_config)
+    zero = Init(config_dict_or_path=deepspeed_config, dtype=dtype, zero_param_parallel_group=group)
     if zero.mem_efficient_linear:
         zero._enable_mem_efficient_linear()  # what deepspeed.initialize does to a model that it shards itself
     filler = Filler(files, sources, dtype, section.double_quant, device, zero)
@@ -102,10 +103,24 @@ def _check_engine(deepspeed_config: dict) -> None:
         raise CannotShard("the process group is not started yet")
     if (zero.get("offload_param") or {}).get("device") == "nvme":
         raise CannotShard("parameters are offloaded to NVMe")
-    if zero.get("zero_hpz_partition_size", 1) > 1:
-        raise CannotShard("zero_hpz_partition_size keeps a second partition")
     if zero.get("zero_quantized_weights") or zero.get("zero_quantized_nontrainable_weights"):
         raise CannotShard("DeepSpeed's own weight quantisation is on")
+
+
+def secondary_group(deepspeed_config: dict):
+    """Returns the ranks that share a second copy of the slices (zero_hpz_partition_size), or None.
+
+    DeepSpeed fills the second slice of a parameter itself, the first time it frees that parameter. From then
+    on a frozen weight is gathered within this group, for instance within a node, and not over all ranks.
+    """
+    size = deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if size <= 1:
+        return None
+    from deepspeed.utils import groups
+
+    if groups._get_zero_param_intra_parallel_group() is None:  # a process may load several models
+        groups._create_zero_param_parallel_group(size)
+    return groups._get_zero_param_intra_parallel_group()
 
 
 def build_skeleton(

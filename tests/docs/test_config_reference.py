@@ -53,3 +53,12 @@ def test_ranges_and_choices_are_told_in_words(reference):
         "| `dro.alpha` | `0.5` | number; above 0; at most 1 |" in page
     )
     assert "`quantile`, `uniform`" in page
+
+
+def test_the_table_of_sizes_is_what_the_memory_plan_says():
+    script = REPOSITORY / "docs" / "make_size_table.py"
+    spec = importlib.util.spec_from_file_location("make_size_table", script)
+    sizes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sizes)
+    written = Path(sizes.PAGE).read_text(encoding="utf-8")
+    assert sizes.table() in written, "run: python docs/make_size_table.py"

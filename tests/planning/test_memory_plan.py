@@ -192,3 +192,28 @@ def test_the_plan_counts_what_loading_leaves_unquantised(tmp_path, family):
     assert found.experts == sum(p.numel() for p in kept) > 0
     assert {p.dtype for p in kept} == {torch.float32}
     assert any("as fused experts" in line and "not quantised" in line for line in loaded.lines)
+
+
+def test_a_second_copy_per_node_is_counted():
+    model = transformers.LlamaConfig(**LLAMA8B)
+    settings = RunConfig(model={"dtype": "bfloat16"}, deepspeed="ds_configs/zero3_hpz.json")
+    plan = estimate(settings, model, 16, 80 << 30)
+    assert plan.parts["secondary shards"] == pytest.approx(2 * plan.parts["base weights"], rel=1e-3)
+    one = estimate(RunConfig(model={"dtype": "bfloat16"}), model, 16, 80 << 30)
+    assert one.parts["secondary shards"] == 0
+
+
+def test_gathered_parameters_follow_the_reuse_distance():
+    """The 8B shape: about three packed layers and lm_head, instead of the whole base."""
+    model = transformers.LlamaConfig(**LLAMA8B)
+    found = {}
+    for distance in ("auto", 0, 10**12):
+        zero = {"stage": 3, "stage3_max_reuse_distance": distance, "stage3_prefetch_bucket_size": "auto"}
+        raw = {"zero_optimization": zero}
+        plan = estimate(config(dtype="bfloat16"), model, 2, 80 << 30, deepspeed_config=raw)
+        found[distance] = plan.parts["gathered parameters"]
+    head = 128256 * 4096 * 2
+    layer = (take_inventory(config().model, model).quantised // 32) // 2
+    assert found["auto"] == pytest.approx(head + 4 * layer, rel=0.01)
+    assert found[0] == pytest.approx(head + 2 * layer, rel=0.01)
+    assert found[10**12] == pytest.approx(head + 32 * layer, rel=0.01)
