@@ -18,9 +18,9 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from grid import grid, write_list
+from grid import Cell, grid, write_list
 
-from gdrt_ds.config import load_config
+from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError
 
 HOME = Path(__file__).resolve().parent.parent
@@ -113,9 +113,9 @@ def ranks_per_node(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> None:
     """Refuses what a job would fail on, before anything waits in a queue.
 
-    Raises: UserError: something is wrong with settings, run folder, partition, number of ranks or
-    environment, or a
-            chain of this run still lives.
+    Raises:
+        UserError: something is wrong with settings, run folder, partition, number of ranks or environment,
+            or a chain of this run still lives.
     """
     if getattr(args, "study", None):
         raise UserError(
@@ -172,150 +172,191 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"the plan was refused (exit status {code})", "see the message above")
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a submission asks for, and where it goes.
+
+    Attributes:
+        args: the command line of submit.py.
+        config: the config of the run, or of every run of a grid.
+        cells: the runs of a grid; empty for one run.
+        folder: the run folder, or the folder of the grid.
+        logs: folder of the jobs' logs.
+        record: the file of the chain.
+        runs: run folders.
+    """
+
+    args: argparse.Namespace
+    config: RunConfig
+    cells: list[Cell]
+    folder: Path
+    logs: Path
+    record: Path
+    runs: list[str]
+
+    @property
+    def array(self) -> str:
+        """Slurm's words for one task per run of a grid; empty for one run."""
+        if not self.cells:
+            return ""
+        return f"0-{len(self.cells) - 1}%{self.args.at_once}"
+
+
 def build(args: argparse.Namespace) -> Chain:
     """Returns the jobs of the request, not yet submitted. Makes the folders that logs go to.
 
     Raises:
         UserError: a folder is not writable, or a chain of it still lives.
     """
-    config = load_config(args.config, args.overrides)
-    cells = grid(args.objectives or [config.objective], args.seeds, args.taus) if is_grid(args) else []
-    if cells:
-        folder = Path(args.into or "runs/sweep").absolute()
-        logs, record, runs = (
-            folder / "logs",
-            folder / "chain.json",
-            [str(folder / cell.name) for cell in cells],
-        )
-    else:
-        folder = Path(config.run.dir).absolute()
-        logs, record, runs = (
-            folder / "logs" / "slurm",
-            folder / "logs" / "slurm" / "chain.json",
-            [str(folder)],
-        )
+    request = _request(args)
     if not args.dry_run:
-        try:
-            logs.mkdir(parents=True, exist_ok=True)
-            (logs / ".write_probe").write_text("x")
-            (logs / ".write_probe").unlink()
-        except OSError as error:
-            raise UserError(
-                f"{'--into' if cells else 'run.dir'} = {folder}: not writable ({error.strerror})",
-                "choose another folder, or mend its permissions",
-            ) from None
-        refuse_second(record)
-        if cells:
-            write_list(folder, cells)
-    site = [
-        f"--{name}={value}"
-        for name in ("partition", "account", "qos", "constraint")
-        if (value := getattr(args, name))
-    ]
-    common = ["--parsable", "--kill-on-invalid-dep=yes", *site]
-    if args.mem:
-        common.append(f"--mem={args.mem}")
-    train_config = [
-        "--config",
-        str(Path(args.config).absolute()),
-        *(["--deepspeed_config", args.deepspeed_config] if args.deepspeed_config else []),
-        *(o for o in args.overrides if not o.startswith("run.dir=")),
-    ]
-    single = [] if cells else [f"run.dir={folder}"]
-
-    def options(nodes: int, duration: str | None) -> list[str]:
-        gpus = [f"--gpus-per-node={args.gpus_per_node}"] if gpus_per_node(args) else []
-        cpus = args.cpus_per_task or (8 if gpus else None)
-        return [
-            *common,
-            f"--nodes={nodes}",
-            f"--ntasks-per-node={ranks_per_node(args)}",
-            *gpus,
-            *([f"--cpus-per-task={cpus}"] if cpus else []),
-            *([f"--time={duration}"] if duration else []),
-            *shlex.split(args.sbatch),
-        ]
-
-    jobs, wait, array = [], [], f"0-{len(cells) - 1}%{args.at_once}" if cells else ""
+        _claim_folders(request)
+    jobs = []
     if args.prepare:
-        if cells:
-            raise UserError("--prepare with a grid: each run has its own cache", "leave --prepare out")
-        jobs.append(Job("prepare", "prepare.sh", [*train_config, *single], options(1, args.eval_time)))
-        wait = ["prepare"]
-    if cells:
-        words = [
-            "--objectives",
-            ",".join(args.objectives or [config.objective]),
-            "--seeds",
-            ",".join(args.seeds),
-            "--into",
-            str(folder),
-        ]
-        words += ["--taus", ",".join(args.taus)] if args.taus != [""] else []
-        jobs.append(
-            Job(
-                "train",
-                "sweep.sh",
-                [*words, "--", *train_config],
-                options(args.nodes, args.time),
-                wait,
-                array=array,
-            )
-        )
-    else:
-        jobs.append(Job("train", "gdrt.sh", [*train_config, *single], options(args.nodes, args.time), wait))
-    eval_words = shlex.split(args.eval_args)
-    which = ["--runs", str(folder / "runs.txt")] if cells else ["--run", str(folder)]
-    jobs.append(
-        Job(
-            "evaluate",
-            "eval.sh",
-            [*which, *eval_words],
-            options(args.eval_nodes, args.eval_time),
-            ["train"],
-            relation="aftercorr" if cells else "afterok",
-            array=array,
-        )
-    )  # aftercorr: each array task waits for its own run only
-    if not args.no_base:
-        jobs.append(
-            Job(
-                "evaluate-base",
-                "eval.sh",
-                ["--run", runs[0], "--base", *eval_words],
-                options(args.eval_nodes, args.eval_time),
-                ["train"],
-            )
-        )
-    name = evaluation_name(eval_words)
-    folders = [
-        *args.compare_with,
-        *([] if args.no_base else [str(Path(runs[0]) / "eval" / f"{name}-base")]),
-        *(str(Path(r) / "eval" / name) for r in runs),
-    ]
+        jobs.append(_prepare_job(request))
+    jobs.append(_train_job(request, after=[job.name for job in jobs]))
+    evaluations = _evaluation_jobs(request)
+    jobs += evaluations
+    folders = _compared_folders(request)
     if len(folders) > 1:
-        small = [
-            *common,
-            "--nodes=1",
-            "--ntasks=1",
-            *([f"--time={args.eval_time}"] if args.eval_time else []),
-            *shlex.split(args.sbatch),
-        ]
-        jobs.append(
-            Job(
-                "compare",
-                "compare.sh",
-                [*folders, "--output", str(folder / "comparison")],
-                small,
-                [j.name for j in jobs if j.name.startswith("evaluate")],
-            )
-        )
+        words = [*folders, "--output", str(request.folder / "comparison")]
+        names = [job.name for job in evaluations]
+        jobs.append(Job("compare", "compare.sh", words, _small_options(args), names))
     for job in jobs:
-        job.log = str(logs / (f"{job.name}-%A_%a.log" if job.array else f"{job.name}-%j.log"))
-    return Chain(str(folder), str(record), runs, jobs)
+        ending = "%A_%a" if job.array else "%j"
+        job.log = str(request.logs / f"{job.name}-{ending}.log")
+    return Chain(str(request.folder), str(request.record), request.runs, jobs)
+
+
+def _request(args: argparse.Namespace) -> Request:
+    config = load_config(args.config, args.overrides)
+    if is_grid(args):
+        cells = grid(args.objectives or [config.objective], args.seeds, args.taus)
+        folder = Path(args.into or "runs/sweep").absolute()
+        runs = [str(folder / cell.name) for cell in cells]
+        return Request(args, config, cells, folder, folder / "logs", folder / "chain.json", runs)
+    folder = Path(config.run.dir).absolute()
+    logs = folder / "logs" / "slurm"
+    return Request(args, config, [], folder, logs, logs / "chain.json", [str(folder)])
+
+
+def _claim_folders(request: Request) -> None:
+    """Makes the folder of the logs, and the list of runs of a grid.
+
+    Raises:
+        UserError: it is not writable, or a chain of it still lives.
+    """
+    try:
+        request.logs.mkdir(parents=True, exist_ok=True)
+        probe = request.logs / ".write_probe"
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        option = "--into" if request.cells else "run.dir"
+        raise UserError(
+            f"{option} = {request.folder}: not writable ({error.strerror})",
+            "choose another folder, or mend its permissions",
+        ) from None
+    refuse_second(request.record)
+    if request.cells:
+        write_list(request.folder, request.cells)
+
+
+def _common_options(args: argparse.Namespace) -> list[str]:
+    """Options of sbatch that every job has."""
+    found = ["--parsable", "--kill-on-invalid-dep=yes"]
+    for name in ("partition", "account", "qos", "constraint"):
+        value = getattr(args, name)
+        if value:
+            found.append(f"--{name}={value}")
+    if args.mem:
+        found.append(f"--mem={args.mem}")
+    return found
+
+
+def _options(args: argparse.Namespace, nodes: int, duration: str | None) -> list[str]:
+    """Options of a job with ranks on every GPU of its nodes."""
+    found = [*_common_options(args), f"--nodes={nodes}", f"--ntasks-per-node={ranks_per_node(args)}"]
+    cpus = args.cpus_per_task
+    if gpus_per_node(args):
+        found.append(f"--gpus-per-node={args.gpus_per_node}")
+        cpus = cpus or 8
+    if cpus:
+        found.append(f"--cpus-per-task={cpus}")
+    if duration:
+        found.append(f"--time={duration}")
+    return [*found, *shlex.split(args.sbatch)]
+
+
+def _small_options(args: argparse.Namespace) -> list[str]:
+    """Options of a job of one process without a GPU."""
+    found = [*_common_options(args), "--nodes=1", "--ntasks=1"]
+    if args.eval_time:
+        found.append(f"--time={args.eval_time}")
+    return [*found, *shlex.split(args.sbatch)]
+
+
+def _train_words(request: Request) -> list[str]:
+    """The arguments of train.py."""
+    args = request.args
+    words = ["--config", str(Path(args.config).absolute())]
+    if args.deepspeed_config:
+        words += ["--deepspeed_config", args.deepspeed_config]
+    words += [setting for setting in args.overrides if not setting.startswith("run.dir=")]
+    if not request.cells:
+        words.append(f"run.dir={request.folder}")
+    return words
+
+
+def _prepare_job(request: Request) -> Job:
+    if request.cells:
+        raise UserError("--prepare with a grid: each run has its own cache", "leave --prepare out")
+    options = _options(request.args, 1, request.args.eval_time)
+    return Job("prepare", "prepare.sh", _train_words(request), options)
+
+
+def _train_job(request: Request, after: list[str]) -> Job:
+    args = request.args
+    options = _options(args, args.nodes, args.time)
+    words = _train_words(request)
+    if not request.cells:
+        return Job("train", "gdrt.sh", words, options, after)
+    lists = ["--objectives", ",".join(args.objectives or [request.config.objective])]
+    lists += ["--seeds", ",".join(args.seeds), "--into", str(request.folder)]
+    if args.taus != [""]:
+        lists += ["--taus", ",".join(args.taus)]
+    return Job("train", "sweep.sh", [*lists, "--", *words], options, after, array=request.array)
+
+
+def _evaluation_jobs(request: Request) -> list[Job]:
+    """The evaluation of every run, and that of the base model they started from."""
+    args = request.args
+    options = _options(args, args.eval_nodes, args.eval_time)
+    words = shlex.split(args.eval_args)
+    which = ["--run", str(request.folder)]
+    relation = "afterok"
+    if request.cells:
+        which = ["--runs", str(request.folder / "runs.txt")]
+        relation = "aftercorr"  # each array task waits for its own run only
+    tuned = Job("evaluate", "eval.sh", [*which, *words], options, ["train"], relation, request.array)
+    if args.no_base:
+        return [tuned]
+    base = ["--run", request.runs[0], "--base", *words]
+    return [tuned, Job("evaluate-base", "eval.sh", base, list(options), ["train"])]
+
+
+def _compared_folders(request: Request) -> list[str]:
+    """Evaluation folders that the comparison takes."""
+    args = request.args
+    name = evaluation_name(shlex.split(args.eval_args))
+    folders = list(args.compare_with)
+    if not args.no_base:
+        folders.append(str(Path(request.runs[0]) / "eval" / f"{name}-base"))
+    return folders + [str(Path(run) / "eval" / name) for run in request.runs]
 
 
 def is_grid(args: argparse.Namespace) -> bool:
+    """Whether the request has more than one run."""
     return max(len(args.objectives or []), len(args.seeds), len(args.taus)) > 1
 
 

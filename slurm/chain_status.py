@@ -35,10 +35,17 @@ ENDED = {
     "BOOT_FAIL": "failed to boot a node",
     "DEADLINE": "missed its deadline",
 }
-GOOD, ALIVE = (
-    {"COMPLETED"},
-    {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STAGE_OUT"},
-)
+GOOD = {"COMPLETED"}
+ALIVE = {
+    "PENDING",
+    "RUNNING",
+    "COMPLETING",
+    "CONFIGURING",
+    "SUSPENDED",
+    "REQUEUED",
+    "RESIZING",
+    "STAGE_OUT",
+}
 
 
 def report(folder: Path) -> tuple[str, bool]:
@@ -73,6 +80,7 @@ def records(job: Job) -> list[dict[str, str]]:
 
 
 def from_accounting(job_id: str) -> list[dict[str, str]]:
+    """Returns what sacct knows of a job that Slurm itself has forgotten; empty without accounting."""
     if shutil.which("sacct") is None:
         return []
     fields = ["State", "ExitCode", "RunTime", "NodeList"]
@@ -81,11 +89,9 @@ def from_accounting(job_id: str) -> list[dict[str, str]]:
         capture_output=True,
         text=True,
     )
-    rows = (
-        [dict(zip(fields, line.split("|"))) for line in done.stdout.splitlines() if line.count("|") == 3]
-        if done.returncode == 0
-        else []
-    )
+    if done.returncode != 0:
+        return []
+    rows = [dict(zip(fields, line.split("|"))) for line in done.stdout.splitlines() if line.count("|") == 3]
     return [{"JobState": row["State"].split()[0], **row} for row in rows]
 
 
@@ -95,17 +101,22 @@ def kind(states: list[str]) -> str:
         return "done"
     if any(state in ALIVE for state in states):
         return "alive"
-    return "forgotten" if set(states) == {"FORGOTTEN"} else "broken"
+    if set(states) == {"FORGOTTEN"}:
+        return "forgotten"
+    return "broken"
 
 
 def verdict(kinds: dict[str, str]) -> str:
+    """Returns where the chain is, in a few words."""
     if all(k == "done" for k in kinds.values()):
         return "finished"
     broken = [name for name, k in kinds.items() if k == "broken"]
     if broken:
         return f"broken at {broken[0]}"
     alive = [name for name, k in kinds.items() if k == "alive"]
-    return f"at {alive[0]}" if alive else "Slurm no longer remembers its jobs"
+    if alive:
+        return f"at {alive[0]}"
+    return "Slurm no longer remembers its jobs"
 
 
 def words(chain: Chain, job: Job, states: dict[str, list[dict[str, str]]], kinds: dict[str, str]) -> str:
@@ -118,9 +129,9 @@ def words(chain: Chain, job: Job, states: dict[str, list[dict[str, str]]], kinds
             counts[state] = counts.get(state, 0) + 1
     text = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     failed = [r.get("ArrayTaskId", "?") for r in found if kind([r["JobState"]]) == "broken"]
-    return f"array: {text}" + (
-        f"; failed tasks: {', '.join(failed)} (logs: {job.log.replace('%A', job.id)})" if failed else ""
-    )
+    if failed:
+        text += f"; failed tasks: {', '.join(failed)} (logs: {job.log.replace('%A', job.id)})"
+    return f"array: {text}"
 
 
 def tasks_in(record: dict[str, str]) -> int:
@@ -133,7 +144,9 @@ def tasks_in(record: dict[str, str]) -> int:
 
 
 def one(chain: Chain, job: Job, record: dict[str, str], kinds: dict[str, str]) -> str:
-    state, reason = record["JobState"], record.get("Reason", "None")
+    """Returns the state of one job, or of one task of an array, in words."""
+    state = record["JobState"]
+    reason = record.get("Reason", "None")
     restarts = int(record.get("Restarts", 0))
     lives = f", life {restarts + 1} after {restarts} requeue(s)" if restarts else ""
     log = job.log.replace("%j", job.id).replace("%A", job.id)

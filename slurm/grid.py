@@ -47,29 +47,30 @@ def grid(objectives: list[str], seeds: list[str], taus: list[str]) -> list[Cell]
                     positive = False
                 if not positive:
                     raise UserError(f"--taus: {tau!r} is not a positive number", "e.g. --taus 0.5,1")
-                name = (
-                    (re.sub(r"[^A-Za-z0-9_]+", "-", objective) or "run")
-                    + (f"-tau{tau}" if tau else "")
-                    + f"-seed{seed}"
-                )
-                cells.append(
-                    Cell(
-                        name,
-                        (
-                            *([f"objective={objective}"] if objective else []),
-                            f"train.seed={seed}",
-                            *([f"dro.tau={tau}"] if tau else []),
-                        ),
-                    )
-                )
+                cells.append(_cell(objective, seed, tau))
     return list(dict.fromkeys(cells))
 
 
+def _cell(objective: str, seed: str, tau: str) -> Cell:
+    """One run; an empty objective or tau is the config's."""
+    name = re.sub(r"[^A-Za-z0-9_]+", "-", objective) or "run"
+    overrides = []
+    if objective:
+        overrides.append(f"objective={objective}")
+    overrides.append(f"train.seed={seed}")
+    if tau:
+        name += f"-tau{tau}"
+        overrides.append(f"dro.tau={tau}")
+    return Cell(f"{name}-seed{seed}", tuple(overrides))
+
+
 def split(text: str) -> list[str]:
+    """Returns the parts of a comma-separated list."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that describe a grid; submit.py has them too."""
     parser.add_argument("--objectives", type=split, default=[], metavar="A,B", help="default: the config's")
     parser.add_argument("--seeds", type=split, default=["0"], metavar="0,1")
     parser.add_argument(
@@ -112,13 +113,13 @@ def main(argv: list[str] | None = None) -> int:
         settings: list[str] = []
         if args.study:
             study = load_study(args.study)
-            into = Path(args.into or Path("runs") / "studies" / study.name).absolute()
-            cells, into, settings = cells_of(study, into), into / "runs", ["--config", study.config]
+            folder = Path(args.into or Path("runs") / "studies" / study.name).absolute()
+            cells = cells_of(study, folder)
+            into = folder / "runs"
+            settings = ["--config", study.config]
         else:
-            cells, into = (
-                grid(args.objectives, args.seeds, args.taus),
-                Path(args.into or "runs/sweep").absolute(),
-            )
+            cells = grid(args.objectives, args.seeds, args.taus)
+            into = Path(args.into or "runs/sweep").absolute()
         if args.index is None:
             print(
                 "\n".join(

@@ -20,6 +20,7 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,13 +46,16 @@ class Lives:
     """RUN/logs/slurm/lives.jsonl: one line per begin and end of a life, by job."""
 
     def __init__(self, run_dir: Path, job: str):
-        self.run_dir, self.job = run_dir, job
+        self.run_dir = run_dir
+        self.job = job
         self.path = run_dir / "logs" / "slurm" / "lives.jsonl"
 
     def events(self, event: str) -> list[dict]:
         """Returns the events of this job, oldest first; a half-written line (node died) is passed over."""
         found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []:
+        if not self.path.is_file():
+            return found
+        for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 found.append(json.loads(line))
             except json.JSONDecodeError:
@@ -59,6 +63,7 @@ class Lives:
         return [e for e in found if e["event"] == event and (e["job"] == self.job or not self.job)]
 
     def write(self, event: str, **fields) -> None:
+        """Adds a line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(
@@ -84,8 +89,11 @@ class Lives:
         return count
 
     def summary(self) -> dict:
+        """Returns the run's summary.json; empty while there is none."""
         path = self.run_dir / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def limit(name: str, default: int) -> int:
@@ -107,7 +115,8 @@ def refusal(lives: Lives, restart: int, step: int) -> str | None:
         restart: the requeues that another life would have made.
         step: of the newest checkpoint.
     """
-    most, stalled_most = limit("GDRT_MAX_REQUEUES", 20), limit("GDRT_MAX_STALLED", 2)
+    most = limit("GDRT_MAX_REQUEUES", 20)
+    stalled_most = limit("GDRT_MAX_STALLED", 2)
     if restart > most:
         return f"{most} requeues are used up (GDRT_MAX_REQUEUES); submit again to go on from step {step}"
     stalled = lives.stalled(step)
@@ -171,14 +180,11 @@ def begin(args: argparse.Namespace) -> dict:
         say(f"stopped: {reason}")
         raise SystemExit(1)
     lives.write("begin", restart=args.restart, step=step, nodes=os.environ.get("SLURM_JOB_NODELIST"))
-    say(
-        f"life {args.restart} of job {args.job}: {run_dir}, "
-        + (f"from checkpoint step {step}" if step else "no checkpoint yet")
-    )
+    start = f"from checkpoint step {step}" if step else "no checkpoint yet"
+    say(f"life {args.restart} of job {args.job}: {run_dir}, {start}")
     if args.restart:
-        answer["EXTRA"] = [
-            "resume=auto"
-        ]  # an explicit checkpoint is where the first life starts, not every life
+        # An explicit checkpoint is where the first life starts, not every life.
+        answer["EXTRA"] = ["resume=auto"]
     logs = lives.path.parent / f"job_{args.job}_life_{args.restart}"
     logs.mkdir(exist_ok=True)
     return answer | {"LOGS": logs}
@@ -197,71 +203,90 @@ def first_failure(logs: Path) -> tuple[int, str] | None:
     if not ended:
         return None
     _, code, rank, node = min(ended)
-    return code, f"rank {rank} on {node} ended with status {code}" + (
-        f" ({STATUSES[code]})" if code in STATUSES else ""
-    )
+    what = f"rank {rank} on {node} ended with status {code}"
+    if code in STATUSES:
+        what += f" ({STATUSES[code]})"
+    return code, what
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What follows from the end of a life.
+
+    Attributes:
+        verdict: done, requeue, hold or stop.
+        code: exit status of the batch script.
+        text: what is told.
+    """
+
+    verdict: str
+    code: int
+    text: str
 
 
 def end(args: argparse.Namespace) -> dict:
+    """Decides what follows from the end of a life; returns the answer to the shell."""
     run_dir = Path(args.run_dir)
     lives = Lives(run_dir, args.job)
-    logs = run_dir / "logs" / "slurm" / f"job_{args.job}_life_{args.restart}"
-    step, status = lives.newest_step(), lives.summary().get("status")
-    code, what = first_failure(logs) or (args.code, f"the step ended with status {args.code}")
-    outside = args.state != "RUNNING" and args.reason != "TimeLimit"
     newer = max((event["restart"] for event in lives.events("begin")), default=0)
-    if (
-        newer > args.restart
-        # This script was cut off and woke up: it must neither requeue the job that goes on nor speak for the
-        # run
-    ):
+    if newer > args.restart:
+        # This script was cut off and woke up: it must neither requeue the job that goes on nor speak for
+        # the run.
         say(f"life {args.restart} is over: life {newer} of this job goes on with {run_dir}")
         return {"VERDICT": "stop", "CODE": 1}
-    if status == "completed":
-        late = (
-            f" (after that {what})" if args.code else ""
-        )  # e.g. a signal that came while the interpreter was closing
-        verdict, code, text = "done", 0, f"the run is complete: {run_dir}{late}"
-    elif args.code == 0:
-        verdict, code, text = (
-            "stop",
-            1,
-            f"the ranks ended without an error, but {run_dir}/summary.json says {status!r}",
-        )
-    elif outside:
-        verdict, code, text = (
-            "stop",
-            1,
-            f"the job was ended from outside ({args.state}); checkpoint step {step} is safe, submit again "
-            "to go on",
-        )
-    elif code == UserError.status:
-        verdict, text = (
-            "stop",
-            f"{what}: a setting has to be mended, so there is no requeue; the message is in "
-            f"{logs}/rank_0.log",
-        )
-    else:
-        reason = refusal(lives, args.restart + 1, step)
-        if args.early:
-            code, text = EXIT_INTERRUPTED, f"the time limit is reached; newest checkpoint: step {step}"
-        else:
-            text = (
-                f"interrupted, all ranks saved step {step}"
-                if code == EXIT_INTERRUPTED
-                else f"{what}; newest checkpoint: step {step}; logs: {logs}"
-            )
-        if reason:
-            verdict, code, text = "stop", 1, f"{text}; stopped: {reason}"
-        elif code == StorageError.status:
-            verdict, text = "hold", f"{text}; the job is held: free space, then `scontrol release {args.job}`"
-        else:
-            verdict, text = "requeue", f"{text}; the job requeues itself"
+    ending = judge(args, lives)
     lives.write(
-        "end", restart=args.restart, step=step, code=code, step_code=args.code, verdict=verdict, text=text
+        "end",
+        restart=args.restart,
+        step=lives.newest_step(),
+        code=ending.code,
+        step_code=args.code,
+        verdict=ending.verdict,
+        text=ending.text,
     )
-    say(text)
-    return {"VERDICT": verdict, "CODE": code}
+    say(ending.text)
+    return {"VERDICT": ending.verdict, "CODE": ending.code}
+
+
+def judge(args: argparse.Namespace, lives: Lives) -> Ending:
+    """Returns what follows from the status of the ranks, the state of the job and the run's own summary."""
+    run_dir = lives.run_dir
+    logs = run_dir / "logs" / "slurm" / f"job_{args.job}_life_{args.restart}"
+    step = lives.newest_step()
+    status = lives.summary().get("status")
+    code, what = first_failure(logs) or (args.code, f"the step ended with status {args.code}")
+    if status == "completed":
+        # A signal may have come while the interpreter was closing.
+        late = f" (after that {what})" if args.code else ""
+        return Ending("done", 0, f"the run is complete: {run_dir}{late}")
+    if args.code == 0:
+        text = f"the ranks ended without an error, but {run_dir}/summary.json says {status!r}"
+        return Ending("stop", 1, text)
+    if args.state != "RUNNING" and args.reason != "TimeLimit":
+        text = (
+            f"the job was ended from outside ({args.state}); checkpoint step {step} is safe, submit again "
+            "to go on"
+        )
+        return Ending("stop", 1, text)
+    if code == UserError.status:
+        text = (
+            f"{what}: a setting has to be mended, so there is no requeue; the message is in {logs}/rank_0.log"
+        )
+        return Ending("stop", code, text)
+    if args.early:
+        code = EXIT_INTERRUPTED
+        text = f"the time limit is reached; newest checkpoint: step {step}"
+    elif code == EXIT_INTERRUPTED:
+        text = f"interrupted, all ranks saved step {step}"
+    else:
+        text = f"{what}; newest checkpoint: step {step}; logs: {logs}"
+    reason = refusal(lives, args.restart + 1, step)
+    if reason:
+        return Ending("stop", 1, f"{text}; stopped: {reason}")
+    if code == StorageError.status:
+        advice = f"the job is held: free space, then `scontrol release {args.job}`"
+        return Ending("hold", code, f"{text}; {advice}")
+    return Ending("requeue", code, f"{text}; the job requeues itself")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -297,12 +322,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.status
     for name, value in answer.items():
-        words = (
-            " ".join(shlex.quote(str(v)) for v in value)
-            if isinstance(value, list)
-            else shlex.quote(str(value))
-        )
-        print(f"{name}=({words})" if isinstance(value, list) else f"{name}={words}")
+        if isinstance(value, list):
+            print(f"{name}=({' '.join(shlex.quote(str(part)) for part in value)})")
+        else:
+            print(f"{name}={shlex.quote(str(value))}")
     return 0
 
 

@@ -344,8 +344,8 @@ MUTATIONS = [
             (
                 "batches/tree_attention.py",
                 "_sample_mask",
-                "return mask if window is None else mask & (query - key < window)",
-                "return mask",
+                "mask = mask & (query - key < window)",
+                "pass",
             ),
         ),
     ),

@@ -74,14 +74,13 @@ def build_micro_batch(
     targets = [
         store.input_ids[store.offsets[s + 1] - store.num_target[s] : store.offsets[s + 1]] for s in samples
     ]
-    token_index = (
-        np.concatenate([np.arange(store.target_offsets[s], store.target_offsets[s + 1]) for s in samples])
-        if len(samples)
-        else np.zeros(0, dtype=np.int64)
-    )
-    labels = np.concatenate(targets).astype(np.int64) if targets else np.zeros(0, dtype=np.int64)
+    nothing = np.zeros(0, dtype=np.int64)
+    places = [np.arange(store.target_offsets[s], store.target_offsets[s + 1]) for s in samples]
+    token_index = np.concatenate([nothing, *places])
+    labels = np.concatenate([nothing, *targets]).astype(np.int64)
     if not rows:
-        rows, targets = [np.array([pad_id], dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        rows = [np.array([pad_id], dtype=np.int64)]
+        targets = [nothing]
     shared = prefix_length if packing == "shared_prefix" and len(samples) else 0
     bodies = [len(row) - shared for row in rows]
     if any(len(target) > body for target, body in zip(targets, bodies)):
@@ -93,12 +92,11 @@ def build_micro_batch(
         )
     if packing == "none":
         width = max(len(row) for row in rows)
-        ids, mask = (
-            np.full((len(rows), width), pad_id, dtype=np.int64),
-            np.zeros((len(rows), width), dtype=np.int64),
-        )
+        ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
         for b, row in enumerate(rows):
-            ids[b, : len(row)], mask[b, : len(row)] = row, 1
+            ids[b, : len(row)] = row
+            mask[b, : len(row)] = 1
         stops = [b * width + len(row) for b, row in enumerate(rows)]
         inputs = {
             "input_ids": torch.from_numpy(ids).to(device),

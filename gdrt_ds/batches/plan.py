@@ -42,7 +42,9 @@ class BatchPlan:
     def samples(self, step: int) -> np.ndarray:
         """Returns int64[B], the sample indices of optimizer step `step`, sorted."""
         count = len(self.lengths)
-        position, stop, parts = step * self.global_batch, (step + 1) * self.global_batch, []
+        position = step * self.global_batch
+        stop = position + self.global_batch
+        parts = []
         while position < stop:
             epoch, offset = divmod(position, count)
             order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(count)
@@ -61,27 +63,30 @@ class BatchPlan:
         slots = accumulation * self.world
         order = samples[np.argsort(-self.lengths[samples], kind="stable")]
         members: list[list[int]] = [[] for _ in range(slots)]
-        if (
-            self.packed
-        ):  # longest first, into the lightest slot that has room: cost of a packed row is its token count
+        if self.packed:
+            # Longest first, into the lightest slot that has room: a packed row costs its tokens.
             room = -(-len(samples) // slots)
             loads = np.zeros(slots)
             for sample in order:
                 slot = int(np.argmin(np.where([len(m) < room for m in members], loads, np.inf)))
                 members[slot].append(int(sample))
                 loads[slot] += self.lengths[sample]
-        else:  # neighbours in length share a row: cost of a padded row is its longest sample
+        else:
+            # Neighbours in length share a row: the cost of a padded row is that of its longest sample.
             for slot, part in enumerate(np.array_split(order, slots)):
                 members[slot] = [int(sample) for sample in part]
-        cost = [
-            (-(sum(self.lengths[m]) if self.packed else len(m) * max(self.lengths[m], default=0)), i)
-            for i, m in enumerate(members)
-        ]
-        ranked = [members[i] for _, i in sorted(cost)]
+        ranked = sorted(members, key=self._cost, reverse=True)
         return [
             [np.array(sorted(ranked[a * self.world + r]), dtype=np.int64) for r in range(self.world)]
             for a in range(accumulation)
         ]
+
+    def _cost(self, members: list[int]) -> int:
+        """Tokens that a slot computes."""
+        lengths = self.lengths[members]
+        if self.packed:
+            return int(sum(lengths))
+        return int(len(members) * max(lengths, default=0))
 
     def describe(self) -> str:
         """Says the arithmetic of the batches in one line."""

@@ -58,11 +58,11 @@ def tree_mask(
 
 @dataclass(frozen=True)
 class TreeLayout:
-    """One packed row: an optional shared head, then samples one after the other.
+    """One packed row: an optional shared prompt prefix, then samples one after the other.
 
     Attributes:
-        lengths: tokens of each sample, the head not counted.
-        head: tokens of the shared head (0 = none).
+        lengths: tokens of each sample, the shared prefix not counted.
+        head: tokens of the shared prefix (0 = none).
         end, positions: Long[T] of the rule above and of the rotary or learned embedding.
     """
 
@@ -90,7 +90,9 @@ def _sample_mask(length: int, head: int, window: int | None) -> Tensor:
     query = torch.arange(head, head + length)[:, None]
     key = torch.arange(head + length)[None, :]
     mask = key <= query
-    return mask if window is None else mask & (query - key < window)
+    if window is not None:
+        mask = mask & (query - key < window)
+    return mask
 
 
 def _segments(
@@ -108,11 +110,16 @@ def _segments(
     add a whole row's gradient each.
     """
     options = dict(dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
-    head, sizes = layout.head, ([layout.head] if layout.head else []) + list(layout.lengths)
+    head = layout.head
+    sizes = list(layout.lengths)
+    if head:
+        sizes = [head, *sizes]
     queries, keys, values = (list(part.split(sizes, dim=2)) for part in (query, key, value))
     outputs = []
     if head:
-        mask = None if window is None else _sample_mask(head, 0, window).to(query.device)
+        mask = None
+        if window is not None:
+            mask = _sample_mask(head, 0, window).to(query.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 queries.pop(0), keys[0], values[0], attn_mask=mask, is_causal=mask is None, **options
@@ -121,7 +128,9 @@ def _segments(
         keys = [torch.cat([keys[0], own], dim=2) for own in keys[1:]]
         values = [torch.cat([values[0], own], dim=2) for own in values[1:]]
     for length, own_query, own_keys, own_values in zip(layout.lengths, queries, keys, values, strict=True):
-        mask = _sample_mask(length, head, window).to(query.device) if head or window is not None else None
+        mask = None
+        if head or window is not None:
+            mask = _sample_mask(length, head, window).to(query.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 own_query, own_keys, own_values, attn_mask=mask, is_causal=mask is None, **options
@@ -149,11 +158,14 @@ def _flex(
     """Computes the same rule as one FlexAttention call: blocks that no query may see are skipped."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    end, positions = layout.end, layout.positions
+    end = layout.end
+    positions = layout.positions
 
     def may_see(batch, head, q, k):
         visible = (k <= q) & (q < end[k])
-        return visible if window is None else visible & (positions[q] - positions[k] < window)
+        if window is not None:
+            visible = visible & (positions[q] - positions[k] < window)
+        return visible
 
     cache = layout.__dict__.setdefault("_block_masks", {})
     if window not in cache:
@@ -181,8 +193,14 @@ def tree_attention(
 ):
     """The attention function that transformers calls.
 
-    Without a layout (evaluation, padded batches) it is SDPA. Query [B, A, T, D], key and value [B,
-    K, T, D] give [B, T, A, D].
+    Without a layout (evaluation, padded batches) it is SDPA.
+
+    Args:
+        query: [B, A, T, D].
+        key, value: [B, K, T, D].
+
+    Returns:
+        [B, T, A, D], and no attention weights.
     """
     if tree_layout is None:
         return sdpa_attention_forward(

@@ -81,14 +81,12 @@ class Catalogue:
     def notes(self) -> list[str]:
         """Says how many ids share a title, for the start of a run."""
         extra = len(self.index_of) - len(self.entries)
-        return (
-            [
-                f"{extra} of {len(self.index_of)} items share their title with another and are merged: "
-                f"{len(self)} catalogue entries"
-            ]
-            if extra
-            else []
-        )
+        if not extra:
+            return []
+        return [
+            f"{extra} of {len(self.index_of)} items share their title with another and are merged: "
+            f"{len(self)} catalogue entries"
+        ]
 
     def save(self, path: str | Path) -> None:
         """Writes one JSON object per entry: item_id, merged_ids, text, train_count, provider, groups."""

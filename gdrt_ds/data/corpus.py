@@ -67,9 +67,9 @@ class Corpus:
 def load_corpus(data: DataSection) -> Corpus:
     """Reads the data that `data.path` names, cuts histories, splits, samples and checks it.
 
-    Raises: UserError: missing file or column, malformed row (file, line, field), item id without
-    title, or an empty
-            train or test split.
+    Raises:
+        UserError: missing file or column, malformed row (file, line, field), item id without title, or an
+            empty train or test split.
     """
     bad = BadRows(skip=data.on_bad_row == "skip")
     known = ("user", "item", "timestamp", "rating", "title", "provider", "genres")
@@ -160,12 +160,7 @@ def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dic
     """
     splits = {}
     for name, samples in windows.splits.items():
-        kept = [
-            s
-            if len(s.history) <= data.history_length
-            else replace(s, history=s.history[-data.history_length :])
-            for s in samples
-        ]
+        kept = [replace(s, history=s.history[-data.history_length :]) for s in samples]
         long_enough = [s for s in kept if len(s.history) >= data.min_history]
         if len(long_enough) < len(kept):
             notes.append(

@@ -62,16 +62,16 @@ def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list
     place: dict[int, tuple[str, int]] = {
         row: (user, k) for user, rows in of_user.items() for k, row in enumerate(rows)
     }
-    windows: list[tuple[Sample, int]] = []  # in time order, with the number of later events of the same user
+    # In time order, with the number of later events of the same user.
+    windows: list[tuple[Sample, int]] = []
     for row in keep:
         user, k = place[row]
         if k < data.min_history:
             continue
         rows = of_user[user]
         history = tuple(events.items_of[r] for r in rows[max(0, k - data.history_length) : k])
-        sample = Sample(
-            0, user, history, events.items_of[row], timestamps[row] if timestamps is not None else None
-        )
+        time = None if timestamps is None else timestamps[row]
+        sample = Sample(0, user, history, events.items_of[row], time)
         windows.append((sample, len(rows) - 1 - k))
     short = len(keep) - len(windows)
     notes.append(
@@ -92,15 +92,16 @@ def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list
 
 
 def _split(windows: list[tuple[Sample, int]], data: DataSection) -> dict[str, list[Sample]]:
-    splits: dict[str, list[Sample]] = {"train": [], "valid": [], "test": []}
+    """Deals windows out, which come in time order with the number of later events of the same user."""
     if data.split == "leave_one_out":
-        for sample, later in windows:
-            splits["test" if later == 0 else "valid" if later == 1 else "train"].append(sample)
-        return splits
-    first, second = time_cuts(len(windows), data.split_ratio)
-    for index, (sample, _) in enumerate(windows):
-        splits["train" if index < first else "valid" if index < second else "test"].append(sample)
-    return splits
+        return {
+            "train": [sample for sample, later in windows if later > 1],
+            "valid": [sample for sample, later in windows if later == 1],
+            "test": [sample for sample, later in windows if later == 0],
+        }
+    samples = [sample for sample, _ in windows]
+    first, second = time_cuts(len(samples), data.split_ratio)
+    return {"train": samples[:first], "valid": samples[first:second], "test": samples[second:]}
 
 
 def time_cuts(num_windows: int, ratio: tuple[float, float, float]) -> tuple[int, int]:

@@ -30,7 +30,11 @@ class TokenTrie:
     def __init__(
         self, token: np.ndarray, parent: np.ndarray, depth: np.ndarray, end: np.ndarray, entry: np.ndarray
     ):
-        self.token, self.parent, self.depth, self.end, self.entry = token, parent, depth, end, entry
+        self.token = token
+        self.parent = parent
+        self.depth = depth
+        self.end = end
+        self.entry = entry
         self.num_nodes = len(token)
         num_children = np.bincount(parent[1:], minlength=self.num_nodes)
         self.child_offsets = np.concatenate([[0], np.cumsum(num_children)]).astype(np.int64)
@@ -41,9 +45,9 @@ class TokenTrie:
     def build(cls, sequences: list[list[int]], titles: list[str] | None = None) -> TokenTrie:
         """Builds the trie; sequence i ends in a leaf with `entry` i.
 
-        Raises: UserError: there is no sequence, an empty one, two equal ones, or one that is a
-        proper prefix of another;
-                names the titles.
+        Raises:
+            UserError: there is no sequence, an empty one, two equal ones, or one that is a proper prefix
+                of another; names the titles.
         """
         if not len(sequences):
             raise UserError(
@@ -53,8 +57,11 @@ class TokenTrie:
         order = sorted(range(len(sequences)), key=sequences.__getitem__)
         path = [0]  # nodes from the root to the last leaf
         previous: list[int] = []
-        token, parent, ends, leaves = [-1], [-1], [0], []
+        token = [-1]
+        parent = [-1]
         depth = [0]
+        ends = [0]
+        leaves: list[tuple[int, int]] = []  # (node, index of the sequence)
         for index in order:
             sequence = sequences[index]
             common = 0
@@ -96,7 +103,8 @@ class TokenTrie:
         Raises:
             KeyError: the tokens leave the trie.
         """
-        node, nodes = 0, []
+        node = 0
+        nodes = []
         for position, token in enumerate(tokens):
             nodes.append(node)
             children = self.children(node)
@@ -108,6 +116,8 @@ class TokenTrie:
 
 
 def _refuse(index: int, earlier: int, sequences: list[list[int]], titles: list[str] | None) -> None:
+    """Raises UserError for a sequence that is empty, or not told apart from an earlier one."""
+
     def name(i):
         return repr(titles[i]) if titles else f"entry {i}"
 
@@ -115,11 +125,9 @@ def _refuse(index: int, earlier: int, sequences: list[list[int]], titles: list[s
         raise UserError(
             f"catalogue title {name(index)} has no tokens", "correct the title, or use another tokenizer"
         )
-    relation = (
-        "are the same tokens"
-        if len(sequences[index]) == len(sequences[earlier])
-        else "are one a prefix of the other"
-    )
+    relation = "are one a prefix of the other"
+    if len(sequences[index]) == len(sequences[earlier]):
+        relation = "are the same tokens"
     raise UserError(
         f"catalogue titles {name(earlier)} and {name(index)} {relation}: they cannot be told apart",
         "use a tokenizer that covers the titles (an unknown-word token hides differences), and sequences "

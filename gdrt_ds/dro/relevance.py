@@ -70,9 +70,12 @@ def score_entries(
     # before is shared.
     head = int(store.offsets[1] - store.offsets[0] - store.num_target[0]) - 1
     packing = "shared_prefix" if packing != "none" else "none"
-    own = store.num_target + 1 + (0 if packing == "shared_prefix" else head)
-    order, parts, load = np.argsort(own, kind="stable"), [[]], 0
-    for entry in order:
+    own = store.num_target + 1
+    if packing == "none":
+        own = own + head
+    parts = [[]]
+    load = 0
+    for entry in np.argsort(own, kind="stable"):
         if parts[-1] and load + own[entry] > tokens_per_batch:
             parts.append([])
             load = 0

@@ -264,7 +264,8 @@ def _tools(weight, bias, a_rH, b_Vr, settings: Settings):
 
 def _forward_one_pass(head: Head, rowwise, hidden_NH, labels_N, losses_N, unit_NH) -> None:
     """Chunks of complete rows: logits, softmax - onehot in place, and back through the head."""
-    num_rows, vocabulary = len(hidden_NH), head.weight.shape[0]
+    num_rows = len(hidden_NH)
+    vocabulary = head.weight.shape[0]
     columns = slice(0, vocabulary)
     for rows, buffer_CV in rowwise.row_chunks(num_rows, vocabulary, hidden_NH.device, head.scratch_per_row):
         head.rows(hidden_NH[rows]).logits(columns, buffer_CV)

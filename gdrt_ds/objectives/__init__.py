@@ -28,7 +28,11 @@ def objectives() -> dict[str, Objective]:
 
 
 def get_objective(name: str) -> Objective:
-    """Raises: UserError for an unknown name, with the nearest one."""
+    """Returns the objective of a name, or of `package.module:ATTRIBUTE`.
+
+    Raises:
+        UserError: the name is unknown, or it cannot be imported.
+    """
     if name in objectives():
         return objectives()[name]
     module, sep, attribute = name.partition(":")

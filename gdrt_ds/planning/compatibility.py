@@ -38,11 +38,9 @@ def check_combination(
         versions = {name: importlib.metadata.version(name) for name in ("deepspeed", "bitsandbytes")}
     for problem, fix in refusals(config, deepspeed_config, cuda, versions):
         raise UserError(problem, fix)
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if cuda and torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = torch.device("cpu")
+    if cuda and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     choose_attention(config.model.attention, device, compute_dtype(config.model.dtype, device))
 
 

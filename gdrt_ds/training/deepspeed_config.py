@@ -17,7 +17,11 @@ from gdrt_ds.files import REPOSITORY
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
-    """Raises: UserError for a missing file, invalid JSON, or a top-level value that is not an object."""
+    """Reads a DeepSpeed config; a relative path counts from where the command runs, else from the checkout.
+
+    Raises:
+        UserError: missing file, invalid JSON, or a top-level value that is not an object.
+    """
     file = Path(path)
     if not file.is_file() and not file.is_absolute() and (REPOSITORY / path).is_file():
         file = REPOSITORY / path

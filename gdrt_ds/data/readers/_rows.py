@@ -52,19 +52,16 @@ def require_file(path: Path, setting: str) -> Path:
 def open_text(path: Path, encoding: str = "utf-8-sig") -> Iterator[io.TextIOBase]:
     """Opens plain or gzip text; whatever makes it unreadable becomes a UserError that names the file."""
     try:
-        stream = (
-            gzip.open(path, "rt", encoding=encoding, newline="")
-            if path.name.endswith(".gz")
-            else open(path, encoding=encoding, newline="")
-        )
+        if path.name.endswith(".gz"):
+            stream = gzip.open(path, "rt", encoding=encoding, newline="")
+        else:
+            stream = open(path, encoding=encoding, newline="")
         with stream:
             yield stream
     except _UNREADABLE as error:
-        reason = (
-            f"not {encoding} text ({error})"
-            if isinstance(error, UnicodeDecodeError)
-            else str(error) or type(error).__name__
-        )
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnicodeDecodeError):
+            reason = f"not {encoding} text ({error})"
         raise UserError(
             f"{path}: cannot be read: {reason}",
             "check that the file is complete and readable, and its encoding UTF-8",

@@ -31,9 +31,9 @@ def is_amazon_reviews(path: Path) -> bool:
 def read_amazon_reviews(data: DataSection, bad: BadRows) -> Interactions:
     """Reads reviews and metadata.
 
-    Raises: UserError: no reviews or metadata file, missing key, unreadable value (file, line,
-    field), or a reviewed
-            product without title.
+    Raises:
+        UserError: no reviews or metadata file, missing key, unreadable value (file, line, field), or a
+            reviewed product without title.
     """
     reviews = _reviews_file(Path(data.path))
     if reviews is None:
@@ -41,14 +41,11 @@ def read_amazon_reviews(data: DataSection, bad: BadRows) -> Interactions:
             f"data.path={data.path}: no Amazon reviews there",
             "expected JSON lines (.gz too) with reviewerID and asin (2018) or user_id and parent_asin (2023)",
         )
-    meta = (
-        Path(data.items)
-        if data.items
-        else next(
-            (p for p in _candidates(reviews.parent) if p != reviews and p.name.lower().startswith("meta")),
-            None,
-        )
-    )
+    if data.items:
+        meta = Path(data.items)
+    else:
+        beside = [path for path in _candidates(reviews.parent) if path != reviews]
+        meta = next((path for path in beside if path.name.lower().startswith("meta")), None)
     if meta is None:
         raise UserError(
             f"data.path={data.path}: no metadata file (meta*.jsonl[.gz]) beside {reviews.name}",
@@ -66,13 +63,11 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def _reviews_file(path: Path) -> Path | None:
-    candidates = (
-        _candidates(path)
-        if path.is_dir()
-        else [path]
-        if path.is_file() and path.name.lower().endswith(_SUFFIXES)
-        else []
-    )
+    candidates = []
+    if path.is_dir():
+        candidates = _candidates(path)
+    elif path.is_file() and path.name.lower().endswith(_SUFFIXES):
+        candidates = [path]
     for candidate in candidates:
         if candidate.name.lower().startswith("meta"):
             continue

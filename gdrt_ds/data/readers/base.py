@@ -122,9 +122,10 @@ class BadRows:
 class Reader:
     """One way to read data; the file that binds it as `READER` gives it its name, a value of `data.format`.
 
-    Attributes: detect: whether `data.path` looks like this reader's format (`data.format=auto`). It
-    is called on whatever
-            the user gave: a file, a folder, the name of an embedded set, or something that does not exist.
+    Attributes:
+        detect: whether `data.path` looks like this reader's format (`data.format=auto`). It is called on
+            whatever the user gave: a file, a folder, the name of an embedded set, or something that does
+            not exist.
         read: the data as `Windows` or `Interactions`. Bad rows go to `BadRows.report`; raises UserError.
         order: readers are asked in this order, the special before the general.
         embedded: names of data sets that need no path.

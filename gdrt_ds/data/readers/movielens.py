@@ -268,7 +268,8 @@ def _read_latest(folder: Path, data: DataSection, bad: BadRows) -> Interactions:
         for key, i in items.items()
     }
     events = read_events(folder / "ratings.csv", data, bad, items, items_path)
-    events.users, events.domain = read_user_table(data, folder, bad), "movie"
+    events.users = read_user_table(data, folder, bad)
+    events.domain = "movie"
     return events
 
 

@@ -94,7 +94,12 @@ def read_events(
     rating_column = pick_column(
         path, header, "rating", RATING, data.columns, required=data.min_rating is not None
     )
-    users_of, items_of, timestamps, ratings = [], [], [], []
+    if data.min_rating is None:
+        rating_column = None
+    users_of = []
+    items_of = []
+    timestamps = []
+    ratings = []
     for line, row in read_rows(path, bad):
         values = []
         for column in (user_column, item_column):
@@ -109,11 +114,7 @@ def read_events(
             field = time_column
             timestamp = parse_number(row.get(time_column)) if time_column else None
             field = rating_column
-            rating = (
-                parse_number(row.get(rating_column))
-                if rating_column and data.min_rating is not None
-                else None
-            )
+            rating = parse_number(row.get(rating_column)) if rating_column else None
         except ValueError as error:
             bad.report(path, line, field, str(error))
             continue
@@ -154,11 +155,12 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
     )
     items: dict[str, Item] = {}
     for line, row in read_rows(path, bad):
-        value, title = row.get(item_column), row.get(title_column)
+        value = row.get(item_column)
         if value is None or value == "":
             bad.report(path, line, item_column, "empty id")
             continue
-        item, title = as_id(value), clean_title(str(title)) if title is not None else ""
+        item = as_id(value)
+        title = _text(row, title_column)
         if not title:  # an interaction with it is a bad row, see read_events
             continue
         if item in items and items[item].title != title:
@@ -170,15 +172,16 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
                 "item ids that repeat",
             )
             continue
-        provider = (
-            clean_title(str(row[provider_column]))
-            if provider_column and row.get(provider_column) is not None
-            else ""
-        )
-        items[item] = Item(
-            item, title, provider or None, parse_genres(row.get(genres_column)) if genres_column else ()
-        )
+        genres = parse_genres(row.get(genres_column)) if genres_column else ()
+        items[item] = Item(item, title, _text(row, provider_column) or None, genres)
     return items
+
+
+def _text(row: dict, column: str | None) -> str:
+    """The cleaned text of a column; empty where the row or the table has none."""
+    if column is None or row.get(column) is None:
+        return ""
+    return clean_title(str(row[column]))
 
 
 def read_user_table(data: DataSection, folder: Path, bad: BadRows) -> dict[str, dict[str, str]]:

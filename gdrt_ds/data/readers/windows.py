@@ -116,7 +116,8 @@ def _read_split(
         history_column = pick_column(path, header, "history", HISTORY, {}, required=False)
         target_column = pick_column(path, header, "item", TARGET, data.columns, required=False)
         if history_column is None or target_column is None:
-            history_column, target_column = history_titles, target_title
+            history_column = history_titles
+            target_column = target_title
         if history_column is None or target_column is None:
             raise UserError(
                 f"{path.name}: missing column `item_ids`; it has {', '.join(header)}",
@@ -192,11 +193,11 @@ def _read_split(
 
 
 def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str, str]) -> dict[str, Item]:
-    path = (
-        Path(data.items)
-        if data.items
-        else next((folder / n for n in ITEM_NAME_FILES + ITEM_TABLE_FILES if (folder / n).is_file()), None)
-    )
+    if data.items:
+        path = Path(data.items)
+    else:
+        places = [folder / name for name in ITEM_NAME_FILES + ITEM_TABLE_FILES]
+        path = next((place for place in places if place.is_file()), None)
     if path is None:
         if titles:
             return {
