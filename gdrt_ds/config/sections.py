@@ -162,8 +162,8 @@ class PromptSection(Section):
 class LoraSection(Section):
     """The adapter, the only part that is trained."""
 
-    r: int = Field(8, ge=1, description="Rank of the adapter's matrices.")
-    alpha: float = Field(16, gt=0, description="The adapter's output is scaled by alpha / r.")
+    r: int = Field(8, ge=1, le=16_384, description="Rank of the adapter's matrices.")
+    alpha: float = Field(16, gt=0, le=1_000_000, description="The adapter's output is scaled by alpha / r.")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input during training.")
     targets: list[str] | Literal["all-linear"] = Field(
         default_factory=lambda: ["q_proj", "v_proj"],

@@ -63,8 +63,8 @@ def check_data(config: RunConfig, prepared: Prepared) -> list[str]:
     """Refuses data that the settings do not fit, and returns lines that a user should know.
 
     Raises:
-        UserError: a catalogue of one title; a label that the data lacks; more groups than the data can have;
-        frozen weights of another number of groups.
+        UserError: a catalogue of one title; a global batch above the train samples; a label that the data
+        lacks; more groups than the data can have; frozen weights of another number of groups.
     """
     num_titles = len(prepared.catalogue)
     if num_titles < 2:
@@ -72,6 +72,13 @@ def check_data(config: RunConfig, prepared: Prepared) -> list[str]:
             f"the catalogue has {num_titles} title, so there is nothing to choose between: "
             f"{prepared.catalogue.entries[0].text!r}",
             "give an item table with at least two titles (data.items, data.path)",
+        )
+    num_samples = len(prepared.stores["train"])
+    if config.train.global_batch > num_samples:
+        raise UserError(
+            f"train.global_batch = {config.train.global_batch} is more than the {num_samples} train samples, "
+            "so a step would count samples twice",
+            f"set train.global_batch to at most {num_samples}, or raise data.limit_train or data.split_ratio",
         )
     num_groups = _check_groups(config, prepared)
     lines = []

@@ -77,6 +77,7 @@ def test_a_folder_that_is_not_there_is_refused_by_the_setting_that_names_it(sett
             ["groups.num=30", "groups.by=item_popularity"],
             ["groups.num = 30", "distinct values of popularity"],
         ),
+        (["train.global_batch=40"], ["train.global_batch = 40 is more than the", "train samples"]),
         (["dro.frozen_weights=[1, 2]"], ["has 2 weights, there are 4 groups"]),
         (["dro.frozen_weights=[1, 1, 1, 1]", "objective=sft"], ["objective = sft, which does not take them"]),
     ],
