@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from tests.distributed.launch import SMOKE, play, preload
-from tests.distributed.planting import broken_weights
 
 SETTINGS = [
     "train.max_steps=6",
@@ -115,22 +114,6 @@ def main(output: str, folder: str) -> None:
     ]
     found["summary"] = json.loads((finished / "summary.json").read_text())["status"]
     found["checkpoints"] = sorted(p.name for p in (finished / "checkpoints").glob("step_*"))
-    for case, step, more in (
-        ("weights break late and steps are skipped", 5, ["train.on_nonfinite=skip"]),
-        ("weights break early and steps are skipped", 1, ["train.on_nonfinite=skip"]),
-        ("weights break in the last step", 6, []),
-    ):
-        broken = folder / case.replace(" ", "_")
-        settings = [*SMALL, f"run.dir={broken}", "train.max_steps=6", "train.eval_every=2", *more]
-        done = play(1, settings, folder / "logs" / broken.name, broken_weights(step), timeout_s=120)
-        summary = json.loads((broken / "summary.json").read_text())
-        report[case] = {
-            "status": done.statuses[0],
-            "output": done.outputs[0],
-            "summary": summary,
-            "adapter": (broken / "adapter").is_dir(),
-            "checkpoints": sorted(p.name for p in (broken / "checkpoints").glob("step_*")),
-        }
     planned = folder / "planned"
     run("plan", ["--plan", "--world", "4", *SMALL, f"run.dir={planned}"])["folder_made"] = (
         planned / "config.yaml"

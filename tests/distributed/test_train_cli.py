@@ -205,27 +205,6 @@ def test_a_mistake_is_one_clear_message_with_exit_status_2_and_loses_nothing(mis
     assert found["lost"] == []
 
 
-def test_a_validation_that_is_not_finite_is_never_the_best_and_never_ends_as_if_nothing_were(mistakes):
-    late = mistakes["weights break late and steps are skipped"]
-    assert late["status"] == 0, late["output"][-3000:]
-    assert "validation at step 6 is not finite" in late["output"]
-    assert "warning: the last validation (step 6) is not finite" in late["output"]
-    summary = late["summary"]
-    assert summary["last_validation_finite"] is False
-    assert summary["adapter_step"] == summary["best"]["step"] == 4
-
-    early = mistakes["weights break early and steps are skipped"]
-    assert early["status"] == 2 and early["summary"]["status"] == "failed"
-    assert "no validation was finite: no adapter is published" in early["output"]
-    assert "best so far" not in early["output"] and not early["adapter"]
-
-    stopped = mistakes["weights break in the last step"]
-    assert stopped["status"] == 2 and stopped["summary"]["status"] == "failed"
-    assert "validation at step 6 is not finite" in stopped["output"]
-    assert "this step is not published" in stopped["output"] and "disk" not in stopped["output"]
-    assert "step_6" not in stopped["checkpoints"] and not stopped["adapter"]
-
-
 def test_resuming_a_finished_run_does_nothing_and_succeeds(mistakes):
     found = mistakes["resume of a finished run"]
     assert found["status"] == 0 and "finished run: nothing to do" in found["output"] and found["lost"] == []
