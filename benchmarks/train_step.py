@@ -29,7 +29,6 @@ from pathlib import Path
 from queue import Empty
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
 
 import numpy as np
 import torch

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,8 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     arguments = parser.parse_intermixed_args(argv)
-    from gdrt_ds.runtime import report_user_errors
+    from gdrt_ds.runtime import name_accelerator, report_user_errors
 
+    name_accelerator()
     with report_user_errors():
         from gdrt_ds.config import load_config
 

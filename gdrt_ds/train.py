@@ -18,7 +18,6 @@ _here = Path(__file__).resolve().parent
 sys.path[:] = [str(_here.parent), *(p for p in sys.path if p and Path(p).resolve() != _here)]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
 
 MEMORY_FIX = (
     "set train.micro_batch lower (accumulation keeps train.global_batch, and losses do not change), "
@@ -47,8 +46,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    from gdrt_ds.runtime import detect_rank, report_user_errors
+    from gdrt_ds.runtime import detect_rank, name_accelerator, report_user_errors
 
+    name_accelerator()
     with report_user_errors(memory_fix=MEMORY_FIX):
         from gdrt_ds.config import load_config
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from gdrt_ds.batches.tree_attention import TreeLayout, packed_inputs
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.errors import UserError
+from gdrt_ds.runtime.devices import to_device
 
 
 @dataclass
@@ -40,7 +41,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(value):
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            return to_device(value, device) if isinstance(value, Tensor) else value
 
         return MicroBatch(
             {k: move(v) for k, v in self.inputs.items()},
@@ -99,8 +100,8 @@ def build_micro_batch(
             mask[b, : len(row)] = 1
         stops = [b * width + len(row) for b, row in enumerate(rows)]
         inputs = {
-            "input_ids": torch.from_numpy(ids).to(device),
-            "attention_mask": torch.from_numpy(mask).to(device),
+            "input_ids": to_device(ids, device),
+            "attention_mask": to_device(mask, device),
             "position_ids": torch.arange(width, device=device).expand(len(rows), -1),
         }
         num_tokens = int(mask.sum())
@@ -108,13 +109,13 @@ def build_micro_batch(
         layout = TreeLayout.build(bodies, shared, device)
         flat = np.concatenate([rows[0][:shared]] + [row[shared:] for row in rows]).astype(np.int64)
         stops = list(shared + np.cumsum(bodies))
-        inputs = {"input_ids": torch.from_numpy(flat)[None].to(device), **packed_inputs(layout, device)}
+        inputs = {"input_ids": to_device(flat[None], device), **packed_inputs(layout, device)}
         num_tokens = len(flat)
     supervised = [np.arange(stop - len(target), stop) for stop, target in zip(stops, targets)]
     return MicroBatch(
         inputs,
-        torch.from_numpy(np.concatenate(supervised).astype(np.int64)).to(device),
-        torch.from_numpy(labels).to(device),
+        to_device(np.concatenate(supervised).astype(np.int64), device),
+        to_device(labels, device),
         token_index,
         np.asarray(samples),
         num_tokens if len(samples) else 0,

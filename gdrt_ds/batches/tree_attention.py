@@ -28,6 +28,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gdrt_ds.runtime.devices import to_device
+
 ATTENTION_NAME = "gdrt_tree"
 
 
@@ -81,7 +83,7 @@ class TreeLayout:
             end[start : start + length] = start + length
             positions[start : start + length] = torch.arange(head, head + length)
             start += length
-        return cls(tuple(lengths), head, end.to(device), positions.to(device))
+        return cls(tuple(lengths), head, to_device(end, device), to_device(positions, device))
 
 
 @functools.lru_cache(maxsize=256)
@@ -119,7 +121,7 @@ def _segments(
     if head:
         mask = None
         if window is not None:
-            mask = _sample_mask(head, 0, window).to(query.device)
+            mask = to_device(_sample_mask(head, 0, window), query.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 queries.pop(0), keys[0], values[0], attn_mask=mask, is_causal=mask is None, **options
@@ -130,7 +132,7 @@ def _segments(
     for length, own_query, own_keys, own_values in zip(layout.lengths, queries, keys, values, strict=True):
         mask = None
         if head or window is not None:
-            mask = _sample_mask(length, head, window).to(query.device)
+            mask = to_device(_sample_mask(length, head, window), query.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 own_query, own_keys, own_values, attn_mask=mask, is_causal=mask is None, **options

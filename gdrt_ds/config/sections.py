@@ -203,7 +203,9 @@ class ModelSection(Section):
         "destroy.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Dtype of the computation. `auto` is bfloat16 on GPUs and float32 on CPUs."
+        "auto",
+        description="Dtype of the computation. `auto` is bfloat16 on GPUs that compute in it (from Ampere "
+        "on), float16 on older ones (V100, T4) and float32 on CPUs.",
     )
     attention: Annotated[str, PartName("gdrt_ds.models.attention", "auto")] = Field(
         "auto",

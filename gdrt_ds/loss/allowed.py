@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from gdrt_ds.errors import UserError
+from gdrt_ds.runtime.devices import to_device
 
 
 class AllowedTokens(NamedTuple):
@@ -124,7 +125,7 @@ def plan_allowed(
         chunks.append(_chunk(rest[start:stop], node, offsets, tokens, device))
         start = stop
     only_children = tokens[offsets[node[single]]]
-    return AllowedPlan(chunks, _to_device(single, device), _to_device(only_children, device))
+    return AllowedPlan(chunks, to_device(single, device), to_device(only_children, device))
 
 
 def _chunk(
@@ -139,12 +140,8 @@ def _chunk(
         for slot, part in enumerate(parts):
             forbidden[slot, np.searchsorted(union, part)] = False
     return AllowedChunk(
-        _to_device(rows, device),
-        _to_device(union, device),
-        _to_device(node_slot.reshape(-1), device),
-        None if forbidden is None else _to_device(forbidden, device),
+        to_device(rows, device),
+        to_device(union, device),
+        to_device(node_slot.reshape(-1), device),
+        None if forbidden is None else to_device(forbidden, device),
     )
-
-
-def _to_device(array: np.ndarray, device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

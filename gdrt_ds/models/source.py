@@ -16,6 +16,8 @@ from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, make_tiny_model, sm
 from gdrt_ds.models.stored_four_bit import stored_four_bit
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+FIRST_BFLOAT16 = 8
+"""Major number of the compute capability (Ampere) from which GPUs compute in bfloat16."""
 TINY_STD = 0.2
 """Standard deviation of `tiny-random`. Features this wide let adapters alone learn the planted rule; at 0.05
 they need several times the steps."""
@@ -170,12 +172,37 @@ def _refuse_quantized(path: Path, quantized) -> None:
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """Returns `model.dtype` as a torch dtype.
 
-    `auto` is bfloat16 on a GPU and float32 on a CPU: bfloat16 is faster only on CPUs that have avx512_bf16 or
-    AMX, and slower on all others.
+    `auto` is float32 on a CPU: bfloat16 is faster only on CPUs that have avx512_bf16 or AMX, and slower on
+    all others. On a GPU it is bfloat16 where the GPU computes in it (from Ampere on), else float16: torch
+    emulates bfloat16 on V100 and T4, many times slower, and Triton refuses it there.
+
+    Raises:
+        UserError: bfloat16 is asked for on a GPU that does not compute in it.
     """
+    if device.type != "cuda":
+        return torch.float32 if name == "auto" else getattr(torch, name)
+    lacking = _gpu_without_bfloat16(device)
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.float16 if lacking else torch.bfloat16
+    if name == "bfloat16" and lacking:
+        raise UserError(
+            f"model.dtype = bfloat16, but {lacking} does not compute in bfloat16",
+            "set model.dtype to auto or float16",
+        )
     return getattr(torch, name)
+
+
+def _gpu_without_bfloat16(device: torch.device) -> str:
+    """Returns the name and capability of a GPU that only emulates bfloat16, else an empty text.
+
+    A plan for a GPU can be made where there is none. It is then taken for one of today's.
+    """
+    if not torch.cuda.is_available() or torch.version.hip:
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= FIRST_BFLOAT16:
+        return ""
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

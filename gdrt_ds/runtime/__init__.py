@@ -2,6 +2,7 @@
 
     ranks.py          which rank this process is, whichever launcher started it
     starting.py       joins the process group, claims a device and CPU threads
+    devices.py        which accelerator and device there is; copies to it that nobody waits for
     build_folder.py   where DeepSpeed's CPU extension is built, without waiting for other environments
     signals.py        signals that ask for a checkpoint
     watchdog.py       ends a rank that stopped moving, with the stacks of its threads
@@ -12,6 +13,7 @@ The exit statuses of a process are listed in gdrt_ds/errors.py.
 
 from gdrt_ds.errors import EXIT_INTERRUPTED
 from gdrt_ds.runtime.build_folder import own_build_folder
+from gdrt_ds.runtime.devices import device_of_rank, name_accelerator, to_device
 from gdrt_ds.runtime.failures import explain, report_user_errors
 from gdrt_ds.runtime.ranks import Runtime, detect_rank, free_port
 from gdrt_ds.runtime.signals import catch_stop_signals, ignore_stop_signals
@@ -29,13 +31,16 @@ __all__ = [
     "Watchdog",
     "catch_stop_signals",
     "detect_rank",
+    "device_of_rank",
     "explain",
     "free_port",
     "ignore_stop_signals",
+    "name_accelerator",
     "own_build_folder",
     "quiet_libraries",
     "report_user_errors",
     "single_process_runtime",
     "start_runtime",
+    "to_device",
     "unname_shared_memory",
 ]

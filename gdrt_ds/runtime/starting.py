@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime.build_folder import own_build_folder
+from gdrt_ds.runtime.devices import device_of_rank, name_accelerator
 from gdrt_ds.runtime.ranks import Runtime, cpu_threads, detect_rank, free_port
 from gdrt_ds.runtime.signals import catch_stop_signals
 
@@ -55,13 +56,13 @@ def start_runtime(timeout_s: int = 600) -> Runtime:
     found = detect_rank()
     found["threads"] = cpu_threads(found["local_world"])
     torch.set_num_threads(found["threads"])
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", found["local_rank"] % torch.cuda.device_count())
+    name_accelerator()
+    device = device_of_rank(found["local_rank"])
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     life = os.environ.get("GDRT_LIFE", os.environ.get("SLURM_RESTART_COUNT", 0))
     runtime = Runtime(device=device, life=int(life or 0), **found)
-    _complete_rendezvous(runtime)
+    complete_rendezvous(runtime)
     own_build_folder()
     import deepspeed
 
@@ -86,15 +87,22 @@ def start_runtime(timeout_s: int = 600) -> Runtime:
     return runtime
 
 
-def _complete_rendezvous(runtime: Runtime) -> None:
-    """Sets the variables of torch's rendezvous that the launcher left out."""
+def complete_rendezvous(runtime: Runtime) -> None:
+    """Sets the variables of torch's rendezvous that the launcher left out.
+
+    DeepSpeed takes LOCAL_RANK for the number of the device, so it becomes that: where every task of Slurm
+    sees one GPU, the fourth task's device is number 0 and not 3.
+    """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         # One process alone needs no port that others know.
         os.environ["MASTER_PORT"] = str(free_port()) if runtime.world == 1 else "29500"
     os.environ["RANK"] = str(runtime.rank)
     os.environ["WORLD_SIZE"] = str(runtime.world)
-    os.environ["LOCAL_RANK"] = str(runtime.local_rank)
+    number = runtime.local_rank
+    if runtime.device.type == "cuda":
+        number = runtime.device.index
+    os.environ["LOCAL_RANK"] = str(number)
 
 
 def unname_shared_memory(rank: int, world: int) -> None:

@@ -32,7 +32,7 @@ from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens, group_sums
 from gdrt_ds.objectives import GroupView, Objective, TokenView
-from gdrt_ds.runtime import Runtime
+from gdrt_ds.runtime import Runtime, to_device
 from gdrt_ds.training.step_inputs import TrainTokens
 
 SMALLEST_COUNT = 1e-300  # stands in for a count of 0 under a division whose numerator is 0 too
@@ -261,7 +261,7 @@ class StepRunner:
         Sums of `values` [M] by group, or the number of tokens where values is None.
         """
         sums = np.bincount(groups, values, self.tokens.num_groups).astype(np.float64)
-        return torch.from_numpy(sums).to(self.runtime.device)
+        return to_device(sums, self.runtime.device)
 
     def _token_slots(self, layout: list[list[np.ndarray]]) -> list[Tensor]:
         """Per micro-batch of this rank.
@@ -302,7 +302,7 @@ class StepRunner:
         if self.objective.token_term is not None:
             values = self.objective.token_term(self._token_view(micro, losses, counterfactual))
         if weights is not None:
-            values = values * torch.from_numpy(weights[micro.token_index]).to(values)
+            values = values * to_device(weights[micro.token_index], values.device).to(values.dtype)
         own_sums = group_sums(values, groups, self.tokens.num_groups)
         # The fused sums are not used, but they stay in the graph with factor 0: a rank whose micro-batch has
         # no target
@@ -323,9 +323,7 @@ class StepRunner:
 
     def _groups_of(self, micro: MicroBatch) -> Tensor:
         """Long[N]: the group of each target token of a micro-batch."""
-        return torch.from_numpy(self.tokens.groups[micro.token_index].astype(np.int64)).to(
-            self.runtime.device
-        )
+        return to_device(self.tokens.groups[micro.token_index].astype(np.int64), self.runtime.device)
 
     def _allowed_tokens(self, micro: MicroBatch) -> AllowedTokens | None:
         """The catalogue's valid next tokens at each target token, for objectives with a masked softmax."""
@@ -343,8 +341,8 @@ class StepRunner:
         length = store.num_target[owner].astype(np.int64)
         return TokenView(
             losses,
-            torch.from_numpy(position).to(device),
-            torch.from_numpy(length).to(device),
+            to_device(position, device),
+            to_device(length, device),
             self.config.options,
             counterfactual,
         )
@@ -361,7 +359,7 @@ class StepRunner:
         """float64[N]: fixed weights of the target tokens, 1 where the objective has none."""
         if self.tokens.weights is None:
             return torch.ones(len(micro.token_index), dtype=torch.float64, device=self.runtime.device)
-        return torch.from_numpy(self.tokens.weights[micro.token_index]).to(self.runtime.device)
+        return to_device(self.tokens.weights[micro.token_index], self.runtime.device)
 
     def _reduce(self, step: int, facts: StepFacts, buffer: dro.StepBuffer) -> tuple[Tensor, bool, bool]:
         """The one all-reduce: (group losses [G], non-finite on some rank, stop asked on some rank).
@@ -405,7 +403,7 @@ class StepRunner:
         # Every token is a group of its own here; q of a real group is the sum over its tokens, for the log.
         ones = torch.full_like(buffer.token_losses, 1.0)
         token_q, objective = self.objective.aggregate(self._view(buffer.token_losses, ones))
-        groups = torch.from_numpy(facts.groups.astype(np.int64)).to(self.runtime.device)
+        groups = to_device(facts.groups.astype(np.int64), self.runtime.device)
         return group_sums(token_q, groups, self.tokens.num_groups), objective, token_q
 
     # -- backward and optimizer

@@ -1,8 +1,8 @@
 """What a run says while it works: a live bar on a terminal, plain lines in a log, one JSON line per step,
 TensorBoard and W&B.
 
-Metrics stay on the device until they are written, every `train.log_every` steps, so that logging adds no
-synchronisation.
+Metrics stay on the device until they are written, every `train.log_every` steps. Then all of them are read
+in one piece, so that logging costs one synchronisation in as many steps.
 """
 
 from __future__ import annotations
@@ -52,6 +52,29 @@ def _keep_steps_before(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read_at_once(records: list[dict]) -> list[dict]:
+    """Returns records with numbers in place of tensors, which are copied from the device in one piece.
+
+    A tensor without dimensions becomes a number, any other a flat list. All of them pass through float64,
+    which holds every float32 and every count exactly.
+    """
+    tensors = [value for record in records for value in record.values() if isinstance(value, torch.Tensor)]
+    if not tensors:
+        return records
+    device = tensors[0].device
+    packed = torch.cat([tensor.detach().to(device, torch.float64).reshape(-1) for tensor in tensors])
+    numbers = iter(packed.tolist())
+
+    def read(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.dim() == 0:
+            return next(numbers)
+        return [next(numbers) for _ in range(value.numel())]
+
+    return [{name: read(value) for name, value in record.items()} for record in records]
 
 
 class Telemetry:
@@ -117,8 +140,8 @@ class Telemetry:
         self.pending = []
         if not self.runtime.is_main:
             return
-        # Tensors become numbers; absent groups and skipped steps, which are NaN, become null.
-        records = [finite(record) for record in records]
+        # Absent groups and skipped steps, which are NaN, become null.
+        records = [finite(record) for record in read_at_once(records)]
         now = time.perf_counter()
         seconds = (now - self.interval) / len(records)
         self.interval = now
