@@ -36,13 +36,11 @@ class DataSection(Section):
         description="Folder or file of interactions, or the name of an embedded data set: `planted` "
         "(generated) or `ml-100k` (MovieLens-100k from the package recbole).",
     )
-    format: str = Field(
+    format: Annotated[str, PartName("gdrt_ds.data.readers", "auto")] = Field(
         "auto",
-        description="How the files are read: `auto` or the name of a file in `gdrt_ds/data/readers/`, which "
-        "are `amazon_reviews`, `movielens`, `planted`, `table` and `windows`. `windows` is the CSV family of "
-        "MSL, LBR and BIGRec; `table` "
-        "is one row per (user, item, timestamp[, rating]) with an item table; `auto` recognises the "
-        "format.",
+        description="How the files are read. `auto` recognises the format. `windows` is the CSV family of "
+        "MSL, LBR and BIGRec; `table` is one row per (user, item, timestamp[, rating]) with an item table. A "
+        "new reader is one file in gdrt_ds/data/readers/.",
     )
     items: str | None = Field(
         None,

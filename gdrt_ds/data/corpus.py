@@ -134,12 +134,9 @@ def _reader_of(data: DataSection) -> Reader:
     """Returns the reader that `data.format` names, or the first that recognises `data.path`.
 
     Raises:
-        UserError: the format is unknown, or there is nothing at that path.
+        UserError: there is nothing at that path.
     """
     known = readers()
-    if data.format != "auto" and data.format not in known:
-        hint = nearest(data.format, ["auto", *known])
-        raise UserError(f"data.format = {data.format} is unknown; {hint}", f"one of auto, {', '.join(known)}")
     needs_no_file = data.path in embedded_names() or (
         data.format != "auto" and data.format in known[data.format].embedded
     )

@@ -85,11 +85,10 @@ class Study(Strict):
     @field_validator("settings", mode="before")
     @classmethod
     def _short_settings(cls, value: Any) -> Any:
-        return (
-            {name: {"set": v} if isinstance(v, list) else v for name, v in value.items()}
-            if isinstance(value, dict)
-            else value
-        )
+        """A setting may be written as the list of its overrides alone."""
+        if not isinstance(value, dict):
+            return value
+        return {name: {"set": part} if isinstance(part, list) else part for name, part in value.items()}
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ class Cell:
 
 
 def slug(text: str) -> str:
+    """Returns a text as a part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-") or "run"
 
 
@@ -127,7 +127,8 @@ def load_study(path: str | Path, overrides: list[str] = ()) -> Study:
             "see the head of gdrt_ds/studies/grid.py for the keys",
         ) from None
     study.overrides = [*study.overrides, *overrides]
-    rows, seen = list(study.rows), []
+    rows = list(study.rows)
+    seen = []
     for name in [study.baseline, *study.controls]:
         _known(path, name, rows, "row")
     for name, own in study.rows.items():
@@ -151,10 +152,13 @@ def load_study(path: str | Path, overrides: list[str] = ()) -> Study:
 
 
 def _borrowable(path: object, study: Study, name: str, lender: str, rows: list[str]) -> None:
-    """Raises: UserError unless `lender` is an earlier setting with the same overrides that has these rows
-    with these seeds.
+    """Checks that a setting may borrow rows of another one.
+
+    Raises:
+        UserError: `lender` is no earlier setting with the same overrides that has these rows and seeds.
     """
-    where, mine = f"{path}: settings.{name}.borrows", study.settings[name]
+    where = f"{path}: settings.{name}.borrows"
+    mine = study.settings[name]
     _known(where, lender, list(study.settings), "setting")
     other = study.settings[lender]
     for row in rows:
@@ -208,7 +212,8 @@ def cells_of(study: Study, folder: Path) -> list[Cell]:
         }
         for seed in setting.seeds or study.seeds:
             for row in rows:
-                text, needs = list(study.rows[row]), []
+                text = list(study.rows[row])
+                needs = []
                 for needed in dict.fromkeys(RUN_OF.findall(" ".join(text))):
                     if needed not in owner:
                         raise UserError(
@@ -254,11 +259,14 @@ def _with_run_folders(text: str, study: Study, folder: Path, owner: dict[str, st
 
 
 def _name(study: Study, setting: str, row: str, seed: int) -> str:
-    return "-".join([*([slug(setting)] if len(study.settings) > 1 else []), slug(row), f"seed{seed}"])
+    parts = [slug(row), f"seed{seed}"]
+    if len(study.settings) > 1:
+        parts.insert(0, slug(setting))
+    return "-".join(parts)
 
 
 def choose_cells(study: Study, cells: list[Cell], piece: str | None = None) -> list[Cell]:
-    """The cells of a piece, or all.
+    """Returns the cells of a piece, or all.
 
     Raises:
         UserError: unknown piece, or an empty one.

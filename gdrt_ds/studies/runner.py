@@ -19,7 +19,7 @@ from pathlib import Path
 
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import REPOSITORY
+from gdrt_ds.files import REPOSITORY, write_json
 from gdrt_ds.runtime import EXIT_INTERRUPTED, free_port
 from gdrt_ds.studies.grid import Cell, Study, cells_of, choose_cells, load_study
 from gdrt_ds.training import run_folder
@@ -71,9 +71,7 @@ def write_grid(study: Study, folder: Path, cells: list[Cell]) -> None:
         }
         for c in cells
     ]
-    run_folder.write_text(
-        folder / "grid.json", json.dumps({"study": study.model_dump(), "cells": rows}, indent=1)
-    )
+    write_json(folder / "grid.json", {"study": study.model_dump(), "cells": rows})
 
 
 # -- training

@@ -7,7 +7,6 @@ folder in README).
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ import yaml
 
 from gdrt_ds.config import RunConfig, dump_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import REPOSITORY
+from gdrt_ds.files import REPOSITORY, write_json, write_text
 
 # Keys that may differ between the lives of one run: they change where or how, never what is computed.
 FREE_ON_RESUME = (
@@ -197,13 +196,6 @@ def release(folder: Path) -> bool:
     return True
 
 
-def write_text(path: Path, text: str) -> None:
-    """Atomic on one file system."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in VERSIONED:
@@ -240,4 +232,4 @@ def write_summary(folder: Path, state: str, **totals: Any) -> None:
         "git_hash": git_hash(),
         "written_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_text(folder / "summary.json", json.dumps(body, indent=1))
+    write_json(folder / "summary.json", body)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,9 +17,12 @@ import torch
 
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import finite
+from gdrt_ds.files import finite, write_text
 from gdrt_ds.runtime import Runtime
 from gdrt_ds.training.weight_watch import WeightWatch
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 FLOP/s by a part of the GPU's name (NVIDIA data sheets)."""
 
 
 def say(runtime: Runtime, text: str) -> None:
@@ -30,16 +32,16 @@ def say(runtime: Runtime, text: str) -> None:
 
 
 def duration(seconds: float) -> str:
+    """Returns e.g. 1:02:03 or 2:03."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    if hours:
+        return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{minutes}:{seconds:02d}"
 
 
 def _keep_steps_before(path: Path, step: int) -> None:
-    """Lines of steps that a resumed run computes again are dropped, so that every step has one line.
-
-    Atomic.
-    """
+    """Drops the lines of steps that a resumed run computes again, so that every step has one line."""
     if not path.is_file():
         return
     kept = []
@@ -49,9 +51,7 @@ def _keep_steps_before(path: Path, step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue  # the last line of a killed run may be torn
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def read_at_once(records: list[dict]) -> list[dict]:
@@ -89,7 +89,10 @@ class Telemetry:
         first_step: int,
         model_flops_per_token: float = 0.0,
     ):
-        self.runtime, self.config, self.total, self.first = runtime, config, total_steps, first_step
+        self.runtime = runtime
+        self.config = config
+        self.total = total_steps
+        self.first = first_step
         self.path = folder / "metrics.jsonl"
         self.pending: list[dict] = []
         self.started = self.interval = time.perf_counter()
@@ -134,6 +137,7 @@ class Telemetry:
             self.flush()
 
     def flush(self) -> None:
+        """Writes what is queued."""
         if not self.pending:
             return
         records = self.pending
@@ -168,7 +172,9 @@ class Telemetry:
     def _show(self, record: dict, seconds: float) -> None:
         losses = [loss for loss in record["group_loss"] if loss is not None]
         worst = max(losses, default=float("nan"))
-        loss = "not finite, step skipped" if record["loss"] is None else f"{record['loss']:.4f}"
+        loss = "not finite, step skipped"
+        if record["loss"] is not None:
+            loss = f"{record['loss']:.4f}"
         figures = (
             f"loss {loss}  worst group {worst:.4f}  lr {record['lr']:.2e}  grad-norm "
             f"{record['grad_norm'] or 0:.3f}  "
@@ -176,7 +182,8 @@ class Telemetry:
         )
         if torch.cuda.is_available():
             figures += f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-            figures += f"  MFU {self._mfu(record['tokens_per_s']):.1%}" if self.flops_per_token else ""
+            if self.flops_per_token:
+                figures += f"  MFU {self._mfu(record['tokens_per_s']):.1%}"
         if self.bar is not None:
             self.bar.update(self.task, completed=record["step"], figures=figures)
             return
@@ -186,10 +193,13 @@ class Telemetry:
     def _mfu(self, tokens_per_s: float) -> float:
         """Model FLOP utilisation: share of the dense bf16 peak that the model's own products use.
 
-        989 TFLOP/s on H100 and H200, 312 on A100 (NVIDIA data sheets); another GPU shows 0.
+        A GPU that `PEAK_FLOPS` does not have shows 0.
         """
         name = torch.cuda.get_device_name()
-        peak = 989e12 if "H100" in name or "H200" in name else 312e12 if "A100" in name else float("inf")
+        peak = float("inf")
+        for part, flops in PEAK_FLOPS.items():
+            if part in name:
+                peak = flops
         return tokens_per_s * self.flops_per_token / (peak * self.runtime.world)
 
     def validation(self, record: dict) -> None:
@@ -201,7 +211,10 @@ class Telemetry:
     def note(self, text: str) -> None:
         """A line between progress lines, e.g. a validation."""
         if self.runtime.is_main:
-            (self.bar.console.print if self.bar is not None else print)(text)
+            if self.bar is not None:
+                self.bar.console.print(text)
+            else:
+                print(text)
             sys.stdout.flush()
 
     def __enter__(self) -> Telemetry:

@@ -37,5 +37,5 @@ def test_its_bad_rows_are_told_like_everybody_elses(with_example, log):
 
 
 def test_without_the_file_the_format_is_unknown_and_the_nearest_is_named(log):
-    with pytest.raises(UserError, match="data.format = tabel is unknown; did you mean `table`"):
-        load_corpus(load_config(None, [f"data.path={log}", "data.format=tabel"]).data)
+    with pytest.raises(UserError, match="data.format = 'tabel': unknown; did you mean `table`"):
+        load_config(None, [f"data.path={log}", "data.format=tabel"])

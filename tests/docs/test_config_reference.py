@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from gdrt_ds.config import known_keys
 from gdrt_ds.files import REPOSITORY
+from gdrt_ds.registry import part_names
 
 SCRIPT = REPOSITORY / "docs" / "make_reference.py"
 
@@ -53,6 +54,20 @@ def test_ranges_and_choices_are_told_in_words(reference):
         "| `dro.alpha` | `0.5` | number; above 0; at most 1 |" in page
     )
     assert "`quantile`, `uniform`" in page
+
+
+@pytest.mark.parametrize(
+    "key, room, besides",
+    [
+        ("data.format", "gdrt_ds.data.readers", "auto"),
+        ("model.quantization", "gdrt_ds.models.quantization", ""),
+        ("model.attention", "gdrt_ds.models.attention", "auto"),
+    ],
+)
+def test_a_setting_that_names_a_part_lists_the_files_of_its_room(reference, key, room, besides):
+    row = next(line for line in reference.page().splitlines() if line.startswith(f"| `{key}` |"))
+    allowed = row.split(" | ")[2].replace("`", "").split(", ")
+    assert allowed == [name for name in (besides, *part_names(room)) if name]
 
 
 def test_the_table_of_sizes_is_what_the_memory_plan_says():
