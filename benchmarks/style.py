@@ -3,8 +3,8 @@
     python benchmarks/style.py [--peer NAME=FOLDER ...] [--json]
 
 Counts the Python files of gdrt_ds/ and eval/, and of other code bases where a folder is given. Tests,
-generated files and vendored copies are left out by folder name. The table of CONTRIBUTING.md is this
-script's output.
+generated files and vendored copies are left out by folder name. The table of docs/style-table.md is
+this script's output.
 """
 
 from __future__ import annotations

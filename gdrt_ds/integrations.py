@@ -1,29 +1,29 @@
-"""GDRT's loss as a drop-in for transformers.Trainer and TRL's SFTTrainer:
+"""GDRT's loss as a drop-in for transformers.Trainer and TRL's SFTTrainer.
 
     from gdrt_ds.integrations import GroupCollator, GroupDroLoss, bin_tokens, score_tokens
 
-    scores = score_tokens(base_model, rows_without_history)        # log p(target token | prompt without
-    history), per row groups, edges = bin_tokens(scores, num_groups=8)               # one list of group
-    numbers per row train = train.add_column("groups", groups)                     # aligned with the
-    supervised labels of each row, in order
+    # log p(target token | prompt without history), per row
+    scores = score_tokens(base_model, rows_without_history)
+    # One list of group numbers per row, aligned with the supervised labels of the row in order.
+    groups, edges = bin_tokens(scores, num_groups=8)
+    train = train.add_column("groups", groups)
 
     loss = GroupDroLoss(num_groups=8, tau=1.0)
     Trainer(model, args=TrainingArguments(..., remove_unused_columns=False), train_dataset=train,
             data_collator=GroupCollator(collator), compute_loss_func=loss, callbacks=[loss])
 
-`GroupDroLoss` is both arguments: as the loss it weighs tokens, as a callback it ends each optimizer step
-with one small all-reduce, after which the weights are the same on all ranks. SFTTrainer takes the same
-four arguments.
+`GroupDroLoss` is both arguments. As the loss it weighs tokens. As a callback it ends each optimizer step with
+one small all-reduce, after which the weights are the same on all ranks. SFTTrainer takes the same four
+arguments.
 
-estimate="ema" (default): weights come from moving averages of the group losses and shares after the last
-optimizer step; any accumulation, no collective in the forward. Before the first step they are 1: exactly
-SFT. estimate="batch": weights from this global batch, the exact gradient of tau log sum_g p_g exp(L_g /
-tau); one all-reduce in the forward, no accumulation.
+With estimate="ema" (default) weights come from moving averages of the group losses and shares after the last
+optimizer step: any accumulation, no collective in the forward. Before the first step they are 1, which is
+exactly SFT. With estimate="batch" weights come from this global batch, which is the exact gradient of
+tau log sum_g p_g exp(L_g / tau): one all-reduce in the forward, no accumulation.
 
-Limits, next to the trainer of this package: the model builds full logits (memory of [B, T, V]); weights
-need this callback; under accumulation only `ema`; the state is saved in trainer_state.json and comes back
-with
-TrainingArguments(restore_callback_states_from_checkpoint=True); torch.nn.DataParallel is refused.
+Limits beside the trainer of this package: the model builds full logits (memory of [B, T, V]); weights need
+this callback; under accumulation there is only `ema`. The state is saved in trainer_state.json and comes back
+with TrainingArguments(restore_callback_states_from_checkpoint=True). torch.nn.DataParallel is refused.
 
 Shapes: B sequences, T positions, V vocabulary, N supervised tokens of the micro-batch, G groups.
 """
@@ -81,13 +81,18 @@ class GroupDroLoss(TrainerCallback, ExportableState):
     """Closed-form Group DRO as `compute_loss_func` and callback of a Trainer (see the top of this file).
 
     Args:
-        num_groups: G. tau: temperature, infinity = SFT with prior="token_share". prior: token_share or
-        uniform.
-        estimate: ema or batch. ema_rate: b of L <- (1-b) L + b * batch.
+        num_groups: G.
+        tau: temperature; infinity is SFT with prior="token_share".
+        prior: token_share or uniform.
+        estimate: ema or batch.
+        ema_rate: b of L <- (1-b) L + b * batch.
+
     Attributes:
-        weights: float64[G] token weights q_g n / n_g in use; group_loss: float64[G] of the last optimizer
-        step, NaN = absent.
-    Raises: UserError for settings out of range, or a Trainer whose settings would make the weights wrong.
+        weights: float64[G], token weights q_g n / n_g in use.
+        group_loss: float64[G] of the last optimizer step, NaN = absent.
+
+    Raises:
+        UserError: a setting is out of range, or a Trainer's settings would make the weights wrong.
     """
 
     def __init__(
@@ -314,10 +319,12 @@ def _padded(
 
 
 def bin_tokens(scores: Sequence[np.ndarray], num_groups: int) -> tuple[list[list[int]], list[float]]:
-    """(groups per row, G-1 edges): equal shares of all scores; group 0 is the least tied to the auxiliary
-    prompt.
+    """Returns groups per row, and G-1 edges: equal shares of all scores.
 
-    Raises: UserError when there are too few distinct scores to fill the groups.
+    Group 0 is the least tied to the auxiliary prompt.
+
+    Raises:
+        UserError: there are too few distinct scores to fill the groups.
     """
     from gdrt_ds.dro.groups import bin_edges
 

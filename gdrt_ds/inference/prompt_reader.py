@@ -1,17 +1,16 @@
-"""Prompts are read once, their keys and values kept read-only, and any number of token trees hung behind
-them.
+"""Prompts are read once; any number of token trees is then hung behind their keys and values.
 
-`PromptReader(model, prefix_ids)` prepares a causal LM for this; `read(prompts)` returns a `PromptState`
-(one prompt pass for a batch of users; the constant head of the prompt is computed once for all users);
+`PromptReader(model, prefix_ids)` prepares a causal LM for this. `read(prompts)` returns a `PromptState`: one
+prompt pass for a batch of users, and the constant prefix of the prompt is computed once for all of them.
 `run(...)` forwards further tokens behind a state under an explicit visibility mask.
 `gdrt_ds.inference.catalogue_scoring` and `eval.scoring` are built on these two calls.
 
-Masks: full-attention layers take the visibility as it is; sliding-window layers (Gemma 3, Mistral) also
-ask that positions differ by less than the window. Positions are always passed, so rotary and learned
-(GPT-2) embeddings see the same numbers as a plain forward pass of prompt + item.
+Masks: full-attention layers take the visibility as it is. Sliding-window layers (Gemma 3, Mistral) also ask
+that positions differ by less than the window. Positions are always passed, so rotary and learned (GPT-2)
+embeddings see the same numbers as a plain forward pass of prompt + item.
 
-Shapes: B users, S new prompt tokens, P cached tokens, T tokens forwarded now, H hidden, K key heads, D
-head size, V vocabulary.
+Shapes: B users, S new prompt tokens, P cached tokens, T tokens forwarded now, H hidden, K key heads, D head
+size, V vocabulary.
 """
 
 from __future__ import annotations

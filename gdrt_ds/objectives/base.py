@@ -1,14 +1,17 @@
-"""What an objective is: five small choices on shared parts. The trainer, the fused loss and the all-reduce
-are the same for all.
+"""What an objective is: five small choices on shared parts.
 
-F = sum_g q_g L_g with L_g = S_g / n_g, S_g = sum over tokens i of group g of w_i v_i, n_g = sum of w_i, where
-  v_i  `token_term`: a differentiable function of the token losses (default: the loss itself)
-  w_i  `token_weights`: fixed weights known from the data (default: 1)
-  q    `aggregate`: group losses -> weights, or per-token weights when `per_token` is set
-  the softmax runs over the whole vocabulary, or over the catalogue trie's valid next tokens
-  (`masked_softmax`)
-  `history_free_pass`: a second forward on the prompt without the history, for objectives that compare the
-  two.
+The trainer, the fused loss and the all-reduce are the same for all. An objective is
+
+    F = sum_g q_g L_g    with L_g = S_g / n_g, S_g = sum over tokens i of group g of w_i v_i, n_g = sum of w_i
+
+    v_i   `token_term`: a differentiable function of the token losses (default: the loss itself)
+    w_i   `token_weights`: fixed weights known from the data (default: 1)
+    q     `aggregate`: group losses -> weights, or per-token weights when `per_token` is set
+
+The softmax runs over the whole vocabulary, or over the catalogue trie's valid next tokens (`masked_softmax`).
+`history_free_pass` asks for a second forward on the prompt without the history, for objectives that compare
+the two.
+
 To add one: a file in this folder with `OBJECTIVE = Objective(...)`, and a config that names it
 (docs/method.md).
 """
@@ -58,9 +61,10 @@ class TokenView:
 
     Attributes:
         losses: float32[N], differentiable.
-        counterfactual: float32[N] losses of the difference of hidden states with and without history, or
-        None.
-        position: Long[N] position inside the target title; length: Long[N] tokens of that title.
+        counterfactual: float32[N], losses of the difference of hidden states with and without history, or
+            None.
+        position: Long[N], position inside the target title.
+        length: Long[N], tokens of that title.
     """
 
     losses: Tensor
@@ -72,11 +76,13 @@ class TokenView:
 
 @dataclass
 class TokenTable:
-    """Fixed facts of every target token of the train split, for `token_weights`. Arrays of length num_tokens.
+    """Fixed facts of every target token of the train split, for `token_weights`; arrays of length num_tokens.
 
-    branching: bool, more than one valid next token at this place of the trie; valid_items: items still
-    possible before
-    the token, valid_after: after it; train_count: popularity of the target item.
+    Attributes:
+        branching: bool, whether there is more than one valid next token at this place of the trie.
+        valid_items: items still possible before the token.
+        valid_after: items still possible after it.
+        train_count: popularity of the target item.
     """
 
     train_count: np.ndarray

@@ -1,8 +1,7 @@
-"""Counterfactual fine-tuning: cross-entropy plus that of (logits - logits without history), weighted along
-the title.
+"""Counterfactual fine-tuning: cross-entropy plus that of (logits - logits without history).
 
-For a linear head the difference of logits is the head applied to the difference of hidden states, so the
-second term costs one more fused pass and never builds logits.
+The second term is weighted along the title. For a linear head the difference of logits is the head applied to
+the difference of hidden states, so this term costs one more fused pass and never builds logits.
 """
 
 import torch

@@ -1,7 +1,4 @@
-"""Conditional value at risk.
-
-The mean loss of the worst alpha share of tokens (or of groups, by `dro.cvar_over`).
-"""
+"""Conditional value at risk: the mean loss of the worst alpha share of tokens or groups (`dro.cvar_over`)."""
 
 from gdrt_ds import dro
 from gdrt_ds.objectives.base import GroupView, Objective

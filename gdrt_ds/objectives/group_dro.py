@@ -1,6 +1,6 @@
 """Online exponentiated-gradient Group DRO (Sagawa et al., ICLR 2020).
 
-Q <- q exp(eta L), then F = sum_g q_g L_g.
+First q <- q exp(eta L), then F = sum_g q_g L_g.
 """
 
 from gdrt_ds import dro

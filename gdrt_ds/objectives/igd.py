@@ -1,7 +1,4 @@
-"""Information-gain weights.
-
-Tokens that the trie already determines (zero information gain) weigh beta, the others 1.
-"""
+"""Information-gain weights: tokens that the trie already determines weigh beta, the others 1."""
 
 import numpy as np
 

@@ -1,6 +1,6 @@
-"""Inverse-popularity example weights.
+"""Inverse-popularity weights of examples.
 
-Dataset-level debiasing, the lever that is said to miss pretraining bias.
+It is debiasing at the level of the data set, the lever that is said to miss pretraining bias.
 """
 
 import numpy as np

@@ -17,13 +17,12 @@ from gdrt_ds.training.agreement import agree, attempt, rank_here
 def save_adapter(engine, folder: str | Path, *, tokenizer=None) -> Path:
     """Writes the adapter as PEFT does (safetensors + adapter_config.json + tokenizer); every rank calls it.
 
-    Sharded parameters are gathered one by one; the file is read back and compared, because empty adapters
-    saved under
-    ZeRO-3 are the field's classic loss (trl #4416, peft #453, #2500).
+    Sharded parameters are gathered one by one. The file is read back and compared, because empty adapters
+    saved under ZeRO-3 are the field's classic loss (trl #4416, peft #453, #2500).
 
     Raises:
         UserError: on every rank, if the folder cannot be written or the adapter is empty after training
-        steps.
+            steps.
     """
     import deepspeed
     from peft import PeftModel, get_peft_model_state_dict

@@ -21,12 +21,12 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def rank_here() -> int:
-    """Rank of this process, 0 without a process group."""
+    """Returns the rank of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of ranks, 1 without a process group."""
+    """Returns the number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -51,7 +51,7 @@ def attempt(action: Callable[[], object], on: bool = True) -> str | None:
 
 
 def agree(engine, problem: str | None, scratch: Path, what: str | None = None) -> None:
-    """Raises on every rank if any rank has a problem; also the barrier between the phases of a save."""
+    """Raises on every rank if any rank has a problem; it is also the barrier between the phases of a save."""
     failed = problem is not None
     if world_size() > 1:
         flag = torch.tensor([float(failed)], device=engine.device)

@@ -1,11 +1,16 @@
 """Checkpoints that are published whole or not at all.
 
 RUN/checkpoints/step_N/ holds
-    rank_00000.safetensors ...  this rank's slices of float32 weights and optimizer state, and its random
-    generators state.json, client.safetensors  counters, schedule, the run's own state (DRO weights, data
-    position) deepspeed/                  DeepSpeed's own files for its tools, e.g. zero_to_fp32; never
-    read here: they are pickles manifest.json               step, world size, life, fingerprint of the
-    frozen base, size and sha256 of every file
+
+    rank_00000.safetensors   this rank's slices of float32 weights and optimizer state, and its random
+                             generators; one file for each rank
+    state.json               counters, schedule and the run's own state (DRO weights, data position)
+    client.safetensors       the tensors of that state
+    deepspeed/               DeepSpeed's own files for its tools, e.g. zero_to_fp32; they are pickles and
+                             never read here
+    manifest.json            step, world size, life, fingerprint of the frozen base, and size and SHA-256
+                             of every file
+
 A save writes into a temporary folder and syncs it. Then rank 0 renames it, and `latest` follows, atomically.
 `find_latest_valid` trusts manifests only.
 """
@@ -70,10 +75,10 @@ def save(
         fingerprint: of the frozen base (`LoadedModel.fingerprint`), compared at resume.
         keep: newest checkpoints that stay; the best one stays beside them.
         best: this is the best so far by validation.
+
     Raises:
         UserError: on every rank, if any rank could not write (disk full) or a newer life owns the run. The
-        checkpoints
-            published before are untouched and the temporary folder is removed.
+            checkpoints published before are untouched, and the temporary folder is removed.
     """
     folder = Path(run_dir) / "checkpoints"
     final, scratch = folder / f"step_{step}", folder / f".step_{step}.life_{life}"
@@ -98,12 +103,12 @@ def save(
 
 
 def find_latest_valid(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint whose files all match its manifest; newest by (life, step)."""
+    """Returns the newest checkpoint whose files all match its manifest, newest by (life, step), or None."""
     return search_valid(run_dir)[0]
 
 
 def search_valid(run_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """`find_latest_valid`, and one line for every newer checkpoint that was passed over."""
+    """Returns the newest valid checkpoint, and one line for every newer one that was passed over."""
     notes = []
     for _, path in _published(Path(run_dir) / "checkpoints"):
         problem = verify(path)
@@ -114,12 +119,12 @@ def search_valid(run_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def resolve_resume(run_dir: str | Path, resume: str | None) -> tuple[Path | None, list[str]]:
-    """The folder that `resume` means: null = none, auto = the newest valid one if any, a path = that one.
+    """Returns the checkpoint that `resume` means, and one line for every one that `auto` passed over.
 
-    The second value has one line for every checkpoint that `auto` passed over.
+    null means none, auto the newest valid one if there is any, and a path that one.
 
     Raises:
-        UserError: an explicit path that is missing or damaged.
+        UserError: an explicit path is missing or damaged.
     """
     if resume is None:
         return None, []
@@ -165,7 +170,7 @@ def _checkpoint_named(run_dir: str | Path, resume: str) -> Path:
 
 
 def verify(path: Path) -> str | None:
-    """None if every file matches the manifest, else the first difference in words."""
+    """Returns None if every file matches the manifest, else the first difference in words."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         body = {k: v for k, v in manifest.items() if k != "digest"}
@@ -189,15 +194,14 @@ def verify(path: Path) -> str | None:
 
 
 def load(engine, path: str | Path, *, fingerprint: str | None = None, restore_rng: bool = True) -> Restored:
-    """Puts a checkpoint into a fresh engine; every rank calls it with the same path (verified before:
-    `resolve_resume`).
+    """Puts a checkpoint that `resolve_resume` verified into a fresh engine; every rank gives the same path.
 
-    On the world size of the checkpoint the state is restored to the bit; on another one the slices are cut
-    anew and the random generators are left as they are (the run then differs from the straight one by
-    dropout masks and rounding).
+    On the world size of the checkpoint the state is restored to the bit. On another one the slices
+    are cut anew, and the random generators are left as they are: the run then differs from the
+    straight one by dropout masks and rounding.
 
     Raises:
-        UserError: another frozen base, other LoRA settings, another optimizer.
+        UserError: the checkpoint has another frozen base, other LoRA settings or another optimizer.
     """
     path = Path(path)
     manifest = json.loads((path / MANIFEST).read_text())
@@ -246,7 +250,7 @@ def _write_own(engine, scratch: Path, rank: int, step: int, client_state: dict) 
 
 
 def _write_deepspeed_files(engine, scratch: Path) -> str | None:
-    """DeepSpeed's save with its writes guarded.
+    """Lets DeepSpeed save, with its writes guarded.
 
     A rank whose disk is full must still reach DeepSpeed's barriers.
     """
@@ -285,7 +289,7 @@ def _copied(copy_scripts: Callable[[str], object], folder: str) -> str | None:
 
 
 def _publish(run_dir: Path, scratch: Path, final: Path, about: dict, keep: int, best: bool) -> None:
-    """Rank 0 only: manifest, sync, fence, rename, `latest`, retention."""
+    """Manifest, sync, fence, rename, `latest`, removal of old ones, in this order; on rank 0 only."""
     files = {}
     for file in sorted(p for p in scratch.rglob("*") if p.is_file()):
         durable.fsync(file)
@@ -326,9 +330,9 @@ def _retain(folder: Path, keep: int) -> None:
 
 
 def _published(folder: Path) -> list[tuple[tuple[float, int], Path]]:
-    """((life, step), path) of every published checkpoint, newest first.
+    """Returns ((life, step), path) of every published checkpoint, newest first.
 
-    Those without a readable manifest lead, with life inf.
+    Those without a readable manifest lead, with an infinite life.
     """
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -347,7 +351,7 @@ def _digest(body: dict) -> str:
 
 
 def _split(value, name: str, tensors: dict[str, Tensor]):
-    """Nested state -> JSON, its tensors moved to `tensors` under dotted names."""
+    """Turns nested state into JSON; its tensors move to `tensors` under dotted names."""
     if torch.is_tensor(value):
         tensors[name] = value.detach().cpu()
         return {TENSOR_KEY: name}

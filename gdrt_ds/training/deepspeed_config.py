@@ -1,5 +1,6 @@
-"""Reads a DeepSpeed JSON, fills every "auto" from the run config and refuses contradictions with both numbers
-in the message.
+"""Reads a DeepSpeed JSON, fills every "auto" from the run config, and refuses contradictions.
+
+The message of a contradiction has both numbers.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def remove(path: Path) -> None:
-    """Out of sight first, so that a half-removed folder is never taken for a checkpoint."""
+    """Removes a folder, out of sight first, so that a half-removed one is never taken for a checkpoint."""
     hidden = path.with_name(f".removed_{path.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     rename(path, hidden)

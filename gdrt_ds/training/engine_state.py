@@ -1,13 +1,12 @@
-"""Takes the trainable state out of a DeepSpeed engine as plain named tensors, and puts it back on any
-number of ranks.
+"""Takes the trainable state out of a DeepSpeed engine as plain named tensors, and puts it back.
 
 Each rank hands out the slices it owns: float32 master weights and every tensor of the optimizer's state
-(Adam's moments), each with its parameter's name and offset, so a checkpoint needs no gathering, holds no
-pickle, is exact to the bit, and can be cut anew for another world size (which DeepSpeed's own ZeRO-3
-checkpoints cannot: #5475, #7585). ZeRO stages 1, 2, 3.
+(Adam's moments), each with its parameter's name and offset. So a checkpoint needs no gathering, holds no
+pickle and is exact to the bit. It can be cut anew for another world size, which DeepSpeed's own ZeRO-3
+checkpoints cannot (#5475, #7585). ZeRO stages 1, 2 and 3 are supported.
 
-Slice names: `<parameter>|<offset>|<key>` with key `weight` or the optimizer's own (`exp_avg`, ...); values
-are 1-D.
+Slices are named `<parameter>|<offset>|<key>` with key `weight` or the optimizer's own (`exp_avg`,
+...); values are 1-D.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ class FlatGroup:
 
 
 def parameter_names(engine) -> dict[int, str]:
-    """id(parameter) -> name without the engine's prefix, trainable parameters only."""
+    """Returns id(parameter) -> name without the engine's prefix, of trainable parameters only."""
     return {id(p): name for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
 def trainable_shapes(engine) -> dict[str, tuple[int, ...]]:
-    """Name -> full shape of every trainable parameter, also when it is sharded."""
+    """Returns name -> full shape of every trainable parameter, also when it is sharded."""
     return {
         name: tuple(getattr(p, "ds_shape", p.shape))
         for name, p in engine.module.named_parameters()
@@ -58,10 +57,10 @@ def trainable_shapes(engine) -> dict[str, tuple[int, ...]]:
 
 
 def flat_groups(engine) -> list[FlatGroup]:
-    """The optimizer's flat buffers on this rank.
+    """Returns the optimizer's flat buffers on this rank.
 
     Raises:
-        UserError: a ZeRO stage or an offload whose buffers are not in memory.
+        UserError: the buffers of this ZeRO stage or offload are not in memory.
     """
     optimizer, names, stage = engine.optimizer, parameter_names(engine), engine.zero_optimization_stage()
     if getattr(optimizer, "swap_optimizer", False):
@@ -119,7 +118,7 @@ def _state_tensors(inner, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def export_state(engine) -> tuple[dict[str, Tensor], dict]:
-    """(slices of this rank, JSON-able counters and optimizer scalars that are equal on all ranks)."""
+    """Returns the slices of this rank, and counters and optimizer scalars (JSON) that all ranks share."""
     inner, tensors = engine.optimizer.optimizer, {}
     scalars = []
     for group in flat_groups(engine):
@@ -246,10 +245,7 @@ def _check_coverage(shapes: dict[str, tuple[int, ...]], slices: dict) -> None:
 def _copy_overlap(
     target: Tensor, start: int, offset: int, numel: int, parts: list[tuple[int, Tensor]]
 ) -> None:
-    """target[start : start+numel] is [offset, offset+numel) of the parameter.
-
-    Copies what `parts` hold of it.
-    """
+    """Fills target[start : start+numel], values [offset, offset+numel) of the parameter, from `parts`."""
     for part_offset, values in parts:
         low, high = max(offset, part_offset), min(offset + numel, part_offset + values.numel())
         if low < high:
@@ -259,7 +255,7 @@ def _copy_overlap(
 
 
 def _refresh_model_weights(engine) -> None:
-    """Model weights from the float32 masters, as the engine does after a step."""
+    """Sets the model's weights from the float32 masters, as the engine does after a step."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         for index, parameters in enumerate(optimizer.fp16_groups):
@@ -285,7 +281,7 @@ def _is_json(value) -> bool:
 
 
 def export_rng() -> dict[str, Tensor]:
-    """Python, NumPy, torch CPU and current GPU generators as tensors."""
+    """Returns the states of Python's, NumPy's, torch's CPU and the current GPU's generators as tensors."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     tensors = {

@@ -15,7 +15,7 @@ from gdrt_ds.training.preparation import Prepared
 
 
 def token_losses(engine, micro: MicroBatch, device: torch.device) -> torch.Tensor:
-    """float[N]: the loss of every target token of a micro-batch under the adapter that is active now."""
+    """Returns float[N], the loss of every target token of a micro-batch under the active adapter."""
     with torch.no_grad():
         one_group = torch.zeros(len(micro.token_index), dtype=torch.long, device=device)
         return engine(micro, one_group, 1)[1]

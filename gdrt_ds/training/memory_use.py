@@ -1,9 +1,8 @@
-"""Measures what the memory plan predicts: the peak of a rank's memory from just before the model is loaded
-to the end of the run.
+"""Measures what the memory plan predicts: the peak of a rank's memory from before the model is loaded on.
 
-On a GPU the peak of allocated tensor bytes (`torch.cuda.max_memory_allocated`); on a CPU resident memory
-beyond what the process held when the measurement began (imports and data), from Linux's high-water mark,
-which is None elsewhere.
+On a GPU it is the peak of allocated tensor bytes (`torch.cuda.max_memory_allocated`). On a CPU it is resident
+memory beyond what the process held when the measurement began (imports and data), from Linux's high-water
+mark; elsewhere it is None.
 """
 
 from __future__ import annotations

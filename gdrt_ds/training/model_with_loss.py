@@ -107,9 +107,11 @@ class FusedLossModel(nn.Module):
         allowed: AllowedTokens | None = None,
         history_free: MicroBatch | None = None,
     ):
-        """Args: groups Long[N]; history_free.
+        """Returns loss sums [G], token losses [N], and counterfactual losses [N] or None.
 
-        The same targets on prompts without history, for counterfactual terms.
+        Args:
+            groups: Long[N].
+            history_free: the same targets on prompts without history, for counterfactual terms.
         """
         request = HeadRequest(micro.labels, groups, num_groups, temperature, allowed)
         states = self.hidden(micro)

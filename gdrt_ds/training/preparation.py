@@ -1,7 +1,4 @@
-"""Interactions to tokens.
-
-Corpus, catalogue, prompt template and tokenised splits of one run, without any weight loaded.
-"""
+"""From settings to tokens: corpus, catalogue, prompt template, tokenised splits; no weight is loaded."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ class Prepared:
 
 
 def control_history(samples: list[Sample], mode: str, seed: int) -> list[Sample]:
-    """Training controls: mask = no history, shuffle = the history of another sample."""
+    """Applies a training control: mask leaves the history out, shuffle takes that of another sample."""
     if mode == "keep":
         return samples
     if mode == "mask":
@@ -109,14 +106,14 @@ def _tiny_texts(config: RunConfig, corpus: Corpus, titles: list[str]) -> list[st
 
 
 def micro_batch_size(config: RunConfig, world: int) -> int:
-    """auto: the whole share of a rank, at most 8 samples."""
+    """Returns the samples of a rank's forward; `auto` is the whole share of a rank, at most 8."""
     if config.train.micro_batch == "auto":
         return min(8, -(-config.train.global_batch // world))
     return int(config.train.micro_batch)
 
 
 def plan_batches(config: RunConfig, store: TokenStore, world: int) -> BatchPlan:
-    """Who computes what in every step.
+    """Decides who computes what in every step.
 
     Raises:
         UserError: the global batch is smaller than the ranks, or the micro-batch does not fit it.
@@ -149,8 +146,9 @@ def total_steps(config: RunConfig, store: TokenStore) -> int:
 
 
 def padding_figures(store: TokenStore, plan: BatchPlan, head: int, steps: int = 8) -> dict[str, float]:
-    """Tokens computed per optimizer step, padded, packed and with a shared head, averaged over the first
-    steps.
+    """Returns the tokens computed per optimizer step: padded, packed and with a shared prefix.
+
+    They are averaged over the first steps.
     """
     padded = packed = shared = 0
     for step in range(steps):

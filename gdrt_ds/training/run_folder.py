@@ -1,5 +1,4 @@
-"""The run folder: who may write into it, and the files that outsiders rely on (docs: design of the run
-folder in README).
+"""The run folder: who may write into it, and the files that outsiders rely on (README lists them).
 
 `claim` refuses a folder in use, finished or foreign; `write_summary` is the last word of a run.
 """
@@ -58,7 +57,7 @@ VERSIONED = (
 
 
 def status(folder: Path) -> str | None:
-    """Status of summary.json, or None for a run that has not ended."""
+    """Returns the status of summary.json, or None for a run that has not ended."""
     path = Path(folder) / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")).get("status") if path.is_file() else None
 
@@ -70,8 +69,9 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:
-    """`key: before -> now` of every setting that differs from the run in this folder and that changes what is
-    computed.
+    """Returns `key: before -> now` of every changed setting that changes what is computed.
+
+    The settings are compared with those of the run in this folder.
     """
     saved = Path(folder) / "config.yaml"
     if not saved.is_file():
@@ -159,9 +159,9 @@ def _remove(path: Path) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    """run.overwrite: the old run moves out of the way and is removed when the new one trains (`settle`).
+    """Moves the old run out of the way (run.overwrite).
 
-    Until then it can come back.
+    It is removed when the new one trains (`settle`); until then it can come back.
     """
     aside = folder / ASIDE
     if aside.is_dir():  # an earlier overwrite was killed before it trained: what it left is worth nothing
@@ -174,15 +174,15 @@ def _set_aside(folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """The new run trains: what it overwrites goes."""
+    """Removes the run that was overwritten, when the new one trains."""
     if (folder / ASIDE).is_dir():
         shutil.rmtree(folder / ASIDE)
 
 
 def release(folder: Path) -> bool:
-    """A start that failed before anything was computed leaves the folder as it found it; True if that was so.
+    """Leaves the folder as a start found it that failed before anything was computed. Rank 0 calls it.
 
-    Rank 0 calls it.
+    Returns whether that was so.
     """
     checkpoints = folder / "checkpoints"
     if (folder / "metrics.jsonl").is_file() or checkpoints.is_dir() and not _empty_checkpoints(checkpoints):
@@ -207,7 +207,7 @@ def versions() -> dict[str, str]:
 
 
 def git_hash() -> str | None:
-    """Commit of the code, with + for local changes; None outside a checkout."""
+    """Returns the commit of the code, with + for local changes; None outside a checkout."""
     root = REPOSITORY
     try:
 
@@ -224,7 +224,12 @@ def git_hash() -> str | None:
 
 
 def write_summary(folder: Path, state: str, **totals: Any) -> None:
-    """state: completed, interrupted (checkpointed, please requeue) or failed."""
+    """Writes summary.json.
+
+    Args:
+        state: completed, interrupted (checkpointed, please requeue) or failed.
+        totals: what else is known of the run.
+    """
     body = {
         "status": state,
         **totals,
