@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         histories = read_histories(options.history, options.file, known)
         for title in unknown_titles(histories, known):
             print(f"note: {title!r} is not in the catalogue; its text is used as it is", file=sys.stderr)
-        tell(f"scoring {len(histories)} histories against {len(known)} titles")
+        what = "1 history" if len(histories) == 1 else f"{len(histories)} histories"
+        tell(f"scoring {what} against {len(known)} titles")
         lists = recommend(recommender, histories, options.k, on_batch=tell_progress)
         for titles, found in zip(histories, lists):
             if options.json:

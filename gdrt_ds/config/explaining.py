@@ -79,7 +79,7 @@ def kind_of(annotation: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is list:
-        return f"list of {kind_of(arguments[0])}"
+        return f"list of {kind_of(arguments[0]).replace('number', 'numbers', 1)}"
     if origin is tuple:
         kinds = {kind_of(part).replace("number", "numbers", 1) for part in arguments}
         return f"list of {len(arguments)} {' or '.join(sorted(kinds))}"

@@ -38,11 +38,17 @@ def check_settings(config: RunConfig) -> None:
     checkpoint.check_resume(config.run.dir, config.resume)
     _check_frozen_weights(config, get_objective(config.objective))
     for setting, package in BOARDS.items():
-        if getattr(config.log, setting) and importlib.util.find_spec(package) is None:
+        if getattr(config.log, setting) and not _is_installed(package):
             raise UserError(
                 f"log.{setting} = true, but {package} is not installed",
                 f"pip install 'gdrt-ds[{package}]', or set log.{setting}=false",
             )
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name in the working directory, as wandb leaves one, is no installed package."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def _check_frozen_weights(config: RunConfig, objective: Objective) -> None:
@@ -81,7 +87,7 @@ def check_data(config: RunConfig, prepared: Prepared) -> list[str]:
             f"set train.global_batch to at most {num_samples}, or raise data.limit_train or data.split_ratio",
         )
     num_groups = _check_groups(config, prepared)
-    lines = []
+    lines = _unused(config)
     if num_groups < config.groups.num:
         lines.append(
             f"groups.num = {config.groups.num}, but groups.by={config.groups.by} has {num_groups} labels: "
@@ -93,6 +99,21 @@ def check_data(config: RunConfig, prepared: Prepared) -> list[str]:
         lines.append(f"groups.num = 1: objective = {config.objective} with one group is the plain mean (sft)")
     if config.dro.frozen_weights is not None:
         frozen_weights_given(config.dro.frozen_weights, num_groups)
+    return lines
+
+
+def _unused(config: RunConfig) -> list[str]:
+    """Settings that were given and that the others leave without effect."""
+    groups = config.groups
+    lines = []
+    scores = groups.by in ("relevance", "random")
+    if groups.reference_adapter is not None and not (scores and groups.reference == "auxiliary_sft"):
+        lines.append(
+            f"groups.reference_adapter = {groups.reference_adapter} is not used with groups.by={groups.by} "
+            f"and groups.reference={groups.reference}"
+        )
+    if groups.column is not None and groups.by not in ("column", "user_attribute"):
+        lines.append(f"groups.column = {groups.column} is not used with groups.by={groups.by}")
     return lines
 
 

@@ -30,6 +30,12 @@ def test_a_run_without_a_finite_validation_fails_and_publishes_no_adapter(runs):
     assert "best so far" not in early["output"] and not early["adapter"]
 
 
+def test_a_model_that_no_longer_learns_is_told(runs):
+    dead = runs["a rate far too large"]
+    assert "the gradient of step 6 is exactly 0, so nothing is learned" in dead["output"]
+    assert "is exactly 0" not in runs["late, skipping"]["output"]
+
+
 def test_a_step_whose_validation_is_not_finite_is_not_published(runs):
     stopped = runs["in the last step"]
     assert stopped["status"] == 2 and stopped["summary"]["status"] == "failed"

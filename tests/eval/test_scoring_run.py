@@ -509,6 +509,7 @@ def test_recommend_lists_the_most_probable_titles_and_announces_unknown_ones(run
     assert (
         found["unknown"] == ["A film of my own"]
         and "'A film of my own' is not in the catalogue" in output.err
+        and "scoring 1 history against 24 titles" in output.err
     )
     prompt = recommender.prompt_of_titles([titles[3], "A film of my own", titles[1]])
     scores = per_item_scores(recommender.loaded.model, recommender.trie, prompt)

@@ -107,6 +107,11 @@ def test_a_board_that_is_not_installed_is_noticed_at_the_start(board, tmp_path, 
         check_settings(config)
     monkeypatch.setitem(BOARDS, board, "json")
     check_settings(config)
+    (tmp_path / "left_by_a_run").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(BOARDS, board, "left_by_a_run")
+    with pytest.raises(UserError, match="left_by_a_run is not installed"):
+        check_settings(config)
 
 
 def test_weights_of_a_run_that_are_no_distribution_are_refused(tmp_path):
@@ -119,9 +124,14 @@ def test_weights_of_a_run_that_are_no_distribution_are_refused(tmp_path):
         check_settings(config)
 
 
-def test_fewer_labels_than_groups_and_a_single_group_are_told(tmp_path, capsys):
+def test_fewer_labels_a_single_group_and_settings_without_effect_are_told(tmp_path, capsys):
     given = [*TINY, PLANTED, f"run.dir={tmp_path}", "groups.by=user_attribute", "groups.column=cohort"]
     print_plan(load_config(None, given), 1, full=True)
     assert "groups.num = 4, but groups.by=user_attribute has 2 labels: 2 groups" in capsys.readouterr().out
+    unused = ["groups.by=position", "groups.reference_adapter=/nope"]
+    print_plan(load_config(None, [*given, *unused]), 1, full=True)
+    told = capsys.readouterr().out
+    assert "groups.column = cohort is not used" in told
+    assert "groups.reference_adapter = /nope is not used" in told
     print_plan(load_config(None, [*given, "groups.num=1"]), 1, full=True)
     assert "groups.num = 1: objective = gdrt with one group is the plain mean" in capsys.readouterr().out

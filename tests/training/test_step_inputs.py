@@ -29,6 +29,10 @@ def test_a_group_that_was_never_present_weighs_nothing_and_spoils_nothing(tmp_pa
     assert q[1] == 0 and torch.isfinite(q).all() and q.sum() == pytest.approx(1.0)
 
 
+def test_a_listed_weight_of_zero_leaves_its_group_out():
+    assert frozen_weights([0, 1, 3], 3, CPU).tolist() == [0, 0.25, 0.75]
+
+
 @pytest.mark.parametrize("given, word", [([0.5, 0.5], "3 groups"), ("nowhere", "metrics.jsonl")])
 def test_frozen_weights_that_do_not_fit_are_refused(given, word):
     with pytest.raises(UserError, match=word):
