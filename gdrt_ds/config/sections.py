@@ -163,6 +163,16 @@ class LoraSection(Section):
     r: int = Field(8, ge=1, le=16_384, description="Rank of the adapter's matrices.")
     alpha: float = Field(16, gt=0, le=1_000_000, description="The adapter's output is scaled by alpha / r.")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input during training.")
+    rslora: bool = Field(
+        False,
+        description="Scales the adapter's output by alpha / sqrt(r) instead of alpha / r, so that larger "
+        "ranks learn at the same rate (rsLoRA, arXiv 2312.03732).",
+    )
+    dora: bool = Field(
+        False,
+        description="Learns the length of each weight row apart from its direction (DoRA, arXiv "
+        "2402.09353). It reads whole base weights, so it needs ZeRO stage 1 or 2.",
+    )
     targets: list[str] | Literal["all-linear"] = Field(
         default_factory=lambda: ["q_proj", "v_proj"],
         description="Names of the modules that get an adapter, or `all-linear`: every linear layer but "

@@ -26,6 +26,8 @@ from gdrt_ds.inference.recommender import base_path, check_adapter
 from gdrt_ds.models.adapters import load_adapter
 from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.models.quantization import get_quantization
+from gdrt_ds.models.source import read_model_config
+from gdrt_ds.models.stored_four_bit import stored_four_bit
 from gdrt_ds.runtime import Runtime
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -107,6 +109,11 @@ def export(
     _check_output(output)
     opened = open_finished_run(Path(run))
     stored_as = stored_dtype(opened.base) if dtype == "auto" else getattr(torch, dtype)
+    if base == "plain" and stored_four_bit(read_model_config(opened.base)) is not None:
+        raise UserError(
+            f"--base plain: {opened.base} stores its weights in 4 bits, there are no plain ones",
+            "give --base trained, which merges into the dequantised weights",
+        )
     section = _loading_settings(opened.config.model, base)
     loaded = load_model(section, Runtime(), train=False, path=opened.base, adapter=opened.adapter)
     check_adapter(loaded.model, opened.adapter)

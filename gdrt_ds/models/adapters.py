@@ -73,6 +73,8 @@ def new_adapter(
         r=section.lora.r,
         lora_alpha=section.lora.alpha,
         lora_dropout=section.lora.dropout,
+        use_rslora=section.lora.rslora,
+        use_dora=section.lora.dora,
         target_modules=list(targets),
         bias="none",
         task_type="CAUSAL_LM",
@@ -88,14 +90,25 @@ def new_adapter(
     recorded.revision = section.revision
     _cast_adapter(peft_model, dtype)
     trainable = num_parameters(peft_model, trainable_only=True)
+    settings = section.lora
     line = (
-        f"adapter: LoRA r={section.lora.r} alpha={section.lora.alpha:g} dropout={section.lora.dropout:g} on "
-        f"{', '.join(targets)}; {trainable:,} trainable parameters in {dtype_name(dtype)}"
+        f"adapter: {adapter_kind(section)} r={settings.r} alpha={settings.alpha:g} "
+        f"dropout={settings.dropout:g} on {', '.join(targets)}; {trainable:,} trainable parameters in "
+        f"{dtype_name(dtype)}"
     )
     for reason in dict.fromkeys(left_out.values()):
         names = ", ".join(name for name in left_out if left_out[name] == reason)
         line += f"; not on {names} ({reason})"
     return peft_model, line
+
+
+def adapter_kind(section: ModelSection) -> str:
+    """LoRA, rsLoRA, DoRA or DoRA with rsLoRA's scale."""
+    if section.lora.dora and section.lora.rslora:
+        return "DoRA with rsLoRA's scale"
+    if section.lora.dora:
+        return "DoRA"
+    return "rsLoRA" if section.lora.rslora else "LoRA"
 
 
 def lora_targets(model: nn.Module, section: ModelSection) -> list[str]:

@@ -84,6 +84,8 @@ def take_inventory(section: ModelSection, model_config) -> Inventory:
     shapes = {name: _in_out(model.get_submodule(name)) for name in adapted}
     layers = int(text.num_hidden_layers)
     lora = section.lora.r * sum(i + o for i, o in shapes.values())
+    if section.lora.dora:
+        lora += sum(o for _, o in shapes.values())  # the length of every row
     heads = int(text.num_attention_heads)
     head_size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     key_heads = int(getattr(text, "num_key_value_heads", None) or heads)

@@ -86,6 +86,18 @@ def refusals(
             "sharded optimizer",
             "use ds_configs/zero1.json (on one rank it costs nothing), zero2.json or zero3_qlora.json",
         )
+    if model.lora.dora and stage == 3:
+        yield (
+            "model.lora.dora = true with ZeRO stage 3: PEFT computes DoRA's norms from the base weight "
+            "outside the base layer's forward, where ZeRO-3 has freed it",
+            "use ds_configs/zero1.json or zero2.json, or set model.lora.dora=false",
+        )
+    if model.lora.dora and model.train_head:
+        yield (
+            "model.lora.dora = true with model.train_head = true: the fused loss and the catalogue scoring "
+            "read lm_head row by row, and DoRA's scale of a row is not among what they read",
+            "set one of the two to false",
+        )
     if model.loading == "sharded" and stage != 3:
         yield (
             f"model.loading = sharded with ZeRO stage {stage}: only stage 3 shards parameters",

@@ -7,8 +7,11 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from gdrt_ds.config import RunConfig, dump_config
 from gdrt_ds.errors import UserError
+from gdrt_ds.inference.exporting import export
 from gdrt_ds.models.quantization.nf4 import dequantise, is_4bit
 from tests.distributed.scenario_sharded import store_in_four_bit
 from tests.models.family_models import make_family
@@ -98,3 +101,20 @@ def test_the_plan_refuses_what_would_compute_wrong_results(stored, tmp_path, qua
     with pytest.raises(UserError, match=words) as error:
         plan_of(path, tmp_path, "prompt.max_length=600", *settings)
     assert error.value.fix
+
+
+def test_a_run_on_it_is_exported_from_the_dequantised_weights(stored, tmp_path):
+    run = tmp_path / "run"
+    loaded = load(stored)
+    for name, parameter in loaded.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    loaded.model.save_pretrained(run / "adapter", save_embedding_layers=False)
+    (run / "config.yaml").write_text(dump_config(RunConfig(model={"path": str(stored)})))
+    with pytest.raises(UserError, match="there are no plain ones"):
+        export(run, tmp_path / "merged")
+    export(run, tmp_path / "merged", base="trained")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        expected = loaded.model.eval()(input_ids=IDS).logits
+        assert torch.allclose(found(input_ids=IDS).logits, expected, atol=1e-4)

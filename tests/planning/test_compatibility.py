@@ -65,6 +65,15 @@ def test_all_six_presets_are_there():
         ),
         ({}, {"zero_optimization": {"stage": 0}}, False, {}, "sharded optimizer"),
         ({}, {}, False, {}, "sharded optimizer"),
+        ({"lora": {"dora": True}}, None, False, {}, "where ZeRO-3 has freed it"),
+        ({"lora": {"dora": True}, "quantization": "none"}, None, False, {}, "where ZeRO-3 has freed it"),
+        (
+            {"lora": {"dora": True}, "train_head": True},
+            {"zero_optimization": {"stage": 2}},
+            False,
+            {},
+            "lm_head row by row",
+        ),
         ({"loading": "sharded"}, {"zero_optimization": {"stage": 2}}, False, {}, "only stage 3"),
         (
             {},
@@ -101,6 +110,11 @@ def test_a_known_bad_combination_is_refused_with_its_reason_and_a_way_out(
     with pytest.raises(UserError) as error:
         check(model, engine, cuda, **versions)
     assert words in error.value.problem and error.value.fix
+
+
+def test_dora_is_allowed_where_every_rank_holds_whole_weights():
+    for stage in (1, 2):
+        check({"lora": {"dora": True}}, {"zero_optimization": {"stage": stage}})
 
 
 def test_storage_equal_to_the_arithmetic_is_allowed():

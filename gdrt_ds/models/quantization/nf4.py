@@ -116,6 +116,10 @@ def dequantise(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if is_4bit(module):
             model.set_submodule(name, _plain_layer(module))
+    # What transformers did while it read packed weights it would undo when it saves the model, and cannot.
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [kept for kept in conversions if not _unpacks(kept)]
     model.is_loaded_in_4bit = False
     model.is_quantized = False
     for owner, attribute in (
@@ -126,6 +130,12 @@ def dequantise(model: nn.Module) -> nn.Module:
         if hasattr(owner, attribute):
             delattr(owner, attribute)
     return model
+
+
+def _unpacks(conversion) -> bool:
+    """Whether a weight conversion of transformers reads packed 4-bit weights."""
+    operations = getattr(conversion, "operations", None) or []
+    return any(type(operation).__name__.startswith("Bnb4bit") for operation in operations)
 
 
 def _plain_layer(module: nn.Module) -> nn.Module:
