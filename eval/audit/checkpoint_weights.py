@@ -73,7 +73,7 @@ def set_adapter(model: nn.Module, weights: dict[str, Tensor]) -> None:
         UserError: weights that the model lacks, adapter weights that the checkpoint lacks, or other sizes.
     """
     parameters = dict(model.named_parameters())
-    wanted = {name for name in parameters if "lora_" in name}
+    wanted = {name for name in parameters if "lora_" in name or "trainable_tokens_" in name}
     if (missing := sorted(set(weights) - set(parameters))) or (missing := sorted(wanted - set(weights))):
         raise UserError(
             f"checkpoint and adapter differ in {len(missing)} weights, e.g. {missing[0]}",

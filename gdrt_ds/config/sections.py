@@ -178,6 +178,12 @@ class LoraSection(Section):
         description="Names of the modules that get an adapter, or `all-linear`: every linear layer but "
         "lm_head.",
     )
+    trainable_tokens: list[str] | Literal["added"] | None = Field(
+        None,
+        description="Tokens whose rows of the embedding and of lm_head are trained, too, e.g. semantic ids; "
+        "`added` takes all tokens that were added to the tokenizer. The model folder must have rows for "
+        "them. Empty: none.",
+    )
 
 
 class ModelSection(Section):

@@ -32,6 +32,7 @@ from gdrt_ds.models.families import (
     supports_sdpa,
     unwrap,
 )
+from gdrt_ds.models.token_rows import token_layer
 
 KeyValues = list[tuple[Tensor, Tensor]]  # per layer: keys and values [B or 1, K, P, D]
 
@@ -127,6 +128,12 @@ class LmHeadRows:
     @classmethod
     def of(cls, model: nn.Module) -> LmHeadRows:
         module = lm_head(model)
+        rows = token_layer(module)
+        if rows is not None:
+            scale, softcap = lm_head_scaling(decoder(model).config)
+            off = rows.disable_adapters or rows.merged
+            weight = rows.base_layer.weight if off else rows.get_merged_weights(rows.active_adapters)
+            return cls(weight.detach(), getattr(rows.base_layer, "bias", None), (), scale, softcap)
         if hasattr(module, "modules_to_save") and hasattr(module, "active_adapters"):
             module = module.modules_to_save[module.active_adapters[0]]
         low_rank = []

@@ -16,6 +16,7 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME
 from gdrt_ds.models.families import linear_names, lm_head_name, num_parameters
 from gdrt_ds.models.source import dtype_name, first_line
+from gdrt_ds.models.token_rows import token_indices, use_token_rows, whole_rows
 
 
 def load_adapter(
@@ -48,12 +49,13 @@ def load_adapter(
             f"adapter {adapter} does not fit {base} ({first_line(error)})",
             "give the base model it was trained on",
         ) from None
+    use_token_rows(peft_model)
     _cast_adapter(peft_model, dtype)
     return peft_model, f"adapter: {adapter}"
 
 
 def new_adapter(
-    model: nn.Module, section: ModelSection, base: Path, dtype: torch.dtype, seed: int
+    model: nn.Module, section: ModelSection, base: Path, dtype: torch.dtype, seed: int, tokenizer=None
 ) -> tuple[nn.Module, str]:
     """Puts a fresh LoRA around the base; returns the PEFT model and the line to announce.
 
@@ -61,7 +63,8 @@ def new_adapter(
     random numbers are left as they were.
 
     Raises:
-        UserError: `model.lora.targets` names a module that the model does not have.
+        UserError: `model.lora.targets` names a module that the model does not have, or
+            `model.lora.trainable_tokens` what is no token.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -69,12 +72,14 @@ def new_adapter(
     left_out = {}
     if section.lora.targets == "all-linear":
         left_out = unadaptable(model, sorted({name.rsplit(".", 1)[-1] for name in linear_names(model)}))
+    rows = token_indices(model, tokenizer, section)
     lora = LoraConfig(
         r=section.lora.r,
         lora_alpha=section.lora.alpha,
         lora_dropout=section.lora.dropout,
         use_rslora=section.lora.rslora,
         use_dora=section.lora.dora,
+        trainable_token_indices=rows,
         target_modules=list(targets),
         bias="none",
         task_type="CAUSAL_LM",
@@ -82,7 +87,9 @@ def new_adapter(
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        with whole_rows(model, wanted=rows is not None):
+            peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    use_token_rows(peft_model)
     # The adapter records its base: a hub name as the user gave it, anything else as the folder here.
     is_hub_name = not Path(section.path).exists() and section.path not in (SMOLLM2_NAME, TINY_NAME)
     recorded = peft_model.peft_config["default"]
@@ -96,6 +103,8 @@ def new_adapter(
         f"dropout={settings.dropout:g} on {', '.join(targets)}; {trainable:,} trainable parameters in "
         f"{dtype_name(dtype)}"
     )
+    if rows is not None:
+        line += f"; rows of {len(next(iter(rows.values()))):,} tokens in {' and '.join(rows)}"
     for reason in dict.fromkeys(left_out.values()):
         names = ", ".join(name for name in left_out if left_out[name] == reason)
         line += f"; not on {names} ({reason})"
@@ -175,5 +184,6 @@ def unadaptable(model: nn.Module, targets: list[str]) -> dict[str, str]:
 
 def _cast_adapter(model: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
-        if "lora_" in name and parameter.dtype != dtype:
+        trained = "lora_" in name or "trainable_tokens_" in name
+        if trained and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)

@@ -121,7 +121,7 @@ def load_model(
         model, line = load_adapter(model, adapter, path, dtype, train)
         lines.append(line)
     elif train:
-        model, line = new_adapter(model, section, path, dtype, seed)
+        model, line = new_adapter(model, section, path, dtype, seed, tokenizer)
         lines.append(line)
     if train:
         lines += _prepare_training(model, section)

@@ -11,6 +11,7 @@ from torch import nn
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.families import attention_windows, decoder, lm_head, unwrap
 from gdrt_ds.models.layer_types import layer_types
+from gdrt_ds.models.token_rows import token_layer
 
 
 def tree_obstacle(model: nn.Module) -> str:
@@ -45,6 +46,8 @@ def check_evaluable(model: nn.Module) -> None:
         )
     decoder(model)
     head = lm_head(model)
+    if token_layer(head) is not None:
+        head = token_layer(head).base_layer
     while hasattr(head, "base_layer"):  # PEFT's layer around it
         head = head.base_layer
     weight = getattr(head, "weight", None)

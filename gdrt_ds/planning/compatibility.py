@@ -98,6 +98,20 @@ def refusals(
             "read lm_head row by row, and DoRA's scale of a row is not among what they read",
             "set one of the two to false",
         )
+    if model.lora.trainable_tokens and model.train_head:
+        yield (
+            "model.lora.trainable_tokens with model.train_head = true: PEFT wraps lm_head either for rows of "
+            "tokens or for an adapter",
+            "set model.train_head=false: lm_head learns the rows of these tokens",
+        )
+    if model.lora.trainable_tokens and (
+        config.groups.reference == "auxiliary_sft" or isinstance(config.dro.excess, str)
+    ):
+        yield (
+            "model.lora.trainable_tokens with a reference adapter (groups.reference=auxiliary_sft or "
+            "dro.excess=FOLDER): the trained rows would stay in the reference",
+            "set groups.reference to base or live, and dro.excess to false or true",
+        )
     if model.loading == "sharded" and stage != 3:
         yield (
             f"model.loading = sharded with ZeRO stage {stage}: only stage 3 shards parameters",

@@ -8,6 +8,7 @@ Shapes: N supervised tokens of the micro-batch, H hidden, V vocabulary, G groups
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from gdrt_ds.batches import MicroBatch
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens, group_cross_entropy
 from gdrt_ds.models.families import decoder, lm_head, lm_head_scaling
+from gdrt_ds.models.token_rows import head_term, token_layer
 
 
 @dataclass
@@ -48,33 +50,22 @@ class FusedLossModel(nn.Module):
         With a HeadRequest it returns losses instead of logits.
         """
         module = lm_head(self.model)
-        layer = (
-            None  # PEFT's LoRA around the head; a local name: assigned to self it would be registered twice
-        )
-        if hasattr(module, "base_layer"):
-            layer, module = module, module.base_layer
-            import deepspeed
-
-            for name in layer.lora_A:  # the trained adapter and those of reference_model.py
-                for weight in (layer.lora_A[name].weight, layer.lora_B[name].weight):
-                    deepspeed.zero.register_external_parameter(module, weight)
+        # Local names: assigned to self, these layers would be registered twice.
+        rows = token_layer(module)
+        layer = None
+        if rows is not None:
+            module = rows.base_layer
+            _gather_with(module, rows.trainable_tokens_delta.values())
+        elif hasattr(module, "base_layer"):
+            layer = module
+            module = module.base_layer
+            for name in layer.lora_A:  # the trained adapter and those of reference_adapters.py
+                _gather_with(module, (layer.lora_A[name].weight, layer.lora_B[name].weight))
         plain = module.forward
 
         def forward(hidden: Tensor, request: HeadRequest | None = None):
             if request is None:
                 return plain(hidden)
-            lora = None
-            active = (
-                []
-                if layer is None or layer.disable_adapters
-                else [name for name in layer.active_adapters if name in layer.lora_A]
-            )
-            if active:  # its dropout is left out: both terms of the fused product read the same hidden states
-                lora = (
-                    layer.lora_A[active[0]].weight,
-                    layer.lora_B[active[0]].weight,
-                    layer.scaling[active[0]],
-                )
             out = group_cross_entropy(
                 hidden.to(module.weight.dtype),
                 module.weight,
@@ -86,7 +77,7 @@ class FusedLossModel(nn.Module):
                 softcap=self.softcap,
                 temperature=request.temperature,
                 allowed=request.allowed,
-                **({"lora": lora} if lora is not None else {}),
+                lora=_lora_term(layer) if rows is None else head_term(rows, module.weight),
             )
             return out.loss_sums, out.token_losses
 
@@ -128,3 +119,24 @@ class FusedLossModel(nn.Module):
             states - self.hidden(history_free), replace(request, difference=True)
         )
         return loss_sums, token_losses, counterfactual
+
+
+def _gather_with(module: nn.Module, weights: Iterable[Tensor]) -> None:
+    """Makes ZeRO-3 gather weights of other modules together with this one's."""
+    import deepspeed
+
+    for weight in weights:
+        deepspeed.zero.register_external_parameter(module, weight)
+
+
+def _lora_term(layer: nn.Module | None) -> tuple[Tensor, Tensor, float] | None:
+    """The active LoRA pair of the head and its scale: A [r, H], B [V, r]; None without one.
+
+    Its dropout is left out: both terms of the fused product read the same hidden states.
+    """
+    if layer is None or layer.disable_adapters:
+        return None
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    return None

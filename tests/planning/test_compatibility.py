@@ -74,6 +74,13 @@ def test_all_six_presets_are_there():
             {},
             "lm_head row by row",
         ),
+        (
+            {"lora": {"trainable_tokens": "added"}, "train_head": True},
+            None,
+            False,
+            {},
+            "wraps lm_head either",
+        ),
         ({"loading": "sharded"}, {"zero_optimization": {"stage": 2}}, False, {}, "only stage 3"),
         (
             {},
