@@ -11,7 +11,7 @@ key k iff `k <= q < end[k]`; in a sliding-window layer their positions also diff
 There are two executions of the same rule. `tree_mask` is a dense boolean mask, for evaluation and as the
 reference. `tree_attention` is an attention function that is registered with transformers as "gdrt_tree" and
 never builds the dense mask: on CPUs it is one scaled_dot_product_attention per sample, on CUDA one
-FlexAttention call.
+FlexAttention call (flex_rows.py).
 
 Shapes: T tokens of a packed row, A query heads, K key heads, D head size.
 """
@@ -19,7 +19,8 @@ Shapes: T tokens of a packed row, A query heads, K key heads, D head size.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gdrt_ds.batches.flex_rows import flex_rows
 from gdrt_ds.runtime.devices import to_device
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 ATTENTION_NAME = "gdrt_tree"
 
@@ -66,24 +71,40 @@ class TreeLayout:
         lengths: tokens of each sample, the shared prefix not counted.
         head: tokens of the shared prefix (0 = none).
         end, positions: Long[T] of the rule above and of the rotary or learned embedding.
+        block_masks: what FlexAttention made of the layout, by window (flex_rows.py); every layer of the
+            forward and of its recomputation uses them.
+        varlen: the cumulative lengths of the samples on the device and the longest (varlen_rows.py), where
+            flash-attn has asked for them.
     """
 
     lengths: tuple[int, ...]
     head: int
     end: Tensor
     positions: Tensor
+    block_masks: dict[int | None, BlockMask] = field(default_factory=dict, compare=False, repr=False)
+    varlen: tuple[Tensor, int] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def build(cls, lengths: list[int], head: int = 0, device: torch.device | str = "cpu") -> TreeLayout:
-        total = head + sum(lengths)
-        end = torch.full((total,), total, dtype=torch.long)
-        positions = torch.arange(total, dtype=torch.long)
-        start = head
-        for length in lengths:
-            end[start : start + length] = start + length
-            positions[start : start + length] = torch.arange(head, head + length)
-            start += length
+        end, positions = _host_rule(tuple(lengths), head)
         return cls(tuple(lengths), head, to_device(end, device), to_device(positions, device))
+
+    def host_rule(self) -> tuple[Tensor, Tensor]:
+        """Returns end and positions on the CPU. Reading them from the device would wait for it."""
+        return _host_rule(self.lengths, self.head)
+
+
+def _host_rule(lengths: tuple[int, ...], head: int) -> tuple[Tensor, Tensor]:
+    """(end, positions), Long[T] on the CPU."""
+    total = head + sum(lengths)
+    end = torch.full((total,), total, dtype=torch.long)
+    positions = torch.arange(total, dtype=torch.long)
+    start = head
+    for length in lengths:
+        end[start : start + length] = start + length
+        positions[start : start + length] = torch.arange(head, head + length)
+        start += length
+    return end, positions
 
 
 @functools.lru_cache(maxsize=256)
@@ -141,45 +162,6 @@ def _segments(
     return torch.cat(outputs, dim=2)
 
 
-@functools.cache
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def _flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TreeLayout,
-    scale: float | None,
-    window: int | None,
-    compiled: bool = True,
-) -> Tensor:
-    """Computes the same rule as one FlexAttention call: blocks that no query may see are skipped."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    end = layout.end
-    positions = layout.positions
-
-    def may_see(batch, head, q, k):
-        visible = (k <= q) & (q < end[k])
-        if window is not None:
-            visible = visible & (positions[q] - positions[k] < window)
-        return visible
-
-    cache = layout.__dict__.setdefault("_block_masks", {})
-    if window not in cache:
-        cache[window] = create_block_mask(
-            may_see, None, None, query.shape[2], query.shape[2], device=query.device
-        )
-    call = _compiled_flex() if compiled else flex_attention
-    return call(
-        query, key, value, block_mask=cache[window], scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
-
-
 def tree_attention(
     module,
     query: Tensor,
@@ -191,6 +173,8 @@ def tree_attention(
     sliding_window: int | None = None,
     tree_layout: TreeLayout | None = None,
     softcap: float | None = None,
+    *,
+    per_sample: bool = False,
     **kwargs,
 ):
     """The attention function that transformers calls.
@@ -200,6 +184,8 @@ def tree_attention(
     Args:
         query: [B, A, T, D].
         key, value: [B, K, T, D].
+        per_sample: one SDPA call per sample on every device. It is also used under attention dropout, which
+            FlexAttention does not have.
 
     Returns:
         [B, T, A, D], and no attention weights.
@@ -212,8 +198,8 @@ def tree_attention(
         raise ValueError(
             "packed rows are not supported for models with attention soft-capping; set train.packing=none"
         )
-    if query.is_cuda and dropout == 0.0:
-        output = _flex(query, key, value, tree_layout, scaling, sliding_window)
+    if query.is_cuda and dropout == 0.0 and not per_sample:
+        output = flex_rows(query, key, value, tree_layout, scaling, sliding_window)
     else:
         output = _segments(query, key, value, tree_layout, scaling, dropout, sliding_window)
     return output.transpose(1, 2).contiguous(), None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.attention import get_backend
+from gdrt_ds.models.attention.base import PACKINGS
 from gdrt_ds.models.families import attention_windows, model_class, supports_sdpa
 from gdrt_ds.models.layer_types import LayerTypes, layer_types
 from gdrt_ds.models.skeleton import skeleton
@@ -30,20 +31,26 @@ def choose_packing(config: RunConfig, model_config) -> tuple[str, str]:
     wanted = config.train.packing
     if wanted == "none":
         return wanted, "packing: none (as set)"
-    chosen = _chosen_obstacle(config.model.attention)
+    possible = _packings(config.model.attention)
+    chosen = ""
+    if not possible or wanted not in ("auto", *possible):
+        chosen = f"model.attention = {config.model.attention} is set"
     obstacle = chosen or _sdpa_obstacle(model_config)
     if not obstacle:
         model = skeleton(model_config, config.model.trust_remote_code)
         obstacle = packing_obstacle(layer_types(model), model_config)
     if wanted == "auto" and obstacle:
         return "none", f"packing: none (auto: {obstacle})"
+    if wanted == "auto" and "shared_prefix" not in possible:
+        why = f"no padding; model.attention = {config.model.attention} cannot share the prompt prefix"
+        return "packed", f"packing: packed (auto: {why})"
     if wanted == "auto":
         line = "packing: shared_prefix (auto: no padding, the prompt prefix once per micro-batch)"
         return "shared_prefix", line
     if chosen:
         raise UserError(
             f"train.packing = {wanted} needs the tree attention, but {chosen}",
-            "set train.packing=none, or model.attention=auto",
+            f"set train.packing={' or '.join(['none', *possible])}, or model.attention=auto",
         )
     if obstacle:
         raise UserError(
@@ -64,11 +71,9 @@ def packing_obstacle(layers: LayerTypes, model_config) -> str:
     return layers.not_understood(windows=everywhere is not None or any((by_layer or {}).values()))
 
 
-def _chosen_obstacle(attention: str) -> str:
-    """Returns why the tree attention cannot stand in for the chosen backend, empty if it can."""
-    if attention == "auto" or get_backend(attention).packs:
-        return ""
-    return f"model.attention = {attention} is set"
+def _packings(attention: str) -> tuple[str, ...]:
+    """Returns the packings that `model.attention` can follow."""
+    return PACKINGS if attention == "auto" else get_backend(attention).packings
 
 
 def _sdpa_obstacle(model_config) -> str:

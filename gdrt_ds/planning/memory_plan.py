@@ -12,6 +12,7 @@ dequantised The largest matrix, dense, twice: in the forward, and as blocks in t
 activations Per token and layer, see `activation_bytes_per_token`. With checkpointing they are the inputs of
             all layers and what one layer keeps.
 loss        A chunk of logits (its byte budget), hidden states and row gradients of the supervised tokens.
+block masks What FlexAttention keeps of a packed row on a GPU, see gdrt_ds/batches/flex_rows.py.
 
 On a CPU the estimate is compared with resident memory beyond the import baseline, and engine buffers are
 added. It holds for allocators that reuse freed blocks (tcmalloc, jemalloc). glibc's keeps far more
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 
+from gdrt_ds.batches.flex_rows import block_mask_bytes
 from gdrt_ds.config import RunConfig
 from gdrt_ds.loss.group_loss import default_chunk_bytes
 from gdrt_ds.models.inventory import Inventory, take_inventory
@@ -35,6 +37,8 @@ from gdrt_ds.training.deepspeed_config import read_deepspeed_config, zero3_limit
 from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
 
 CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers: an allowance
+MOST_WINDOWS = 2
+"""Layers have full attention, one sliding window, or some of each: two block masks at most."""
 GLIBC_NOTE = (
     "glibc's allocator keeps freed tensors: 2 to 5 times this was seen resident. Where memory is short, "
     "start the run with "
@@ -211,6 +215,8 @@ def estimate(
             f"{model.experts:,} of {model.quantised + model.plain:,} parameters are fused experts, which "
             f"model.quantization = {config.model.quantization} does not reach: counted in {dtype_name(dtype)}"
         )
+    if on_gpu and config.train.packing != "none":
+        parts["block masks"] = block_mask_bytes(tokens, MOST_WINDOWS)
     if not on_gpu:
         parts["engine"] = CPU_ENGINE_BYTES
         if cpu_allocator() == "glibc":

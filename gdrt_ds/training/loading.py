@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from gdrt_ds.batches import BatchPlan
-from gdrt_ds.batches.tree_attention import ATTENTION_NAME
+from gdrt_ds.models.attention import Place, packed_attention
+from gdrt_ds.models.families import model_class
 from gdrt_ds.models.inventory import take_inventory
 from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.models.packing import choose_packing
@@ -63,13 +64,14 @@ def load(job: Job, prepared: Prepared) -> Loaded:
     raw = read_deepspeed_config(config.deepspeed)
     layer = take_inventory(config.model, prepared.model_config).layer_elements(config.model)
     deepspeed_config = fill_deepspeed_config(raw, config, plan, dtype, hidden_size, layer)
+    place = Place(runtime.device, dtype, model_class(prepared.model_config))
     base = load_model(
         config.model,
         runtime,
         train=True,
         path=prepared.model_folder,
         seed=config.train.seed,
-        attention=ATTENTION_NAME if packing != "none" else None,
+        attention=packed_attention(config.model.attention, packing, place),
         deepspeed_config=deepspeed_config,
     )
     job.say(

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from gdrt_ds.batches import build_micro_batch
-from gdrt_ds.batches.tree_attention import ATTENTION_NAME, TreeLayout, _flex, _segments, tree_mask
+from gdrt_ds.batches.tree_attention import ATTENTION_NAME, TreeLayout, _segments, tree_mask
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.models.families import decoder
 
@@ -122,9 +122,8 @@ def test_tree_mask_is_ancestor_or_self_and_nothing_else(window):
             assert set(mask[query, 2:].nonzero().view(-1).tolist()) == seen and mask[query, :2].all()
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("head,window", [(0, None), (3, None), (0, 4), (3, 4)])
-def test_flex_attention_and_per_sample_attention_follow_the_dense_mask(head, window):
+def test_per_sample_attention_follows_the_dense_mask(head, window):
     layout = TreeLayout.build([5, 1, 7], head)
     total = head + 13
     generator = torch.Generator().manual_seed(1)
@@ -133,7 +132,6 @@ def test_flex_attention_and_per_sample_attention_follow_the_dense_mask(head, win
     scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3)) * 0.3
     wanted = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value.repeat_interleave(2, 1)
     assert torch.allclose(_segments(query, key, value, layout, 0.3, 0.0, window), wanted, atol=1e-5)
-    assert torch.allclose(_flex(query, key, value, layout, 0.3, window, compiled=False), wanted, atol=1e-5)
 
 
 def test_a_padding_token_sees_only_itself():

@@ -13,7 +13,15 @@ from gdrt_ds import registry
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.attention.base import AttentionBackend, Obstacle, Place
 
-__all__ = ["AUTO_ORDER", "AttentionBackend", "Obstacle", "Place", "choose_attention", "get_backend"]
+__all__ = [
+    "AUTO_ORDER",
+    "AttentionBackend",
+    "Obstacle",
+    "Place",
+    "choose_attention",
+    "get_backend",
+    "packed_attention",
+]
 
 AUTO_ORDER = ("flash_attention_3", "flash_attention_2", "sdpa", "eager")
 """The order in which `auto` tries the backends: it takes the first that can run. Eager runs everywhere."""
@@ -63,6 +71,26 @@ def _first_that_runs(place: Place) -> tuple[str, str]:
             return backend.implementation, f"attention: {name} (auto: {why})"
         reason = obstacle.reason
     raise UserError(f"no attention of {', '.join(AUTO_ORDER)} runs here: {reason}", "use another model")
+
+
+def packed_attention(requested: str, packing: str, place: Place) -> str | None:
+    """Returns transformers' name of the attention for rows of several samples, None for rows of one.
+
+    Args:
+        requested: `model.attention`.
+        packing: what `choose_packing` chose.
+        place: where the attention runs. With `auto` and rows that share nothing, flash-attn is taken where
+            it runs; it cannot share a prompt prefix.
+    """
+    if packing == "none":
+        return None
+    name = requested
+    if requested == "auto":
+        name = next(name for name in AUTO_ORDER if get_backend(name).obstacle(place) is None)
+    backend = get_backend(name)
+    if packing not in backend.packings:
+        backend = get_backend("sdpa")
+    return backend.packed_by
 
 
 def takes_dense_masks(implementation: str) -> bool:

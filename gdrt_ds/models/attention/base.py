@@ -11,6 +11,8 @@ import torch
 from gdrt_ds.models.source import dtype_name
 
 HALF = (torch.bfloat16, torch.float16)
+PACKINGS = ("packed", "shared_prefix")
+"""The values of train.packing that put several samples into one row."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ class AttentionBackend:
     Attributes:
         implementation: transformers' name of it (`attn_implementation`).
         obstacle: says why the backend cannot run at a place, None where it can.
-        packs: `train.packing` may put several samples into one row. The tree attention of
-            gdrt_ds/batches/tree_attention.py, which builds on SDPA, then stands in for this backend.
+        packings: values of `train.packing` that put several samples into one row and that it can follow.
+        packed_by: transformers' name of the attention that then stands in for it: the tree attention of
+            gdrt_ds/batches/tree_attention.py, which builds on SDPA, or another that takes a layout.
         dense_masks: takes an explicit mask [B, 1, T, P + T], which scoring the catalogue needs.
         chosen_because: with which words `auto` explains that it took this backend; empty = with the reason
             why the one before could not run.
@@ -69,7 +72,8 @@ class AttentionBackend:
 
     implementation: str
     obstacle: Callable[[Place], Obstacle | None] = no_obstacle
-    packs: bool = False
+    packings: tuple[str, ...] = ()
+    packed_by: str = "gdrt_tree"
     dense_masks: bool = False
     chosen_because: str = ""
 

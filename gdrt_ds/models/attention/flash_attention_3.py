@@ -1,9 +1,13 @@
-"""FlashAttention-3, from the package flash_attn_interface: Hopper GPUs (H100, H200), 16-bit dtypes."""
+"""FlashAttention-3, from the package flash_attn_interface: Hopper GPUs (H100, H200), 16-bit dtypes.
+
+Rows of `train.packing=packed` go through its variable-length call (gdrt_ds/batches/varlen_rows.py).
+"""
 
 from __future__ import annotations
 
 import torch
 
+from gdrt_ds.batches.varlen_rows import FLASH_3
 from gdrt_ds.models.attention.base import AttentionBackend, Obstacle, Place, needs_flash_kernel
 
 PACKAGE = "flash_attn_interface"
@@ -18,4 +22,10 @@ def obstacle(place: Place) -> Obstacle | None:
     return found
 
 
-BACKEND = AttentionBackend("flash_attention_3", obstacle=obstacle, chosen_because=f"{PACKAGE} is importable")
+BACKEND = AttentionBackend(
+    "flash_attention_3",
+    obstacle=obstacle,
+    packings=("packed",),
+    packed_by=FLASH_3,
+    chosen_because=f"{PACKAGE} is importable",
+)
