@@ -350,6 +350,29 @@ MUTATIONS = [
         ),
     ),
     Mutation(
+        "layers that mix samples are let into packed rows",
+        "models/test_families.py::test_the_layers_decide_about_packing_and_one_line_says_why[lfm2]",
+        (("models/packing.py", "packing_obstacle", "if layers.mixing:", "if False:"),),
+    ),
+    Mutation(
+        "the probe of packed rows calls every leak small",
+        "training/test_leak_check.py::test_a_leak_that_the_choice_had_missed_is_measured[lfm2]",
+        (("training/leak_check.py", "Leak.found", "self.before > max(", "self.before > 1e9 + max("),),
+    ),
+    Mutation(
+        "sequences are read without the tokens before them",
+        "inference/test_path_reader.py::"
+        "test_every_family_is_scored_as_its_layers_allow_and_equals_plain_forward_passes[lfm2]",
+        (
+            (
+                "inference/path_reader.py",
+                "_sequences",
+                "tuple(tokens[row, seen].tolist())",
+                "tuple(tokens[row, seen].tolist()[-9:])",
+            ),
+        ),
+    ),
+    Mutation(
         "mask ignores the end of a subtree",
         "batches/test_tree_attention.py::test_tree_mask_is_ancestor_or_self_and_nothing_else",
         (
