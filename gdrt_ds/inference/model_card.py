@@ -194,7 +194,8 @@ def _other_base(about: Export) -> list[str]:
     kind = about.config.model.quantization.upper()
     general = (
         f"The adapter was fitted to the {kind} weights, rounding errors included. On the unquantised "
-        "weights it gives other scores: the NLL of targets can differ by more than a nat."
+        "weights it gives other scores: the NLL of targets can differ by more than a nat. "
+        f"`python -m eval.run --run {about.run} model.quantization=none` measures them."
     )
     if about.base == "trained":
         return [f"{general} This folder holds the dequantised {kind} weights, so its scores are the run's."]

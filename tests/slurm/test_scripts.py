@@ -12,8 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from gdrt_ds.errors import EXIT_INTERRUPTED
+
 HOME = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((HOME / "slurm").glob("*.sh"))
+
+
+def test_the_training_script_knows_an_interruption_by_the_status_that_training_ends_with():
+    text = (HOME / "slurm" / "gdrt.sh").read_text(encoding="utf-8")
+    written = re.findall(r"(?:conclude |STEP_CODE=)(\d+)", text)
+    assert len(written) == 2
+    assert set(map(int, written)) == {EXIT_INTERRUPTED}
 
 
 def test_the_scripts_pass_shellcheck():
