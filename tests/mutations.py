@@ -174,9 +174,9 @@ MUTATIONS = [
         (
             (
                 "batches/layout.py",
-                "build_micro_batch",
-                "stops = [b * width + len(row) for b, row in enumerate(rows)]",
-                "stops = [(b + 1) * width for b, row in enumerate(rows)]",
+                "_padded",
+                "np.arange(b * width, b * width + len(row))",
+                "np.arange(b * width, (b + 1) * width)",
             ),
         ),
     ),
@@ -295,8 +295,8 @@ MUTATIONS = [
             (
                 "batches/layout.py",
                 "build_micro_batch",
-                "supervised = [np.arange(stop - len(target), stop)",
-                "supervised = [np.arange(stop - len(target) - 1, stop - 1)",
+                "supervised = [path[len(path) - n :]",
+                "supervised = [path[len(path) - n - 1 : -1]",
             ),
         ),
     ),
@@ -307,9 +307,9 @@ MUTATIONS = [
             ("dro/relevance.py", "score_entries", "store.num_target[0]) - 1", "store.num_target[0])"),
             (
                 "batches/layout.py",
-                "build_micro_batch",
-                "if any(len(target) > body for",
-                "if False and any(len(target) > body for",
+                "_packed",
+                "if any(count > body for",
+                "if False and any(count > body for",
             ),
         ),
     ),
@@ -332,8 +332,8 @@ MUTATIONS = [
             (
                 "batches/tree_attention.py",
                 "_segments",
-                "own_query, own_keys, own_values, attn_mask",
-                "own_query, own_keys, own_values + values[-1][:, :, -1:] * 0.01, attn_mask",
+                "values[number]], dim=2)",
+                "values[number]], dim=2) + values[-1][:, :, -1:] * 0.01",
             ),
         ),
     ),
@@ -343,9 +343,33 @@ MUTATIONS = [
         (
             (
                 "batches/tree_attention.py",
-                "_sample_mask",
-                "mask = mask & (query - key < window)",
-                "pass",
+                "_chain_mask",
+                "return mask & (query - key < window)",
+                "return mask",
+            ),
+        ),
+    ),
+    Mutation(
+        "a chain sees the end of its parent instead of the way to itself",
+        "batches/test_tree_attention.py::test_merged_prefixes_give_the_padded_hidden_states_and_gradients[llama-0]",
+        (
+            (
+                "batches/tree_attention.py",
+                "_start",
+                "way.narrow(2, 0, depth)",
+                "way.narrow(2, way.shape[2] - depth, depth)",
+            ),
+        ),
+    ),
+    Mutation(
+        "a subtree ends one token late",
+        "batches/test_prefix_tree.py::test_small_trees",
+        (
+            (
+                "batches/prefix_tree.py",
+                "_Builder.add",
+                "ends[leave - depth : below - depth] = self.total",
+                "ends[leave - depth : below - depth] = self.total + 1",
             ),
         ),
     ),

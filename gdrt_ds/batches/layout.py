@@ -1,6 +1,7 @@
 """Lays the samples of a micro-batch out as tensors.
 
-They become padded rows, or one packed row in which samples may share the prompt's start.
+They become padded rows, or one packed row in which samples may share the prompt's start, or all their common
+prefixes.
 
 Shapes: B samples, T positions, N supervised tokens.
 """
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdrt_ds.batches.prefix_tree import merge_prefixes
 from gdrt_ds.batches.tree_attention import TreeLayout, packed_inputs
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.errors import UserError
@@ -53,10 +55,6 @@ class MicroBatch:
         )
 
 
-def _rows(store: TokenStore, samples: np.ndarray) -> list[np.ndarray]:
-    return [store.input_ids[store.offsets[s] : store.offsets[s + 1]] for s in samples]
-
-
 def build_micro_batch(
     store: TokenStore,
     samples: np.ndarray,
@@ -70,53 +68,92 @@ def build_micro_batch(
     The position before a token predicts it: inputs are a sample's tokens 0 .. T-2, labels its last num_target
     tokens. An empty slot becomes one dummy token with nothing supervised, so that every rank runs the same
     collectives.
+
+    Args:
+        store: the tokenised split.
+        samples: indices into it.
+        packing: none, packed, shared_prefix or prefix_tree.
+        prefix_length: tokens that all prompts begin with, for shared_prefix.
+        pad_id: fills padded rows and empty slots.
+        device: where the tensors go.
+
+    Raises:
+        UserError: shared_prefix, and a position of the shared tokens predicts a target token.
     """
-    rows = [row[:-1] for row in _rows(store, samples)]
-    targets = [
-        store.input_ids[store.offsets[s + 1] - store.num_target[s] : store.offsets[s + 1]] for s in samples
-    ]
-    nothing = np.zeros(0, dtype=np.int64)
-    places = [np.arange(store.target_offsets[s], store.target_offsets[s + 1]) for s in samples]
-    token_index = np.concatenate([nothing, *places])
-    labels = np.concatenate([nothing, *targets]).astype(np.int64)
+    rows = [row[:-1].astype(np.int64) for row in map(store.row, samples)]
+    num_target = [int(store.num_target[s]) for s in samples]
+    spans = [np.arange(store.target_offsets[s], store.target_offsets[s + 1]) for s in samples]
+    labels = [store.row(s)[-n:] for s, n in zip(samples, num_target)]
     if not rows:
-        rows = [np.array([pad_id], dtype=np.int64)]
-        targets = [nothing]
-    shared = prefix_length if packing == "shared_prefix" and len(samples) else 0
+        rows, num_target = [np.array([pad_id], dtype=np.int64)], [0]
+    if packing == "none":
+        inputs, paths, num_tokens = _padded(rows, pad_id, device)
+    elif packing == "prefix_tree":
+        inputs, paths, num_tokens = _tree(rows, device)
+    else:
+        shared = prefix_length if packing == "shared_prefix" and len(samples) else 0
+        inputs, paths, num_tokens = _packed(rows, num_target, shared, device)
+    supervised = [path[len(path) - n :] for path, n in zip(paths, num_target, strict=True)]
+    return MicroBatch(
+        inputs,
+        to_device(np.concatenate(supervised), device),
+        to_device(_joined(labels), device),
+        _joined(spans),
+        np.asarray(samples),
+        num_tokens if len(samples) else 0,
+    )
+
+
+Laid = tuple[dict, list[np.ndarray], int]
+"""Inputs of the backbone, where every row's tokens stand in the flattened hidden states, tokens computed."""
+
+
+def _padded(rows: list[np.ndarray], pad_id: int, device: torch.device | str) -> Laid:
+    """One row per sample, filled up to the longest."""
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = row
+        mask[b, : len(row)] = 1
+    inputs = {
+        "input_ids": to_device(ids, device),
+        "attention_mask": to_device(mask, device),
+        "position_ids": torch.arange(width, device=device).expand(len(rows), -1),
+    }
+    paths = [np.arange(b * width, b * width + len(row)) for b, row in enumerate(rows)]
+    return inputs, paths, int(mask.sum())
+
+
+def _packed(rows: list[np.ndarray], num_target: list[int], shared: int, device: torch.device | str) -> Laid:
+    """One row for all samples, one behind the other, behind the `shared` tokens that they have in common."""
     bodies = [len(row) - shared for row in rows]
-    if any(len(target) > body for target, body in zip(targets, bodies)):
+    if any(count > body for count, body in zip(num_target, bodies)):
         raise UserError(
             f"the shared head of {shared} tokens holds a position that predicts a target token, and each "
             "sample needs its own",
             "give the prompt template some text after the history (after_history), or set "
             "train.packing=packed",
         )
-    if packing == "none":
-        width = max(len(row) for row in rows)
-        ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-        mask = np.zeros((len(rows), width), dtype=np.int64)
-        for b, row in enumerate(rows):
-            ids[b, : len(row)] = row
-            mask[b, : len(row)] = 1
-        stops = [b * width + len(row) for b, row in enumerate(rows)]
-        inputs = {
-            "input_ids": to_device(ids, device),
-            "attention_mask": to_device(mask, device),
-            "position_ids": torch.arange(width, device=device).expand(len(rows), -1),
-        }
-        num_tokens = int(mask.sum())
-    else:
-        layout = TreeLayout.build(bodies, shared, device)
-        flat = np.concatenate([rows[0][:shared]] + [row[shared:] for row in rows]).astype(np.int64)
-        stops = list(shared + np.cumsum(bodies))
-        inputs = {"input_ids": to_device(flat[None], device), **packed_inputs(layout, device)}
-        num_tokens = len(flat)
-    supervised = [np.arange(stop - len(target), stop) for stop, target in zip(stops, targets)]
-    return MicroBatch(
-        inputs,
-        to_device(np.concatenate(supervised).astype(np.int64), device),
-        to_device(labels, device),
-        token_index,
-        np.asarray(samples),
-        num_tokens if len(samples) else 0,
-    )
+    layout = TreeLayout.build(bodies, shared, device)
+    flat = np.concatenate([rows[0][:shared]] + [row[shared:] for row in rows])
+    inputs = {"input_ids": to_device(flat[None], device), **packed_inputs(layout, device)}
+    stops = shared + np.cumsum(bodies)
+    head = np.arange(shared)
+    paths = [np.concatenate([head, np.arange(stop - body, stop)]) for stop, body in zip(stops, bodies)]
+    return inputs, paths, len(flat)
+
+
+def _tree(rows: list[np.ndarray], device: torch.device | str) -> Laid:
+    """One row for all samples, whose common prefixes stand there once."""
+    tree = merge_prefixes(rows)
+    layout = TreeLayout.of_tree(tree, device)
+    inputs = {"input_ids": to_device(tree.tokens[None], device), **packed_inputs(layout, device)}
+    return inputs, tree.paths, len(tree.tokens)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """int64, one behind the other."""
+    if not arrays:
+        return np.zeros(0, dtype=np.int64)
+    return np.concatenate(arrays).astype(np.int64)

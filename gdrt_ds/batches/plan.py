@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gdrt_ds.batches.prefix_tree import in_order, shared_lengths
+from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.errors import UserError
 
 
@@ -24,6 +26,8 @@ class BatchPlan:
     world: int
     seed: int
     packed: bool = True
+    store: TokenStore | None = None
+    """The samples, where their common prefixes are merged: samples that begin alike then share a slot."""
 
     def __post_init__(self):
         if self.global_batch < self.world:
@@ -61,32 +65,68 @@ class BatchPlan:
         """Splits any set of samples over accumulation x world slots; a slot may be empty."""
         accumulation = max(1, -(-len(samples) // (self.world * self.micro_batch)))
         slots = accumulation * self.world
-        order = samples[np.argsort(-self.lengths[samples], kind="stable")]
-        members: list[list[int]] = [[] for _ in range(slots)]
-        if self.packed:
-            # Longest first, into the lightest slot that has room: a packed row costs its tokens.
-            room = -(-len(samples) // slots)
-            loads = np.zeros(slots)
-            for sample in order:
-                slot = int(np.argmin(np.where([len(m) < room for m in members], loads, np.inf)))
-                members[slot].append(int(sample))
-                loads[slot] += self.lengths[sample]
+        if self.store is not None:
+            members, cost = self._split_trees(samples, slots)
+        elif self.packed:
+            members, cost = self._split_packed(samples, slots)
         else:
-            # Neighbours in length share a row: the cost of a padded row is that of its longest sample.
-            for slot, part in enumerate(np.array_split(order, slots)):
-                members[slot] = [int(sample) for sample in part]
-        ranked = sorted(members, key=self._cost, reverse=True)
+            members, cost = self._split_padded(samples, slots)
+        # The slots of one micro-step are neighbours in cost, so that no rank waits long for another.
+        ranked = [members[i] for i in sorted(range(slots), key=lambda i: (-cost[i], i))]
         return [
             [np.array(sorted(ranked[a * self.world + r]), dtype=np.int64) for r in range(self.world)]
             for a in range(accumulation)
         ]
 
-    def _cost(self, members: list[int]) -> int:
-        """Tokens that a slot computes."""
-        lengths = self.lengths[members]
-        if self.packed:
-            return int(sum(lengths))
-        return int(len(members) * max(lengths, default=0))
+    def _longest_first(self, samples: np.ndarray) -> np.ndarray:
+        return samples[np.argsort(-self.lengths[samples], kind="stable")]
+
+    def _split_packed(self, samples: np.ndarray, slots: int) -> tuple[list[list[int]], list[int]]:
+        """Longest first, into the lightest slot that has room: a packed row costs its number of tokens."""
+        members: list[list[int]] = [[] for _ in range(slots)]
+        room = -(-len(samples) // slots)
+        loads = np.zeros(slots)
+        for sample in self._longest_first(samples):
+            slot = int(np.argmin(np.where([len(m) < room for m in members], loads, np.inf)))
+            members[slot].append(int(sample))
+            loads[slot] += self.lengths[sample]
+        return members, [int(sum(self.lengths[m])) for m in members]
+
+    def _split_padded(self, samples: np.ndarray, slots: int) -> tuple[list[list[int]], list[int]]:
+        """Neighbours in length share a slot: padded rows all cost what the longest costs."""
+        parts = np.array_split(self._longest_first(samples), slots)
+        members = [[int(sample) for sample in part] for part in parts]
+        return members, [len(m) * int(max(self.lengths[m], default=0)) for m in members]
+
+    def _split_trees(self, samples: np.ndarray, slots: int) -> tuple[list[list[int]], list[int]]:
+        """Samples in the order of their tokens, cut into slots of about equal trees.
+
+        A sample costs the tokens that it does not share with the one before it in its slot. A slot takes
+        at most the samples of a micro-batch, and as many as the slots behind it could not take.
+        """
+        rows = [self.store.row(int(sample)) for sample in samples]
+        order = in_order(rows)
+        ordered = [rows[index] for index in order]
+        shared = shared_lengths(ordered)
+        own = np.array([len(row) for row in ordered], dtype=np.int64) - shared
+        members: list[list[int]] = []
+        cost: list[int] = []
+        place = 0
+        for slot in range(slots):
+            left = len(ordered) - place
+            least = max(0, left - (slots - slot - 1) * self.micro_batch)
+            fair = own[place:].sum() / (slots - slot)
+            taken: list[int] = []
+            load = 0
+            while place < len(ordered) and len(taken) < self.micro_batch:
+                if len(taken) >= least and load >= fair:
+                    break
+                load += int(own[place]) if taken else len(ordered[place])
+                taken.append(int(samples[order[place]]))
+                place += 1
+            members.append(taken)
+            cost.append(load)
+        return members, cost
 
     def describe(self) -> str:
         """Says the arithmetic of the batches in one line."""

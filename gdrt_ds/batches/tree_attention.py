@@ -5,12 +5,13 @@ key k iff `k <= q < end[k]`; in a sliding-window layer their positions also diff
 
     packing:         every token of a sample ends where the sample ends
     shared prefix:   its tokens end with the row, so every sample sees them; they are computed once
+    prefix tree:     a token ends where the last sample that begins with it ends
     catalogue trie:  `TokenTrie.end` as it is
     padding:         end[i] = i + 1, the token sees only itself
 
 There are two executions of the same rule. `tree_mask` is a dense boolean mask, for evaluation and as the
 reference. `tree_attention` is an attention function that is registered with transformers as "gdrt_tree" and
-never builds the dense mask: on CPUs it is one scaled_dot_product_attention per sample, on CUDA one
+never builds the dense mask: on CPUs it is one scaled_dot_product_attention per chain, on CUDA one
 FlexAttention call (flex_rows.py).
 
 Shapes: T tokens of a packed row, A query heads, K key heads, D head size.
@@ -30,6 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from gdrt_ds.batches.flex_rows import flex_rows
+from gdrt_ds.batches.prefix_tree import Chain, PrefixTree
 from gdrt_ds.runtime.devices import to_device
 
 if TYPE_CHECKING:
@@ -65,57 +67,71 @@ def tree_mask(
 
 @dataclass(frozen=True)
 class TreeLayout:
-    """One packed row: an optional shared prompt prefix, then samples one after the other.
+    """One packed row as a tree of chains (prefix_tree.py): a shared head with samples behind it, or any tree.
 
     Attributes:
-        lengths: tokens of each sample, the shared prefix not counted.
-        head: tokens of the shared prefix (0 = none).
+        chains: runs of tokens in the order of the row; a chain's parent comes before it.
         end, positions: Long[T] of the rule above and of the rotary or learned embedding.
+        host: both on the CPU.
         block_masks: what FlexAttention made of the layout, by window (flex_rows.py); every layer of the
             forward and of its recomputation uses them.
         varlen: the cumulative lengths of the samples on the device and the longest (varlen_rows.py), where
             flash-attn has asked for them.
     """
 
-    lengths: tuple[int, ...]
-    head: int
+    chains: tuple[Chain, ...]
     end: Tensor
     positions: Tensor
+    host: tuple[Tensor, Tensor] = field(compare=False, repr=False)
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict, compare=False, repr=False)
     varlen: tuple[Tensor, int] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def build(cls, lengths: list[int], head: int = 0, device: torch.device | str = "cpu") -> TreeLayout:
-        end, positions = _host_rule(tuple(lengths), head)
-        return cls(tuple(lengths), head, to_device(end, device), to_device(positions, device))
+        """Returns the layout of an optional shared head, then samples one after the other.
+
+        Args:
+            lengths: tokens of each sample, the head not counted.
+            head: tokens of the shared head; 0 = none.
+        """
+        total = head + sum(lengths)
+        end = torch.full((total,), total, dtype=torch.long)
+        positions = torch.arange(total, dtype=torch.long)
+        chains = [Chain(head)] if head else []
+        start = head
+        for length in lengths:
+            end[start : start + length] = start + length
+            positions[start : start + length] = torch.arange(head, head + length)
+            chains.append(Chain(length, parent=0, depth=head) if head else Chain(length))
+            start += length
+        return cls._on(device, chains, end, positions)
+
+    @classmethod
+    def of_tree(cls, tree: PrefixTree, device: torch.device | str = "cpu") -> TreeLayout:
+        """Returns the layout of rows whose common prefixes are merged."""
+        return cls._on(device, tree.chains, torch.from_numpy(tree.end), torch.from_numpy(tree.positions))
+
+    @classmethod
+    def _on(
+        cls, device: torch.device | str, chains: list[Chain], end: Tensor, positions: Tensor
+    ) -> TreeLayout:
+        host = (end, positions)
+        return cls(tuple(chains), to_device(end, device), to_device(positions, device), host)
 
     def host_rule(self) -> tuple[Tensor, Tensor]:
         """Returns end and positions on the CPU. Reading them from the device would wait for it."""
-        return _host_rule(self.lengths, self.head)
+        return self.host
 
 
-def _host_rule(lengths: tuple[int, ...], head: int) -> tuple[Tensor, Tensor]:
-    """(end, positions), Long[T] on the CPU."""
-    total = head + sum(lengths)
-    end = torch.full((total,), total, dtype=torch.long)
-    positions = torch.arange(total, dtype=torch.long)
-    start = head
-    for length in lengths:
-        end[start : start + length] = start + length
-        positions[start : start + length] = torch.arange(head, head + length)
-        start += length
-    return end, positions
-
-
-@functools.lru_cache(maxsize=256)
-def _sample_mask(length: int, head: int, window: int | None) -> Tensor:
-    """Returns Bool[length, head + length]: one sample's queries against the shared prefix and itself."""
-    query = torch.arange(head, head + length)[:, None]
-    key = torch.arange(head + length)[None, :]
+@functools.lru_cache(maxsize=1024)
+def _chain_mask(length: int, depth: int, window: int | None) -> Tensor:
+    """Returns Bool[length, depth + length]: a chain's queries against the way to it and itself."""
+    query = torch.arange(depth, depth + length)[:, None]
+    key = torch.arange(depth + length)[None, :]
     mask = key <= query
-    if window is not None:
-        mask = mask & (query - key < window)
-    return mask
+    if window is None:
+        return mask
+    return mask & (query - key < window)
 
 
 def _segments(
@@ -127,39 +143,42 @@ def _segments(
     dropout: float,
     window: int | None,
 ) -> Tensor:
-    """Attends sample by sample, [1, A, T, D] -> [1, A, T, D]; work is linear in the number of samples.
+    """Attends chain by chain, [1, A, T, D] -> [1, A, T, D]; work is linear in the number of chains.
 
-    Rows are cut by `split`, whose backward is one concatenation: a slice per sample would fill and
-    add a whole row's gradient each.
+    Rows are cut by `split`, whose backward is one concatenation: a slice per chain would fill and add a whole
+    row's gradient each.
     """
     options = dict(dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
-    head = layout.head
-    sizes = list(layout.lengths)
-    if head:
-        sizes = [head, *sizes]
+    sizes = [chain.length for chain in layout.chains]
     queries, keys, values = (list(part.split(sizes, dim=2)) for part in (query, key, value))
     outputs = []
-    if head:
+    for number, chain in enumerate(layout.chains):
+        if chain.parent >= 0:
+            # Now keys and values of this chain are those of the whole way from the root: its children
+            # need them.
+            keys[number] = torch.cat([_start(keys[chain.parent], chain.depth), keys[number]], dim=2)
+            values[number] = torch.cat([_start(values[chain.parent], chain.depth), values[number]], dim=2)
         mask = None
-        if window is not None:
-            mask = to_device(_sample_mask(head, 0, window), query.device)
+        if chain.depth or window is not None:
+            mask = to_device(_chain_mask(chain.length, chain.depth, window), query.device)
         outputs.append(
             F.scaled_dot_product_attention(
-                queries.pop(0), keys[0], values[0], attn_mask=mask, is_causal=mask is None, **options
-            )
-        )
-        keys = [torch.cat([keys[0], own], dim=2) for own in keys[1:]]
-        values = [torch.cat([values[0], own], dim=2) for own in values[1:]]
-    for length, own_query, own_keys, own_values in zip(layout.lengths, queries, keys, values, strict=True):
-        mask = None
-        if head or window is not None:
-            mask = to_device(_sample_mask(length, head, window), query.device)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                own_query, own_keys, own_values, attn_mask=mask, is_causal=mask is None, **options
+                queries[number],
+                keys[number],
+                values[number],
+                attn_mask=mask,
+                is_causal=mask is None,
+                **options,
             )
         )
     return torch.cat(outputs, dim=2)
+
+
+def _start(way: Tensor, depth: int) -> Tensor:
+    """The first `depth` positions of [1, K, T, D]."""
+    if way.shape[2] == depth:
+        return way
+    return way.narrow(2, 0, depth)
 
 
 def tree_attention(

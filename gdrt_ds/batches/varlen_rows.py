@@ -36,14 +36,13 @@ def cumulative_lengths(layout: TreeLayout) -> tuple[Tensor, int]:
     """Returns int32[S + 1], where each sample begins and the last ends, and the longest sample's tokens.
 
     Raises:
-        ValueError: the samples share a prompt prefix, which a list of lengths cannot say.
+        ValueError: the samples share tokens, which a list of lengths cannot say.
     """
-    if layout.head:
-        raise ValueError(
-            f"flash-attn's variable-length call cannot share a prompt prefix ({layout.head} tokens)"
-        )
-    stops = torch.tensor([0, *layout.lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
-    return stops, max(layout.lengths)
+    if any(chain.parent >= 0 for chain in layout.chains):
+        raise ValueError("flash-attn's variable-length call cannot share a prompt prefix between samples")
+    lengths = [chain.length for chain in layout.chains]
+    stops = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+    return stops, max(lengths)
 
 
 def varlen_rows(

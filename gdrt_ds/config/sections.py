@@ -264,10 +264,11 @@ class TrainSection(Section):
         "auto",
         description="Samples per rank and forward pass. `auto` is global_batch / ranks, at most 8.",
     )
-    packing: Literal["auto", "none", "packed", "shared_prefix"] = Field(
+    packing: Literal["auto", "none", "packed", "shared_prefix", "prefix_tree"] = Field(
         "auto",
         description="`none` pads rows. `packed` puts samples one behind the other without padding. "
-        "`shared_prefix` also computes the constant prompt prefix once per micro-batch.",
+        "`shared_prefix` also computes the constant prompt prefix once per micro-batch. `prefix_tree` "
+        "computes every common prefix of its samples once, histories included.",
     )
     lr: float = Field(
         1e-4, gt=0, le=1_000_000, description="Largest learning rate, reached after the warm-up."

@@ -260,6 +260,10 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.num_target)
 
+    def row(self, sample: int) -> np.ndarray:
+        """Tokens of one sample, its target included, int32[T]."""
+        return self.input_ids[self.offsets[sample] : self.offsets[sample + 1]]
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each sample, int64[n]."""

@@ -61,7 +61,7 @@ class RunPlan:
         batches: which samples every rank computes in every step.
         steps: optimizer steps of the whole run.
         tokens: tokens of an average step: padded, packed, with a shared prefix.
-        packing: none, packed or shared_prefix, with the line that says why.
+        packing: none, packed, shared_prefix or prefix_tree, with the line that says why.
         engine: the filled DeepSpeed config.
         memory: the predicted peak per rank.
     """
@@ -89,7 +89,8 @@ class RunPlan:
         yield f"batch: {self.batches.describe()}; {self.steps:,} steps = {epochs:.2f} epochs"
         yield (
             f"tokens per step: {self.tokens['padded']:,.0f} padded, {self.tokens['packed']:,.0f} packed, "
-            f"{self.tokens['shared_prefix']:,.0f} with a shared prefix"
+            f"{self.tokens['shared_prefix']:,.0f} with a shared prefix, "
+            f"{self.tokens['prefix_tree']:,.0f} as a prefix tree"
         )
         yield self.packing[1]
         yield scoring_line(skeleton(self.prepared.model_config, self.config.model.trust_remote_code))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gdrt_ds.batches import BatchPlan
+from gdrt_ds.batches.prefix_tree import in_order, shared_lengths
 from gdrt_ds.config import RunConfig
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
@@ -136,6 +137,7 @@ def plan_batches(config: RunConfig, store: TokenStore, world: int) -> BatchPlan:
         world,
         config.train.seed,
         packed=config.train.packing != "none",
+        store=store if config.train.packing == "prefix_tree" else None,
     )
 
 
@@ -146,17 +148,19 @@ def total_steps(config: RunConfig, store: TokenStore) -> int:
 
 
 def padding_figures(store: TokenStore, plan: BatchPlan, head: int, steps: int = 8) -> dict[str, float]:
-    """Returns the tokens computed per optimizer step: padded, packed and with a shared prefix.
+    """Returns the tokens computed per optimizer step in each packing, averaged over the first steps.
 
-    They are averaged over the first steps.
+    Args:
+        head: tokens that all prompts begin with.
     """
-    padded = packed = shared = 0
+    tokens = {"padded": 0, "packed": 0, "shared_prefix": 0, "prefix_tree": 0}
     for step in range(steps):
-        for slots in plan.step(step):
-            for members in slots:
-                lengths = store.lengths[members] - 1
-                if len(lengths):
-                    padded += int(lengths.max()) * len(lengths)
-                    packed += int(lengths.sum())
-                    shared += int(lengths.sum()) - head * (len(lengths) - 1)
-    return {"padded": padded / steps, "packed": packed / steps, "shared_prefix": shared / steps}
+        for members in (members for slots in plan.step(step) for members in slots if len(members)):
+            rows = [store.row(sample)[:-1] for sample in members]
+            lengths = [len(row) for row in rows]
+            shared = shared_lengths([rows[index] for index in in_order(rows)])
+            tokens["padded"] += max(lengths) * len(rows)
+            tokens["packed"] += sum(lengths)
+            tokens["shared_prefix"] += sum(lengths) - head * (len(rows) - 1)
+            tokens["prefix_tree"] += sum(lengths) - int(shared.sum())
+    return {name: count / steps for name, count in tokens.items()}

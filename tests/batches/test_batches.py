@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gdrt_ds.batches import BatchPlan, build_micro_batch
+from gdrt_ds.batches.prefix_tree import merge_prefixes
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.errors import UserError
 
@@ -76,6 +77,49 @@ def test_packed_loads_are_balanced_and_padded_rows_share_their_length():
         assert cost < 1.15 * real < naive
 
 
+def growing_store(num_users: int = 12, windows: int = 6) -> TokenStore:
+    """Every user's samples grow from one start: the history of a sample begins that of the next."""
+    rng = np.random.default_rng(5)
+    rows = []
+    for _ in range(num_users):
+        items = [rng.integers(3, 90, rng.integers(2, 7)) for _ in range(windows + 1)]
+        for count in range(1, windows + 1):
+            rows.append(np.concatenate([[1, 2], *items[:count], [91], items[count], [92]]))
+    ids = np.concatenate(rows).astype(np.int32)
+    targets = np.full(len(rows), 2, np.int32)
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    starts = np.concatenate([[0], np.cumsum(targets)])
+    return TokenStore(ids, offsets, np.zeros(len(ids), np.int8), targets, starts)
+
+
+def test_samples_that_begin_alike_share_a_slot_and_slots_cost_about_the_same():
+    store = growing_store()
+    samples = np.arange(len(store))
+
+    def tree_tokens(slots):
+        return [len(merge_prefixes([store.row(s) for s in members]).tokens) for members in slots]
+
+    plan = BatchPlan(store.lengths, 72, 18, 2, 0, store=store)
+    slots = [members for step in plan.split(samples) for members in step]
+    assert sorted(np.concatenate(slots).tolist()) == samples.tolist()
+    assert max(len(members) for members in slots) <= 18
+    whole = len(merge_prefixes([store.row(s) for s in samples]).tokens)
+    assert sum(tree_tokens(slots)) < 1.15 * whole
+    assert max(tree_tokens(slots)) < 1.3 * np.mean(tree_tokens(slots))
+    apart = BatchPlan(store.lengths, 72, 18, 2, 0)
+    assert sum(tree_tokens([m for step in apart.split(samples) for m in step])) > 1.5 * whole
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 37, 72])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_number_of_samples_fits_the_slots(count, world):
+    store = growing_store()
+    plan = BatchPlan(store.lengths, 72, 7, world, 0, store=store)
+    slots = [members for step in plan.split(np.arange(count)) for members in step]
+    assert sorted(np.concatenate(slots).tolist()) == list(range(count))
+    assert max(len(members) for members in slots) <= 7
+
+
 def test_impossible_batches_are_refused_with_the_numbers():
     with pytest.raises(UserError, match="global_batch = 3 is smaller than the 4 ranks"):
         BatchPlan(np.full(9, 5), 3, 1, 4, 0)
@@ -83,7 +127,7 @@ def test_impossible_batches_are_refused_with_the_numbers():
         BatchPlan(np.zeros(0, dtype=np.int64), 4, 1, 2, 0)
 
 
-@pytest.mark.parametrize("packing", ["none", "packed", "shared_prefix"])
+@pytest.mark.parametrize("packing", ["none", "packed", "shared_prefix", "prefix_tree"])
 def test_supervised_positions_see_the_token_before_their_label(packing):
     store, samples = make_store(), np.array([1, 4, 9, 17])
     micro = build_micro_batch(store, samples, packing, HEAD, 0)
@@ -101,7 +145,8 @@ def test_supervised_positions_see_the_token_before_their_label(packing):
     wanted, found = np.concatenate(before), flat[micro.supervised].numpy()
     assert np.array_equal(found, wanted)
     real = sum(int(store.lengths[s]) - 1 for s in samples)
-    assert micro.num_tokens == real - (HEAD * 3 if packing == "shared_prefix" else 0)
+    shared = HEAD * 3 if packing in ("shared_prefix", "prefix_tree") else 0
+    assert micro.num_tokens == real - shared
     positions = micro.inputs["position_ids"].reshape(-1)[micro.supervised]
     assert positions.tolist() == [
         int(store.lengths[s]) - 1 - int(store.num_target[s]) + k
@@ -110,7 +155,7 @@ def test_supervised_positions_see_the_token_before_their_label(packing):
     ]
 
 
-@pytest.mark.parametrize("packing", ["none", "packed", "shared_prefix"])
+@pytest.mark.parametrize("packing", ["none", "packed", "shared_prefix", "prefix_tree"])
 def test_an_empty_slot_still_runs_a_forward_and_supervises_nothing(packing):
     micro = build_micro_batch(make_store(), np.zeros(0, dtype=np.int64), packing, HEAD, 2)
     assert micro.inputs["input_ids"].tolist() == [

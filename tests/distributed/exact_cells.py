@@ -279,8 +279,9 @@ def start_runner(
         int(config.train.micro_batch),
         world,
         0,
-        cell.packing != "none",
-        cell.starve,
+        packed=cell.packing != "none",
+        store=tokens.store if cell.packing == "prefix_tree" else None,
+        starve=cell.starve,
     )
     settings = deepspeed_settings(cell, config, plan)
     runtime = Runtime(rank=rank, local_rank=rank, world=world, local_world=world)

@@ -44,6 +44,11 @@ VARIANTS = [
     dict(base="none", estimate="ema", packing="packed"),
     dict(packing="none"),
     dict(packing="packed"),
+    dict(packing="prefix_tree"),
+    dict(packing="prefix_tree", estimate="ema"),
+    dict(packing="prefix_tree", objective="cvar", options=(("dro.alpha", 0.3),)),
+    dict(packing="prefix_tree", objective="gdrt+msl"),
+    dict(packing="prefix_tree", objective="cft"),
     dict(tied=True),
     dict(train_head=True),
     dict(train_head=True, tied=True, base="none"),
@@ -113,7 +118,7 @@ def subset_cells() -> list[tuple[int, Cell]]:
         (4, Cell(1, 3)),
     ]
     chosen = [
-        dict(estimate="ema"),
+        dict(estimate="ema", packing="prefix_tree"),
         dict(train_head=True, tied=True, base="none"),
         dict(checkpointing=True, train_head=True, packing="none"),
         dict(objective="group_dro"),
