@@ -11,7 +11,7 @@ import torch
 from gdrt_ds.models.source import dtype_name
 
 HALF = (torch.bfloat16, torch.float16)
-PACKINGS = ("packed", "shared_prefix")
+PACKINGS = ("packed", "shared_prefix", "prefix_tree")
 """The values of train.packing that put several samples into one row."""
 
 
