@@ -28,12 +28,13 @@ class Case:
         lora=False,
         allowed=False,
         size=1.0,
+        device="cpu",
         **settings,
     ):
         make = torch.Generator().manual_seed(17)
 
         def normal(*shape):
-            return torch.randn(*shape, generator=make, dtype=torch.float64)
+            return torch.randn(*shape, generator=make, dtype=torch.float64).to(device)
 
         self.hidden = (normal(n, h) * size).to(dtype).requires_grad_()
         self.weight = (normal(v, h) * h**-0.5).to(dtype).requires_grad_(train)
@@ -51,6 +52,7 @@ class Case:
         if allowed:
             self._allow(n, v, make)
         self.d_sums, self.d_tokens = normal(g), normal(n)
+        self.labels, self.groups = self.labels.to(device), self.groups.to(device)
 
     def _allow(self, n, v, make):
         sizes = torch.tensor([1, 2, v, 3, v // 2, 1, 7])

@@ -23,7 +23,9 @@ from gdrt_ds.models.four_bit import (
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
 
 
-def quantised(inputs=128, outputs=96, bias=False, dtype=torch.float32, storage=torch.uint8, double=True):
+def quantised(
+    inputs=128, outputs=96, bias=False, dtype=torch.float32, storage=torch.uint8, double=True, device="cpu"
+):
     """One of bitsandbytes' layers with random weights, quantised here."""
     torch.manual_seed(1)
     layer = Linear4bit(
@@ -44,7 +46,7 @@ def quantised(inputs=128, outputs=96, bias=False, dtype=torch.float32, storage=t
         quant_storage=storage,
         module=layer,
     )
-    layer = layer.to("cpu")
+    layer = layer.to(device)
     layer.support_avx512bf16_for_cpu = False
     if bias:
         layer.bias = nn.Parameter(torch.randn(outputs).to(dtype), requires_grad=False)
