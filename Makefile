@@ -55,12 +55,20 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
+# Tests of one process run side by side, a file per worker; those that start ranks and clusters need the cores alone.
+ALONE = distributed or slurm
+LATER = faults or exactness
+SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test-fast: lint
-	$(BIN)/python -m pytest -m "not distributed and not slurm and not slow and not faults and not exactness"
+	@$(SIDE_BY_SIDE) -m "not ($(ALONE) or $(LATER) or slow)"
 
 test: lint
 	@$(BIN)/python tests/slurm/cluster/cluster.py install --if-possible
-	$(BIN)/python -m pytest -m "not faults and not exactness"
+	@failed=; \
+	$(SIDE_BY_SIDE) -m "not ($(ALONE) or $(LATER))" || failed="$$failed one-process"; \
+	$(BIN)/python -m pytest -m "($(ALONE)) and not ($(LATER))" || failed="$$failed ranks-and-clusters"; \
+	[ -z "$$failed" ] || { echo "make test: failed:$$failed" >&2; exit 1; }
 
 golden: install
 	$(BIN)/python tests/golden/golden.py

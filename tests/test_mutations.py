@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.mutations import MUTATIONS, ROOT, lost_places
 
 
@@ -15,6 +17,7 @@ def test_every_mutation_finds_its_place_in_the_source():
     assert named == {str(n) for n in range(1, 12)}  # the eleven errors of docs/method.md
 
 
+@pytest.mark.slow
 def test_a_planted_error_is_killed_and_the_command_says_so():
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/mutations.py"), "--only", "CVaR takes the best share"],

@@ -118,6 +118,7 @@ def test_padded_rows_give_the_attention_of_the_whole_matrix(head, window):
     assert torch.allclose(_segments(*parts, layout, SCALE, 0.0, window).double(), wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_of_many_lengths_need_one_graph_per_size_and_window(counted):
     rng = np.random.default_rng(5)
     call = compiled_flex(counted)

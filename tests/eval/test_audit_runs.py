@@ -24,6 +24,8 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import Runtime
 from gdrt_ds.training import checkpoint, durable, lives
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 OPTIONS = AuditOptions(users=6, num_bootstrap=50, permutations=2)
 

@@ -15,6 +15,8 @@ from gdrt_ds.inference.recommender import assemble
 from gdrt_ds.models.source import resolve_model
 from gdrt_ds.runtime import Runtime
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def recommender():

@@ -27,6 +27,8 @@ from gdrt_ds.recommend import main as recommend_main
 from gdrt_ds.runtime import Runtime
 from tests.eval.run_folders import TINY, make_run
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAST = ["--bootstrap", "50"]
 

@@ -30,6 +30,8 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.studies.grid import cells_of, choose_cells, load_study
 from gdrt_ds.studies.runner import config_of, shares, state_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = """
 name: tiny
