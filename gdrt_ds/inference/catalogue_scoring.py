@@ -34,6 +34,7 @@ from gdrt_ds.batches.tree_attention import tree_mask
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.prompt_reader import PromptReader, PromptState
+from gdrt_ds.runtime.devices import to_device
 
 Scoring = Literal["renormalised", "full"]
 SCORINGS = ("renormalised", "full")
@@ -206,7 +207,7 @@ class CatalogueScorer:
         self.plan = TreePlan(trie, scoring)
         self.max_bytes = max_bytes
         self.tokens_per_slice = tokens_per_slice or _TOKENS_PER_SLICE.get(reader.device.type, 4096)
-        self.edge_token = torch.from_numpy(self.plan.edge_token).to(reader.device)
+        self.edge_token = to_device(self.plan.edge_token, reader.device)
         self._slices: dict[int, list[Slice]] = {}
 
     @property
@@ -281,7 +282,7 @@ class CatalogueScorer:
                 nodes = slice(
                     int(plan.edge_node[part.edges.start]), int(plan.edge_node[part.edges.stop - 1]) + 1
                 )
-                chosen = hidden[:, part.scored.to(hidden.device)]
+                chosen = hidden[:, to_device(part.scored, hidden.device)]
                 normaliser[:, nodes] = self._log_normaliser(chosen.flatten(0, 1)).view(batch, -1)
         return self._add_up(logits, normaliser)
 
@@ -289,16 +290,20 @@ class CatalogueScorer:
         """Returns the hidden states [B, T, H] of a slice behind the prompts."""
         device = self.reader.device
         batch = state.batch
-        positions = state.lengths[:, None] + part.depths.to(device)[None] - 1
-        tree = tree_mask(part.ends)[None].to(device)
-        if bool(state.visible.all()) and self.reader.windows is None and self.reader.window is None:
+        positions = state.lengths[:, None] + to_device(part.depths, device)[None] - 1
+        tree = to_device(tree_mask(part.ends)[None], device)
+        if not state.padded and self.reader.windows is None and self.reader.window is None:
             visible = torch.cat([tree.new_ones(1, tree.shape[1], state.visible.shape[1]), tree], dim=2)
         else:
             visible = torch.cat(
                 [state.visible[:, None].expand(batch, tree.shape[1], -1), tree.expand(batch, -1, -1)], dim=2
             )
         hidden, _ = self.reader.run(
-            part.tokens.to(device)[None].expand(batch, -1), positions, visible, state.past, state.positions
+            to_device(part.tokens, device)[None].expand(batch, -1),
+            positions,
+            visible,
+            state.past,
+            state.positions,
         )
         return hidden
 
@@ -320,9 +325,9 @@ class CatalogueScorer:
         rest = narrow.nonzero().flatten()
         step = max(1, min(self.max_bytes // 8, 64 << 20) // (4 * (batch + 1) * hidden.shape[-1]))
         for chunk in rest.split(step):
-            places = (chunk + edges.start).to(device)
+            places = to_device(chunk + edges.start, device)
             weight, bias = head.rows(self.edge_token[places])
-            product = torch.einsum("beh,eh->be", hidden[:, owner[chunk].to(device)].float(), weight)
+            product = torch.einsum("beh,eh->be", hidden[:, to_device(owner[chunk], device)].float(), weight)
             logits[:, places] = head.finish(product if bias is None else product + bias)
 
     def _log_normaliser(self, hidden: Tensor) -> Tensor:

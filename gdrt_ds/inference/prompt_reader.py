@@ -33,6 +33,7 @@ from gdrt_ds.models.families import (
     unwrap,
 )
 from gdrt_ds.models.token_rows import token_layer
+from gdrt_ds.runtime.devices import to_device
 
 KeyValues = list[tuple[Tensor, Tensor]]  # per layer: keys and values [B or 1, K, P, D]
 
@@ -86,6 +87,7 @@ class PromptState:
         positions: Long[B, P].
         lengths: Long[B], prompt lengths in tokens; the first tree token stands at this position.
         hidden: [B, H], last hidden state of the last prompt token.
+        padded: whether some of `visible` is False. Asking the device would wait for it.
     """
 
     past: KeyValues
@@ -93,6 +95,7 @@ class PromptState:
     positions: Tensor
     lengths: Tensor
     hidden: Tensor
+    padded: bool
 
     @property
     def batch(self) -> int:
@@ -108,6 +111,7 @@ class PromptState:
             self.positions[index, keep][None],
             self.lengths[index : index + 1],
             self.hidden[index : index + 1],
+            padded=False,
         )
 
 
@@ -294,7 +298,7 @@ class PromptReader:
     def shared(self) -> KeyValues | None:
         """Keys and values [1, K, P, D] of the constant head, computed at first use."""
         if self._shared is None and self.num_shared:
-            tokens = torch.tensor([self.prefix_ids[: self.num_shared]], device=self.device)
+            tokens = to_device(torch.tensor([self.prefix_ids[: self.num_shared]]), self.device)
             positions = torch.arange(self.num_shared, device=self.device)[None]
             _, self._shared = self.run(
                 tokens, positions, self._causal(self.num_shared)[None], None, None, record=True
@@ -313,8 +317,9 @@ class PromptReader:
             if len(prompt) <= skip or list(prompt[:skip]) != list(self.prefix_ids[:skip]):
                 raise ValueError("a prompt does not start with the constant head tokens, or is empty")
         self.check_length(max(map(len, prompts)))
-        batch, lengths = len(prompts), torch.tensor([len(p) for p in prompts], device=self.device)
-        width = int(lengths.max()) - skip
+        batch = len(prompts)
+        lengths = to_device(torch.tensor([len(p) for p in prompts]), self.device)
+        width = max(map(len, prompts)) - skip
         tokens = torch.zeros(batch, width, dtype=torch.long)
         positions = torch.zeros(batch, width, dtype=torch.long)
         real = torch.zeros(batch, width, dtype=torch.bool)
@@ -324,7 +329,7 @@ class PromptReader:
             tokens[row, span] = torch.as_tensor(prompt[skip:], dtype=torch.long)
             positions[row, span] = torch.arange(skip, skip + count)
             real[row, span] = True
-        tokens, positions, real = (t.to(self.device) for t in (tokens, positions, real))
+        tokens, positions, real = (to_device(t, self.device) for t in (tokens, positions, real))
         # A padding token sees itself only and nobody sees it.
         own = (
             self._causal(width)[None] & real[:, None, :]
@@ -352,4 +357,5 @@ class PromptReader:
             torch.cat([head_positions.expand(batch, -1), positions], 1),
             lengths,
             hidden[torch.arange(batch, device=self.device), last],
+            padded=min(map(len, prompts)) < max(map(len, prompts)),
         )
