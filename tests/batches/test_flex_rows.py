@@ -21,6 +21,7 @@ from gdrt_ds.batches.flex_rows import (
     padded_length,
     visible_blocks,
 )
+from gdrt_ds.batches.prefix_tree import merge_prefixes
 from gdrt_ds.batches.tree_attention import TreeLayout, _segments, tree_mask
 from gdrt_ds.errors import UserError
 
@@ -69,6 +70,16 @@ def random_layout(rng, most: int, head: int) -> TreeLayout:
     return TreeLayout.build(lengths, head)
 
 
+def random_tree(rng, most: int) -> TreeLayout:
+    """Rows that begin like one another for a while."""
+    rows = [rng.integers(0, 1000, 150)]
+    while sum(map(len, rows)) < most:
+        start = rows[int(rng.integers(len(rows)))]
+        kept = int(rng.integers(len(start)))
+        rows.append(np.concatenate([start[:kept], rng.integers(0, 1000, int(rng.integers(1, 150)))]))
+    return TreeLayout.of_tree(merge_prefixes(rows))
+
+
 def test_lengths_are_padded_to_few_sizes_and_by_half_at_most():
     sizes = sorted({padded_length(length) for length in range(1, 16385)})
     assert sizes == [256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384]
@@ -80,8 +91,8 @@ def test_lengths_are_padded_to_few_sizes_and_by_half_at_most():
 @pytest.mark.parametrize("head,window", [(0, None), (200, None), (0, 40), (200, 300)])
 def test_the_blocks_of_a_layout_are_those_that_torch_finds_by_trying_every_score(head, window):
     rng = np.random.default_rng(0)
-    for _ in range(4):
-        layout = random_layout(rng, 600, head)
+    trees = [random_tree(rng, 900) for _ in range(3)]
+    for layout in [*trees, *(random_layout(rng, 600, head) for _ in range(4))]:
         mask = layout_block_mask(layout, window, CPU)
         size = mask.seq_lengths[0]
         theirs = create_block_mask(mask.mask_mod, None, None, size, size, device="cpu")
@@ -109,7 +120,8 @@ def _padded_rule(layout, size):
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("head,window", [(0, None), (40, None), (0, 25), (40, 60)])
 def test_padded_rows_give_the_attention_of_the_whole_matrix(head, window):
-    layout = random_layout(np.random.default_rng(3), 300, head)
+    rng = np.random.default_rng(3)
+    layout = random_layout(rng, 300, head) if head else random_tree(rng, 300)
     parts = row(layout)
     wanted = reference(*parts, layout, window)
     assert torch.allclose(

@@ -30,6 +30,7 @@ ROWS = [
     ("packed", "gdrt_tree"),
     ("shared_prefix", "gdrt_tree"),
     ("shared_prefix", "tree_sdpa"),
+    ("prefix_tree", "gdrt_tree"),
 ]
 
 

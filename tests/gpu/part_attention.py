@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from gdrt_ds.batches import flex_rows as flex
+from gdrt_ds.batches.prefix_tree import merge_prefixes
 from gdrt_ds.batches.tree_attention import TreeLayout, _segments, tree_mask
 from gdrt_ds.batches.varlen_rows import flash_call, varlen_reference, varlen_rows
 from tests.gpu.rows import Row, Spot, at_most, same, seconds_of
 
-LAYOUTS = {"packed": ([900, 300, 17, 800, 40], 0), "shared prefix": ([700, 300, 17, 600], 90)}
-TOY = {"packed": ([60, 20, 7], 0), "shared prefix": ([50, 30], 9)}
+LENGTHS, HEAD = [900, 300, 17, 800, 40], 90
+TOY_LENGTHS, TOY_HEAD = [60, 20, 7], 9
 SCALE = 0.11
 TIMES_PLAIN = 1.5
 """How much further from float64 than plain torch in the same dtype: both are roundings of one size."""
@@ -32,15 +33,26 @@ class Counted:
 
 def run(spot: Spot) -> list[Row]:
     rows = []
-    for name, (lengths, head) in (TOY if spot.dry else LAYOUTS).items():
+    for name, layout in layouts(spot).items():
         for window in (None, 25 if spot.dry else 256):
-            layout = TreeLayout.build(lengths, head, spot.device)
-            for way, call in ways(spot, head).items():
+            for way, call in ways(spot, layout).items():
                 rows += compare(spot, f"{way}, {name}, window {window}", call, layout, window)
     return rows + [graphs(spot)] + ([] if spot.dry else times(spot))
 
 
-def ways(spot: Spot, head: int) -> dict:
+def layouts(spot: Spot) -> dict[str, TreeLayout]:
+    """Samples that share nothing, one prefix, or the prefixes that they happen to have in common."""
+    lengths, head = (TOY_LENGTHS, TOY_HEAD) if spot.dry else (LENGTHS, HEAD)
+    longest = np.random.default_rng(0).integers(0, 1000, max(lengths))
+    rows = [np.concatenate([longest[: length // 2], np.arange(length) + 1000]) for length in lengths]
+    return {
+        "packed": TreeLayout.build(lengths, 0, spot.device),
+        "shared prefix": TreeLayout.build(lengths, head, spot.device),
+        "prefix tree": TreeLayout.of_tree(merge_prefixes(rows), spot.device),
+    }
+
+
+def ways(spot: Spot, layout: TreeLayout) -> dict:
     """Each takes (query, key, value, layout, window) and gives [1, A, T, D]."""
 
     def per_sample(query, key, value, layout, window):
@@ -54,7 +66,8 @@ def ways(spot: Spot, head: int) -> dict:
 
     found = {"SDPA per sample": per_sample, "FlexAttention": compiled}
     for package in ("flash_attn", "flash_attn_interface"):
-        if head or (not spot.dry and importlib.util.find_spec(package) is None):
+        shares = any(chain.parent >= 0 for chain in layout.chains)
+        if shares or (not spot.dry and importlib.util.find_spec(package) is None):
             continue
 
         def varlen(query, key, value, layout, window, package=package):
@@ -137,10 +150,9 @@ def graphs(spot: Spot) -> Row:
 def times(spot: Spot) -> list[Row]:
     """Milliseconds of forward and backward of one row."""
     found = []
-    for name, (lengths, head) in LAYOUTS.items():
-        layout = TreeLayout.build(lengths, head, spot.device)
+    for name, layout in layouts(spot).items():
         parts = make_row(spot, layout)
-        for way, call in ways(spot, head).items():
+        for way, call in ways(spot, layout).items():
 
             def once(call=call, parts=parts, layout=layout):
                 results(call, parts, layout, None, True)

@@ -31,6 +31,7 @@ WAYS = {
     "tree attention": ["train.packing=shared_prefix"],
     "tree_sdpa": ["train.packing=shared_prefix", "model.attention=tree_sdpa"],
     "packed": ["train.packing=packed"],
+    "prefix tree": ["train.packing=prefix_tree"],
 }
 STEPS = 3
 # The reads of checks that run on CPUs only (loss/checks.py), and the one read of a step.
