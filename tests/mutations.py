@@ -31,7 +31,8 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.planting_source import LostPlace, plant  # noqa: E402  the path is set first
+from tests.planted_cuda import PLANTED as PLANTED_CUDA  # noqa: E402  the path is set first
+from tests.planting_source import LostPlace, plant  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -429,6 +430,7 @@ MUTATIONS = [
         (("config/base.py", "Section", 'extra="forbid"', 'extra="ignore"'),),
     ),
 ]
+MUTATIONS += [Mutation(*planted) for planted in PLANTED_CUDA]
 
 
 class Planter(importlib.abc.MetaPathFinder):

@@ -39,7 +39,7 @@ def test_all_parts_but_the_benchmarks_keep_their_bounds_at_toy_size(tmp_path):
     assert "not kept" not in table
     for part in ("loss", "attention", "four_bit", "step", "cards"):
         assert f"\n| {part} | " in table
-    assert "| step | tree attention: reads of the device in a step |" in table
+    assert "| step | tree attention: files that wait for the device in a step | ['buffer.py'] |" in table
 
 
 @pytest.mark.parametrize("part", [part_loss, part_four_bit])

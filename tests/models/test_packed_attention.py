@@ -13,7 +13,7 @@ from gdrt_ds.batches.tree_attention import ATTENTION_NAME, TreeLayout
 from gdrt_ds.batches.varlen_rows import FLASH_2, FLASH_3
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
-from gdrt_ds.models.attention import Place, packed_attention
+from gdrt_ds.models.attention import Place, choose_attention, packed_attention
 from gdrt_ds.models.packing import choose_packing
 
 LLAMA = transformers.LlamaForCausalLM
@@ -50,6 +50,16 @@ def test_rows_that_share_nothing_go_through_flash_attn_where_it_is_installed(ins
     assert packed_attention("auto", "packed", GPU) == FLASH_3
     installed()
     assert packed_attention("auto", "packed", GPU) == ATTENTION_NAME
+
+
+def test_flash_attn_is_not_taken_on_a_gpu_that_it_has_no_kernels_for(installed, monkeypatch):
+    installed("flash_attn", capability=(7, 5))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    place = Place(torch.device("cuda", 0), torch.float16, LLAMA)
+    assert packed_attention("auto", "packed", place) == ATTENTION_NAME
+    with pytest.raises(UserError, match="needs an Ampere GPU or a later one, here Tesla T4"):
+        choose_attention("flash_attention_2", place.device, place.dtype, LLAMA)
 
 
 def test_rows_with_a_shared_prefix_go_through_the_tree_attention_whatever_is_installed(installed):

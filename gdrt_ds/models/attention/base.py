@@ -10,6 +10,7 @@ import torch
 
 from gdrt_ds.models.source import dtype_name
 
+AMPERE = (8, 0)  # compute capability from which flash-attn has kernels
 HALF = (torch.bfloat16, torch.float16)
 PACKINGS = ("packed", "shared_prefix", "prefix_tree")
 """The values of train.packing that put several samples into one row."""
@@ -91,12 +92,15 @@ def needs_sdpa(place: Place) -> Obstacle | None:
 
 
 def needs_flash_kernel(place: Place, package: str) -> Obstacle | None:
-    """The obstacle of the flash-attn kernels: they need a GPU, a 16-bit dtype and their package."""
+    """The obstacle of the flash-attn kernels: they need a GPU from Ampere on, 16 bits and their package."""
     problem = f" runs on a GPU in bfloat16 or float16, here {place}"
     if place.device.type != "cuda":
         return Obstacle(f"flash-attn needs a GPU, this is {place.device.type}", problem)
     if place.dtype not in HALF:
         return Obstacle(f"dtype {dtype_name(place.dtype)} is not 16 bit", problem)
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(place.device) < AMPERE:
+        name = torch.cuda.get_device_name(place.device)
+        return Obstacle(f"{name} is older than Ampere", f" needs an Ampere GPU or a later one, here {name}")
     if importlib.util.find_spec(package) is None:
         fix = "pip install flash-attn, or set model.attention to auto"
         return Obstacle("flash-attn is not installed", f": {package} is not installed", fix)
