@@ -31,6 +31,7 @@ class MicroBatch:
         labels: Long[N], the target tokens.
         token_index: Long[N], index of the target token in the split's flat target array
             (`TokenStore.target_offsets`).
+        samples: the sample of each row.
         num_tokens: tokens computed that are not padding.
     """
 
@@ -81,8 +82,9 @@ def build_micro_batch(
         UserError: shared_prefix, and a position of the shared tokens predicts a target token.
     """
     rows = [row[:-1].astype(np.int64) for row in map(store.row, samples)]
-    num_target = [int(store.num_target[s]) for s in samples]
-    spans = [np.arange(store.target_offsets[s], store.target_offsets[s + 1]) for s in samples]
+    owners = store.sample_of(samples)
+    num_target = [int(store.num_target[s]) for s in owners]
+    spans = [np.arange(store.target_offsets[s], store.target_offsets[s + 1]) for s in owners]
     labels = [store.row(s)[-n:] for s, n in zip(samples, num_target)]
     if not rows:
         rows, num_target = [np.array([pad_id], dtype=np.int64)], [0]
@@ -99,7 +101,7 @@ def build_micro_batch(
         to_device(np.concatenate(supervised), device),
         to_device(_joined(labels), device),
         _joined(spans),
-        np.asarray(samples),
+        owners,
         num_tokens if len(samples) else 0,
     )
 

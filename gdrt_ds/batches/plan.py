@@ -27,7 +27,9 @@ class BatchPlan:
     seed: int
     packed: bool = True
     store: TokenStore | None = None
-    """The samples, where their common prefixes are merged: samples that begin alike then share a slot."""
+    """The samples, where the plan needs their tokens: for `trees`, and where windows grow."""
+    trees: bool = False
+    """Common prefixes are merged, so samples that begin alike share a slot."""
 
     def __post_init__(self):
         if self.global_batch < self.world:
@@ -51,11 +53,24 @@ class BatchPlan:
         parts = []
         while position < stop:
             epoch, offset = divmod(position, count)
-            order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(count)
+            order = self._order(epoch, count)
             take = min(stop - position, count - offset)
             parts.append(order[offset : offset + take])
             position += take
         return np.sort(np.concatenate(parts))
+
+    def _order(self, epoch: int, count: int) -> np.ndarray:
+        """All samples of an epoch: in the order of the data where windows grow, else a seeded permutation."""
+        order = None if self.store is None else self.store.order(epoch)
+        if order is not None:
+            return order
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(count)
+
+    def _lengths_of(self, samples: np.ndarray | list[int]) -> np.ndarray:
+        """int64[...]: tokens of each sample."""
+        if self.store is None:
+            return self.lengths[np.asarray(samples, dtype=np.int64)]
+        return np.array([len(self.store.row(int(sample))) for sample in samples], dtype=np.int64)
 
     def step(self, step: int) -> list[list[np.ndarray]]:
         """Returns [accumulation][world] arrays of sample indices; ranks of a micro-step carry equal work."""
@@ -65,7 +80,7 @@ class BatchPlan:
         """Splits any set of samples over accumulation x world slots; a slot may be empty."""
         accumulation = max(1, -(-len(samples) // (self.world * self.micro_batch)))
         slots = accumulation * self.world
-        if self.store is not None:
+        if self.trees:
             members, cost = self._split_trees(samples, slots)
         elif self.packed:
             members, cost = self._split_packed(samples, slots)
@@ -79,7 +94,7 @@ class BatchPlan:
         ]
 
     def _longest_first(self, samples: np.ndarray) -> np.ndarray:
-        return samples[np.argsort(-self.lengths[samples], kind="stable")]
+        return samples[np.argsort(-self._lengths_of(samples), kind="stable")]
 
     def _split_packed(self, samples: np.ndarray, slots: int) -> tuple[list[list[int]], list[int]]:
         """Longest first, into the lightest slot that has room: a packed row costs its number of tokens."""
@@ -89,14 +104,14 @@ class BatchPlan:
         for sample in self._longest_first(samples):
             slot = int(np.argmin(np.where([len(m) < room for m in members], loads, np.inf)))
             members[slot].append(int(sample))
-            loads[slot] += self.lengths[sample]
-        return members, [int(sum(self.lengths[m])) for m in members]
+            loads[slot] += self._lengths_of([sample])[0]
+        return members, [int(load) for load in loads]
 
     def _split_padded(self, samples: np.ndarray, slots: int) -> tuple[list[list[int]], list[int]]:
         """Neighbours in length share a slot: padded rows all cost what the longest costs."""
         parts = np.array_split(self._longest_first(samples), slots)
         members = [[int(sample) for sample in part] for part in parts]
-        return members, [len(m) * int(max(self.lengths[m], default=0)) for m in members]
+        return members, [len(m) * int(max(self._lengths_of(m), default=0)) for m in members]
 
     def _split_trees(self, samples: np.ndarray, slots: int) -> tuple[list[list[int]], list[int]]:
         """Samples in the order of their tokens, cut into slots of about equal trees.

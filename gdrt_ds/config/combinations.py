@@ -25,9 +25,31 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"{data.history_length}, the most items that a window keeps: no window could be made; lower "
             "data.min_history"
         )
+    if data.windows == "growing":
+        yield from _growing_contradictions(config)
     lost = train.lr * train.weight_decay
     if lost >= 1:
         yield (
             f"train.lr = {train.lr:g} times train.weight_decay = {train.weight_decay:g} is {lost:g}: a step "
             "would take away the whole weight or more; lower train.weight_decay"
+        )
+
+
+def _growing_contradictions(config: RunConfig) -> Iterator[str]:
+    """What hangs on a sample's history cannot be kept for windows whose histories change with the epoch."""
+    data = config.data
+    if config.prompt.history != "keep":
+        yield f"prompt.history = {config.prompt.history} leaves no history to share; set data.windows=sliding"
+    if config.dro.excess:
+        yield (
+            f"dro.excess = {config.dro.excess} compares with losses of fixed histories, and those of "
+            "data.windows = growing change with the epoch; set data.windows=sliding"
+        )
+    most = data.history_length - data.min_history + 1
+    block = config.train.block_samples
+    if block is not None and block > most:
+        yield (
+            f"train.block_samples = {block} gives histories of up to {data.min_history + block - 1} "
+            f"items, more than data.history_length = {data.history_length}; set train.block_samples to at "
+            f"most {most}"
         )

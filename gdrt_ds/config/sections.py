@@ -72,6 +72,12 @@ class DataSection(Section):
         description="Interactions with a lower rating are not positives and are left out. Empty: all are "
         "kept.",
     )
+    windows: Literal["sliding", "growing"] = Field(
+        "sliding",
+        description="Train only. `sliding`: every target has the newest items before it. `growing`: the "
+        "targets of a user stand in blocks whose histories begin at the same item, which "
+        "`train.packing=prefix_tree` computes once; block starts move with the epoch.",
+    )
     split: Literal["time", "leave_one_out"] = Field(
         "time",
         description="`time` splits all windows at two points in time. `leave_one_out` tests on the last "
@@ -269,6 +275,12 @@ class TrainSection(Section):
         description="`none` pads rows. `packed` puts samples one behind the other without padding. "
         "`shared_prefix` also computes the constant prompt prefix once per micro-batch. `prefix_tree` "
         "computes every common prefix of its samples once, histories included.",
+    )
+    block_samples: int | None = Field(
+        None,
+        ge=1,
+        description="With `data.windows=growing`: targets of a user in one block. Empty: as many as "
+        "`data.history_length` has room for.",
     )
     lr: float = Field(
         1e-4, gt=0, le=1_000_000, description="Largest learning rate, reached after the warm-up."

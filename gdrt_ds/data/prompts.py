@@ -260,6 +260,14 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.num_target)
 
+    def order(self, epoch: int) -> np.ndarray | None:
+        """Returns the rows of an epoch in order, where the data decide it; None = any order will do."""
+        return None
+
+    def sample_of(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the samples that rows belong to. Here a row is a sample; see `growing.GrowingStore`."""
+        return np.asarray(rows)
+
     def row(self, sample: int) -> np.ndarray:
         """Tokens of one sample, its target included, int32[T]."""
         return self.input_ids[self.offsets[sample] : self.offsets[sample + 1]]

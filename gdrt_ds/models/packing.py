@@ -18,7 +18,7 @@ from gdrt_ds.models.skeleton import skeleton
 
 
 def choose_packing(config: RunConfig, model_config) -> tuple[str, str]:
-    """Returns `none`, `packed` or `shared_prefix`, and the line to announce.
+    """Returns `none`, `packed`, `shared_prefix` or `prefix_tree`, and the line to announce.
 
     Args:
         config: settings of the run; `train.packing` is the wish.
@@ -44,6 +44,8 @@ def choose_packing(config: RunConfig, model_config) -> tuple[str, str]:
     if wanted == "auto" and "shared_prefix" not in possible:
         why = f"no padding; model.attention = {config.model.attention} cannot share the prompt prefix"
         return "packed", f"packing: packed (auto: {why})"
+    if wanted == "auto" and config.data.windows == "growing":
+        return "prefix_tree", "packing: prefix_tree (auto: the histories of a block are computed once)"
     if wanted == "auto":
         line = "packing: shared_prefix (auto: no padding, the prompt prefix once per micro-batch)"
         return "shared_prefix", line

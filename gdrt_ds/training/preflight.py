@@ -36,7 +36,14 @@ def check_settings(config: RunConfig) -> None:
     """
     reference_adapters(config)
     checkpoint.check_resume(config.run.dir, config.resume)
-    _check_frozen_weights(config, get_objective(config.objective))
+    objective = get_objective(config.objective)
+    _check_frozen_weights(config, objective)
+    if config.data.windows == "growing" and objective.history_free_pass:
+        raise UserError(
+            f"data.windows = growing with objective = {config.objective}, whose second pass without history "
+            "is made for fixed histories",
+            "set data.windows=sliding, or choose another objective",
+        )
     for setting, package in BOARDS.items():
         if getattr(config.log, setting) and not _is_installed(package):
             raise UserError(

@@ -12,6 +12,7 @@ from gdrt_ds.batches.prefix_tree import in_order, shared_lengths
 from gdrt_ds.config import RunConfig
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
+from gdrt_ds.data.growing import GrowingStore, stitch
 from gdrt_ds.data.prompts import PromptEncoder, TokenStore, tokenise_split
 from gdrt_ds.data.templates import PromptTemplate, template_texts
 from gdrt_ds.data.trie import TokenTrie
@@ -90,7 +91,34 @@ def prepare(config: RunConfig) -> Prepared:
             encoder, catalogue, samples, mask_history=split == "train" and config.prompt.history == "mask"
         )
         notes += [f"{split}: {line}" for line in lines]
+        if split == "train" and config.data.windows == "growing":
+            stores[split], line = _growing(config, stores[split], encoder, catalogue, samples)
+            notes.append(line)
     return Prepared(corpus, catalogue, template, encoder, tokenizer, folder, model_config, stores, notes)
+
+
+def _growing(
+    config: RunConfig,
+    store: TokenStore,
+    encoder: PromptEncoder,
+    catalogue: Catalogue,
+    samples: list[Sample],
+) -> tuple[GrowingStore, str]:
+    """The train split with windows that grow, and the line to announce."""
+    data = config.data
+    block = block_samples(config)
+    windows = stitch(samples, block, data.min_history, config.train.seed)
+    line = (
+        f"train: windows grow: {len(samples):,} targets in {len(windows.runs):,} runs, blocks of {block} "
+        f"targets, histories of {data.min_history} to {data.min_history + block - 1} items"
+    )
+    return GrowingStore.of(store, windows, encoder, catalogue, samples), line
+
+
+def block_samples(config: RunConfig) -> int:
+    """Targets of a block: `train.block_samples`, or as many as `data.history_length` has room for."""
+    most = config.data.history_length - config.data.min_history + 1
+    return config.train.block_samples or most
 
 
 def target_counts(prepared: Prepared) -> np.ndarray:
@@ -130,6 +158,9 @@ def plan_batches(config: RunConfig, store: TokenStore, world: int) -> BatchPlan:
             f"= {config.train.global_batch}",
             f"set train.micro_batch to at most {-(-config.train.global_batch // world)}, or auto",
         )
+    trees = config.train.packing == "prefix_tree" or (
+        config.train.packing == "auto" and config.data.windows == "growing"
+    )
     return BatchPlan(
         store.lengths,
         config.train.global_batch,
@@ -137,7 +168,8 @@ def plan_batches(config: RunConfig, store: TokenStore, world: int) -> BatchPlan:
         world,
         config.train.seed,
         packed=config.train.packing != "none",
-        store=store if config.train.packing == "prefix_tree" else None,
+        store=store if trees or config.data.windows == "growing" else None,
+        trees=trees,
     )
 
 

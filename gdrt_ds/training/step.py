@@ -239,7 +239,10 @@ class StepRunner:
         layout = self.plan.step(step)
         offsets = self.tokens.store.target_offsets
         spans = [
-            np.arange(offsets[s], offsets[s + 1]) for slots in layout for samples in slots for s in samples
+            np.arange(offsets[s], offsets[s + 1])
+            for slots in layout
+            for samples in slots
+            for s in self.tokens.store.sample_of(samples)
         ]
         index = np.concatenate(spans)
         groups = self.tokens.groups[index]
@@ -268,8 +271,11 @@ class StepRunner:
 
         Long[N], the places of its target tokens among those of the global batch.
         """
-        num_target = self.tokens.store.num_target
-        lengths = np.array([[int(num_target[samples].sum()) for samples in slots] for slots in layout])
+        store = self.tokens.store
+        num_target = store.num_target
+        lengths = np.array(
+            [[int(num_target[store.sample_of(samples)].sum()) for samples in slots] for slots in layout]
+        )
         stops = lengths.cumsum().reshape(lengths.shape)
         rank, device = self.runtime.rank, self.runtime.device
         return [

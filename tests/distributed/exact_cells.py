@@ -281,6 +281,7 @@ def start_runner(
         0,
         packed=cell.packing != "none",
         store=tokens.store if cell.packing == "prefix_tree" else None,
+        trees=cell.packing == "prefix_tree",
         starve=cell.starve,
     )
     settings = deepspeed_settings(cell, config, plan)

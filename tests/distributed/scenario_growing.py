@@ -1,0 +1,83 @@
+"""Ranks behind test_growing_ranks.py: growing windows as a prefix tree, straight, stopped and resumed.
+
+One training is stopped in the middle of an epoch by the signal that asks for a checkpoint. Another
+computes the same samples padded, one row each.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+from gdrt_ds.config import load_config
+from gdrt_ds.runtime import Runtime
+from gdrt_ds.training.run import run_training
+from tests.data.test_growing import table
+from tests.distributed.ranks import run_ranks
+
+STEPS = 14
+STOP_AFTER = 5
+
+
+def train(rank, world, data, folder, stop, *overrides):
+    """Trains in this process; with `stop`, the signal for a checkpoint comes at step STOP_AFTER."""
+    config = load_config(
+        None,
+        [
+            f"data.path={data}",
+            f"run.dir={folder}",
+            "model.path=tiny-random",
+            "prompt.template=plain",
+            "data.windows=growing",
+            "objective=gdrt",
+            "groups.num=3",
+            "model.lora={r: 4, alpha: 8, dropout: 0.0, targets: all-linear}",
+            "train.global_batch=24",
+            "train.micro_batch=6",
+            f"train.max_steps={STEPS}",
+            "train.eval_every=100",
+            "train.warmup_steps=0",
+            "train.log_every=1",
+            "deepspeed=ds_configs/cpu.json",
+            *overrides,
+        ],
+    )
+    runtime = Runtime(rank=rank, local_rank=rank, world=world, local_world=world)
+    if stop:
+        from gdrt_ds.training.step import StepRunner
+
+        plain = StepRunner.run
+
+        def run(self, step, lr):
+            if step == STOP_AFTER:
+                runtime.stop_signal = signal.SIGUSR1
+            return plain(self, step, lr)
+
+        StepRunner.run = run
+    return run_training(config, runtime)
+
+
+def figures(folder: Path) -> list[list]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [[r["step"], r["loss"], r["group_loss"], r["group_weight"], r["grad_norm"]] for r in records]
+
+
+def main(output, folder):
+    folder = Path(folder)
+    data = table(folder / "log", num_users=30, seed=5)
+    report = {}
+    report["status"] = [
+        run_ranks(2, train, data, folder / "straight", False),
+        run_ranks(2, train, data, folder / "stopped", True),
+        run_ranks(2, train, data, folder / "stopped", False, "resume=auto"),
+        run_ranks(1, train, data, folder / "padded", False, "train.packing=none"),
+    ]
+    for name in ("straight", "stopped", "padded"):
+        report[name] = figures(folder / name)
+    Path(output).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

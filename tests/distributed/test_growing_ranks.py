@@ -1,0 +1,29 @@
+"""Growing windows as a prefix tree on two ranks: resumed to the bit, and equal to the same samples padded."""
+
+import pytest
+
+from tests.distributed.ranks import run_scenario
+
+pytestmark = pytest.mark.distributed
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return run_scenario("scenario_growing.py", tmp_path_factory.mktemp("growing"))
+
+
+def test_the_stopped_run_asks_for_a_requeue_and_the_resumed_one_ends(report):
+    assert report["status"] == [[0, 0], [75, 75], [0, 0], [0]]
+
+
+def test_a_run_resumed_in_the_middle_of_an_epoch_is_bitwise_the_straight_one(report):
+    assert [record[0] for record in report["straight"]] == list(range(1, STEPS + 1))
+    assert report["stopped"] == report["straight"]
+
+
+def test_one_rank_with_padded_rows_sees_the_same_samples_and_computes_the_same(report):
+    for tree, padded in zip(report["straight"], report["padded"], strict=True):
+        assert tree[1] == pytest.approx(padded[1], rel=1e-5)
+        assert tree[2] == pytest.approx(padded[2], rel=1e-5, nan_ok=True)
+        assert tree[4] == pytest.approx(padded[4], rel=1e-3)
