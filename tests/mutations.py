@@ -283,7 +283,7 @@ MUTATIONS = [
         (
             (
                 "batches/plan.py",
-                "BatchPlan.samples",
+                "BatchPlan._order",
                 "np.random.PCG64([self.seed, epoch])",
                 "np.random.PCG64([self.seed, epoch, self.world])",
             ),
