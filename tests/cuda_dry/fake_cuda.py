@@ -58,6 +58,9 @@ def register_guard() -> None:
     """Registers torch's guard that does nothing for CUDA, once per process; builds it at the first use."""
     from torch.utils.cpp_extension import load_inline
 
+    # The first backward of a process starts a thread for every device that has a guard, and with such a
+    # thread torch refuses a backward after a fork. So the first one comes before there is the guard.
+    torch.ones(1, requires_grad=True).sum().backward()
     load_inline("gdrt_cuda_guard", GUARD, is_python_module=False, no_implicit_headers=True)
 
 

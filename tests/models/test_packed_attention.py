@@ -14,6 +14,7 @@ from gdrt_ds.batches.varlen_rows import FLASH_2, FLASH_3
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.attention import Place, choose_attention, packed_attention
+from gdrt_ds.models.load import _attention
 from gdrt_ds.models.packing import choose_packing
 
 LLAMA = transformers.LlamaForCausalLM
@@ -60,6 +61,14 @@ def test_flash_attn_is_not_taken_on_a_gpu_that_it_has_no_kernels_for(installed, 
     assert packed_attention("auto", "packed", place) == ATTENTION_NAME
     with pytest.raises(UserError, match="needs an Ampere GPU or a later one, here Tesla T4"):
         choose_attention("flash_attention_2", place.device, place.dtype, LLAMA)
+
+
+def test_one_line_says_that_flash_attn_serves_packed_rows(installed):
+    installed("flash_attn")
+    section = config_of("auto", "packed").model
+    chosen, line = _attention(section, GPU.device, GPU.dtype, TINY, packed_attention("auto", "packed", GPU))
+    assert chosen == FLASH_2
+    assert line == "attention: gdrt_varlen_2 in place of flash_attention_2"
 
 
 def test_rows_with_a_shared_prefix_go_through_the_tree_attention_whatever_is_installed(installed):
