@@ -1,4 +1,4 @@
-"""Writes docs/config-reference.md from the settings' own descriptions in gdrt_ds/config/sections.py.
+"""Writes docs/config-reference.md from the settings' own descriptions in gdrt_ds/config/.
 
 python docs/make_reference.py            # writes the page
 python docs/make_reference.py --check    # exits with status 1 where the page is stale
@@ -21,8 +21,8 @@ PAGE = Path(__file__).with_name("config-reference.md")
 
 HEAD = """# Every setting
 
-This page is written by `python docs/make_reference.py` from gdrt_ds/config/sections.py.
-A test fails if it is stale.
+This page is written by `python docs/make_reference.py` from gdrt_ds/config/sections.py and
+gdrt_ds/config/model_section.py. A test fails if it is stale.
 
 A run config is a YAML file of sections. Any key can also be given on the command line as `section.key=value`,
 e.g. `dro.tau=0.3` or `model.lora.r=16`; the command line wins. Every key has a default. An unknown key is an
@@ -51,7 +51,7 @@ def tables(model: type[BaseModel], prefix: str, title: str) -> list[str]:
     behind = []
     for name, field in model.model_fields.items():
         if not field.description:
-            raise ValueError(f"{prefix}{name} has no description in gdrt_ds/config/sections.py")
+            raise ValueError(f"{prefix}{name} has no description in gdrt_ds/config/")
         if is_section(field):
             behind += tables(field.annotation, f"{prefix}{name}.", f"`{prefix}{name}`")
             continue

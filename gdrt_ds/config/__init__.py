@@ -2,13 +2,12 @@
 
 from gdrt_ds.config.base import PartName, Section
 from gdrt_ds.config.loading import dump_config, known_keys, load_config
+from gdrt_ds.config.model_section import LoraSection, ModelSection
 from gdrt_ds.config.sections import (
     DataSection,
     DroSection,
     GroupsSection,
     LogSection,
-    LoraSection,
-    ModelSection,
     ObjectiveOptions,
     PromptSection,
     RunConfig,

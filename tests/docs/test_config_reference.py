@@ -1,4 +1,4 @@
-"""docs/config-reference.md says what gdrt_ds/config/sections.py says, about every key."""
+"""docs/config-reference.md says what the settings in gdrt_ds/config/ say, about every key."""
 
 from __future__ import annotations
 
