@@ -131,7 +131,12 @@ def gathered_bytes(config: RunConfig, model: Inventory, zero: dict[str, Any], pa
     whole += model.experts * size
     bytes_per_element = whole / max(1, layer * model.layers)
     layers = min(whole, int((elements + layer) * bytes_per_element))
-    return layers + model.vocabulary * model.hidden * size
+    matrix = model.vocabulary * model.hidden
+    matrices = 1
+    untied = model.plain >= 2 * matrix
+    if untied and int(limits["stage3_max_reuse_distance"]) >= matrix:
+        matrices = 2  # the embedding is still there when lm_head is gathered
+    return layers + matrices * matrix * size
 
 
 def estimate(
