@@ -17,6 +17,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gdrt_ds import __version__
+from gdrt_ds.invocation import command_name
+
 
 class FormerName(argparse.Action):
     """An option under its former name: it is taken, and one line says what it is called now."""
@@ -28,7 +31,13 @@ class FormerName(argparse.Action):
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("python -m eval.run"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    here = Path(__file__).resolve().parent
+    parser.add_argument(
+        "--version", action="version", version=f"eval of gdrt-ds {__version__}, from the folder {here}"
     )
     parser.add_argument("--run", "--run-dir", dest="run", help="run folder of a training")
     parser.add_argument("--base", action="store_true", help="with --run: leave the adapter out")

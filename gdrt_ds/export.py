@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 
 from gdrt_ds.inference.exporting import export
+from gdrt_ds.invocation import command_name
 from gdrt_ds.runtime import report_user_errors
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m gdrt_ds.export",
+        prog=command_name("python -m gdrt_ds.export"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -10,13 +10,67 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import UserError, did_you_mean
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 """The folder that holds gdrt_ds/: the checkout, or site-packages."""
+
+
+def in_checkout() -> bool:
+    """Whether gdrt_ds is imported from a checkout of the project, and not from an installed wheel."""
+    return (REPOSITORY / "pyproject.toml").is_file() and (REPOSITORY / "configs").is_dir()
+
+
+def preset_root() -> Path:
+    """Returns the folder of configs/, ds_configs/ and slurm/: the checkout, else the wheel's presets."""
+    if in_checkout():
+        return REPOSITORY
+    return Path(str(resources.files("gdrt_ds") / "presets"))
+
+
+def preset_path(path: str | Path) -> Path:
+    """Returns where the file of a setting is: the user's own, else the shipped one of that name.
+
+    Args:
+        path: what the user gave. A relative path counts from the folder where the command runs, then from
+            the checkout, or from the presets in the wheel: `configs/smoke.yaml` is found from any folder.
+
+    Returns:
+        a path that exists where one does, else the path as it was given.
+    """
+    own = Path(path)
+    if own.is_file() or own.is_absolute():
+        return own
+    shipped = preset_root() / own
+    if shipped.is_file():
+        return shipped
+    return own
+
+
+def preset_names(folder: str, suffix: str) -> list[str]:
+    """Returns the presets of one folder as a user types them, e.g. `configs/smoke.yaml`."""
+    return [f"{folder}/{path.name}" for path in sorted((preset_root() / folder).glob(f"*{suffix}"))]
+
+
+def no_such_preset(setting: str, path: str | Path, folder: str, suffix: str) -> UserError:
+    """Returns the error for a file that is neither the user's nor a preset; it lists the presets.
+
+    Args:
+        setting: how the path was given, e.g. `--config`.
+        folder: of the presets, e.g. `configs`.
+        suffix: of their files.
+    """
+    known = preset_names(folder, suffix)
+    hint = did_you_mean(Path(path).name, [Path(name).name for name in known], before=f"{folder}/")
+    return UserError(
+        f"{setting} {path}: no such file{hint}",
+        f"give a file of your own (a relative path counts from {Path.cwd()}), or a shipped one: "
+        f"{', '.join(known)}",
+    )
 
 
 def cache_folder() -> Path:

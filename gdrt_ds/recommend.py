@@ -15,13 +15,14 @@ import sys
 from typing import Any
 
 from gdrt_ds.inference.recommending import parse_history, read_histories, recommend, unknown_titles
+from gdrt_ds.invocation import command_name
 
 __all__ = ["main", "parse_history", "read_histories", "recommend"]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m gdrt_ds.recommend",
+        prog=command_name("python -m gdrt_ds.recommend"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 
+from gdrt_ds.invocation import command_name
 from gdrt_ds.runtime import report_user_errors
 from gdrt_ds.studies.runner import run_study
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m gdrt_ds.study",
+        prog=command_name("python -m gdrt_ds.study"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,7 @@
 """Trains one run.
 
     deepspeed gdrt_ds/train.py --config configs/x.yaml [--deepspeed_config FILE] [key.sub=value ...]
+    deepspeed --module gdrt_ds.train ...          the same from an installed wheel; gdrt-train starts it so
 
 It runs under torchrun, srun and plain python (one rank) too. --plan prints the resolved config, the batch
 arithmetic and a memory estimate per rank, and exits.
@@ -12,10 +13,14 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 # `deepspeed gdrt_ds/train.py` puts gdrt_ds/ first on sys.path; its modules are imported through the package.
 _here = Path(__file__).resolve().parent
-sys.path[:] = [str(_here.parent), *(p for p in sys.path if p and Path(p).resolve() != _here)]
+if __name__ == "__main__" and not __package__:
+    sys.path[:] = [str(_here.parent), *(p for p in sys.path if p and Path(p).resolve() != _here)]
+
+from gdrt_ds.invocation import command_name, put_own_packages_first  # noqa: E402 - found by the lines above
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -28,7 +33,9 @@ MEMORY_FIX = (
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("train.py"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="run config (YAML); every key has a default")
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, overrides the key `deepspeed`")
@@ -46,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
+    put_own_packages_first()
     from gdrt_ds.runtime import detect_rank, name_accelerator, report_user_errors
 
     name_accelerator()
@@ -75,10 +83,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(status: int) -> NoReturn:
+    """Ends the process at once; all is written and closed.
+
+    A rank that was done has been seen to abort (status 134) in what Python tears down at exit.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is written and closed. A rank that was done has been seen to abort (status 134) in what Python tears
-    # down at exit.
-    os._exit(code)
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -27,13 +27,16 @@ from eval.folders import labels_of
 from eval.report import write_page
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import write_json
+from gdrt_ds.invocation import command_name
 
 FEWEST_REPLICATES = 100
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=command_name("python -m eval.compare"), description=__doc__.split("\n")[0]
+    )
     parser.add_argument(
         "folders", nargs="+", metavar="DIR", help="evaluation folders; the first is the baseline"
     )

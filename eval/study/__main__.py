@@ -24,12 +24,15 @@ from eval.study.page import build_page, to_json
 from eval.study.reading import read_grid, totals_of
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import write_json
+from gdrt_ds.invocation import command_name
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m eval.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("python -m eval.study"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", nargs="?", help="folder of a study")
     parser.add_argument("--evaluate", nargs="+", metavar="RUN", help="evaluate these runs and exit")

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from gdrt_ds.config.explaining import fields_of, refuse
 from gdrt_ds.config.sections import RunConfig
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import no_such_preset, preset_path
 
 
 def known_keys() -> list[str]:
@@ -57,18 +58,19 @@ def _set_dotted(tree: dict[str, Any], override: str) -> None:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML run config and applies overrides.
 
+    Args:
+        path: the user's file, or a shipped one (`configs/smoke.yaml`), which is found from any folder.
+
     Raises:
         UserError: missing file, not YAML, unknown key (with the nearest name), wrong type or value.
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        if not Path(path).is_file():
-            raise UserError(
-                f"--config {path}: no such file",
-                "the shipped configs are in configs/, e.g. configs/smoke.yaml",
-            )
+        file = preset_path(path)
+        if not file.is_file():
+            raise no_such_preset("--config", path, "configs", ".yaml")
         try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
             raise UserError(
                 f"--config {path}: not valid YAML: {error}", "check the indentation at that line"

@@ -18,7 +18,7 @@ from typing import Any
 
 from gdrt_ds.config import PromptSection
 from gdrt_ds.errors import UserError, nearest
-from gdrt_ds.files import REPOSITORY, write_json
+from gdrt_ds.files import preset_names, preset_path, write_json
 
 STYLES = ("alpaca", "plain", "chat")
 REQUIRED = (
@@ -76,7 +76,7 @@ class PromptTemplate:
         if prompt.template == "chat":
             return _chat_template(domain, tokenizer)
         if prompt.template.endswith(".json"):
-            return cls.load(_template_file(prompt.template), {"style": "file", "domain": domain, "bos": bos})
+            return cls.load(preset_path(prompt.template), {"style": "file", "domain": domain, "bos": bos})
         raise UserError(
             f"prompt.template={prompt.template}: unknown template",
             f"{nearest(prompt.template, STYLES)} Or give a JSON file of a template",
@@ -126,7 +126,8 @@ def _read_pieces(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(
             f"prompt template {path}: cannot be read: {error.strerror or error}",
-            "give the prompt.json of a run, or your own file",
+            "give the prompt.json of a run, a file of your own, or a shipped one: "
+            + ", ".join(preset_names("configs/prompts", ".json")),
         ) from None
     except ValueError as error:
         raise UserError(f"prompt template {path}: not valid JSON: {error}", EXAMPLE) from None
@@ -145,14 +146,6 @@ def _check_piece(path: str | Path, name: str, value: Any, known: list[str]) -> N
     if not isinstance(value, kind):
         words = "true or false" if name == "bos" else "text"
         raise UserError(f"prompt template {path}: {name}={value!r}: expected {words}", "correct the field")
-
-
-def _template_file(path: str) -> Path:
-    """A relative path counts from where the command runs, else from the checkout, like `deepspeed`."""
-    shipped = REPOSITORY / path
-    if not Path(path).is_file() and shipped.is_file():
-        return shipped
-    return Path(path)
 
 
 def _wording(style: str, domain: str) -> dict[str, str]:
@@ -239,7 +232,7 @@ def template_texts(prompt: PromptSection, domain: str) -> list[str]:
     domain = prompt.domain or domain
     if prompt.template.endswith(".json"):
         defaults = {"style": "file", "domain": domain}
-        template = PromptTemplate.load(_template_file(prompt.template), defaults)
+        template = PromptTemplate.load(preset_path(prompt.template), defaults)
         return [
             template.before_instruction,
             template.instruction,

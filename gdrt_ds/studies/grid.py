@@ -37,6 +37,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gdrt_ds.errors import UserError, did_you_mean
+from gdrt_ds.files import no_such_preset, preset_path
 
 RUN_OF = re.compile(r"\{run:([^}]+)\}")
 
@@ -114,9 +115,9 @@ def load_study(path: str | Path, overrides: list[str] = ()) -> Study:
     Raises:
         UserError: missing file, unknown key or row, a row that reads the run folder of a later one.
     """
-    file = Path(path)
+    file = preset_path(path)
     if not file.is_file():
-        raise UserError(f"{path}: no such study", "the shipped ones are in configs/studies/")
+        raise no_such_preset("study", path, "configs/studies", ".yaml")
     try:
         study = Study.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
     except yaml.YAMLError as error:

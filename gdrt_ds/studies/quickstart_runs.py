@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import REPOSITORY
+from gdrt_ds.files import REPOSITORY, in_checkout
 
 OBJECTIVES = ("sft", "gdrt")
 
@@ -73,7 +73,8 @@ def _evaluation_of(run: Path) -> Path:
 
 
 def _train(config: str, run: Path, ranks: int, *overrides: str) -> float:
-    launch = ["deepspeed", "--num_gpus", str(ranks), "gdrt_ds/train.py", "--config", config]
+    script = ["gdrt_ds/train.py"] if in_checkout() else ["--module", "gdrt_ds.train"]
+    launch = ["deepspeed", "--num_gpus", str(ranks), *script, "--config", config]
     return show([*launch, f"run.dir={run}", "run.overwrite=true", *overrides], _log_of(run))
 
 
@@ -92,7 +93,9 @@ def _log_of(folder: Path) -> Path:
 
 
 def show(command: list[str], log: Path) -> float:
-    """Runs one command in the checkout; its output is shown and kept in `log`. Returns seconds.
+    """Runs one command, in the checkout where there is one, and returns its seconds.
+
+    Its output is shown and kept in `log`.
 
     Raises:
         UserError: the command failed; names the log.
@@ -105,7 +108,7 @@ def show(command: list[str], log: Path) -> float:
     with open(log, "w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             command,
-            cwd=REPOSITORY,
+            cwd=REPOSITORY if in_checkout() else None,
             env=os.environ | {"PATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -20,6 +20,7 @@ from pathlib import Path
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import REPOSITORY, write_json
+from gdrt_ds.invocation import module_command, safe_environment
 from gdrt_ds.runtime import EXIT_INTERRUPTED, free_port
 from gdrt_ds.studies.grid import Cell, Study, cells_of, choose_cells, load_study
 from gdrt_ds.training import run_folder
@@ -41,8 +42,7 @@ def config_of(study: Study, folder: Path, cell: Cell) -> RunConfig:
     Raises:
         UserError: wrong settings; a run folder that was trained with others.
     """
-    path = study.config if Path(study.config).is_file() else str(REPOSITORY / study.config)
-    config = load_config(path, [*cell.overrides, f"run.dir={run_of(folder, cell)}", "resume=auto"])
+    config = load_config(study.config, [*cell.overrides, f"run.dir={run_of(folder, cell)}", "resume=auto"])
     changed = run_folder.changed_settings(run_of(folder, cell), config)
     if changed:
         raise UserError(
@@ -127,13 +127,12 @@ def train_under_launcher(study: Study, folder: Path, cells: list[Cell]) -> int:
         if state_of(folder, cell) in ("done", "trained"):
             continue
         config_of(study, folder, cell)  # wrong settings end here, before a launcher hides them
-        path = study.config if Path(study.config).is_file() else str(REPOSITORY / study.config)
         launcher = ["deepspeed", "--master_port", str(free_port()), "--num_gpus", str(study.ranks)]
         command = [
             *launcher,
             str(REPOSITORY / "gdrt_ds" / "train.py"),
             "--config",
-            path,
+            study.config,
             *cell.overrides,
             f"run.dir={run_of(folder, cell)}",
             "resume=auto",
@@ -144,7 +143,10 @@ def train_under_launcher(study: Study, folder: Path, cells: list[Cell]) -> int:
         with open(log, "w", encoding="utf-8") as stream:
             path_variable = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
             status = subprocess.call(
-                command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | {"PATH": path_variable}
+                command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=safe_environment() | {"PATH": path_variable},
             )
         if run_folder.status(run_of(folder, cell)) == "interrupted":
             return EXIT_INTERRUPTED
@@ -162,19 +164,13 @@ def evaluate(study: Study, folder: Path, cells: list[Cell]) -> int:
     due = [cell for cell in cells if state_of(folder, cell) == "trained"]
     if not due:
         return 0
-    words = [sys.executable, "-m", "eval.study", "--evaluate", *(str(run_of(folder, cell)) for cell in due)]
-    return subprocess.call([*words, f"--arguments={json.dumps(study.evaluate)}"], env=_environment())
+    words = [*module_command("eval.study"), "--evaluate", *(str(run_of(folder, cell)) for cell in due)]
+    return subprocess.call([*words, f"--arguments={json.dumps(study.evaluate)}"], env=safe_environment())
 
 
 def report(folder: Path) -> int:
-    return subprocess.call([sys.executable, "-m", "eval.study", str(folder)], env=_environment())
-
-
-def _environment() -> dict[str, str]:
-    """The checkout first on the path: `python -m gdrt_ds.study` works from any folder."""
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
-    }
+    """Writes the page of a study: `python -m eval.study FOLDER`, from any working folder."""
+    return subprocess.call([*module_command("eval.study"), str(folder)], env=safe_environment())
 
 
 def work(study: Study, folder: Path, cells: list[Cell]) -> int:
@@ -212,8 +208,8 @@ def run_workers(
         return work(study, folder, parts[0]) if parts else 0
     gpus = visible_gpus()
     threads = max(1, (os.cpu_count() or 1) // len(parts))
-    environment = {"OMP_NUM_THREADS": str(threads)} | _environment()
-    base = [sys.executable, "-m", "gdrt_ds.study", options.study, "--dir", str(folder), *options.overrides]
+    environment = {"OMP_NUM_THREADS": str(threads)} | safe_environment()
+    base = [*module_command("gdrt_ds.study"), options.study, "--dir", str(folder), *options.overrides]
     processes = []
     for number, part in enumerate(parts):
         own = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}

@@ -6,33 +6,25 @@ The message of a contradiction has both numbers.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import RunConfig
-from gdrt_ds.errors import UserError, did_you_mean
-from gdrt_ds.files import REPOSITORY
+from gdrt_ds.errors import UserError
+from gdrt_ds.files import no_such_preset, preset_path
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
-    """Reads a DeepSpeed config; a relative path counts from where the command runs, else from the checkout.
+    """Reads a DeepSpeed config: the user's file, or a shipped one, which is found from any folder.
 
     Raises:
         UserError: missing file, invalid JSON, or a top-level value that is not an object.
     """
-    file = Path(path)
-    if not file.is_file() and not file.is_absolute() and (REPOSITORY / path).is_file():
-        file = REPOSITORY / path
+    file = preset_path(path)
     if not file.is_file():
-        presets = sorted(p.name for p in (REPOSITORY / "ds_configs").glob("*.json"))
-        hint = did_you_mean(Path(path).name, presets, before="ds_configs/")
-        raise UserError(
-            f"deepspeed config {path}: no such file{hint}",
-            f"presets: {', '.join('ds_configs/' + p for p in presets)}",
-        )
+        raise no_such_preset("deepspeed config", path, "ds_configs", ".json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -18,7 +18,7 @@ import yaml
 
 from gdrt_ds.config import RunConfig, dump_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import REPOSITORY, write_json, write_text
+from gdrt_ds.files import REPOSITORY, in_checkout, write_json, write_text
 
 # Keys that may differ between the lives of one run: they change where or how, never what is computed.
 FREE_ON_RESUME = (
@@ -207,13 +207,18 @@ def versions() -> dict[str, str]:
 
 
 def git_hash() -> str | None:
-    """Returns the commit of the code, with + for local changes; None outside a checkout."""
-    root = REPOSITORY
+    """Returns the commit of the code, with + for local changes; None outside a checkout.
+
+    An environment with an installed wheel can lie in a repository of the user's, whose commit says nothing
+    about this code.
+    """
+    if not in_checkout():
+        return None
     try:
 
         def call(*args):
             return subprocess.run(
-                ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True
+                ["git", "-C", str(REPOSITORY), *args], capture_output=True, text=True, timeout=10, check=True
             ).stdout.strip()
 
         return call("rev-parse", "HEAD") + (

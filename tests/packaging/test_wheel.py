@@ -1,0 +1,97 @@
+"""The wheel alone: in an empty environment, in a folder where the user has an `eval/` and a `config.py`."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import pytest
+from clean_site import ROOT, make_site
+
+pytestmark = pytest.mark.slow
+
+FEW = ("train.max_steps=2", "data.planted={num_train: 96, num_test: 24}", "train.eval_every=2")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return make_site(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def run(site):
+    """The run folder of a training with a preset config, from the user's folder."""
+    text = site.run("gdrt-train", "--config", "configs/planted.yaml", *FEW, "run.dir=runs/first")
+    assert "imported from the working folder" not in text
+    return site.folder / "runs" / "first"
+
+
+def test_the_wheel_holds_the_packages_the_presets_and_nothing_of_the_tests(site):
+    with zipfile.ZipFile(site.wheel) as archive:
+        names = set(archive.namelist())
+    for folder in ("configs", "ds_configs", "slurm"):
+        tracked = {
+            str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*.*") if "__pycache__" not in p.parts
+        }
+        assert {f"gdrt_ds/presets/{name}" for name in tracked} <= names
+    assert "gdrt_ds/py.typed" in names
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"gdrt_ds", "eval"}
+
+
+def test_the_installed_package_is_the_one_that_is_imported(site):
+    where = site.run("python", "-P", "-c", "import gdrt_ds, eval; print(gdrt_ds.__file__, eval.__file__)")
+    assert where.count(str(site.environment)) == 2
+
+
+def test_a_preset_config_trains_from_any_folder(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert summary["git_hash"] is None  # not the commit of whatever repository the environment lies in
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_trained_run_is_evaluated_compared_and_asked_for_recommendations(site, run):
+    site.run(
+        "gdrt-eval", "--run", "runs/first", "--limit", "8", "--bootstrap", "100", "--output", "evaluated"
+    )
+    assert (
+        json.loads((site.folder / "evaluated" / "results.json").read_text())["metrics"]["ndcg@10"]["n"] == 8
+    )
+    title = json.loads((run / "catalogue.jsonl").read_text().splitlines()[0])["text"]
+    text = site.run("gdrt-recommend", "--run", "runs/first", "--history", title, "--k", "3", "--json")
+    line = next(line for line in text.splitlines() if line.startswith("{"))
+    assert [row["rank"] for row in json.loads(line)["recommendations"]] == [1, 2, 3]
+
+
+def test_the_users_own_config_stands_before_a_preset_of_that_name(site):
+    own = site.folder / "configs" / "smoke.yaml"
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("data: {path: planted}\nmodel: {path: tiny-random}\nobjective: msl\n")
+    assert "objective: msl" in site.run("gdrt-train", "--config", "configs/smoke.yaml", "--plan")
+    own.unlink()
+    assert "objective: gdrt\n" in site.run("gdrt-train", "--config", "configs/smoke.yaml", "--plan")
+
+
+def test_a_config_that_is_nowhere_is_answered_with_those_that_exist(site):
+    text = site.run("gdrt-train", "--config", "configs/smok.yaml", "--plan", status=2)
+    assert "did you mean `configs/smoke.yaml`?" in text and "configs/llama3_8b.yaml" in text
+    text = site.run(
+        "gdrt-train", "--config", "configs/smoke.yaml", "deepspeed=ds_configs/zero.json", status=2
+    )
+    assert "ds_configs/zero3_qlora.json" in text
+
+
+def test_an_evaluation_says_which_eval_it_is(site):
+    folder = next(site.environment.glob("lib/python3*/site-packages")) / "eval"
+    assert str(folder) in site.run("gdrt-eval", "--version")
+    # Also where the user has put the working folder on the path.
+    assert str(folder) in site.run("gdrt-eval", "--version", PYTHONPATH=str(site.folder))
+
+
+@pytest.mark.distributed
+def test_ranks_that_the_command_starts_do_not_import_from_the_working_folder(site):
+    """With the working folder on PYTHONPATH, where DeepSpeed's multi-node launcher puts it."""
+    words = ["--num_gpus", "2", "--config", "configs/planted.yaml", *FEW, "train.micro_batch=16"]
+    text = site.run("gdrt-train", *words, "run.dir=runs/ranks", PYTHONPATH=str(site.folder))
+    assert "imported from the working folder" not in text
+    assert json.loads((site.folder / "runs" / "ranks" / "summary.json").read_text())["status"] == "completed"
