@@ -102,8 +102,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    from gdrt_ds.runtime import report_user_errors
+    from gdrt_ds.runtime import quiet_libraries, report_user_errors
 
+    quiet_libraries()  # before the imports below bring them
     with report_user_errors():
         from eval.loading import load_subject
         from eval.pipeline import evaluation_runtime, run_evaluation

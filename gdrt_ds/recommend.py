@@ -39,10 +39,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def print_list(titles: list[str], found: list[dict[str, Any]]) -> None:
-    """A history and its recommendations as a table for people."""
+    """A history and its recommendations as a table for people.
+
+    Log-probabilities are in nats. The probabilities of all titles of the catalogue sum to 1.
+    """
     print("history: " + "; ".join(titles))
+    print("rank   log-prob  probability  title")
     for row in found:
-        print(f"{row['rank']:4d}  {row['log_prob']:9.4f}  {row['probability']:8.2%}  {row['title']}")
+        print(f"{row['rank']:4d}  {row['log_prob']:9.4f}  {row['probability']:11.2%}  {row['title']}")
 
 
 def print_json(titles: list[str], unknown: list[str], found: list[dict[str, Any]]) -> None:
@@ -63,8 +67,9 @@ def tell_progress(finished: int, total: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    from gdrt_ds.runtime import report_user_errors, single_process_runtime
+    from gdrt_ds.runtime import quiet_libraries, report_user_errors, single_process_runtime
 
+    quiet_libraries()  # before the imports below bring them
     with report_user_errors():
         from gdrt_ds.errors import UserError
         from gdrt_ds.inference.recommender import open_run

@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     put_own_packages_first()
-    from gdrt_ds.runtime import detect_rank, name_accelerator, report_user_errors
+    from gdrt_ds.runtime import detect_rank, name_accelerator, quiet_libraries, report_user_errors
 
     name_accelerator()
     with report_user_errors(memory_fix=MEMORY_FIX):
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.deepspeed_config:
             config.deepspeed = arguments.deepspeed_config
+        quiet_libraries()  # before the plan imports them
         from gdrt_ds.planning.plan import print_plan
 
         rank = detect_rank()

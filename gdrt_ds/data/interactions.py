@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.readers.base import Interactions, Sample, Windows
+from gdrt_ds.data.readers.base import RATINGS_UNUSED, Interactions, Sample, Windows
 from gdrt_ds.errors import UserError
 
 
@@ -19,7 +19,7 @@ def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list
     An event becomes a target when its user has at least `min_history` events before it. Its history
     is the newest `history_length` of them.
     """
-    notes: list[str] = []
+    notes = list(events.notes)
     keep = list(range(len(events.users_of)))
     if data.min_rating is not None and events.ratings is not None:
         kept = [row for row in keep if events.ratings[row] >= data.min_rating]
@@ -28,6 +28,8 @@ def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list
             f"data.min_rating={data.min_rating:g} and left out"
         )
         keep = kept
+    elif events.ratings is not None:
+        notes.append(RATINGS_UNUSED)
     if data.kcore > 1:
         kept = k_core(events.users_of, events.items_of, keep, data.kcore)
         notes.append(

@@ -40,9 +40,9 @@ CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers: an allowance
 MOST_WINDOWS = 2
 """Layers have full attention, one sliding window, or some of each: two block masks at most."""
 GLIBC_NOTE = (
-    "glibc's allocator keeps freed tensors: 2 to 5 times this was seen resident. Where memory is short, "
-    "start the run with "
-    "LD_PRELOAD=libtcmalloc_minimal.so.4 or libjemalloc.so.2 (Debian: libtcmalloc-minimal4, libjemalloc2)"
+    "note: this process can hold 2 to 5 times that, because glibc's allocator keeps freed tensors. Where "
+    "memory is short, start the run with LD_PRELOAD=libtcmalloc_minimal.so.4 or "
+    "LD_PRELOAD=libjemalloc.so.2 (Debian: libtcmalloc-minimal4, libjemalloc2)"
 )
 DEVICE_RESERVE = (
     0.94  # share of a GPU that tensors can use: context, workspaces and fragmentation take the rest

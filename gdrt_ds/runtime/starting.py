@@ -27,6 +27,8 @@ def quiet_libraries() -> None:
     """Keeps the log readable: silences what libraries say to each other's authors, and progress bars."""
     for library in ("torch.distributed", "deepspeed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+    # PEFT announces what it would save where an adapter is on lm_head; loading an adapter saves nothing.
+    warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`", category=UserWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # bitsandbytes advises a kernel for inference that training does not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -330,6 +330,29 @@ def test_a_time_split_needs_timestamps_and_iso_dates_are_timestamps(tmp_path):
     assert parse_number("1970-01-02") == 86400.0 and parse_number("1970-01-01T00:00:10Z") == 10.0
 
 
+def test_all_columns_that_a_table_lacks_are_named_at_once_with_the_setting_to_give(tmp_path):
+    (tmp_path / "items.csv").write_text("sku,label\n1,One\n2,Two\n")
+    (tmp_path / "interactions.csv").write_text("customer,sku,clock\na,1,1\na,2,2\na,1,3\na,2,4\n")
+    with pytest.raises(
+        UserError, match="items.csv: missing columns for `item`, `title`; it has sku"
+    ) as caught:
+        load_corpus(section(tmp_path))
+    assert '"data.columns={item: <column>, title: <column>}"' in caught.value.fix
+    columns = {"item": "sku", "title": "label"}
+    with pytest.raises(UserError, match="interactions.csv: missing columns for `user`, `timestamp`; it has"):
+        load_corpus(section(tmp_path, columns=columns))
+    with pytest.raises(UserError, match="interactions.csv: missing column for `user`; it has customer"):
+        load_corpus(section(tmp_path, columns=columns, split="leave_one_out"))
+
+
+@pytest.mark.parametrize("chosen, told", [({}, 1), ({"min_rating": 4}, 0)])
+def test_ratings_that_choose_nothing_are_told(tmp_path, chosen, told):
+    rows = [f"u{user},{item},{10 * item + user},5" for user in range(6) for item in (1, 2, 3)]
+    corpus = load_corpus(section(write_table(tmp_path, rows), split_ratio=(0.5, 0.25, 0.25), **chosen))
+    assert sum("every interaction counts as liked" in note for note in corpus.notes) == told
+    assert sum("data.min_rating=4" in note for note in corpus.notes) == 1
+
+
 def test_user_attributes_come_along(tmp_path):
     write_table(tmp_path)
     (tmp_path / "users.csv").write_text("user_id,gender,age\na,F,30\nb,M,40\nz,F,1\n")

@@ -158,6 +158,7 @@ def test_plan_prints_config_batch_arithmetic_and_memory_and_makes_no_run(mistake
         and "tokens per step:" in plan["output"]
         and "per rank" in plan["output"]
     )
+    assert "Failed to load" not in plan["output"]  # bitsandbytes on CPUs with AVX512-BF16
 
 
 @pytest.mark.parametrize(

@@ -522,7 +522,9 @@ def test_recommend_lists_the_most_probable_titles_and_announces_unknown_ones(run
     )
     (tmp_path / "histories.txt").write_text(f"{titles[0]}\n\n{titles[1]}; {titles[2]}\n")
     recommend_main(["--run", str(run), "--file", str(tmp_path / "histories.txt"), "--k", "100"])
-    assert capsys.readouterr().out.count("\n") == 2 * (1 + len(titles))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 * (2 + len(titles))
+    assert printed[1].split() == ["rank", "log-prob", "probability", "title"]
     assert "no title found" in fails(capsys, ["--run", run, "--history", " ; "], recommend_main)
     assert "cannot be read" in fails(capsys, ["--run", run, "--file", tmp_path / "absent"], recommend_main)
 

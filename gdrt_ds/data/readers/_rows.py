@@ -254,3 +254,32 @@ def pick_column(
             f"name it one of {', '.join(aliases)}, or set data.columns.{role}=<column>",
         )
     return None
+
+
+def require_columns(
+    path: Path, header: list[str], roles: dict[str, tuple[str, ...]], renamed: dict[str, str]
+) -> None:
+    """Checks the columns that a file must have, all of them at once.
+
+    Args:
+        roles: role -> the names under which it is recognised.
+        renamed: `data.columns`; a role that is named there is left to `pick_column`.
+
+    Raises:
+        UserError: two or more roles have no column. It names all of them, so that one correction is enough.
+            A single one is left to `pick_column`.
+    """
+    there = {name.lower() for name in header}
+    missing = [
+        role
+        for role, aliases in roles.items()
+        if role not in renamed and not any(alias.lower() in there for alias in aliases)
+    ]
+    if len(missing) < 2:
+        return
+    example = ", ".join(f"{role}: <column>" for role in missing)
+    raise UserError(
+        f"{path.name}: missing columns for {', '.join(f'`{role}`' for role in missing)}; it has "
+        f"{', '.join(header)}",
+        f'give your names of them, in quotes on a command line: "data.columns={{{example}}}"',
+    )

@@ -20,6 +20,12 @@ from pathlib import Path
 from gdrt_ds.config import DataSection
 from gdrt_ds.errors import UserError
 
+RATINGS_UNUSED = (
+    "the ratings are not used: every interaction counts as liked; data.min_rating=4 would keep those rated 4 "
+    "and above"
+)
+"""The note of data with ratings where `data.min_rating` is empty."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -61,7 +67,10 @@ class Windows:
 
 @dataclass
 class Interactions:
-    """Parallel lists, one entry per event, in file order. `timestamps` is None when the files have none."""
+    """Parallel lists, one entry per event, in file order. `timestamps` is None when the files have none.
+
+    `notes` are sentences of the reader for the user, e.g. about a column that is not used.
+    """
 
     users_of: list[str]
     items_of: list[str]
@@ -70,6 +79,7 @@ class Interactions:
     items: dict[str, Item]
     users: dict[str, dict[str, str]] = field(default_factory=dict)
     domain: str = "item"
+    notes: list[str] = field(default_factory=list)
 
 
 class BadRows:

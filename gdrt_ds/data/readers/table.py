@@ -11,8 +11,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.readers._rows import TABLE_SUFFIXES, header_of, pick_column, read_rows, require_file
+from gdrt_ds.data.readers._rows import (
+    TABLE_SUFFIXES,
+    header_of,
+    pick_column,
+    read_rows,
+    require_columns,
+    require_file,
+)
 from gdrt_ds.data.readers.base import (
+    RATINGS_UNUSED,
     BadRows,
     Interactions,
     Item,
@@ -86,6 +94,12 @@ def read_events(
 ) -> Interactions:
     """Reads the interactions of one file; rows whose item has no title are bad rows."""
     header = header_of(path)
+    needed = {"user": USER, "item": ITEM}
+    if data.split == "time":
+        needed["timestamp"] = TIMESTAMP
+    if data.min_rating is not None:
+        needed["rating"] = RATING
+    require_columns(path, header, needed, data.columns)
     user_column = pick_column(path, header, "user", USER, data.columns)
     item_column = pick_column(path, header, "item", ITEM, data.columns)
     time_column = pick_column(
@@ -94,7 +108,9 @@ def read_events(
     rating_column = pick_column(
         path, header, "rating", RATING, data.columns, required=data.min_rating is not None
     )
-    if data.min_rating is None:
+    notes = []
+    if rating_column is not None and data.min_rating is None:
+        notes.append(RATINGS_UNUSED)
         rating_column = None
     users_of = []
     items_of = []
@@ -137,12 +153,14 @@ def read_events(
         timestamps if time_column else None,
         ratings if data.min_rating is not None else None,
         items,
+        notes=notes,
     )
 
 
 def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, Item]:
     """Reads the item table: id and title are needed, provider and genres are taken where they are there."""
     header = header_of(path)
+    require_columns(path, header, {"item": (*ITEM, "id"), "title": TITLE}, data.columns)
     item_column = pick_column(
         path, header, "item", ITEM + ("id",), {k: v for k, v in data.columns.items() if v in header}
     )
