@@ -49,6 +49,7 @@ SETTINGS = [
     "train.log_every=1",
     "train.timeout_s=3600",
     "groups.num=4",
+    "groups.reference=corpus",  # scoring every title with the model would take longer than the steps
     "deepspeed=ds_configs/cpu.json",
 ]
 
@@ -138,7 +139,11 @@ def train(model: Path, objective: str, folder: Path, options) -> dict:
     )
     watch = ProportionalSetSize(process.pid)
     watch.start()
-    output, _ = process.communicate()
+    output = ""
+    for line in process.stdout:
+        output += line
+        print(line, end="", file=sys.stderr, flush=True)
+    process.wait()
     watch.ended.set()
     watch.join()
     if process.returncode:
