@@ -78,8 +78,9 @@ class ModelSection(Section):
     )
     attention: Annotated[str, PartName("gdrt_ds.models.attention", "auto")] = Field(
         "auto",
-        description="Attention implementation. `auto` takes flash-attn on GPUs where it can be imported, "
-        "else SDPA; the start of a run says which. A new backend is one file in gdrt_ds/models/attention/.",
+        description="Attention implementation. `auto` takes flash-attn on GPUs from Ampere on where it can "
+        "be imported, else SDPA; the start of a run says which. A new backend is one file in "
+        "gdrt_ds/models/attention/.",
     )
     loading: Literal["auto", "sharded", "stock"] = Field(
         "auto",

@@ -56,3 +56,34 @@ def test_the_tour_names_ten_files_of_the_code():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     tour = text.split("## A tour of the code")[1].split("\n## ")[0]
     assert len(re.findall(r"^\d+\. \[", tour, re.MULTILINE)) == 10
+
+
+def test_the_readme_gives_the_sizes_of_the_table_that_the_memory_plan_wrote():
+    clusters = (REPOSITORY / "docs" / "clusters.md").read_text(encoding="utf-8")
+    sizes = {}
+    for line in clusters.split("<!-- sizes: ")[1].split("<!-- sizes end")[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if "GiB" in line:
+            model, _, one, _, _, eight, *_ = cells
+            sizes[model] = (one, eight)
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+B \([\w-]+\)) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    assert len(rows) == 3
+    for model, one, eight in rows:
+        assert (one, eight) == sizes[model], model
+
+
+def test_the_readme_names_every_family_of_the_support_matrix():
+    matrix = (REPOSITORY / "docs" / "support-matrix.md").read_text(encoding="utf-8")
+    table = matrix.split("| family | samples share rows |")[1].split("\n\n")[0]
+    families = {row.split("|")[1].strip().split(",")[0] for row in table.splitlines()[2:]}
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    support = readme.split("## Hardware and support")[1].split("\n## ")[0]
+    packed = next(row for row in support.splitlines() if "tested with packing" in row)
+    assert len(families) > 12
+    for family in families:
+        assert re.search(rf"\b{re.escape(family)}\b(?!-)", support), family
+    for row in table.splitlines()[2:]:
+        name, shares, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+        named = re.search(rf"\b{re.escape(name.split(',')[0])}(?=[, ])", packed) is not None
+        assert named == (shares == "yes"), row
