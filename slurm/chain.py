@@ -22,6 +22,8 @@ from grid import Cell, grid, write_list
 
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import preset_path
+from gdrt_ds.invocation import module_command
 
 HOME = Path(__file__).resolve().parent.parent
 
@@ -158,8 +160,7 @@ def check(args: argparse.Namespace) -> None:
             )
     if args.plan:
         command = [
-            sys.executable,
-            str(HOME / "gdrt_ds" / "train.py"),
+            *module_command("gdrt_ds.train"),
             "--config",
             args.config,
             *args.overrides,
@@ -299,7 +300,7 @@ def _small_options(args: argparse.Namespace) -> list[str]:
 def _train_words(request: Request) -> list[str]:
     """The arguments of train.py."""
     args = request.args
-    words = ["--config", str(Path(args.config).absolute())]
+    words = ["--config", str(preset_path(args.config).absolute())]
     if args.deepspeed_config:
         words += ["--deepspeed_config", args.deepspeed_config]
     words += [setting for setting in args.overrides if not setting.startswith("run.dir=")]

@@ -9,10 +9,21 @@ refuse() { # refuse PROBLEM FIX: the user's mistake, exit status 2
   exit 2
 }
 
+# ---- the code: a checkout, or scripts that `gdrt-init --slurm` wrote beside an installed wheel ---------------------------------------
+
+# shellcheck disable=SC2034 # DEFAULT_CONFIG is read by the scripts that source this file
+if [ -d "$GDRT_HOME/gdrt_ds" ]; then
+  export PYTHONPATH="$GDRT_HOME${PYTHONPATH:+:$PYTHONPATH}"
+  TRAINER=("$GDRT_HOME/gdrt_ds/train.py") DEFAULT_CONFIG=$GDRT_HOME/configs/quickstart.yaml
+else
+  export PYTHONSAFEPATH=1 # a folder eval/ of the user's must not hide the installed one (Python 3.11 and newer)
+  TRAINER=(-m gdrt_ds.train) DEFAULT_CONFIG=configs/quickstart.yaml
+fi
+
 # ---- the software: modules, a set-up file, a virtual environment or a container -------------------------------------------------
 
 prepare_environment() {
-  export GDRT_HOME PYTHONPATH="$GDRT_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+  export GDRT_HOME PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
   if [ -n "${GDRT_MODULES:-}" ]; then
     type module >/dev/null 2>&1 || refuse "GDRT_MODULES = $GDRT_MODULES, but this node has no command \`module\`" \
       "source the site's module set-up in a file and name it in GDRT_SETUP"
@@ -155,7 +166,7 @@ describe_state() { # what Slurm thinks of this job: STATE, REASON
 
 conclude() { # conclude STEP_CODE [--early]: asks lives.py what follows and does it, once; CODE is the job's exit status
   [ -z "$CODE" ] || return 0
-  local ended code=$1 by_hand="go on by hand: sbatch slurm/gdrt.sh ${TRAIN[*]:1}"
+  local ended code=$1 by_hand="go on by hand: sbatch slurm/gdrt.sh ${TRAIN[*]:${#TRAINER[@]}}"
   shift
   ended=$("${LIFE_TOOL[@]}" end --job "$SLURM_JOB_ID" --restart "$RESTART" --run-dir "$RUN_DIR" --code "$code" --state "$STATE" --reason "$REASON" "$@") || exit $?
   eval "$ended" # VERDICT, CODE

@@ -49,7 +49,7 @@ GDRT_HOME=$(cd "$GDRT_HOME" && pwd)
 # shellcheck source=slurm/common.sh disable=SC1091
 . "$GDRT_HOME/slurm/common.sh"
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "slurm/gdrt.sh was started outside a Slurm job" "sbatch slurm/gdrt.sh ..., or: deepspeed gdrt_ds/train.py ..."
-[[ " $* " == *" --config"* ]] || set -- --config "$GDRT_HOME/configs/quickstart.yaml" "$@"
+[[ " $* " == *" --config"* ]] || set -- --config "$DEFAULT_CONFIG" "$@"
 
 prepare_environment
 LIFE_TOOL=("${GDRT_CONTAINER_WORDS[@]}" "$PYTHON" "$GDRT_HOME/slurm/lives.py")
@@ -59,7 +59,7 @@ eval "$begun" # VERDICT, RUN_DIR, LOGS, EXTRA (arguments for the trainer)
 [ "$VERDICT" = finished ] && exit 0
 describe_job
 check_nodes "$RUN_DIR"
-TRAIN=("$GDRT_HOME/gdrt_ds/train.py" "$@" "${EXTRA[@]}")
+TRAIN=("${TRAINER[@]}" "$@" "${EXTRA[@]}")
 if [ "$RESTART" = 0 ] && [ "${GDRT_PLAN:-1}" = 1 ]; then # a plan that is refused ends the job here, before any rank starts
   "${GDRT_CONTAINER_WORDS[@]}" "$PYTHON" "${TRAIN[@]}" --plan --world "$RANKS" || exit $?
 fi

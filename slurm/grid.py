@@ -21,10 +21,12 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HOME = Path(__file__).resolve().parent.parent
+if (HOME / "gdrt_ds").is_dir():  # a checkout; beside an installed wheel the folder is the user's
+    sys.path.insert(0, str(HOME))
 
-from gdrt_ds.errors import UserError
-from gdrt_ds.studies.grid import Cell, cells_of, load_study
+from gdrt_ds.errors import UserError  # noqa: E402
+from gdrt_ds.studies.grid import Cell, cells_of, load_study  # noqa: E402
 
 WITH_TAU = ("gdrt", "gdrt+msl")
 

@@ -23,10 +23,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HOME = Path(__file__).resolve().parent.parent
+if (HOME / "gdrt_ds").is_dir():  # a checkout; beside an installed wheel the folder is the user's
+    sys.path.insert(0, str(HOME))
 
-from gdrt_ds.config import load_config
-from gdrt_ds.errors import EXIT_INTERRUPTED, LostPeer, StorageError, UserError
+from gdrt_ds.config import load_config  # noqa: E402
+from gdrt_ds.errors import EXIT_INTERRUPTED, LostPeer, StorageError, UserError  # noqa: E402
 
 STATUSES = {
     137: "killed by signal 9: often out of memory, see `sacct -o MaxRSS` or the node's kernel log",

@@ -19,7 +19,7 @@ GDRT_HOME=$(cd "$GDRT_HOME" && pwd)
 # shellcheck source=slurm/common.sh disable=SC1091
 . "$GDRT_HOME/slurm/common.sh"
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "slurm/prepare.sh was started outside a Slurm job" "sbatch slurm/prepare.sh ..., or: python -m gdrt_ds.prepare ..."
-[[ " $* " == *" --config"* ]] || set -- --config "$GDRT_HOME/configs/quickstart.yaml" "$@"
+[[ " $* " == *" --config"* ]] || set -- --config "$DEFAULT_CONFIG" "$@"
 prepare_environment
 begun=$("${GDRT_CONTAINER_WORDS[@]}" "$PYTHON" "$GDRT_HOME/slurm/lives.py" look -- "$@") || exit $?
 eval "$begun" # VERDICT, RUN_DIR

@@ -22,9 +22,11 @@ import sys
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOME))
+if (HOME / "gdrt_ds").is_dir():  # a checkout; beside an installed wheel the folder is the user's
+    sys.path.insert(0, str(HOME))
 
 from gdrt_ds.errors import UserError  # noqa: E402
+from gdrt_ds.files import preset_path  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--config",
-        default=str(HOME / "configs" / "quickstart.yaml"),
+        default=str(preset_path("configs/quickstart.yaml")),
         help="run config (default: the quick start)",
     )
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON, overrides the key `deepspeed`")

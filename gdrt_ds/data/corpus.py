@@ -76,7 +76,7 @@ def load_corpus(data: DataSection) -> Corpus:
     for role in data.columns:
         if role not in known:
             raise UserError(f"data.columns.{role}: unknown column role", nearest(role, known))
-    reader = _reader_of(data)
+    reader = reader_of(data)
     found = reader.read(data, bad)
     notes: list[str] = []
     if isinstance(found, Interactions):
@@ -130,7 +130,7 @@ def in_order() -> list[Reader]:
     return sorted(readers().values(), key=lambda reader: reader.order)
 
 
-def _reader_of(data: DataSection) -> Reader:
+def reader_of(data: DataSection) -> Reader:
     """Returns the reader that `data.format` names, or the first that recognises `data.path`.
 
     Raises:

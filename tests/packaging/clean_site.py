@@ -15,6 +15,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from gdrt_ds.runtime import own_build_folder
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("gdrt_ds", "eval", "configs", "ds_configs", "slurm")
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
@@ -72,6 +74,7 @@ def build_wheel(folder: Path) -> Path:
 
 def make_site(folder: Path) -> Site:
     """Builds the wheel, installs it into a new environment, and makes the user's folder."""
+    own_build_folder()  # an environment of its own would build DeepSpeed's extension anew, for a minute
     wheel = build_wheel(folder)
     environment = folder / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import zipfile
 
 import pytest
@@ -86,6 +87,35 @@ def test_an_evaluation_says_which_eval_it_is(site):
     assert str(folder) in site.run("gdrt-eval", "--version")
     # Also where the user has put the working folder on the path.
     assert str(folder) in site.run("gdrt-eval", "--version", PYTHONPATH=str(site.folder))
+
+
+def test_the_doctor_finds_a_machine_on_which_the_wheel_can_train(site):
+    text = site.run("gdrt-doctor", "--json")
+    said = json.loads(text[text.index("{") :])  # libraries warn on stderr before it
+    assert said["ready"] and not said["machine"]["gdrt_ds"]["checkout"]
+
+
+def test_a_starter_config_for_the_users_table_is_accepted(site):
+    rows = [f"{user},{item},Title {item},{100 * user + item}" for user in range(30) for item in range(6)]
+    (site.folder / "log.csv").write_text("\n".join(["user_id,asin,title,date", *rows]) + "\n")
+    assert "item = asin" in site.run("gdrt-init", "log.csv")
+    text = site.run("gdrt-train", "--config", "gdrt.yaml", "model.path=tiny-random", "--plan")
+    assert "6 titles" in text
+
+
+def test_slurm_scripts_out_of_the_wheel_use_the_installed_package(site):
+    site.run("gdrt-init", "--slurm")
+    source = "GDRT_HOME=$PWD; set -euo pipefail; . slurm/common.sh; "
+    ask = source + 'echo "${TRAINER[@]} $DEFAULT_CONFIG ${PYTHONPATH-}"'
+    done = subprocess.run(
+        ["bash", "-c", ask], cwd=site.folder, env={"PATH": "/usr/bin:/bin"}, capture_output=True
+    )
+    assert done.stdout.decode().split() == ["-m", "gdrt_ds.train", "configs/quickstart.yaml"], done.stderr
+    words = ["look", "--", "--config", "configs/quickstart.yaml", "run.dir=runs/slurm"]
+    assert "VERDICT" in site.run("python", "slurm/lives.py", *words, PYTHONSAFEPATH="1")
+    assert "gdrt" in site.run(
+        "python", "slurm/grid.py", "--objectives", "sft,gdrt", "--seeds", "0", PYTHONSAFEPATH="1"
+    )
 
 
 @pytest.mark.distributed

@@ -1,0 +1,91 @@
+"""Looks at data without reading them: which reader takes them, which files and which columns it would use.
+
+The readers' own detection and names are asked, so what is found here is what a run does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gdrt_ds.config import DataSection
+from gdrt_ds.data.corpus import reader_of, readers
+from gdrt_ds.data.readers import table
+from gdrt_ds.data.readers._rows import header_of, pick_column
+from gdrt_ds.data.readers.base import guess_domain
+from gdrt_ds.errors import UserError
+
+EVENT_ROLES = {
+    "user": table.USER,
+    "item": table.ITEM,
+    "timestamp": table.TIMESTAMP,
+    "rating": table.RATING,
+}
+ITEM_ROLES = {"title": table.TITLE, "provider": table.PROVIDER, "genres": table.GENRES}
+NEEDED = ("user", "item", "title")
+"""Roles without which nothing can be trained. Without a timestamp the split is `leave_one_out`."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a look at the data found.
+
+    Attributes:
+        format: name of the reader, a value of `data.format`.
+        path: as the user gave it.
+        items: file of the item table; None where the reader finds its files by itself.
+        columns: role -> column; only tables have them.
+        lacking: needed roles for which no column is known -> the columns there are.
+        domain: what an item is called in the prompt.
+    """
+
+    format: str
+    path: str
+    items: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    lacking: dict[str, list[str]] = field(default_factory=dict)
+    domain: str = "item"
+
+
+def look_at(path: str, items: str | None = None) -> Seen:
+    """Recognises the data at a path, or an embedded set by its name.
+
+    Raises:
+        UserError: there is nothing, or a table without an item table.
+    """
+    data = DataSection(path=path, items=items)
+    reader = reader_of(data)
+    name = next(name for name, known in readers().items() if known is reader)
+    if name != "table":
+        return Seen(name, path, items, domain=guess_domain(Path(path).name))
+    return _look_at_table(data)
+
+
+def _look_at_table(data: DataSection) -> Seen:
+    path = Path(data.path)
+    folder = path if path.is_dir() else path.parent
+    events = table.find_table(path, table.INTERACTION_NAMES) if path.is_dir() else path
+    if events is None:
+        known = ", ".join(f"{name}.*" for name in table.INTERACTION_NAMES)
+        raise UserError(f"{path}: no interactions file there", f"name it as one of {known}, or give the file")
+    header = header_of(events)
+    items = data.items
+    if items is None and table.find_table(folder, table.ITEM_NAMES) is None:
+        if pick_column(events, header, "title", table.TITLE, {}, required=False) is None:
+            raise UserError(
+                f"{events}: it has no column of titles, and no item table is beside it",
+                "put items.csv (item_id,title[,provider,genres]) there, or name the table with --items",
+            )
+        items = str(events)  # the titles stand in the interactions themselves
+    item_file = Path(items) if items else table.find_table(folder, table.ITEM_NAMES)
+    item_header = header_of(item_file)
+    columns = {}
+    lacking = {}
+    for roles, file, names in ((EVENT_ROLES, events, header), (ITEM_ROLES, item_file, item_header)):
+        for role, aliases in roles.items():
+            column = pick_column(file, names, role, aliases, {}, required=False)
+            if column is not None:
+                columns[role] = column
+            elif role in NEEDED:
+                lacking[role] = names
+    return Seen("table", data.path, items, columns, lacking, guess_domain(folder.resolve().name))

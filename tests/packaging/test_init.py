@@ -1,0 +1,83 @@
+"""gdrt-init writes a config that the readers take, and says what it could not find."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from gdrt_ds.commands import init
+from gdrt_ds.config import load_config
+from gdrt_ds.data.corpus import load_corpus
+from gdrt_ds.data.looking import look_at
+from gdrt_ds.data.readers.movielens import READER as MOVIELENS
+from gdrt_ds.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_table(path, header, rows):
+    path.write_text("\n".join([header, *rows]) + "\n")
+
+
+def events(users=4, items=6):
+    return [f"{u},Title {i},{i},4,{100 * u + i}" for u in range(users) for i in range(items)]
+
+
+def test_a_table_with_titles_of_its_own_becomes_a_config_that_reads_it(folder):
+    write_table(folder / "log.csv", "userId,title,asin,stars,date", events())
+    assert init.main(["log.csv"]) == 0
+    text = (folder / "gdrt.yaml").read_text()
+    config = load_config("gdrt.yaml")
+    assert config.data.columns == {
+        "user": "userId", "item": "asin", "timestamp": "date", "rating": "stars", "title": "title",
+    }  # fmt: skip
+    assert len(load_corpus(config.data).items) == 6
+    keys = [line for line in text.splitlines() if ":" in line and not line.rstrip().endswith(":")]
+    assert all("#" in line for line in keys), "every key has a comment"
+
+
+def test_a_table_without_times_is_split_by_the_last_item(folder):
+    write_table(folder / "interactions.csv", "user,item", [f"{u},{i}" for u in range(4) for i in range(6)])
+    write_table(folder / "items.csv", "id,name", [f"{i},Title {i}" for i in range(6)])
+    assert init.main([".", "--output", "own.yaml"]) == 0
+    config = load_config("own.yaml")
+    assert config.data.split == "leave_one_out" and config.data.items is None
+    assert len(load_corpus(config.data).splits["test"]) == 4
+
+
+def test_a_column_that_nobody_knows_has_to_be_filled_in(folder, capsys):
+    write_table(folder / "log.csv", "customer,title,asin,stars,date", events())
+    assert init.main(["log.csv"]) == 0
+    assert "fill in data.columns.user" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data.columns.user=\?\?\?.*customer"):
+        load_corpus(load_config("gdrt.yaml").data)
+    config = load_config("gdrt.yaml", ["data.columns.user=customer"])
+    assert len({sample.user_id for sample in load_corpus(config.data).splits["train"]}) > 1
+
+
+def test_windows_are_recognised_as_a_training_recognises_them(folder):
+    (folder / "train.csv").write_text("user_id,item_ids,timestamp\n")
+    seen = look_at(".")
+    assert (seen.format, seen.columns) == ("windows", {})
+    assert MOVIELENS.embedded[0] == "ml-100k" and look_at("ml-100k").format == "movielens"
+
+
+def test_nothing_that_exists_is_overwritten(folder):
+    (folder / "gdrt.yaml").write_text("mine: 1\n")
+    with pytest.raises(SystemExit) as ended:
+        init.main(["planted"])
+    assert ended.value.code == 2
+    assert yaml.safe_load((folder / "gdrt.yaml").read_text()) == {"mine": 1}
+    (folder / "slurm").mkdir()
+    with pytest.raises(SystemExit):
+        init.main(["--slurm"])
+
+
+def test_data_without_titles_are_refused_with_what_is_missing(folder):
+    write_table(folder / "log.csv", "user,item", ["1,2"])
+    with pytest.raises(UserError, match="no column of titles"):
+        look_at("log.csv")
