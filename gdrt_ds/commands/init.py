@@ -51,6 +51,15 @@ def write_config(options: argparse.Namespace) -> list[str]:
         told.append("columns: " + ", ".join(f"{role} = {column}" for role, column in seen.columns.items()))
     for role, there in seen.lacking.items():
         told.append(f"please fill in data.columns.{role} in {output}; the columns are {', '.join(there)}")
+    if seen.format == "table" and "timestamp" not in seen.columns:
+        told.append(
+            "no column of times was recognised: the order of the file counts (data.split=leave_one_out)"
+        )
+        if seen.unused:
+            told.append(
+                f"if one of {', '.join(seen.unused)} holds times, set data.columns.timestamp to it and "
+                "data.split=time"
+            )
     return [*told, f"written: {output}", f"next: gdrt-train --config {output} --plan"]
 
 

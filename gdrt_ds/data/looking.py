@@ -36,6 +36,7 @@ class Seen:
         items: file of the item table; None where the reader finds its files by itself.
         columns: role -> column; only tables have them.
         lacking: needed roles for which no column is known -> the columns there are.
+        unused: columns of the interactions that play no role, e.g. one of times under an unknown name.
         domain: what an item is called in the prompt.
     """
 
@@ -44,6 +45,7 @@ class Seen:
     items: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     lacking: dict[str, list[str]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
     domain: str = "item"
 
 
@@ -88,4 +90,5 @@ def _look_at_table(data: DataSection) -> Seen:
                 columns[role] = column
             elif role in NEEDED:
                 lacking[role] = names
-    return Seen("table", data.path, items, columns, lacking, guess_domain(folder.resolve().name))
+    unused = [name for name in header if name not in columns.values()]
+    return Seen("table", data.path, items, columns, lacking, unused, guess_domain(folder.resolve().name))

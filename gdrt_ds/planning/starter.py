@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from gdrt_ds.data.looking import Seen
-from gdrt_ds.registry import part_names
+from gdrt_ds.objectives import objectives
 
 UNKNOWN = "???"
 """Stands where the user has to write a name; the reader refuses it with the columns that there are."""
@@ -22,7 +22,6 @@ def starter_config(seen: Seen, file: str, model: str) -> str:
         model: folder or hub name of the base model.
     """
     name = Path(seen.path).stem or "mine"
-    objectives = ", ".join(part_names("gdrt_ds.objectives"))
     lines = [
         f"# Written by gdrt-init for {seen.path}. Every key and its default: docs/config-reference.md.",
         f"#   gdrt-train --config {file} --plan     reads the data, predicts the memory, trains nothing",
@@ -52,7 +51,7 @@ def starter_config(seen: Seen, file: str, model: str) -> str:
         _line("warmup_steps", 20, "steps of linear warm-up"),
         _line("eval_every", 100, "steps between validations"),
         _line("save_every", 100, "steps between checkpoints; resume=auto goes on from the newest"),
-        _line("objective", "gdrt", f"one of {objectives}", depth=0),
+        _line("objective", "gdrt", f"one of {', '.join(sorted(objectives()))}", depth=0),
         "dro:",
         _line("tau", 1.0, "temperature: large = plain mean, small = worst group; docs/choosing.md"),
         "groups:",
@@ -76,7 +75,9 @@ def _data_lines(seen: Seen) -> list[str]:
         for role, there in seen.lacking.items():
             lines.append(_line(role, UNKNOWN, f"PLEASE FILL IN; the columns are {', '.join(there)}", depth=2))
         if "timestamp" not in seen.columns:
-            lines.append(_line("split", "leave_one_out", "there are no times; the order of the file counts"))
+            lines.append(
+                _line("split", "leave_one_out", "no column of times is known; the order of the file counts")
+            )
         if "rating" in seen.columns:
             lines.append(
                 "  # min_rating: 4                       # leaves lower ratings out, as no positives"

@@ -11,6 +11,7 @@ from gdrt_ds.data.corpus import load_corpus
 from gdrt_ds.data.looking import look_at
 from gdrt_ds.data.readers.movielens import READER as MOVIELENS
 from gdrt_ds.errors import UserError
+from gdrt_ds.objectives import get_objective
 
 
 @pytest.fixture
@@ -57,6 +58,28 @@ def test_a_column_that_nobody_knows_has_to_be_filled_in(folder, capsys):
         load_corpus(load_config("gdrt.yaml").data)
     config = load_config("gdrt.yaml", ["data.columns.user=customer"])
     assert len({sample.user_id for sample in load_corpus(config.data).splits["train"]}) > 1
+
+
+def test_times_under_an_unknown_name_are_asked_for_and_not_passed_over(folder, capsys):
+    write_table(folder / "log.csv", "user,title,item,stars,clock", events())
+    assert init.main(["log.csv"]) == 0
+    assert "if one of clock holds times, set data.columns.timestamp" in capsys.readouterr().out
+    config = load_config("gdrt.yaml", ["data.columns.timestamp=clock", "data.split=time"])
+    assert load_corpus(config.data).splits["train"][0].timestamp is not None
+    write_table(folder / "known.csv", "user,title,item,stars,date", events())
+    assert init.main(["known.csv", "--output", "known.yaml"]) == 0
+    assert "holds times" not in capsys.readouterr().out
+
+
+def test_every_objective_that_the_config_names_can_be_chosen(folder):
+    assert init.main(["planted"]) == 0
+    line = next(
+        row for row in (folder / "gdrt.yaml").read_text().splitlines() if row.startswith("objective:")
+    )
+    named = line.split("one of ")[1].split(", ")
+    assert len(named) > 8
+    for name in named:
+        assert get_objective(name).name == name
 
 
 def test_windows_are_recognised_as_a_training_recognises_them(folder):
