@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles one small extension at its first start; two environments that share a cache would rebuild it in turns.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: help install quickstart lint format test test-fast golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks gpu-check clean
+.PHONY: help install wheel quickstart lint format test test-fast golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks gpu-check clean
 
 help:
 	@echo "make quickstart      install, tune a real small LM with SFT and GDRT on real data, evaluate, compare (11 minutes on 2 cores)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-faults     kills, torn files, NaN, hangs: the fault table"
 	@echo "make test-slurm      the SLURM templates on a real cluster of namespaces (root)"
 	@echo "make benchmarks      every script of benchmarks/ with --quick"
+	@echo "make wheel           build the wheel into dist/, install it into an empty environment and run its commands there"
 	@echo "make gpu-check       everything that needs a GPU, on one: kernels, attention, a 7B step, benchmarks (10 minutes); status 2 without"
 
 # torch alone and first: unpinned, other packages would pull a build of several GB. Data packages are read, never imported.
@@ -93,6 +94,12 @@ test-slurm: install
 benchmarks: install
 	@failed=; for script in $$(ls benchmarks/*.py | grep -v -e machine_line -e random_model); do echo "== $$script"; $(BIN)/python $$script --quick || failed="$$failed $$script"; done; \
 	[ -z "$$failed" ] || { echo "a promise is not kept by:$$failed" >&2; exit 1; }
+
+# The tests build the same wheel from a copy of the sources.
+wheel: install
+	rm -rf build dist && $(BIN)/pip wheel -q --no-deps -w dist . && rm -rf build
+	$(BIN)/python -m pytest tests/packaging
+	@ls -l dist
 
 # Not after `install`: a tree that was copied to a GPU machine brings its own environment.
 gpu-check:

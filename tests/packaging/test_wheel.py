@@ -40,7 +40,8 @@ def test_the_wheel_holds_the_packages_the_presets_and_nothing_of_the_tests(site)
 
 
 def test_the_installed_package_is_the_one_that_is_imported(site):
-    where = site.run("python", "-P", "-c", "import gdrt_ds, eval; print(gdrt_ds.__file__, eval.__file__)")
+    ask = "import sys; sys.path.remove(''); import gdrt_ds, eval; print(gdrt_ds.__file__, eval.__file__)"
+    where = site.run("python", "-c", ask)
     assert where.count(str(site.environment)) == 2
 
 
