@@ -429,6 +429,28 @@ MUTATIONS = [
         "test_config.py::test_an_unknown_key_is_an_error_with_the_nearest_name",
         (("config/base.py", "Section", 'extra="forbid"', 'extra="ignore"'),),
     ),
+    Mutation(
+        "a preset stands before the user's file",
+        "packaging/test_invocation.py::test_the_users_own_file_stands_before_a_preset_and_presets_are_found_from_anywhere",
+        (("files.py", "preset_path", "if own.is_file() or own.is_absolute():", "if own.is_absolute():"),),
+    ),
+    Mutation(
+        "the working folder stays in front",
+        "packaging/test_invocation.py::test_a_working_folder_that_pythonpath_names_stands_behind_our_packages",
+        (("invocation.py", "put_own_packages_first", "!= here]", "!= '']"),),
+    ),
+    Mutation(
+        "a missing package is no reason not to start",
+        "packaging/test_doctor.py::test_packages_are_judged_by_whether_every_run_needs_them",
+        (
+            (
+                "planning/diagnosis.py",
+                "_about_packages",
+                'Finding(True, f"{name} is not installed", wish)',
+                'Finding(False, f"{name} is not installed", wish)',
+            ),
+        ),
+    ),
 ]
 MUTATIONS += [Mutation(*planted) for planted in PLANTED_CUDA]
 

@@ -20,7 +20,14 @@ from gdrt_ds.runtime import own_build_folder
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("gdrt_ds", "eval", "configs", "ds_configs", "slurm")
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
-HOSTILE = ("eval/__init__.py", "eval/run.py", "datasets/__init__.py", "config.py", "files.py")
+HOSTILE = (
+    "eval/__init__.py",
+    "eval/run.py",
+    "datasets/__init__.py",
+    "peft/__init__.py",  # every training imports it
+    "config.py",
+    "files.py",
+)
 """Names that users have in their folders; each one ends the process that imports it."""
 
 

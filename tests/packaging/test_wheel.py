@@ -68,19 +68,16 @@ def test_the_trained_run_is_evaluated_compared_and_asked_for_recommendations(sit
 def test_the_users_own_config_stands_before_a_preset_of_that_name(site):
     own = site.folder / "configs" / "smoke.yaml"
     own.parent.mkdir(exist_ok=True)
-    own.write_text("data: {path: planted}\nmodel: {path: tiny-random}\nobjective: msl\n")
-    assert "objective: msl" in site.run("gdrt-train", "--config", "configs/smoke.yaml", "--plan")
+    own.write_text("objective: msl\n")
+    ask = "from gdrt_ds import load_config; print(load_config('configs/smoke.yaml').objective)"
+    assert site.run("python", "-c", "import sys; sys.path.remove(''); " + ask).strip() == "msl"
     own.unlink()
-    assert "objective: gdrt\n" in site.run("gdrt-train", "--config", "configs/smoke.yaml", "--plan")
+    assert site.run("python", "-c", "import sys; sys.path.remove(''); " + ask).strip() == "gdrt"
 
 
 def test_a_config_that_is_nowhere_is_answered_with_those_that_exist(site):
     text = site.run("gdrt-train", "--config", "configs/smok.yaml", "--plan", status=2)
     assert "did you mean `configs/smoke.yaml`?" in text and "configs/llama3_8b.yaml" in text
-    text = site.run(
-        "gdrt-train", "--config", "configs/smoke.yaml", "deepspeed=ds_configs/zero.json", status=2
-    )
-    assert "ds_configs/zero3_qlora.json" in text
 
 
 def test_an_evaluation_says_which_eval_it_is(site):
