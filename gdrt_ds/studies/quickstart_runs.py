@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import REPOSITORY, in_checkout
+from gdrt_ds.invocation import safe_environment
 
 OBJECTIVES = ("sft", "gdrt")
 
@@ -104,12 +105,15 @@ def show(command: list[str], log: Path) -> float:
     started = time.time()
     # The launcher of this very environment comes first.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # A checkout is imported from the folder where the command runs. Elsewhere that folder is the user's and may
+    # have an eval/ of its own.
+    environment = os.environ if in_checkout() else safe_environment()
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             command,
             cwd=REPOSITORY if in_checkout() else None,
-            env=os.environ | {"PATH": path},
+            env=environment | {"PATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -114,6 +115,16 @@ def test_slurm_scripts_out_of_the_wheel_use_the_installed_package(site):
     assert "gdrt" in site.run(
         "python", "slurm/grid.py", "--objectives", "sft,gdrt", "--seeds", "0", PYTHONSAFEPATH="1"
     )
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
+def test_the_quickstart_out_of_the_wheel_runs_our_evaluation(site):
+    ask = (
+        "import sys; sys.path.remove(''); from pathlib import Path; "
+        "from gdrt_ds.studies.quickstart_runs import show; "
+        "show([sys.executable, '-m', 'eval.run', '--version'], Path('quickstart.log'))"
+    )
+    assert str(site.environment) in site.run("python", "-c", ask)
 
 
 @pytest.mark.distributed
