@@ -105,8 +105,8 @@ def show(command: list[str], log: Path) -> float:
     started = time.time()
     # The launcher of this very environment comes first.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    # A checkout is imported from the folder where the command runs. Elsewhere that folder is the user's and may
-    # have an eval/ of its own.
+    # A checkout is imported from the folder where the command runs. Elsewhere that folder is the user's
+    # and may have an eval/ of its own.
     environment = os.environ if in_checkout() else safe_environment()
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as stream:
