@@ -71,15 +71,18 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     """Returns `key: before -> now` of every changed setting that changes what is computed.
 
-    The settings are compared with those of the run in this folder.
+    The settings are compared with those of the run in this folder. A setting that the run's version did not
+    have yet counts as its default: new settings keep by default what was computed before them.
     """
     saved = Path(folder) / "config.yaml"
     if not saved.is_file():
         return []
-    before, now = (
-        _flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))),
-        _flatten(config.model_dump(mode="json")),
-    )
+    before = _flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    now = _flatten(config.model_dump(mode="json"))
+    defaults = _flatten(RunConfig().model_dump(mode="json"))
+    for key in now.keys() - before.keys():
+        if key in defaults:
+            before[key] = defaults[key]
     changed = [
         key
         for key in sorted(before.keys() | now.keys())

@@ -6,8 +6,9 @@ import errno
 
 import pytest
 import torch
+import yaml
 
-from gdrt_ds.config import RunConfig
+from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import LostPeer, StorageError, UserError
 from gdrt_ds.runtime import explain
 from gdrt_ds.training import run_folder
@@ -127,3 +128,13 @@ def test_a_lost_peer_is_told_from_the_words_of_gloo(monkeypatch):
     ):
         told = explain(RuntimeError(text))
         assert isinstance(told, LostPeer) and told.status == 70 and "dead or hung" in told.problem
+
+
+def test_a_setting_that_the_saved_run_did_not_have_counts_as_its_default(tmp_path):
+    config = load_config(None, [f"run.dir={tmp_path}"])
+    saved = config.model_dump(mode="json")
+    del saved["data"]["windows"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved), encoding="utf-8")
+    assert run_folder.changed_settings(tmp_path, config) == []
+    growing = load_config(None, [f"run.dir={tmp_path}", "data.windows=growing"])
+    assert run_folder.changed_settings(tmp_path, growing) == ["data.windows: 'sliding' -> 'growing'"]
