@@ -11,65 +11,22 @@ import json
 import pytest
 import torch
 
-from gdrt_ds import dro
 from gdrt_ds.runtime import Runtime
 from gdrt_ds.training.telemetry import Telemetry, read_at_once
-from tests.distributed.exact_cells import LR, Cell, make_config, start_runner
-from tests.distributed.ranks import run_ranks
+from tests.distributed.exact_cells import Cell, make_config
+from tests.distributed.ranks import run_scenario
 from tests.host_reads import HostReads
-
-# Checks of arguments that run on CPUs only; on a device they are assertions of the device (loss/checks.py).
-# The plan of a masked softmax is made from tensors that stay on the CPU (loss/allowed.py).
-ON_THE_CPU_ONLY = ("checks.py:check_range:", "checks.py:require:", "allowed.py:plan_allowed:")
-CELLS = [
-    Cell(2, stage=1, base="none", objective="cvar", options=(("dro.cvar_over", "tokens"),)),
-    Cell(1, stage=1, base="none", objective="msl"),
-    Cell(1, stage=1, base="none", objective="group_dro", estimate="ema", packing="none"),
-]
-
-
-def of_the_device(reads: HostReads) -> dict[str, int]:
-    return {name: times for name, times in reads.counts.items() if not name.startswith(ON_THE_CPU_ONLY)}
-
-
-def plant_a_second_read() -> None:
-    usual = dro.StepBuffer.flags
-
-    def flags_and_more(self):
-        self.data.sum().item()
-        return usual(self)
-
-    # The read has to come from a file of the package, as a careless change would.
-    flags_and_more.__code__ = flags_and_more.__code__.replace(co_filename=usual.__code__.co_filename)
-    dro.StepBuffer.flags = flags_and_more
-
-
-def _watched_steps(rank, world, folder):
-    """Reads of one step per cell, and of a step of the last one after a second read was planted."""
-    found = []
-    for cell in CELLS:
-        runner = start_runner(cell, rank, world, folder)
-        runner.run(0, LR)
-        with HostReads() as reads:
-            runner.run(1, LR)
-        found.append(of_the_device(reads))
-        if cell == CELLS[-1]:
-            plant_a_second_read()
-            with HostReads() as reads:
-                runner.run(2, LR)
-            found.append(of_the_device(reads))
-        runner.engine.destroy()
-    return found
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    return run_ranks(1, _watched_steps, tmp_path_factory.mktemp("steps"))[0]
+    """Reads of one step per kind of objective, then of a step after a second read was planted."""
+    return run_scenario("scenario_host_reads.py", tmp_path_factory.mktemp("steps"))
 
 
 @pytest.mark.distributed
 def test_a_step_reads_the_device_once_whatever_the_objective_and_the_order_of_events(steps):
-    assert steps[:-1] == [{"buffer.py:flags:tolist": 1}] * len(CELLS)
+    assert steps[:-1] == [{"buffer.py:flags:tolist": 1}] * 3
 
 
 @pytest.mark.distributed
