@@ -14,10 +14,8 @@ allocator keeps freed tensors (docs/benchmarks.md).
 from __future__ import annotations
 
 import argparse
-import ctypes.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from launching import find_allocator, trainer_command, trainer_environment  # noqa: E402
 from machine_line import machine  # noqa: E402
 from random_model import SHAPES, write_random_model  # noqa: E402
 
@@ -116,9 +115,6 @@ def train(model: Path, objective: str, folder: Path, options) -> dict:
     from gdrt_ds.planning.plan import plan_run
     from gdrt_ds.training.preparation import prepare
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     overrides = [
         f"run.dir={folder}",
         f"model.path={model}",
@@ -126,16 +122,16 @@ def train(model: Path, objective: str, folder: Path, options) -> dict:
         f"objective={objective}",
         *SETTINGS,
     ]
-    preload = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("jemalloc")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    if preload:
-        environment["LD_PRELOAD"] = preload
-    command = ["deepspeed", "--master_port", str(port), "--num_gpus", str(options.world)]
-    command += ["gdrt_ds/train.py", *overrides]
+    preload = find_allocator()
+    command = trainer_command(options.world, overrides)
     started = time.monotonic()
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=trainer_environment(preload),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     watch = ProportionalSetSize(process.pid)
     watch.start()

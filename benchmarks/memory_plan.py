@@ -14,10 +14,8 @@ system's own allocator keeps, and is not judged.
 from __future__ import annotations
 
 import argparse
-import ctypes.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from launching import find_allocator, trainer_command, trainer_environment  # noqa: E402
 from machine_line import machine  # noqa: E402
 
 COMMON = [
@@ -126,47 +125,12 @@ def predicted_bytes(overrides: list[str], world: int) -> dict[str, int]:
 
 
 def measured_bytes(overrides: list[str], world: int, folder: Path, preload: str | None) -> int:
-    with socket.socket() as probe:  # other launches on this machine keep the default port
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        "deepspeed",
-        "--master_port",
-        str(port),
-        "--num_gpus",
-        str(world),
-        "gdrt_ds/train.py",
-        "--config",
-        "configs/planted.yaml",
-        f"run.dir={folder}",
-        *overrides,
-    ]
-    environment = (
-        os.environ
-        | ({"LD_PRELOAD": preload} if preload else {})
-        | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-            "OMP_NUM_THREADS": "1",
-        }
-    )
+    command = trainer_command(world, ["--config", "configs/planted.yaml", f"run.dir={folder}", *overrides])
+    environment = trainer_environment(preload)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))["peak_memory_bytes"]
-
-
-def find_allocator(wanted: str) -> str | None:
-    """The library to preload, or None for the system's own allocator."""
-    if wanted == "auto":
-        return next(
-            (
-                found
-                for name in ("tcmalloc_minimal", "tcmalloc", "jemalloc")
-                if (found := ctypes.util.find_library(name))
-            ),
-            None,
-        )
-    return None if wanted == "glibc" else wanted
 
 
 def main() -> int:

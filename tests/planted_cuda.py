@@ -38,7 +38,8 @@ PLANTED = [
     ),
     (
         "a block counts as full where one of its keys is seen",
-        "batches/test_flex_rows.py::test_the_blocks_of_a_layout_are_those_that_torch_finds_by_trying_every_score",
+        "batches/test_flex_rows.py::"
+        "test_the_blocks_of_a_layout_are_those_that_torch_finds_by_trying_every_score",
         (("batches/flex_rows.py", "visible_blocks", "end_RB.amin(1)", "end_RB.amax(1)"),),
     ),
     (

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from tests.mutations import MUTATIONS, ROOT, lost_places
+from tests.mutation_table import MUTATIONS
+from tests.mutations import ROOT, lost_places
 
 
 def test_every_mutation_finds_its_place_in_the_source():

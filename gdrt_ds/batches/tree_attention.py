@@ -181,6 +181,14 @@ def _start(way: Tensor, depth: int) -> Tensor:
     return way.narrow(2, 0, depth)
 
 
+def refuse_softcap(softcap: float | None) -> None:
+    """Raises ValueError where scores are capped, which no execution of packed rows does."""
+    if softcap is not None:
+        raise ValueError(
+            "packed rows are not supported for models with attention soft-capping; set train.packing=none"
+        )
+
+
 def tree_attention(
     module,
     query: Tensor,
@@ -213,10 +221,7 @@ def tree_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    if softcap is not None:
-        raise ValueError(
-            "packed rows are not supported for models with attention soft-capping; set train.packing=none"
-        )
+    refuse_softcap(softcap)
     if query.is_cuda and dropout == 0.0 and not per_sample:
         output = flex_rows(query, key, value, tree_layout, scaling, sliding_window)
     else:

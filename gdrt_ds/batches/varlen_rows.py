@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,11 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gdrt_ds.batches.tree_attention import TreeLayout, refuse_softcap
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime.devices import to_device
-
-if TYPE_CHECKING:
-    from gdrt_ds.batches.tree_attention import TreeLayout
 
 FLASH_2 = "gdrt_varlen_2"  # without "flash": transformers looks for that word
 FLASH_3 = "gdrt_varlen_3"
@@ -166,10 +163,7 @@ def flash_rows(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    if softcap is not None:
-        raise ValueError(
-            "packed rows are not supported for models with attention soft-capping; set train.packing=none"
-        )
+    refuse_softcap(softcap)
     call = flash_call(package)
     output = varlen_rows(query, key, value, tree_layout, scaling, dropout, sliding_window, call)
     return output.contiguous(), None

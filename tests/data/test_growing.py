@@ -7,7 +7,7 @@ import pytest
 
 from gdrt_ds.batches import BatchPlan, build_micro_batch
 from gdrt_ds.config import DataSection, load_config
-from gdrt_ds.data.corpus import load_corpus
+from gdrt_ds.data.corpus import Sample, load_corpus
 from gdrt_ds.data.growing import stitch
 from gdrt_ds.errors import UserError
 from gdrt_ds.training.preflight import check_settings
@@ -108,6 +108,15 @@ def test_a_window_that_continues_nothing_starts_a_run_of_its_own(folder):
     windows = stitch(samples, 10, 1, seed=0)
     gap = [sample for index, sample in enumerate(samples) if index % 3]
     assert len(stitch(gap, 10, 1, seed=0).runs) > len(windows.runs)
+
+
+def test_a_missing_window_between_two_of_equal_length_is_a_gap_and_no_history_closes_it():
+    """b c d -> e is missing (another split, a sample limit), so e may not be left out of f's history."""
+    first = Sample(0, "u", ("a", "b", "c"), "d", 1.0)
+    third = Sample(1, "u", ("c", "d", "e"), "f", 3.0)
+    windows = stitch([first, third], 3, 1, seed=0)
+    assert [run.items for run in windows.runs] == [("a", "b", "c", "d"), ("c", "d", "e", "f")]
+    assert windows.history(1, 0) == ("c", "d", "e")
 
 
 def test_items_of_the_other_splits_are_in_no_history_that_reaches_beyond_the_windows(folder):

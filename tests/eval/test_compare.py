@@ -212,7 +212,13 @@ def test_audits_stand_side_by_side_where_two_runs_have_them(folders, tmp_path, c
         (folder / "results.json").write_text(json.dumps({**results, "audits": audits}))
         given.append(load_run(folder, name))
     assert audit_rows(given) == [
-        ["sensitivity", "NLL(swapped) - NLL(true)", "0.2500 [0.1500, 0.3500]", "0.7500 [0.6500, 0.8500]", "–"]
+        [
+            "sensitivity",
+            "NLL(swapped) - NLL(true)",
+            "0.2500 [0.1500, 0.3500]",
+            "0.7500 [0.6500, 0.8500]",
+            "–",
+        ]
     ]
     assert audit_rows(given[1:]) == [], "one run alone is nothing to compare"
     assert (

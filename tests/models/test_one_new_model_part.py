@@ -15,6 +15,7 @@ from gdrt_ds.models.fingerprint import base_fingerprint
 from gdrt_ds.models.load import load_model
 from gdrt_ds.models.packing import choose_packing
 from gdrt_ds.models.source import read_model_config
+from tests.models.steps import five_steps
 from tests.rooms import EXAMPLES, room_with
 
 RUNTIME = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1)
@@ -92,14 +93,7 @@ def test_a_new_quantization_rounds_all_linear_weights_but_lm_head(with_quantizat
 def test_an_adapter_trains_on_the_new_quantization_and_the_base_stays(with_quantization, tiny):
     loaded = load(tiny, train=True, quantization="round4", lora={"dropout": 0.0})
     before = loaded.model.get_base_model().model.layers[0].self_attn.o_proj.weight.clone()
-    optimizer = torch.optim.AdamW([p for p in loaded.model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(5):
-        loss = loaded.model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = five_steps(loaded.model, IDS)
     assert losses[-1] < losses[0] - 0.1
     assert torch.equal(loaded.model.get_base_model().model.layers[0].self_attn.o_proj.weight, before)
 

@@ -15,6 +15,7 @@ from gdrt_ds.inference.exporting import export
 from gdrt_ds.models.quantization.nf4 import dequantise, is_4bit
 from tests.distributed.scenario_sharded import store_in_four_bit
 from tests.models.family_models import make_family
+from tests.models.steps import five_steps
 from tests.models.test_model import load
 from tests.planning.test_plan_families import plan_of
 
@@ -61,14 +62,7 @@ def test_an_adapter_trains_on_it_and_the_packed_weights_stay(stored):
     loaded = load(stored, lora={"dropout": 0.0})
     layer = loaded.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
     before = layer.weight.clone()
-    optimizer = torch.optim.AdamW([p for p in loaded.model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(5):
-        loss = loaded.model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = five_steps(loaded.model, IDS)
     assert losses[-1] < losses[0] - 0.1
     assert torch.equal(layer.weight, before)
 

@@ -497,9 +497,11 @@ class Cluster:
         self.on("head", "mariadb", "--no-defaults", f"--socket={socket}", "-uroot", "-e", sql)
         conf = self.etc / "slurmdbd.conf"
         conf.write_text(
-            f"AuthType=auth/munge\nAuthInfo=socket={self.run_dir}/munge.sock\nDbdHost=head\nDbdAddr={NETWORK}.1\n"
+            f"AuthType=auth/munge\nAuthInfo=socket={self.run_dir}/munge.sock\n"
+            f"DbdHost=head\nDbdAddr={NETWORK}.1\n"
             f"SlurmUser=root\nLogFile={self.log}/slurmdbd.log\nPidFile={self.run_dir}/slurmdbd.pid\n"
-            "StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\nStoragePort=3306\nStorageUser=slurm\n"
+            "StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\n"
+            "StoragePort=3306\nStorageUser=slurm\n"
             "StoragePass=simulated\nStorageLoc=slurm_acct_db\n"
         )
         conf.chmod(0o600)
