@@ -2,7 +2,7 @@
 
 from gdrt_ds.config.base import PartName, Section
 from gdrt_ds.config.loading import dump_config, known_keys, load_config
-from gdrt_ds.config.model_section import LoraSection, ModelSection
+from gdrt_ds.config.model_section import LoraSection, ModelSection, TinySection
 from gdrt_ds.config.sections import (
     DataSection,
     DroSection,
@@ -28,6 +28,7 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "Section",
+    "TinySection",
     "TrainSection",
     "dump_config",
     "known_keys",

@@ -27,11 +27,27 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         )
     if data.windows == "growing":
         yield from _growing_contradictions(config)
+    yield from _tiny_contradictions(config)
     lost = train.lr * train.weight_decay
     if lost >= 1:
         yield (
             f"train.lr = {train.lr:g} times train.weight_decay = {train.weight_decay:g} is {lost:g}: a step "
             "would take away the whole weight or more; lower train.weight_decay"
+        )
+
+
+def _tiny_contradictions(config: RunConfig) -> Iterator[str]:
+    """Sizes that attention cannot divide."""
+    tiny = config.model.tiny
+    if tiny.hidden % (2 * tiny.heads):
+        yield (
+            f"model.tiny.hidden = {tiny.hidden} is not divided by model.tiny.heads = {tiny.heads} into even "
+            f"parts; take a multiple of {2 * tiny.heads}"
+        )
+    if tiny.heads % tiny.kv_heads:
+        yield (
+            f"model.tiny.heads = {tiny.heads} is no multiple of model.tiny.kv_heads = {tiny.kv_heads}; "
+            "lower model.tiny.kv_heads, e.g. to 1"
         )
 
 

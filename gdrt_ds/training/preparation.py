@@ -67,6 +67,7 @@ def prepare(config: RunConfig) -> Prepared:
         tiny_folder=Path(config.run.dir) / "base",
         texts=_tiny_texts(config, corpus, texts),
         seed=config.train.seed,
+        tiny=model.tiny,
     )
     tokenizer = load_tokenizer(tokenizer_source(model, folder), trust_remote_code=model.trust_remote_code)
     model_config = read_model_config(folder, trust_remote_code=model.trust_remote_code)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from gdrt_ds.config import ModelSection
+from gdrt_ds.config import ModelSection, TinySection, load_config
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.attention import choose_attention
 from gdrt_ds.models.built_in import make_tiny_model
@@ -16,7 +16,7 @@ from gdrt_ds.models.families import decoder, lm_head, lm_head_scaling
 from gdrt_ds.models.fingerprint import base_fingerprint
 from gdrt_ds.models.four_bit import FourBitLinear
 from gdrt_ds.models.load import load_model
-from gdrt_ds.models.source import load_tokenizer, resolve_model
+from gdrt_ds.models.source import load_tokenizer, read_model_config, resolve_model
 from tests.distributed.scenario_sharded import FAMILIES, make_family
 
 RUNTIME = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1)
@@ -209,3 +209,18 @@ def test_unknown_lora_targets_list_the_modules_of_the_model(tiny):
     with pytest.raises(UserError, match="names c_attn") as error:
         load(tiny, lora={"targets": ["q_proj", "c_attn"]})
     assert "gate_proj" in error.value.fix
+
+
+def test_the_sizes_of_the_tiny_model_are_settings(tmp_path):
+    sizes = TinySection(layers=3, hidden=48, heads=4, kv_heads=1, intermediate=96)
+    config = read_model_config(
+        resolve_model("tiny-random", tiny_folder=tmp_path / "base", texts=TEXTS, tiny=sizes)
+    )
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (3, 48, 96)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 1)
+
+
+@pytest.mark.parametrize("sizes", ["{hidden: 60, heads: 4}", "{heads: 4, kv_heads: 3}"])
+def test_sizes_that_attention_cannot_divide_are_refused(sizes):
+    with pytest.raises(UserError, match=r"model\.tiny"):
+        load_config(None, [f"model.tiny={sizes}"])
