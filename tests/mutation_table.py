@@ -394,6 +394,31 @@ MUTATIONS = [
         (("objectives/reweight.py", "inverse_popularity", "** -table", "** table"),),
     ),
     Mutation(
+        "sft_go takes an absent group for the worst",
+        "objectives/test_objectives.py::test_an_absent_group_is_never_the_worst_of_sft_go",
+        (
+            (
+                "objectives/sft_go.py",
+                "mean_and_worst",
+                "torch.where(view.present, view.losses, -torch.inf).argmax()",
+                "view.losses.argmax()",
+            ),
+        ),
+    ),
+    Mutation(
+        "sft_go leaves the mean out",
+        "objectives/test_objectives.py::"
+        "test_sft_go_is_the_mean_plus_lambda_times_the_worst_group_and_lambda_zero_is_sft",
+        (
+            (
+                "objectives/sft_go.py",
+                "mean_and_worst",
+                "q = q + torch.where(",
+                "q = torch.where(",
+            ),
+        ),
+    ),
+    Mutation(
         "random groups keep their order",
         "dro/test_groups.py::test_random_groups_have_the_sizes_of_relevance_groups_and_no_meaning",
         (("dro/groups.py", "apply_groups", 'if plan.by == "random":', 'if plan.by == "shuffled":'),),

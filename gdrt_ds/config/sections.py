@@ -337,6 +337,13 @@ class DroSection(Section):
     cvar_over: Literal["tokens", "groups"] = Field(
         "tokens", description="Objective cvar: whether the worst share is one of tokens or of groups."
     )
+    worst_weight: float = Field(
+        0.5,
+        ge=0,
+        le=1000,
+        description="Objective sft_go: lambda, the weight of the worst group's loss beside the mean loss. "
+        "0 is plain SFT. The default is ours.",
+    )
     frozen_weights: list[Weight] | str | None = Field(
         None,
         examples=[[0.25, 0.75]],
@@ -405,7 +412,7 @@ class RunConfig(Section):
     objective: str = Field(
         "gdrt",
         description="What is minimised: sft, gdrt, group_dro, cvar, focal, msl, gdrt+msl, cft, igd, "
-        "reweight, or `package.module:ATTRIBUTE` for one of your own.",
+        "reweight, sft_go, or `package.module:ATTRIBUTE` for one of your own.",
     )
     options: ObjectiveOptions = Field(
         default_factory=ObjectiveOptions, description="Numbers that single objectives need."

@@ -68,6 +68,8 @@ VARIANTS = [
     dict(objective="cft"),
     dict(objective="igd"),
     dict(objective="reweight"),
+    dict(objective="sft_go"),
+    dict(objective="sft_go", estimate="ema"),
 ]
 
 

@@ -217,6 +217,8 @@ def _objective(cell, config, values, losses, counts, present, groups, memory):
         for index in np.argsort(-current, kind="stable"):
             q[index] = min(share[index] / dro.alpha, left)
             left -= q[index]
+    elif name == "sft_go":
+        return _sft_go(cell, dro, losses, share, present, memory)
     elif name in ("gdrt", "gdrt+msl"):
         p = share if dro.prior == "token_share" else np.full(len(share), 1 / len(share))
         if cell.estimate == "batch":
@@ -237,4 +239,23 @@ def _objective(cell, config, values, losses, counts, present, groups, memory):
         memory["weight"][present] = (1 - rate) * memory["weight"][present] + rate
     else:
         q = share
+    return (torch.from_numpy(q) * losses).sum(), q
+
+
+def _sft_go(cell, dro, losses, share, present, memory):
+    """Mean plus lambda times the largest group loss; with ema the worst group is that of the averages."""
+    current = losses.detach().numpy()
+    mean = (torch.from_numpy(share) * losses).sum()
+    q = share.copy()
+    if cell.estimate == "batch":
+        q[current.argmax()] += dro.worst_weight
+        return mean + dro.worst_weight * losses.max(), q
+    seen = memory["weight"][present] > 0
+    if seen.any():
+        averages = memory["ema"][present] / np.where(seen, memory["weight"][present], 1)
+        neutral = (averages * share * seen).sum() / (share * seen).sum()
+        q[np.where(seen, averages, neutral).argmax()] += dro.worst_weight
+    rate = dro.ema_rate
+    memory["ema"][present] = (1 - rate) * memory["ema"][present] + rate * current
+    memory["weight"][present] = (1 - rate) * memory["weight"][present] + rate
     return (torch.from_numpy(q) * losses).sum(), q

@@ -182,9 +182,35 @@ def test_reweight_is_inverse_popularity_and_power_zero_is_sft():
     assert value_of("reweight", reweight_power=0.0) == pytest.approx(MEAN, rel=1e-12)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
+def test_sft_go_is_the_mean_plus_lambda_times_the_worst_group_and_lambda_zero_is_sft(weight):
+    objective = get_objective("sft_go")
+    view = group_view(LOSS, section=DroSection(worst_weight=weight))
+    losses = torch.tensor(LOSS, requires_grad=True)  # plain torch, float64, with autograd's own gradient
+    means = torch.stack([losses[torch.from_numpy(GROUP == g)].mean() for g in range(G - 1)])
+    truth = losses.mean() + weight * means.max()
+    truth.backward()
+    q, value = objective.aggregate(view)
+    assert value.item() == pytest.approx(truth.item(), rel=1e-12)
+    assert q.sum().item() == pytest.approx(1 + weight) and q[G - 1] == 0
+    per_token = (q / view.counts.clamp_min(1))[torch.from_numpy(GROUP)]
+    assert torch.allclose(per_token, losses.grad, atol=1e-15)
+    if weight == 0:
+        assert value.item() == pytest.approx(MEAN, rel=1e-12)
+
+
+def test_an_absent_group_is_never_the_worst_of_sft_go():
+    losses = torch.tensor([-2.0, -1.0, 0.0], dtype=torch.float64)  # excess losses may be below the absent 0
+    counts = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
+    view = GroupView(losses, counts, dro.DroState(3), DroSection(worst_weight=1.0))
+    q, value = get_objective("sft_go").aggregate(view)
+    assert torch.allclose(q, torch.tensor([0.75, 1.25, 0.0], dtype=torch.float64))
+    assert value.item() == pytest.approx(-2.75)
+
+
 def test_only_objectives_that_look_at_this_batch_need_a_first_pass():
     late = {name for name, objective in objectives().items() if objective.is_late(DroSection())}
-    assert late == {"gdrt", "gdrt+msl", "group_dro", "cvar"}
+    assert late == {"gdrt", "gdrt+msl", "group_dro", "cvar", "sft_go"}
     assert {n for n, o in objectives().items() if o.is_late(DroSection(estimate="ema"))} == {"cvar"}
     assert not get_objective("gdrt").is_late(DroSection(frozen_weights=[0.5, 0.5]))
     assert {n for n, o in objectives().items() if o.masked_softmax} == {"msl", "gdrt+msl"}
@@ -202,6 +228,7 @@ def test_an_objective_of_your_own_package_is_found_and_a_typo_gets_the_nearest_n
         "cft",
         "igd",
         "reweight",
+        "sft_go",
     }
     assert get_objective("gdrt_ds.objectives.sft:OBJECTIVE") is get_objective("sft")
     with pytest.raises(UserError, match="did you mean `gdrt`"):

@@ -1,0 +1,33 @@
+"""SFT-GO: cross-entropy plus lambda times the loss of the worst group.
+
+The paper makes two groups of each sample's tokens by importance (TF-IDF, LLMLingua-2 and others). Here the
+groups are those of `groups.*`, two or more, and their losses are means over the global batch, as for every
+objective.
+"""
+
+import torch
+
+from gdrt_ds.objectives.base import GroupView, Objective
+
+
+def mean_and_worst(view: GroupView):
+    """q = token shares + lambda at the group with the largest loss; so q sums to 1 + lambda.
+
+    Of groups with equal losses the first is taken.
+    """
+    q = view.counts.double() / view.counts.sum().clamp_min(1e-300)
+    worst = torch.where(view.present, view.losses, -torch.inf).argmax()
+    extra = torch.zeros_like(q)
+    extra[worst] = view.dro.worst_weight
+    # A batch without any token has no worst group either.
+    q = q + torch.where(view.present, extra, 0.0)
+    return q, (q * torch.where(view.present, view.losses, 0.0)).sum()
+
+
+OBJECTIVE = Objective(
+    name="sft_go",
+    source="SFT-GO: Supervised Fine-Tuning with Group Optimization, arXiv 2506.15021",
+    formula="F = sum_i l_i / n + lambda max_g L_g",
+    aggregate=mean_and_worst,
+    needs_losses=True,
+)
