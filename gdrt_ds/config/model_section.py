@@ -44,15 +44,15 @@ class LoraSection(Section):
 class TinySection(Section):
     """Sizes of `model.path=tiny-random`, the small random Llama that is made here."""
 
-    layers: int = Field(2, ge=1, le=64, description="Decoder layers.")
-    hidden: int = Field(64, ge=8, le=4096, description="Width of the hidden states.")
+    layers: int = Field(2, ge=1, le=24, description="Decoder layers.")
+    hidden: int = Field(64, ge=8, le=1024, description="Width of the hidden states.")
     heads: int = Field(4, ge=1, le=64, description="Query heads. They divide `hidden` into even parts.")
     kv_heads: int = Field(2, ge=1, le=64, description="Key and value heads. They divide `heads`.")
-    intermediate: int = Field(128, ge=8, le=16_384, description="Width of the MLP.")
+    intermediate: int = Field(128, ge=8, le=4096, description="Width of the MLP.")
     std: float = Field(
         0.2,
         gt=0,
-        le=10,
+        le=1,
         description="Standard deviation of the random weights. Features as wide as 0.2 let adapters alone "
         "learn the planted rule; at 0.05 they need several times the steps.",
     )

@@ -199,3 +199,17 @@ def attention_windows(config) -> tuple[dict[str, int | None] | None, int | None]
     if "sliding_attention" in kinds:
         return {kind: window if kind == "sliding_attention" else None for kind in kinds}, None
     return None, None if kinds else window
+
+
+def weight_converters(model: nn.Module) -> list:
+    """Returns transformers' rules that merge or split stored tensors of this model while it loads.
+
+    Mixtures of experts have them: their files hold one matrix per expert, the model one tensor for all.
+    Renamings are not among them. Empty for a transformers without such rules.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:
+        return []
+    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]

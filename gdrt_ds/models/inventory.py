@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gdrt_ds.config import ModelSection
-from gdrt_ds.models.families import fused_experts, linear_names, lm_head_name
+from gdrt_ds.models.families import fused_experts, linear_names, lm_head_name, weight_converters
 from gdrt_ds.models.quantization import get_quantization, storage_dtype
 from gdrt_ds.models.skeleton import skeleton
 
@@ -29,7 +29,9 @@ class Inventory:
         layers, hidden, intermediate, query, key_value, vocabulary: sizes.
         lora_inputs: summed input sizes of the adapted modules of one layer.
         experts: elements of fused experts, which are counted in `plain`: a 4-bit base holds them at full
-        size.
+            size.
+        converted: transformers merges or splits the stored tensors while it loads, so ranks cannot read
+            slices of them.
     """
 
     quantised: int
@@ -45,6 +47,7 @@ class Inventory:
     vocabulary: int
     lora_inputs: int
     experts: int = 0
+    converted: bool = False
 
     def layer_elements(self, section: ModelSection) -> int:
         """Returns the storage elements of one layer: what ZeRO-3 gathers for it, experts included.
@@ -106,6 +109,7 @@ def take_inventory(section: ModelSection, model_config) -> Inventory:
         vocabulary=int(text.vocab_size),
         lora_inputs=sum(i for n, (i, _) in shapes.items() if n != head) // layers,
         experts=sum(fused_experts(model).values()),
+        converted=bool(weight_converters(model)),
     )
 
 

@@ -18,7 +18,6 @@ storage elements [r * size, (r + 1) * size) with size = ceil(S / world).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -30,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gdrt_ds.config import ModelSection
+from gdrt_ds.models.families import weight_converters
 from gdrt_ds.models.quantised_slices import (
     QUANT_TYPE,
     Packed,
@@ -199,17 +199,11 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _refuse_conversions(model: nn.Module, files: WeightFiles) -> None:
     """Raises CannotShard if this transformers converts the stored weights while loading."""
-    with contextlib.suppress(ImportError):
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-
-        for conversion in get_model_conversion_mapping(model):
-            if isinstance(conversion, WeightConverter) and any(
-                conversion.rename_source_key(name)[1] is not None for name in files.tensors
-            ):
-                raise CannotShard(
-                    f"transformers converts the stored weights of {type(model).__name__} while loading"
-                )
+    for rule in weight_converters(model):
+        if any(rule.rename_source_key(name)[1] is not None for name in files.tensors):
+            raise CannotShard(
+                f"transformers converts the stored weights of {type(model).__name__} while loading"
+            )
 
 
 def _check_shape(model: nn.Module, name: str, shape: torch.Size, stored_shape: tuple[int, ...]) -> None:

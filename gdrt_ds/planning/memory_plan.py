@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from gdrt_ds.batches.flex_rows import block_mask_bytes
-from gdrt_ds.config import RunConfig
+from gdrt_ds.config import ModelSection, RunConfig
 from gdrt_ds.loss.group_loss import default_chunk_bytes
 from gdrt_ds.models.inventory import Inventory, take_inventory
 from gdrt_ds.models.quantization import get_quantization
@@ -60,6 +60,9 @@ class MemoryPlan:
         advice: what to change, in order of how little it costs; empty if it fits.
         basis: what the activations were computed for.
         notes: what the figures leave out.
+        loading_bytes: what a rank holds while loading, where that is the whole model and not its slice; 0
+            otherwise.
+        loading_reason: why ranks cannot read slices.
     """
 
     parts: dict[str, int]
@@ -68,6 +71,8 @@ class MemoryPlan:
     advice: list[str] = field(default_factory=list)
     basis: str = ""
     notes: list[str] = field(default_factory=list)
+    loading_bytes: int = 0
+    loading_reason: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -78,6 +83,11 @@ class MemoryPlan:
             f"{name} {format_bytes(value)}" for name, value in self.parts.items() if value >= 1 << 20
         )
         out = [f"memory per rank, predicted peak: {format_bytes(self.peak_bytes)} ({text}); {self.basis}"]
+        if self.loading_bytes:
+            out.append(
+                f"while loading, per rank: {format_bytes(self.loading_bytes)}, the whole model "
+                f"({self.loading_reason})"
+            )
         if self.host_parts:
             out.append(
                 "host memory per rank: "
@@ -85,10 +95,14 @@ class MemoryPlan:
             )
         if self.device_bytes is not None:
             usable = int(self.device_bytes * DEVICE_RESERVE)
-            fits = self.peak_bytes <= usable
+            verdict = "it fits"
+            if self.loading_bytes > usable:
+                verdict = "loading will NOT fit"
+            if self.peak_bytes > usable:
+                verdict = "it will NOT fit"
             out.append(
                 f"the device has {format_bytes(self.device_bytes)}, {format_bytes(usable)} of it for "
-                "tensors: " + ("it fits" if fits else "it will NOT fit")
+                f"tensors: {verdict}"
             )
         return out + self.notes + [f"to make it fit: {line}" for line in self.advice]
 
@@ -137,6 +151,17 @@ def gathered_bytes(config: RunConfig, model: Inventory, zero: dict[str, Any], pa
     if untied and int(limits["stage3_max_reuse_distance"]) >= matrix:
         matrices = 2  # the embedding is still there when lm_head is gathered
     return layers + matrices * matrix * size
+
+
+def whole_loading_reason(section: ModelSection, model: Inventory) -> str:
+    """Returns why every rank of ZeRO-3 reads the whole model first; empty where each reads its slice."""
+    if section.loading == "stock":
+        return "model.loading = stock"
+    if not get_quantization(section.quantization).loads_sharded:
+        return f"model.quantization = {section.quantization} needs whole weights"
+    if model.converted:
+        return "transformers merges its stored tensors while loading"
+    return ""
 
 
 def estimate(
@@ -232,6 +257,10 @@ def estimate(
     if offload_optimizer:
         host["optimizer"] = optimizer
     plan = MemoryPlan(parts, host, device_memory_bytes, basis=basis, notes=notes)
+    if stage == 3 and world > 1:
+        plan.loading_reason = whole_loading_reason(config.model, model)
+    if plan.loading_reason:
+        plan.loading_bytes = packed + state + model.plain * size
     if on_gpu and plan.peak_bytes > device_memory_bytes * DEVICE_RESERVE:
         plan.advice = advise(
             config,

@@ -113,6 +113,6 @@ def _beside(key: str) -> list[str]:
     """What has to be set too, for a limit to be no contradiction."""
     return {
         "data.min_history": [f"data.history_length={LARGEST}"],
-        "model.tiny.heads": ["model.tiny.hidden=4096", "model.tiny.kv_heads=1"],
-        "model.tiny.kv_heads": ["model.tiny.hidden=4096", "model.tiny.heads=64"],
+        "model.tiny.heads": ["model.tiny.hidden=1024", "model.tiny.kv_heads=1"],
+        "model.tiny.kv_heads": ["model.tiny.hidden=1024", "model.tiny.heads=64"],
     }.get(key, [])

@@ -180,6 +180,22 @@ def test_fused_experts_are_counted_in_full_because_nf4_does_not_reach_them():
     assert not estimate(config(), transformers.LlamaConfig(**SMALL), 1, None).parts["fused experts"]
 
 
+def test_a_model_whose_stored_tensors_are_merged_is_whole_on_every_rank_while_it_loads():
+    """Qwen3-30B-A3B on 8 GPUs of 40 GB: its slices fit, and loading does not."""
+    mixture = transformers.Qwen3MoeConfig(
+        hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48, num_experts=128
+    )
+    plan = estimate(config(dtype="bfloat16"), mixture, 8, 40 << 30)
+    assert plan.loading_bytes > 2 * 48 * 128 * 3 * 2048 * 768 > plan.peak_bytes
+    text = "\n".join(plan.lines())
+    assert "while loading, per rank" in text and "merges its stored tensors" in text
+    assert "loading will NOT fit" in text
+    llama = transformers.LlamaConfig(**LLAMA8B)
+    assert not estimate(config(dtype="bfloat16"), llama, 8, 40 << 30).loading_bytes
+    whole = RunConfig(model={"dtype": "bfloat16", "loading": "stock"})
+    assert "model.loading = stock" in "\n".join(estimate(whole, llama, 8, 40 << 30).lines())
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_the_plan_counts_what_loading_leaves_unquantised(tmp_path, family):
     from tests.models.family_models import make_family
