@@ -39,6 +39,7 @@ from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.dro import DroState
 from gdrt_ds.models.built_in import make_tiny_model
 from gdrt_ds.models.load import load_model
+from gdrt_ds.models.source import compute_dtype
 from gdrt_ds.objectives import get_objective
 from gdrt_ds.runtime import Runtime, quiet_libraries
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
@@ -96,7 +97,7 @@ def make_runners(folder: Path, estimate: str, accumulation: int) -> tuple[StepRu
         Runtime(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     )
     plan = BatchPlan(store.lengths, GLOBAL_BATCH, GLOBAL_BATCH // accumulation, 1, 0)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    dtype = compute_dtype(config.model.dtype, runtime.device)
     settings = fill_deepspeed_config(
         read_deepspeed_config("ds_configs/zero3.json"), config, plan, dtype, HIDDEN
     )

@@ -16,6 +16,8 @@ from functools import cache
 
 import torch
 
+from gdrt_ds.runtime.devices import cpu_bfloat16
+
 CPU_BLOCK_BYTES = 1_200_000
 """Bytes of the head per thread and product. MKL's sgemm with a transposed second operand gains 10-30 % when
 that operand fits a core's cache: 512 rows at H = 576."""
@@ -29,12 +31,13 @@ so 8,192 at a time (N 256, H 2,304 and 4,096)."""
 def product_dtype(dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, str]:
     """Returns the dtype that a head of `dtype` is multiplied in, and why.
 
-    On CPUs float16 is slow, and so is bfloat16 without AVX512_BF16; such heads are multiplied in float32.
+    On CPUs float16 is slow, and so is bfloat16 without AVX512_BF16 or AMX; such heads are multiplied in
+    float32.
     """
     if device_type != "cpu" or dtype in (torch.float32, torch.float64):
         return dtype, "the head's dtype"
-    if dtype == torch.bfloat16 and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
-        return dtype, "this CPU multiplies bfloat16 natively (AVX512_BF16)"
+    if dtype == torch.bfloat16 and cpu_bfloat16():
+        return dtype, f"this CPU multiplies bfloat16 natively ({cpu_bfloat16()})"
     name = str(dtype).removeprefix("torch.")
     return torch.float32, f"this CPU has no fast {name} product: blocks of the head are converted"
 

@@ -31,6 +31,7 @@ from gdrt_ds.models.quantization import get_quantization
 from gdrt_ds.models.sharded_loading import CannotShard, load_sharded
 from gdrt_ds.models.source import (
     compute_dtype,
+    dtype_line,
     load_tokenizer,
     read_model_config,
     resolve_model,
@@ -113,7 +114,7 @@ def load_model(
     quantization.prepare(model)
     model.requires_grad_(False)
     base_line = quantization.describe(section, dtype) if stored is None else stored.describe(dtype)
-    lines = [attention_line, loading_line, base_line]
+    lines = [attention_line, loading_line, base_line, dtype_line(section.dtype, device)]
     if quantization.bytes_of is not None:
         experts = fused_experts_line(model, dtype)
         lines += [experts] if experts else []

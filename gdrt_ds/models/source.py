@@ -14,6 +14,7 @@ from gdrt_ds.config import ModelSection, TinySection
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, make_tiny_model, smollm2_folder
 from gdrt_ds.models.stored_four_bit import stored_four_bit
+from gdrt_ds.runtime.devices import cpu_bfloat16
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 FIRST_BFLOAT16 = 8
@@ -182,24 +183,48 @@ def _refuse_quantized(path: Path, quantized) -> None:
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """Returns `model.dtype` as a torch dtype.
 
-    `auto` is float32 on a CPU: bfloat16 is faster only on CPUs that have avx512_bf16 or AMX, and slower on
-    all others. On a GPU it is bfloat16 where the GPU computes in it (from Ampere on), else float16: torch
-    emulates bfloat16 on V100 and T4, many times slower, and Triton refuses it there.
-
     Raises:
         UserError: bfloat16 is asked for on a GPU that does not compute in it.
     """
+    return _dtype_and_reason(name, device)[0]
+
+
+def dtype_line(name: str, device: torch.device) -> str:
+    """Returns the line that a run announces: the dtype of the computation, and why.
+
+    Raises:
+        UserError: as `compute_dtype`.
+    """
+    dtype, reason = _dtype_and_reason(name, device)
+    return f"dtype: {dtype_name(dtype)} ({reason})"
+
+
+def _dtype_and_reason(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Returns the dtype of the computation and why it is this one.
+
+    `auto` on a CPU is bfloat16 where the processor multiplies it (AVX512_BF16, AMX), and float32 elsewhere:
+    other CPUs emulate bfloat16 and are slower in it. On a GPU it is bfloat16 where the GPU computes in it
+    (from Ampere on), else float16: torch emulates bfloat16 on V100 and T4, many times slower, and Triton
+    refuses it there.
+    """
     if device.type != "cuda":
-        return torch.float32 if name == "auto" else getattr(torch, name)
+        if name != "auto":
+            return getattr(torch, name), f"model.dtype={name}"
+        instructions = cpu_bfloat16()
+        if instructions:
+            return torch.bfloat16, f"model.dtype=auto: this CPU multiplies bfloat16 by {instructions}"
+        return torch.float32, "model.dtype=auto: this CPU has neither AVX512_BF16 nor AMX"
     lacking = _gpu_without_bfloat16(device)
     if name == "auto":
-        return torch.float16 if lacking else torch.bfloat16
+        if lacking:
+            return torch.float16, f"model.dtype=auto: {lacking} does not compute in bfloat16"
+        return torch.bfloat16, "model.dtype=auto: GPUs from Ampere on compute in bfloat16"
     if name == "bfloat16" and lacking:
         raise UserError(
             f"model.dtype = bfloat16, but {lacking} does not compute in bfloat16",
             "set model.dtype to auto or float16",
         )
-    return getattr(torch, name)
+    return getattr(torch, name), f"model.dtype={name}"
 
 
 def _gpu_without_bfloat16(device: torch.device) -> str:

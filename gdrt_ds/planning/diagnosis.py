@@ -44,7 +44,7 @@ def choices() -> tuple[dict[str, str], list[Finding]]:
         from gdrt_ds.config import ModelSection
         from gdrt_ds.loss.implementations import choose
         from gdrt_ds.models.attention import choose_attention
-        from gdrt_ds.models.source import compute_dtype, dtype_name
+        from gdrt_ds.models.source import compute_dtype, dtype_line
         from gdrt_ds.registry import find_part
         from gdrt_ds.runtime.devices import device_of_rank
     except (ImportError, OSError) as error:
@@ -61,7 +61,7 @@ def choices() -> tuple[dict[str, str], list[Finding]]:
     chosen = {
         "device": f"{count} GPU(s), one rank each" if count else "cpu",
         "communication": "nccl" if count else "gloo",
-        "dtype": f"{dtype_name(dtype)} (model.dtype=auto)",
+        "dtype": dtype_line("auto", device).removeprefix("dtype: "),
         "attention": choose_attention("auto", device, dtype)[1].removeprefix("attention: "),
         "group loss": f"{loss} ({why})",
         "quantization": quantization.describe(model, dtype).removeprefix("base: "),

@@ -17,7 +17,7 @@ from gdrt_ds.models.inventory import take_inventory
 from gdrt_ds.models.packing import choose_packing
 from gdrt_ds.models.scoring_choice import scoring_line
 from gdrt_ds.models.skeleton import skeleton
-from gdrt_ds.models.source import compute_dtype, dtype_name
+from gdrt_ds.models.source import compute_dtype, dtype_line, dtype_name
 from gdrt_ds.models.stored_four_bit import check_stored
 from gdrt_ds.objectives import get_objective
 from gdrt_ds.planning.compatibility import check_combination
@@ -98,6 +98,7 @@ class RunPlan:
             f"engine: DeepSpeed ZeRO stage {zero_stage(self.engine)} on {self.world} rank(s), "
             f"{dtype_name(self.dtype)}"
         )
+        yield dtype_line(self.config.model.dtype, _device())
         yield from self.memory.lines()
 
 
@@ -109,7 +110,7 @@ def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
     """
     store = prepared.stores["train"]
     batches = plan_batches(config, store, world)
-    dtype = compute_dtype(config.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = compute_dtype(config.model.dtype, _device())
     check_stored(prepared.model_config, config.model, dtype)
     model = take_inventory(config.model, prepared.model_config)
     layer = model.layer_elements(config.model)
@@ -152,6 +153,11 @@ def memory_of(
         targets=targets,
         deepspeed_config=filled,
     )
+
+
+def _device() -> torch.device:
+    """The kind of device that a run on this machine computes on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _print_now(text: str) -> None:

@@ -210,7 +210,8 @@ def load(engine, path: str | Path, *, fingerprint: str | None = None, restore_rn
             f"{path.name} was trained on another frozen base (fingerprint {manifest['fingerprint'][:12]}, "
             "model.path now has "
             f"{fingerprint[:12]})",
-            "restore model.path and its quantisation settings, or start a new run folder",
+            "restore model.path, its quantisation settings and model.dtype (`auto` depends on the machine: "
+            "name the dtype that the run began in), or start a new run folder",
         )
     same_world = manifest["world"] == world_size()
     slices: dict[str, dict[str, list[tuple[int, Tensor]]]] = {}

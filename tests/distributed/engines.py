@@ -45,6 +45,7 @@ def section(path, **changes) -> ModelSection:
     return ModelSection(
         **{
             "path": str(path),
+            "dtype": "float32",
             "lora": {"dropout": 0.1, "r": 4, "targets": ["q_proj", "v_proj", "down_proj"]},
             **changes,
         }

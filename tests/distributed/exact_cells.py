@@ -202,6 +202,7 @@ def make_config(cell: Cell, folder: Path, world: int) -> RunConfig:
             "model": {
                 "path": str(path),
                 "quantization": cell.base,
+                "dtype": "float32",
                 "train_head": cell.train_head,
                 "gradient_checkpointing": cell.checkpointing,
                 "lora": {"r": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj", "down_proj"]},

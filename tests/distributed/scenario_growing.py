@@ -29,6 +29,7 @@ def train(rank, world, data, folder, stop, *overrides):
             f"data.path={data}",
             f"run.dir={folder}",
             "model.path=tiny-random",
+            "model.dtype=float32",
             "prompt.template=plain",
             "data.windows=growing",
             "objective=gdrt",

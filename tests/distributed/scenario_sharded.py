@@ -89,7 +89,7 @@ def compare(rank, world, path, **changes):
     """Differences between the two ways, in words; empty = bitwise equal."""
     import deepspeed
 
-    section = ModelSection(path=str(path), **changes)
+    section = ModelSection(**{"path": str(path), "dtype": "float32", **changes})
     device, dtype = torch.device("cpu"), compute_dtype(section.dtype, torch.device("cpu"))
     config = read_model_config(path)
     if stored_four_bit(config) is not None:

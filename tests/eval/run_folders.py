@@ -16,6 +16,7 @@ TINY = [
     "data.planted={num_items: 24, num_train: 200, num_valid: 20, num_test: 40}",
     "model.path=tiny-random",
     "model.quantization=none",
+    "model.dtype=float32",
 ]
 
 

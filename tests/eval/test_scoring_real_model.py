@@ -21,7 +21,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def recommender():
     config = load_config(
-        None, ["data.path=ml-100k", "model.quantization=none", "data.limit_test=16", "data.limit_train=16"]
+        None,
+        [
+            "data.path=ml-100k",
+            "model.quantization=none",
+            "model.dtype=float32",
+            "data.limit_test=16",
+            "data.limit_train=16",
+        ],
     )
     corpus = load_corpus(config.data)
     found = assemble(

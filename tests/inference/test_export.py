@@ -35,7 +35,9 @@ def make_run(folder, tie=False, zero=False, **model):
         if "lora_B" in name and not zero:
             torch.nn.init.normal_(parameter, std=0.05)
     loaded.model.save_pretrained(run / "adapter", save_embedding_layers=False)
-    (run / "config.yaml").write_text(dump_config(RunConfig(model={"path": str(path), **model})))
+    (run / "config.yaml").write_text(
+        dump_config(RunConfig(model={"path": str(path), "dtype": "float32", **model}))
+    )
     return run, logits(loaded.model)
 
 

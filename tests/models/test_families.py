@@ -69,7 +69,10 @@ def run_config(path, packing="auto", **model) -> RunConfig:
 def load_family(path, packing: str, train: bool = False) -> FusedLossModel:
     """The family as training loads it for rows of this packing."""
     section = ModelSection(
-        path=str(path), quantization="none", lora={"dropout": 0.0, "r": 4, "targets": "all-linear"}
+        path=str(path),
+        quantization="none",
+        dtype="float32",
+        lora={"dropout": 0.0, "r": 4, "targets": "all-linear"},
     )
     attention = None if packing == "none" else ATTENTION_NAME
     loaded = load_model(section, RUNTIME, train=train, attention=attention)

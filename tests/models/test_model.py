@@ -34,7 +34,9 @@ def tiny(folder):
 
 
 def load(path, train=True, seed=0, **changes):
-    return load_model(ModelSection(path=str(path), **changes), RUNTIME, train=train, seed=seed)
+    return load_model(
+        ModelSection(**{"path": str(path), "dtype": "float32", **changes}), RUNTIME, train=train, seed=seed
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -40,7 +40,7 @@ def with_quantization():
 
 
 def load(tiny, train=False, **changes):
-    section = ModelSection(**{"path": str(tiny), "quantization": "none", **changes})
+    section = ModelSection(**{"path": str(tiny), "quantization": "none", "dtype": "float32", **changes})
     return load_model(section, RUNTIME, train=train)
 
 

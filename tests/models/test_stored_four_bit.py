@@ -104,7 +104,7 @@ def test_a_run_on_it_is_exported_from_the_dequantised_weights(stored, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     loaded.model.save_pretrained(run / "adapter", save_embedding_layers=False)
-    (run / "config.yaml").write_text(dump_config(RunConfig(model={"path": str(stored)})))
+    (run / "config.yaml").write_text(dump_config(RunConfig(model={"path": str(stored), "dtype": "float32"})))
     with pytest.raises(UserError, match="there are no plain ones"):
         export(run, tmp_path / "merged")
     export(run, tmp_path / "merged", base="trained")

@@ -144,7 +144,9 @@ def test_a_saved_adapter_is_scored_exactly_and_exported(path, tmp_path):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     loaded.model.save_pretrained(run / "adapter", save_embedding_layers=False)
-    (run / "config.yaml").write_text(dump_config(RunConfig(model={"path": str(path), "lora": LORA})))
+    (run / "config.yaml").write_text(
+        dump_config(RunConfig(model={"path": str(path), "dtype": "float32", "lora": LORA}))
+    )
     again = PeftModel.from_pretrained(load(path, train=False).model, run / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     items = [

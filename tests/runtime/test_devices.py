@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from gdrt_ds.errors import UserError
-from gdrt_ds.models.source import compute_dtype
+from gdrt_ds.loss.head import product_dtype
+from gdrt_ds.models.source import compute_dtype, dtype_line
 from gdrt_ds.runtime import Runtime, device_of_rank, name_accelerator, to_device
 from gdrt_ds.runtime.starting import complete_rendezvous
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -92,7 +94,28 @@ def test_auto_computes_in_bfloat16_only_where_the_gpu_does(gpus, name, capabilit
     gpus(1, name, capability)
     assert compute_dtype("auto", CUDA) == dtype
     assert compute_dtype("float32", CUDA) == torch.float32
-    assert compute_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+CPUS = [({"_is_avx512_bf16_supported"}, "AVX512_BF16"), ({"_is_amx_tile_supported"}, "AMX"), (set(), "")]
+
+
+@pytest.mark.parametrize("supported, instructions", CPUS)
+def test_auto_computes_in_bfloat16_only_where_the_processor_multiplies_it(
+    supported, instructions, monkeypatch
+):
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda probe=probe: probe in supported)
+    dtype = torch.bfloat16 if instructions else torch.float32
+    line = dtype_line("auto", CPU)
+    assert compute_dtype("auto", CPU) == dtype
+    assert (
+        str(dtype).removeprefix("torch.") in line and (instructions or "neither AVX512_BF16 nor AMX") in line
+    )
+    product_dtype.cache_clear()
+    assert product_dtype(torch.bfloat16, "cpu")[0] == dtype
+    product_dtype.cache_clear()
+    assert compute_dtype("float32", CPU) == torch.float32
+    assert compute_dtype("bfloat16", CPU) == torch.bfloat16  # asked for by name: slow, but as asked
 
 
 def test_bfloat16_on_a_gpu_that_emulates_it_is_refused_by_name(gpus):
