@@ -5,6 +5,9 @@
     python -m gdrt_ds.study FILE --cell K    one cell, e.g. --cell $SLURM_ARRAY_TASK_ID in a job array
     python -m gdrt_ds.study FILE --report    the page from whatever is evaluated so far
 
+    python -m gdrt_ds.study FILE --keep FOLDER   each finished cell as one small file; another machine goes
+                                             on from them
+
 Started again it goes on: a completed run is not trained again, an interrupted one resumes, and an evaluation
 that exists is kept. The keys of a study file are described in gdrt_ds/studies/grid.py.
 """
@@ -34,6 +37,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--piece", help="a named part of the grid")
     parser.add_argument("--cell", type=int, help="one cell by its number; no page is written")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # names of a worker's cells
+    parser.add_argument(
+        "--keep",
+        metavar="FOLDER",
+        help="keep each finished cell there as one small file, and take cells from there that are not here",
+    )
     parser.add_argument("--list", action="store_true", help="print the cells and their state, and exit")
     parser.add_argument(
         "--report", action="store_true", help="write the page from what is evaluated, and exit"

@@ -23,6 +23,7 @@ from gdrt_ds.files import REPOSITORY, write_json
 from gdrt_ds.invocation import module_command, safe_environment
 from gdrt_ds.runtime import EXIT_INTERRUPTED, free_port
 from gdrt_ds.studies.grid import Cell, Study, cells_of, choose_cells, load_study
+from gdrt_ds.studies.keeping import keep_cell, restore_cell
 from gdrt_ds.training import run_folder
 
 EVALUATION = "test-renormalised"
@@ -173,10 +174,33 @@ def report(folder: Path) -> int:
     return subprocess.call([*module_command("eval.study"), str(folder)], env=safe_environment())
 
 
-def work(study: Study, folder: Path, cells: list[Cell]) -> int:
+def restore(folder: Path, kept: Path | None, cells: list[Cell]) -> None:
+    """Puts kept cells that this folder does not have into it: they count as done."""
+    if kept is None:
+        return
+    for cell in cells:
+        if state_of(folder, cell) == "new" and restore_cell(kept, run_of(folder, cell)):
+            print(f"{cell.name}: taken from {kept}", flush=True)
+
+
+def work(study: Study, folder: Path, cells: list[Cell], kept: Path | None = None) -> int:
+    """Trains, evaluates and keeps the cells; returns the exit status.
+
+    With `kept`, every cell is evaluated and kept as soon as it is trained, so that little is lost when the
+    machine is. Otherwise all are trained and then evaluated in one process, which saves start-up time.
+    """
     train = train_in_process if study.ranks == 1 else train_under_launcher
-    status = train(study, folder, cells)
-    return status if status == EXIT_INTERRUPTED else max(status, min(evaluate(study, folder, cells), 64))
+    batches = [cells] if kept is None else [[cell] for cell in cells]
+    worst = 0
+    for batch in batches:
+        status = train(study, folder, batch)
+        if status == EXIT_INTERRUPTED:
+            return status
+        worst = max(worst, status, min(evaluate(study, folder, batch), 64))
+        for cell in batch:
+            if kept is not None and state_of(folder, cell) == "done":
+                keep_cell(run_of(folder, cell), evaluation_of(folder, cell), kept)
+    return worst
 
 
 def shares(cells: list[Cell], workers: int) -> list[list[Cell]]:
@@ -205,11 +229,14 @@ def run_workers(
     """Starts the workers as processes of this module and waits; an interruption is handed on to them."""
     parts = shares([cell for cell in cells if state_of(folder, cell) != "done"], workers)
     if len(parts) <= 1:
-        return work(study, folder, parts[0]) if parts else 0
+        kept = Path(options.keep) if options.keep else None
+        return work(study, folder, parts[0], kept) if parts else 0
     gpus = visible_gpus()
     threads = max(1, (os.cpu_count() or 1) // len(parts))
     environment = {"OMP_NUM_THREADS": str(threads)} | safe_environment()
     base = [*module_command("gdrt_ds.study"), options.study, "--dir", str(folder), *options.overrides]
+    if options.keep:
+        base += ["--keep", str(options.keep)]
     processes = []
     for number, part in enumerate(parts):
         own = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
@@ -250,6 +277,8 @@ def run_study(options: argparse.Namespace) -> int:
     folder = Path(options.dir or Path("runs") / "studies" / study.name).absolute()
     everything = cells_of(study, folder)
     cells = choose_cells(study, everything, options.piece)
+    kept = Path(options.keep) if options.keep else None
+    restore(folder, kept, everything)
     if options.list:
         for cell in cells:
             print(
@@ -264,7 +293,7 @@ def run_study(options: argparse.Namespace) -> int:
         return report(folder)
     if options.only:
         names = set(options.only.split(","))
-        return work(study, folder, [cell for cell in everything if cell.name in names])
+        return work(study, folder, [cell for cell in everything if cell.name in names], kept)
     if options.cell is not None:
         if not 0 <= options.cell < len(everything):
             raise UserError(
@@ -279,7 +308,7 @@ def run_study(options: argparse.Namespace) -> int:
                 "not trained",
                 "train that cell first",
             )
-        return work(study, folder, [chosen])
+        return work(study, folder, [chosen], kept)
     for cell in cells:
         config_of(study, folder, cell)  # every mistake of the grid before the first step
     write_grid(study, folder, everything)

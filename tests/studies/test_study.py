@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,8 @@ from eval.study.reading import Grid
 from eval.study.seeds import combine, seed_draws, t_interval
 from gdrt_ds.errors import UserError
 from gdrt_ds.studies.grid import cells_of, choose_cells, load_study
-from gdrt_ds.studies.runner import config_of, shares, state_of
+from gdrt_ds.studies.keeping import keep_cell, restore_cell
+from gdrt_ds.studies.runner import config_of, evaluation_of, run_of, shares, state_of
 
 pytestmark = pytest.mark.slow
 
@@ -332,6 +334,49 @@ def test_started_again_it_trains_and_evaluates_nothing(finished):
     again = start(path, folder)
     assert again.returncode == 0 and "6 cells, 6 done" in again.stdout and "CPU s" not in again.stdout
     assert {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/**/*.json")} == before
+
+
+def test_kept_cells_are_done_on_another_machine(finished, tmp_path):
+    """Only the small files travel: nothing is trained or evaluated again, and the page is the same."""
+    path, folder, _ = finished
+    study = load_study(path)
+    kept = tmp_path / "kept"
+    for cell in cells_of(study, folder):
+        packed = keep_cell(run_of(folder, cell), evaluation_of(folder, cell), kept)
+        assert packed.stat().st_size < 200_000
+        assert str(folder).encode() not in b"".join(_entries(packed))
+    elsewhere = tmp_path / "elsewhere"
+    again = start(path, elsewhere, "--keep", str(kept))
+    assert again.returncode == 0, again.stderr
+    assert "6 cells, 6 done" in again.stdout and "CPU s" not in again.stdout
+    assert not list(elsewhere.glob("runs/*/adapter"))
+    before = json.loads((folder / "study.json").read_text())
+    after = json.loads((elsewhere / "study.json").read_text())
+    assert after["settings"] == before["settings"]
+    assert after["totals"] == before["totals"]
+
+
+def test_a_cell_is_kept_as_soon_as_it_is_evaluated(tmp_path):
+    one = study_file(tmp_path, STUDY.replace("seeds: [0, 1]", "seeds: [0]"))
+    kept = tmp_path / "kept"
+    ran = start(one, tmp_path / "study", "--keep", str(kept), "--cell", "0")
+    assert ran.returncode == 0, ran.stderr
+    first = cells_of(load_study(one), tmp_path)[0]
+    assert [file.name for file in kept.iterdir()] == [f"{first.name}.zip"]
+
+
+@pytest.mark.parametrize("name", ["../escape.json", "/tmp/escape.json", "adapter/weights.bin"])
+def test_a_zip_that_is_no_kept_cell_is_refused(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "cell.zip", "w") as archive:
+        archive.writestr(name, "{}")
+    with pytest.raises(UserError, match="no kept cell"):
+        restore_cell(tmp_path, tmp_path / "runs" / "cell")
+    assert not (tmp_path / "runs").exists()
+
+
+def _entries(packed: Path) -> list[bytes]:
+    with zipfile.ZipFile(packed) as archive:
+        return [archive.read(entry) for entry in archive.infolist()]
 
 
 def test_other_settings_do_not_pass_for_a_finished_run(finished):

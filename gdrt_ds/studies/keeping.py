@@ -1,0 +1,98 @@
+"""Keeps what the page needs of a finished cell in one small file, and puts it back on another machine.
+
+A study can take days, and its run folders hold checkpoints of gigabytes. A kept cell is a zip of the text
+files of its run and of its evaluation: settings, losses, metrics, predictions. It has no weights. A study
+that finds a kept cell counts it as done, so a grid can be continued where the runs themselves are gone.
+
+Kept cells are shared, so they name no folder of the machine that made them: words stand for the study's
+folder, the checkout and the home folder.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from gdrt_ds.errors import UserError
+from gdrt_ds.files import REPOSITORY, replacing
+
+KEPT_SUFFIXES = (".yaml", ".json", ".jsonl", ".md")
+LARGEST_BYTES = 64 << 20
+"""No text file of a run is larger. A zip that claims more is not one of ours."""
+STAMP = (1980, 1, 1, 0, 0, 0)
+"""Time of every entry: the same files give the same zip."""
+
+
+def keep_cell(run: Path, evaluation: Path, kept: Path) -> Path:
+    """Writes `kept`/NAME.zip for the run folder NAME; returns its path.
+
+    Args:
+        run: folder of a completed run.
+        evaluation: its evaluation, a folder below `run`.
+        kept: folder of the kept cells.
+    """
+    target = kept / f"{run.name}.zip"
+    kept.mkdir(parents=True, exist_ok=True)
+    files = [*_text_files(run), *_text_files(evaluation)]
+    with replacing(target) as scratch, zipfile.ZipFile(scratch, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in files:
+            entry = zipfile.ZipInfo(file.relative_to(run).as_posix(), STAMP)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, _without_places(file.read_text(encoding="utf-8"), run))
+    return target
+
+
+def restore_cell(kept: Path, run: Path) -> bool:
+    """Unpacks `kept`/NAME.zip into the run folder NAME; returns False where there is none.
+
+    Raises:
+        UserError: the file is no kept cell.
+    """
+    source = kept / f"{run.name}.zip"
+    if not source.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(source) as archive:
+            for entry in archive.infolist():
+                _check_entry(entry)
+            for entry in archive.infolist():
+                target = run / entry.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                text = archive.read(entry).decode("utf-8")
+                target.write_text(_with_places(text, run), encoding="utf-8")
+    except (zipfile.BadZipFile, ValueError) as problem:
+        raise UserError(
+            f"{source} is no kept cell of a study ({problem})", "remove it; the cell is then trained again"
+        ) from None
+    return True
+
+
+def _places(run: Path) -> list[tuple[str, str]]:
+    """Folders of this machine, the longest first where one may hold the other, and the words for them."""
+    study = run.absolute().parent.parent
+    return [(str(study), "{study}"), (str(REPOSITORY), "{repository}"), (str(Path.home()), "{home}")]
+
+
+def _without_places(text: str, run: Path) -> str:
+    for place, word in _places(run):
+        text = text.replace(place, word)
+    return text
+
+
+def _with_places(text: str, run: Path) -> str:
+    for place, word in _places(run):
+        text = text.replace(word, place)
+    return text
+
+
+def _text_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in KEPT_SUFFIXES)
+
+
+def _check_entry(entry: zipfile.ZipInfo) -> None:
+    """Raises ValueError for a name that leaves the run folder, is no text file, or is too large."""
+    path = PurePosixPath(entry.filename)
+    if path.is_absolute() or ".." in path.parts or path.suffix not in KEPT_SUFFIXES:
+        raise ValueError(f"it holds {entry.filename!r}")
+    if entry.file_size > LARGEST_BYTES:
+        raise ValueError(f"{entry.filename} has {entry.file_size:,} bytes")
