@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles one small extension at its first start; two environments that share a cache would rebuild it in turns.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: help install wheel quickstart lint format test test-fast golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks gpu-check clean
+.PHONY: help install wheel docs quickstart lint format test test-fast golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks gpu-check clean
 
 help:
 	@echo "make quickstart      install, tune a real small LM with SFT and GDRT on real data, evaluate, compare (11 minutes on 2 cores)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-faults     kills, torn files, NaN, hangs: the fault table"
 	@echo "make test-slurm      the SLURM templates on a real cluster of namespaces (root)"
 	@echo "make benchmarks      every script of benchmarks/ with --quick"
+	@echo "make docs            build the documentation as a site into build/site; a dead link or anchor ends it"
 	@echo "make wheel           build the wheel into dist/, install it into an empty environment and run its commands there"
 	@echo "make gpu-check       everything that needs a GPU, on one: kernels, attention, a 7B step, benchmarks (10 minutes); status 2 without"
 
@@ -94,6 +95,15 @@ test-slurm: install
 benchmarks: install
 	@failed=; for script in $$(ls benchmarks/*.py | grep -v -e machine_line -e random_model -e launching); do echo "== $$script"; $(BIN)/python $$script --quick || failed="$$failed $$script"; done; \
 	[ -z "$$failed" ] || { echo "a promise is not kept by:$$failed" >&2; exit 1; }
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]' && touch $@
+
+# Not --quiet: mkdocs does not count warnings that it does not show, so a dead link would pass.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest tests/docs/test_site.py
+	@echo "[docs] open build/site/index.html"
 
 # The tests build the same wheel from a copy of the sources.
 wheel: install

@@ -52,8 +52,10 @@ class GroupCollator:
 
     Args:
         collator: what pads the other columns; its result must hold `labels` with -100 where nothing is
-        supervised.
-    Raises (when called): UserError if a row has not exactly one group per supervised label.
+            supervised.
+
+    Raises:
+        UserError: when it is called, if a row has not exactly one group per supervised label.
     """
 
     def __init__(self, collator: Callable[[list[dict]], dict[str, Tensor]]):
@@ -279,14 +281,17 @@ class GroupDroLoss(TrainerCallback, ExportableState):
 
 
 def score_tokens(
-    model, rows: Sequence[dict[str, Sequence[int]]], batch_size: int = 8, pad_id: int = 0
+    model: torch.nn.Module, rows: Sequence[dict[str, Sequence[int]]], batch_size: int = 8, pad_id: int = 0
 ) -> list[np.ndarray]:
     """r: log-probabilities of the supervised tokens of rows whose prompt holds no history.
 
     Args:
         model: causal LM, e.g. the base before tuning; run without gradient and dropout on its own device.
         rows: {"input_ids", "labels"} each, labels -100 where nothing is supervised; the targets must be
-        those of training.
+            those of training.
+        batch_size: rows per forward.
+        pad_id: token id that fills short rows.
+
     Returns:
         float32 [supervised tokens] per row, in order.
     """

@@ -30,6 +30,7 @@ from gdrt_ds.models.fingerprint import base_fingerprint
 from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.models.scoring_choice import tree_obstacle
 from gdrt_ds.models.source import load_tokenizer, resolve_model
+from gdrt_ds.runtime import Runtime
 
 RUN_FILES = ("config.yaml", "prompt.json", "catalogue.jsonl")
 
@@ -250,14 +251,17 @@ def path_cost_line(reason: str, trie: TokenTrie, prompt_tokens: int) -> str:
 
 
 def open_run(
-    folder: str | Path, runtime, overrides: list[str] = (), *, base: bool = False, merge: bool = True
+    folder: str | Path, runtime: Runtime, overrides: list[str] = (), *, base: bool = False, merge: bool = True
 ) -> Recommender:
     """A run folder, ready to score.
 
     Args:
-        runtime: anything with `.device`, `.rank`, `.world`.
+        folder: the run folder of a finished training.
+        runtime: `gdrt_ds.runtime.Runtime()` for one process; anything with `.device`, `.rank`, `.world`.
         overrides: `key.sub=value`, e.g. model.dtype=float32.
         base: leave the adapter out: the run's base model with the same prompt and catalogue.
+        merge: add the adapter to the base's weights if the base is not quantised; scoring is then faster.
+
     Raises:
         UserError: an incomplete folder or any of the refusals of this module.
     """

@@ -110,8 +110,9 @@ def group_cross_entropy(
             be 0: the result is then zeros that stay attached to the graph, so that ranks without tokens still
             take part in the backward.
         weight: of the head.
-        labels, groups: no ignore index; -100 is refused (on CUDA by a device-side assertion, without a host
-            synchronisation).
+        labels: target token ids. There is no ignore index: -100 is refused (on CUDA by a device-side
+            assertion, without a host synchronisation).
+        groups: the group of each target token, from 0 to G - 1; checked in the same way.
         num_groups: G.
         bias: of the head.
         logit_scale: multiplies the logits (Cohere).
