@@ -94,8 +94,8 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Dtype of the computation. `auto` is bfloat16 on GPUs that compute in it (from Ampere "
-        "on), float16 on older ones (V100, T4), bfloat16 on CPUs that multiply it (AVX512_BF16 or AMX) and "
-        "float32 on other CPUs; the start of a run says which and why.",
+        "on), float16 on older ones (V100, T4), bfloat16 on CPUs that multiply it faster than float32 "
+        "(measured once per machine) and float32 on other CPUs; the start of a run says which and why.",
     )
     attention: Annotated[str, PartName("gdrt_ds.models.attention", "auto")] = Field(
         "auto",

@@ -16,7 +16,7 @@ from functools import cache
 
 import torch
 
-from gdrt_ds.runtime.devices import cpu_bfloat16
+from gdrt_ds.runtime.cpu_products import bfloat16_products
 
 CPU_BLOCK_BYTES = 1_200_000
 """Bytes of the head per thread and product. MKL's sgemm with a transposed second operand gains 10-30 % when
@@ -31,15 +31,17 @@ so 8,192 at a time (N 256, H 2,304 and 4,096)."""
 def product_dtype(dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, str]:
     """Returns the dtype that a head of `dtype` is multiplied in, and why.
 
-    On CPUs float16 is slow, and so is bfloat16 without AVX512_BF16 or AMX; such heads are multiplied in
-    float32.
+    On CPUs float16 is slow, and on many so is bfloat16 (gdrt_ds/runtime/cpu_products.py measures it); such
+    heads are multiplied in float32.
     """
     if device_type != "cpu" or dtype in (torch.float32, torch.float64):
         return dtype, "the head's dtype"
-    if dtype == torch.bfloat16 and cpu_bfloat16():
-        return dtype, f"this CPU multiplies bfloat16 natively ({cpu_bfloat16()})"
-    name = str(dtype).removeprefix("torch.")
-    return torch.float32, f"this CPU has no fast {name} product: blocks of the head are converted"
+    reason = "this CPU has no fast float16 product"
+    if dtype == torch.bfloat16:
+        faster, reason = bfloat16_products()
+        if faster:
+            return dtype, reason
+    return torch.float32, f"{reason}: blocks of the head are converted"
 
 
 class Head:
@@ -69,6 +71,9 @@ class Head:
         if self.blockwise:
             # One block's product, its float32 copy and the float32 sum.
             self.scratch_per_row = (self.dtype.itemsize + 8) * weight.shape[1]
+        if self.converts:
+            # The row itself and the sum, both in the dtype of the products.
+            self.scratch_per_row = 2 * self.dtype.itemsize * weight.shape[1]
 
     def gathered(self, tokens_V: torch.Tensor) -> Head:
         """Returns the head restricted to some tokens: its rows are copied once and serve both products."""

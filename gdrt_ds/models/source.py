@@ -14,7 +14,7 @@ from gdrt_ds.config import ModelSection, TinySection
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, make_tiny_model, smollm2_folder
 from gdrt_ds.models.stored_four_bit import stored_four_bit
-from gdrt_ds.runtime.devices import cpu_bfloat16
+from gdrt_ds.runtime.cpu_products import bfloat16_products
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 FIRST_BFLOAT16 = 8
@@ -202,18 +202,16 @@ def dtype_line(name: str, device: torch.device) -> str:
 def _dtype_and_reason(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Returns the dtype of the computation and why it is this one.
 
-    `auto` on a CPU is bfloat16 where the processor multiplies it (AVX512_BF16, AMX), and float32 elsewhere:
-    other CPUs emulate bfloat16 and are slower in it. On a GPU it is bfloat16 where the GPU computes in it
+    `auto` on a CPU is bfloat16 where the processor multiplies it faster, which is measured once
+    (cpu_products.py), and float32 elsewhere. On a GPU it is bfloat16 where the GPU computes in it
     (from Ampere on), else float16: torch emulates bfloat16 on V100 and T4, many times slower, and Triton
     refuses it there.
     """
     if device.type != "cuda":
         if name != "auto":
             return getattr(torch, name), f"model.dtype={name}"
-        instructions = cpu_bfloat16()
-        if instructions:
-            return torch.bfloat16, f"model.dtype=auto: this CPU multiplies bfloat16 by {instructions}"
-        return torch.float32, "model.dtype=auto: this CPU has neither AVX512_BF16 nor AMX"
+        faster, reason = bfloat16_products()
+        return torch.bfloat16 if faster else torch.float32, f"model.dtype=auto: {reason}"
     lacking = _gpu_without_bfloat16(device)
     if name == "auto":
         if lacking:

@@ -38,19 +38,6 @@ def device_of_rank(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def cpu_bfloat16() -> str:
-    """Returns the instructions by which this CPU multiplies bfloat16 matrices; an empty text if it has none.
-
-    With them bfloat16 products take about half the time of float32 ones, without them more time.
-    """
-    # torch gives no public name to what it found; a build without these functions is for no x86 processor.
-    probes = (("AMX", "_is_amx_tile_supported"), ("AVX512_BF16", "_is_avx512_bf16_supported"))
-    for instructions, probe in probes:
-        if getattr(torch.cpu, probe, lambda: False)():
-            return instructions
-    return ""
-
-
 def to_device(values: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
     """Returns values of the host on a device, without waiting for the copy.
 

@@ -15,7 +15,8 @@ import torch
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss.head import product_dtype
 from gdrt_ds.models.source import compute_dtype, dtype_line
-from gdrt_ds.runtime import Runtime, device_of_rank, name_accelerator, to_device
+from gdrt_ds.runtime import Runtime, cpu_products, device_of_rank, name_accelerator, to_device
+from gdrt_ds.runtime.cpu_products import bfloat16_products
 from gdrt_ds.runtime.starting import complete_rendezvous
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,26 +97,62 @@ def test_auto_computes_in_bfloat16_only_where_the_gpu_does(gpus, name, capabilit
     assert compute_dtype("float32", CUDA) == torch.float32
 
 
-CPUS = [({"_is_avx512_bf16_supported"}, "AVX512_BF16"), ({"_is_amx_tile_supported"}, "AMX"), (set(), "")]
+AVX, AMX = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
 
 
-@pytest.mark.parametrize("supported, instructions", CPUS)
-def test_auto_computes_in_bfloat16_only_where_the_processor_multiplies_it(
-    supported, instructions, monkeypatch
+@pytest.fixture
+def processor(monkeypatch, tmp_path):
+    """A function that makes torch answer as on a processor with these instructions and this speed."""
+
+    def put(supported: set[str], speedup: float) -> None:
+        monkeypatch.setenv("GDRT_CACHE", str(tmp_path))
+        for probe in (AVX, AMX):
+            monkeypatch.setattr(torch.cpu, probe, lambda probe=probe: probe in supported)
+        monkeypatch.setattr(cpu_products, "measured_speedup", lambda: speedup)
+        bfloat16_products.cache_clear()
+        product_dtype.cache_clear()
+
+    yield put
+    bfloat16_products.cache_clear()
+    product_dtype.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "supported, speedup, dtype, words",
+    [
+        ({AVX}, 2.2, torch.bfloat16, "by AVX512_BF16 this CPU multiplies bfloat16 at 2.2 x"),
+        ({AVX, AMX}, 6.0, torch.bfloat16, "by AMX this CPU multiplies bfloat16 at 6.0 x"),
+        ({AVX}, 0.5, torch.float32, "at 0.5 x the speed of float32"),
+        (set(), 3.0, torch.float32, "neither AVX512_BF16 nor AMX"),
+    ],
+    ids=["fast AVX512_BF16", "AMX", "AVX512_BF16 at half speed", "neither"],
+)
+def test_auto_computes_in_bfloat16_only_where_the_processor_is_faster_in_it(
+    supported, speedup, dtype, words, processor
 ):
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, probe, lambda probe=probe: probe in supported)
-    dtype = torch.bfloat16 if instructions else torch.float32
+    processor(supported, speedup)
     line = dtype_line("auto", CPU)
     assert compute_dtype("auto", CPU) == dtype
-    assert (
-        str(dtype).removeprefix("torch.") in line and (instructions or "neither AVX512_BF16 nor AMX") in line
-    )
-    product_dtype.cache_clear()
+    assert str(dtype).removeprefix("torch.") in line and words in line
     assert product_dtype(torch.bfloat16, "cpu")[0] == dtype
-    product_dtype.cache_clear()
     assert compute_dtype("float32", CPU) == torch.float32
     assert compute_dtype("bfloat16", CPU) == torch.bfloat16  # asked for by name: slow, but as asked
+
+
+def test_the_processor_is_measured_once_and_every_process_reads_that(processor, tmp_path):
+    processor({AVX}, 2.0)
+    assert compute_dtype("auto", CPU) == torch.bfloat16
+    processor({AVX}, 0.5)  # another process, at a moment when the machine was busy
+    assert compute_dtype("auto", CPU) == torch.bfloat16
+    (kept,) = tmp_path.glob("cpu-products-*.json")
+    kept.write_text("torn {")
+    processor({AVX}, 0.5)
+    assert compute_dtype("auto", CPU) == torch.float32
+
+
+def test_the_measured_speed_is_that_of_the_products():
+    speedup = cpu_products.measured_speedup()
+    assert 0.01 < speedup < 100
 
 
 def test_bfloat16_on_a_gpu_that_emulates_it_is_refused_by_name(gpus):
