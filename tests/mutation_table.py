@@ -277,12 +277,11 @@ MUTATIONS = [
         "first title token predicted from another title",
         "dro/test_relevance.py::test_entry_scores_are_read_at_the_token_before_however_titles_are_dealt_out",
         (
-            ("dro/relevance.py", "score_entries", "store.num_target[0]) - 1", "store.num_target[0])"),
             (
                 "batches/layout.py",
                 "_packed",
-                "if any(count > body for",
-                "if False and any(count > body for",
+                "np.arange(stop - body, stop)",
+                "np.arange(stop - body - 1, stop - 1)",
             ),
         ),
     ),
