@@ -16,11 +16,22 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.precision import Precision, compare, in_training
 from gdrt_ds.config import load_config
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
 from gdrt_ds.errors import UserError
-from gdrt_ds.inference.recommender import Recommender, assemble, base_path, check_catalogue, open_run
+from gdrt_ds.inference.recommender import (
+    Recommender,
+    TrainedModel,
+    assemble_trained,
+    base_path,
+    check_catalogue,
+    names_dtype,
+    open_trained,
+)
+from gdrt_ds.models.weight_files import WeightFiles
+from gdrt_ds.runtime.devices import free_bytes
 
 
 @dataclass
@@ -31,6 +42,7 @@ class Subject:
         name: for tables. samples: of the split, cut by `limit`. run: the run folder, if any.
         group_of_entry: relevance group of each catalogue entry, -1 where unknown; None without a relevance
             table.
+        precision: what the dtype of the training changes; None where the scores keep it.
     """
 
     name: str
@@ -41,6 +53,7 @@ class Subject:
     limit: int | None
     run: Path | None = None
     group_of_entry: np.ndarray | None = None
+    precision: Precision | None = None
 
     @property
     def objective(self) -> str | None:
@@ -124,7 +137,8 @@ def load_subject(
 
     Args:
         overrides: `key.sub=value` on the run's config (or on the defaults), e.g. model.dtype=float32 or
-            data.history_length=10.
+            data.history_length=10. `model.dtype=bfloat16` or float16 names the dtype of the scores, which are
+            otherwise computed in float32 where it fits.
     Raises:
         UserError: contradictory options, and every refusal of gdrt_ds.inference.recommender; an empty split.
     """
@@ -140,36 +154,20 @@ def load_subject(
                 "--adapter, --prompt and --data belong to --model; a run folder brings its own",
                 "override single settings with key.sub=value",
             )
-        recommender = open_run(run, runtime, overrides, base=base, merge=merge)
-        corpus = load_corpus(recommender.config.data)
+        trained = open_trained(run, runtime, overrides, base=base)
+        corpus = load_corpus(trained.config.data)
         name = Path(run).name + (" (base)" if base else "")
-        groups = relevance_groups(Path(run), corpus, recommender.catalogue)
+        groups = relevance_groups(Path(run), corpus, trained.catalogue)
     else:
-        if not data:
-            raise UserError("--model needs --data", "give the data folder, or ml-100k")
-        if base:
-            raise UserError("--base belongs to --run", "leave --adapter out to evaluate a base model")
-        defaults = ["model.quantization=none", f"model.path={model}", f"data.path={data}"]
-        config = load_config(
-            None, [*defaults, *([f"prompt.template={prompt}"] if prompt else []), *overrides]
-        )
-        corpus = load_corpus(config.data)
-        catalogue = Catalogue.build(corpus)
-        folder = Path(adapter) if adapter else None
-        if folder is not None and not (folder / "adapter_config.json").is_file():
-            raise UserError(
-                f"--adapter {folder} is not a PEFT adapter (no adapter_config.json)",
-                "give the folder that PEFT's save_pretrained wrote",
-            )
-        check_catalogue(catalogue, set(), "")
-        recommender = assemble(
-            config, runtime, base_path(config.model, folder), folder, None, corpus.domain, catalogue, merge
-        )
-        recommender.lines.append(f"prompt: {prompt or config.prompt.template}")
-        name, groups = (folder or Path(model)).name, None
+        trained, corpus = _trained_elsewhere(runtime, base, model, adapter, prompt, data, overrides)
+        name = Path(adapter or model).name
+        groups = None
     samples = choose_samples(corpus.split(split), limit)
     used = {item for s in samples for item in (*s.history, s.target)}
-    check_catalogue(recommender.catalogue, used, f"the {split} split")
+    check_catalogue(trained.catalogue, used, f"the {split} split")
+    before = in_training(trained, samples)
+    trained_dtype = trained.loaded.dtype
+    recommender = trained.ready(runtime, merge)
     return Subject(
         name,
         recommender,
@@ -179,4 +177,55 @@ def load_subject(
         limit if limit and limit < len(corpus.split(split)) else None,
         Path(run) if run else None,
         groups,
+        compare(before, trained_dtype, recommender, samples),
     )
+
+
+def _trained_elsewhere(
+    runtime,
+    base: bool,
+    model: str,
+    adapter: str | None,
+    prompt: str | None,
+    data: str | None,
+    overrides: list[str],
+) -> tuple[TrainedModel, Corpus]:
+    """A model of another trainer, with the data that it is evaluated on."""
+    if not data:
+        raise UserError("--model needs --data", "give the data folder, or ml-100k")
+    if base:
+        raise UserError("--base belongs to --run", "leave --adapter out to evaluate a base model")
+    defaults = ["model.quantization=none", f"model.path={model}", f"data.path={data}"]
+    if prompt:
+        defaults.append(f"prompt.template={prompt}")
+    config = load_config(None, [*defaults, *overrides])
+    corpus = load_corpus(config.data)
+    catalogue = Catalogue.build(corpus)
+    folder = Path(adapter) if adapter else None
+    if folder is not None and not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"--adapter {folder} is not a PEFT adapter (no adapter_config.json)",
+            "give the folder that PEFT's save_pretrained wrote",
+        )
+    check_catalogue(catalogue, set(), "")
+    path = base_path(config.model, folder)
+    named = names_dtype(overrides)
+    if not named and _fits_in_float32(path, runtime):
+        section = config.model.model_copy(update={"dtype": "float32"})
+        config = config.model_copy(update={"model": section})
+    as_loaded = named and config.model.dtype != "float32"
+    trained = assemble_trained(config, runtime, path, folder, None, corpus.domain, catalogue, as_loaded)
+    trained.lines.append(f"prompt: {prompt or config.prompt.template}")
+    return trained, corpus
+
+
+def _fits_in_float32(path: Path, runtime) -> bool:
+    """Whether the weights of a folder, held in float32, take at most half of the free memory.
+
+    How another trainer computed is not known, so nothing is rounded where it need not be.
+    """
+    try:
+        wanted = 4 * sum(tensor.numel for tensor in WeightFiles(path).tensors.values())
+    except UserError:  # the loading says what is wrong with the folder
+        return False
+    return wanted <= free_bytes(runtime.device) // max(1, runtime.local_world) // 2

@@ -118,6 +118,8 @@ def _begin(
     """Says what is evaluated, checks that it can be scored, and makes the output ready."""
     for line in subject.recommender.lines:
         print(line)
+    if subject.precision is not None:
+        print(subject.precision.line())
     num_items = len(subject.catalogue)
     if options.k > num_items:
         print(f"lists: the catalogue has {num_items} items, so lists end there (--k {options.k})")
@@ -166,6 +168,9 @@ def measure(
     if exactness is not None:
         results["exactness"] = exactness.figures()
         notes += exactness.notes()
+    if subject.precision is not None:
+        results["precision"] = subject.precision.figures()
+        notes.append(subject.precision.line())
     if options.mode == "best_first":
         results["search"] = _search_figures(subject, predictions)
     return {

@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         read_histories(options.history, options.file, set())  # wrong uses are told before the model is loaded
         tell(f"loading the model of {options.run}")
         recommender = open_run(options.run, single_process_runtime(), options.overrides, base=options.base)
+        tell(recommender.precision)
         known = {entry.text for entry in recommender.catalogue.entries}
         histories = read_histories(options.history, options.file, known)
         for title in unknown_titles(histories, known):

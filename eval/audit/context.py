@@ -276,4 +276,5 @@ class AuditContext:
             mine.encoder.template.domain,
             mine.catalogue,
             merge,
+            mine.as_loaded,
         )

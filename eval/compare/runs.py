@@ -69,10 +69,26 @@ def check_same(runs: Sequence[Run]) -> list[str]:
             theirs = run.results.get(key)
             if mine != theirs:
                 notes.append(f"{key} differs: {first.label} {mine}, {run.label} {theirs}")
+    notes = [*_not_exact(runs), *notes]
     limits = sorted({str(run.results["limit"]) for run in runs if run.results.get("limit")})
     if limits:
         notes.insert(0, f"not a result: limited to {', '.join(limits)} samples")
     return notes
+
+
+def _not_exact(runs: Sequence[Run]) -> list[str]:
+    """One warning per run whose own check found that its scores are not exact."""
+    found = []
+    for run in runs:
+        check = run.results.get("exactness") or {}
+        if check.get("exact", True) or check.get("difference_nats") is None:
+            continue
+        found.append(
+            f"warning: the scores of {run.label} are not exact ({check.get('dtype')}): the same title scored "
+            f"in two ways differs by {check['difference_nats']:.1e} nats, and smaller differences between "
+            "runs mean nothing; evaluate it again in float32"
+        )
+    return found
 
 
 def _refuse_other_data(first: Run, run: Run) -> None:

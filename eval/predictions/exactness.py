@@ -1,8 +1,9 @@
 """Whether the scores of this model may be called exact: tree scores beside scoring items one by one.
 
-Rounding in the model's dtype separates the two. In float32 they agree within 1e-3 nats on every family
-tried. In bfloat16 and float16, whose logits are rounded to 1/64 and less, they may not, and then the scores
-are not called exact. A wrong mask or position gives tenths of a nat and more.
+Rounding in the model's dtype separates the two. In float32, in which models are scored unless the user names
+another dtype or it does not fit, they agree within 1e-3 nats on every family tried. In bfloat16 and float16,
+whose logits are rounded to 1/64 and less, they do not, and then the scores are not called exact. A wrong mask
+or position gives tenths of a nat and more.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Exactness:
     def _not_exact(self, seen: str) -> str:
         return (
             f"scores are not exact: tree scores and scoring items one by one differ by {seen}, more than "
-            f"{EXACT_WITHIN:g}; model.dtype=float32 gives exact scores"
+            f"{EXACT_WITHIN:g}; they are computed in {self.dtype}, float32 gives exact ones"
         )
 
     def figures(self) -> dict[str, Any]:

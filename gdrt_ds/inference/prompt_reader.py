@@ -35,6 +35,9 @@ from gdrt_ds.models.families import (
 from gdrt_ds.models.token_rows import token_layer
 from gdrt_ds.runtime.devices import to_device
 
+VOCABULARY_BLOCK = 8192
+"""Rows of an output head of another dtype that are converted at once."""
+
 KeyValues = list[tuple[Tensor, Tensor]]  # per layer: keys and values [B or 1, K, P, D]
 
 
@@ -181,10 +184,14 @@ class LmHeadRows:
     def vocabulary_logits(self, hidden: Tensor) -> Tensor:
         """[N, H] -> float32 [N, V]; the caller bounds N.
 
-        Runs in the weight's dtype on an accelerator, in fp32 on CPU.
+        The product is in the dtype of `hidden`. Weights of another dtype are converted block by block.
         """
         weight = self.weight
-        logits = F.linear(hidden.to(weight.dtype), weight).float()
+        if weight.dtype == hidden.dtype:
+            logits = F.linear(hidden, weight).float()
+        else:
+            blocks = weight.split(VOCABULARY_BLOCK)
+            logits = torch.cat([F.linear(hidden, block.to(hidden.dtype)).float() for block in blocks], dim=-1)
         for a, b, scale in self.low_rank:
             logits += scale * F.linear(F.linear(hidden.to(a.dtype), a), b).float()
         if self.bias is not None:
@@ -214,7 +221,10 @@ class PromptReader:
         self.rows = LmHeadRows.of(self.model)
         weight = self.decoder.get_input_embeddings().weight
         self.device, self.num_layers = weight.device, self.config.num_hidden_layers
-        self.mask_dtype = weight.dtype  # hidden states, and so queries, have the embedding's dtype
+        # Hidden states, and so queries, have the dtype of what the embedding gives out (float32.py).
+        with torch.no_grad():
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            self.mask_dtype = self.decoder.get_input_embeddings()(token).dtype
         self.max_positions = getattr(self.config, "max_position_embeddings", None)
         self._shared: KeyValues | None = None
         # The last head token is left to `read`, so that a prompt without history still has a token to

@@ -27,9 +27,10 @@ from gdrt_ds.inference.path_reader import PathReader, make_reader
 from gdrt_ds.inference.prompt_reader import PromptReader
 from gdrt_ds.models.families import unwrap
 from gdrt_ds.models.fingerprint import base_fingerprint
+from gdrt_ds.models.float32 import to_float32
 from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.models.scoring_choice import tree_obstacle
-from gdrt_ds.models.source import load_tokenizer, resolve_model
+from gdrt_ds.models.source import compute_dtype, dtype_name, load_tokenizer, resolve_model
 from gdrt_ds.runtime import Runtime
 
 RUN_FILES = ("config.yaml", "prompt.json", "catalogue.jsonl")
@@ -40,11 +41,14 @@ class Recommender:
     """A model and everything its scores depend on.
 
     Attributes:
-        config: the run's resolved config (or that of a model trained elsewhere).
+        config: the run's resolved config (or that of a model trained elsewhere); `model.dtype` is the dtype
+            that the base was loaded in.
         encoder, catalogue, trie: trie leaves are catalogue entries.
         reader: ready to read prompts.
         lines: what was loaded and how.
         adapter: its folder, None for a plain base model.
+        precision: the line that says in which dtype the scores are computed.
+        as_loaded: whether the scores are computed in the dtype of the load, because the user named it.
     """
 
     config: RunConfig
@@ -55,6 +59,8 @@ class Recommender:
     reader: PromptReader
     adapter: Path | None = None
     lines: list[str] = field(default_factory=list)
+    precision: str = ""
+    as_loaded: bool = False
 
     def prompt_of(self, item_ids: tuple[str, ...] | list[str]) -> list[int]:
         """Tokens of the prompt for a history of catalogue items, oldest first."""
@@ -197,6 +203,99 @@ def check_catalogue(catalogue: Catalogue, item_ids: set[str], where: str) -> Non
         )
 
 
+@dataclass
+class TrainedModel:
+    """A model in the dtype of its training, with what belongs to it; `ready` makes a Recommender of it.
+
+    The attributes are those of `Recommender`.
+    """
+
+    config: RunConfig
+    loaded: LoadedModel
+    encoder: PromptEncoder
+    catalogue: Catalogue
+    trie: TokenTrie
+    adapter: Path | None
+    lines: list[str]
+    as_loaded: bool
+
+    @property
+    def changes_dtype(self) -> bool:
+        """Whether the scores are to be computed in another dtype than the training's."""
+        return self.loaded.dtype != torch.float32 and not self.as_loaded
+
+    def reader(self) -> PromptReader:
+        """A reader of the model as it is now."""
+        return make_reader(self.loaded.model, self.encoder.prefix_ids)
+
+    def ready(self, runtime, merge: bool = True) -> Recommender:
+        """Makes the model compute in float32, in place, unless the user named another dtype.
+
+        Unquantised bases take the adapter into their weights (same scores, less work).
+        """
+        lines = list(self.lines)
+        whole = True
+        precision = f"scoring: in {dtype_name(self.loaded.dtype)}"
+        if self.changes_dtype:
+            self.loaded, whole, precision = to_float32(self.loaded, self.config.model, runtime)
+            lines.append(precision)
+        if self.adapter is not None and merge and whole and self.config.model.quantization == "none":
+            self.loaded.model = self.loaded.model.merge_and_unload()
+            lines.append("adapter merged into the base weights for scoring")
+        self.loaded.model.eval()
+        reader = self.reader()
+        if isinstance(reader, PathReader):
+            obstacle = tree_obstacle(self.loaded.model)
+            lines.append(path_cost_line(obstacle, self.trie, self.encoder.max_length))
+        return Recommender(
+            self.config,
+            self.loaded,
+            self.encoder,
+            self.catalogue,
+            self.trie,
+            reader,
+            self.adapter,
+            lines,
+            precision,
+            self.as_loaded,
+        )
+
+
+def assemble_trained(
+    config: RunConfig,
+    runtime,
+    path: Path,
+    adapter: Path | None,
+    template: PromptTemplate | None,
+    domain: str,
+    catalogue: Catalogue,
+    as_loaded: bool = False,
+) -> TrainedModel:
+    """Loads the model in `model.dtype` and joins the parts.
+
+    Args:
+        as_loaded: the scores are computed in that dtype too; otherwise in float32, where it fits.
+    """
+    loaded = load_model(config.model, runtime, train=False, path=path, adapter=adapter)
+    lines = list(loaded.lines)
+    if adapter is not None:
+        lines.append(check_adapter(loaded.model, adapter))
+        check_tokenizer(loaded.tokenizer, adapter, config.model.trust_remote_code)
+    generation = getattr(unwrap(loaded.model), "generation_config", None)
+    if generation is not None and (generation.do_sample or (generation.temperature or 1.0) != 1.0):
+        lines.append(
+            "the model's generation_config (sampling, temperature) is ignored: scores are plain "
+            "log-probabilities"
+        )
+    loaded.model.eval()
+    template = template or PromptTemplate.from_config(config.prompt, domain, loaded.tokenizer)
+    encoder = PromptEncoder(template, loaded.tokenizer, config.prompt.max_length)
+    encoder.reserve_for(catalogue)
+    titles = [entry.text for entry in catalogue.entries]
+    trie = TokenTrie.build([encoder.target_ids(title) for title in titles], titles)
+    return TrainedModel(config, loaded, encoder, catalogue, trie, adapter, lines, as_loaded)
+
+
 def assemble(
     config: RunConfig,
     runtime,
@@ -206,35 +305,15 @@ def assemble(
     domain: str,
     catalogue: Catalogue,
     merge: bool = True,
+    as_loaded: bool = False,
 ) -> Recommender:
-    """Loads the model and joins the parts.
+    """The same, ready to score.
 
-    Unquantised bases take the adapter into their weights (same scores, less work).
+    Args:
+        merge: whether an unquantised base takes the adapter into its weights.
     """
-    loaded = load_model(config.model, runtime, train=False, path=path, adapter=adapter)
-    lines, model = list(loaded.lines), loaded.model
-    if adapter is not None:
-        lines.append(check_adapter(model, adapter))
-        check_tokenizer(loaded.tokenizer, adapter, config.model.trust_remote_code)
-        if merge and config.model.quantization == "none":
-            model = loaded.model = model.merge_and_unload()
-            lines.append("adapter merged into the base weights for scoring")
-    generation = getattr(unwrap(model), "generation_config", None)
-    if generation is not None and (generation.do_sample or (generation.temperature or 1.0) != 1.0):
-        lines.append(
-            "the model's generation_config (sampling, temperature) is ignored: scores are plain "
-            "log-probabilities"
-        )
-    model.eval()
-    template = template or PromptTemplate.from_config(config.prompt, domain, loaded.tokenizer)
-    encoder = PromptEncoder(template, loaded.tokenizer, config.prompt.max_length)
-    encoder.reserve_for(catalogue)
-    titles = [entry.text for entry in catalogue.entries]
-    trie = TokenTrie.build([encoder.target_ids(title) for title in titles], titles)
-    reader = make_reader(model, encoder.prefix_ids)
-    if isinstance(reader, PathReader):
-        lines.append(path_cost_line(tree_obstacle(model), trie, encoder.max_length))
-    return Recommender(config, loaded, encoder, catalogue, trie, reader, adapter, lines)
+    trained = assemble_trained(config, runtime, path, adapter, template, domain, catalogue, as_loaded)
+    return trained.ready(runtime, merge)
 
 
 def path_cost_line(reason: str, trie: TokenTrie, prompt_tokens: int) -> str:
@@ -250,23 +329,48 @@ def path_cost_line(reason: str, trie: TokenTrie, prompt_tokens: int) -> str:
     )
 
 
-def open_run(
-    folder: str | Path, runtime: Runtime, overrides: list[str] = (), *, base: bool = False, merge: bool = True
-) -> Recommender:
-    """A run folder, ready to score.
+def names_dtype(overrides: list[str]) -> bool:
+    """Whether the command line names the dtype itself."""
+    given = [override.partition("=") for override in overrides]
+    return any(key.strip() == "model.dtype" and value.strip() != "auto" for key, _, value in given)
+
+
+def dtype_of_training(folder: Path, config: RunConfig, device: torch.device) -> str:
+    """The dtype that a run computed in, which `auto` does not say on another machine.
+
+    A device that does not compute in it takes float32.
+    """
+    summary = folder / "summary.json"
+    name = config.model.dtype
+    if summary.is_file():
+        name = json.loads(summary.read_text(encoding="utf-8")).get("dtype") or name
+    try:
+        return dtype_name(compute_dtype(name, device))
+    except UserError:
+        return "float32"
+
+
+def open_trained(
+    folder: str | Path, runtime, overrides: list[str] = (), *, base: bool = False
+) -> TrainedModel:
+    """A run folder in the dtype of its training, ready to be made a Recommender.
 
     Args:
-        folder: the run folder of a finished training.
-        runtime: `gdrt_ds.runtime.Runtime()` for one process; anything with `.device`, `.rank`, `.world`.
-        overrides: `key.sub=value`, e.g. model.dtype=float32.
+        runtime: anything with `.device`, `.rank`, `.world`.
+        overrides: `key.sub=value`. `model.dtype=bfloat16` or float16 names the dtype of the scores too.
         base: leave the adapter out: the run's base model with the same prompt and catalogue.
-        merge: add the adapter to the base's weights if the base is not quantised; scoring is then faster.
 
     Raises:
         UserError: an incomplete folder or any of the refusals of this module.
     """
     folder = Path(folder)
     config = read_run_config(folder, overrides)
+    as_loaded = names_dtype(overrides) and config.model.dtype != "float32"
+    if not as_loaded:
+        # The base is loaded, and quantised, as it was in training, and only then made float32.
+        kept = [override for override in overrides if not override.startswith("model.dtype")]
+        trained = dtype_of_training(folder, read_run_config(folder, kept), torch.device(runtime.device))
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": trained})})
     adapter = folder / "adapter"
     has_adapter = (adapter / "adapter_config.json").is_file()
     if not base and not has_adapter:
@@ -277,6 +381,24 @@ def open_run(
     path = base_path(config.model, adapter if has_adapter else None, folder / "base")
     catalogue = Catalogue.load(folder / "catalogue.jsonl")
     template = PromptTemplate.load(folder / "prompt.json")
-    return assemble(
-        config, runtime, path, None if base else adapter, template, template.domain, catalogue, merge
+    return assemble_trained(
+        config, runtime, path, None if base else adapter, template, template.domain, catalogue, as_loaded
     )
+
+
+def open_run(
+    folder: str | Path, runtime: Runtime, overrides: list[str] = (), *, base: bool = False, merge: bool = True
+) -> Recommender:
+    """A run folder, ready to score: in float32 where it fits, whatever the run was trained in.
+
+    Args:
+        folder: the run folder of a finished training.
+        runtime: `gdrt_ds.runtime.Runtime()` for one process; anything with `.device`, `.rank`, `.world`.
+        overrides: `key.sub=value`. `model.dtype=bfloat16` or float16 names the dtype of the scores too.
+        base: leave the adapter out: the run's base model with the same prompt and catalogue.
+        merge: add the adapter to the base's weights if the base is not quantised; scoring is then faster.
+
+    Raises:
+        UserError: an incomplete folder or any of the refusals of this module.
+    """
+    return open_trained(folder, runtime, overrides, base=base).ready(runtime, merge)

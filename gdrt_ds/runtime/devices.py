@@ -7,6 +7,8 @@ build of torch without CUDA can stand beside one.
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,6 +38,28 @@ def device_of_rank(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns the bytes that new tensors of a device can take, over all processes that use it.
+
+    On a CPU that is what the kernel calls available, or less where the control group of the process has less
+    left (a container, a Slurm job).
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        kib = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+        found += [int(kib.group(1)) * 1024] if kib else []
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file():
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        found += [max(0, int(limit) - used)] if limit != "max" else []
+    # Neither exists outside Linux: then half of the memory is taken for free.
+    return min(found, default=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
 
 
 def to_device(values: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
