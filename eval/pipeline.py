@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.floors import FLOORS, floor_predictions
+from eval.floors import AUTO, Choice, choose, fit_floors, floor_predictions
 from eval.folders import FORMAT, RESULTS, is_evaluation, read_results
 from eval.loading import Subject
 from eval.metrics import evaluate, evaluate_targets
@@ -57,7 +57,7 @@ def run_evaluation(
     *,
     output: Path | None = None,
     overwrite: bool = False,
-    floors: bool = True,
+    floors: str = AUTO,
     num_bootstrap: int = 1000,
     audits: Sequence[str] = (),
     audit_options: Any = None,
@@ -67,7 +67,7 @@ def run_evaluation(
     Args:
         output: the evaluation folder; by default `default_output`.
         overwrite: drop other predictions in it.
-        floors: also measure popularity and Markov.
+        floors: names of eval.floors with commas between them, `auto` or `none`; see `eval.floors.choose`.
         num_bootstrap: draws of users for the intervals.
         audits: names of eval.audit, or all. They run after the scores are safe on disk. Audits that an
             earlier call
@@ -76,14 +76,17 @@ def run_evaluation(
     Returns:
         the content of results.json on rank 0, None elsewhere.
     Raises:
-        UserError: an unknown audit, an output that cannot be used, or a model that cannot be scored exactly.
+        UserError: an unknown audit or floor, an output that cannot be used, or a model that cannot be
+            scored exactly.
     """
     context = None
     keep: frozenset[int] = frozenset()
+    chosen_floors = choose(floors, subject.corpus)  # a misspelt name is refused before hours of scoring
     if audits:
-        from eval.audit import AuditContext, AuditOptions, choose
+        from eval.audit import AuditContext, AuditOptions
+        from eval.audit import choose as choose_audits
 
-        choose(audits)  # a misspelt name is refused before hours of scoring
+        choose_audits(audits)  # a misspelt name is refused before hours of scoring
         context = AuditContext(subject, runtime, audit_options or AuditOptions())
         if options.mode == "renormalised":
             keep = context.wanted_scores()
@@ -103,7 +106,9 @@ def run_evaluation(
         audited = run_audits(audits, context)
     if predictions is None:
         return None
-    results = measure(subject, options, predictions, exactness, floors=floors, num_bootstrap=num_bootstrap)
+    results = measure(
+        subject, options, predictions, exactness, floors=chosen_floors, num_bootstrap=num_bootstrap
+    )
     kept = {name: audit for name, audit in earlier_audits(output, key).items() if name not in audited}
     if kept:
         print(f"audits of an earlier evaluation of the same predictions are kept: {', '.join(kept)}")
@@ -146,7 +151,7 @@ def measure(
     predictions: list[dict[str, Any]],
     exactness: Exactness | None = None,
     *,
-    floors: bool = True,
+    floors: Choice,
     num_bootstrap: int = 1000,
 ) -> dict[str, Any]:
     """The content of results.json: metrics and slices of the model, the floors, the test targets."""
@@ -154,17 +159,17 @@ def measure(
     counts = subject.train_history_counts()
     results = evaluate(predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap)
     found: dict[str, Any] = {}
-    if floors:
-        order = item_order(subject)
-        for floor in FLOORS:
-            rows = floor_predictions(subject, floor, order, options.k)
-            found[floor] = evaluate(
-                rows, entries, history_item_counts=counts, num_bootstrap=num_bootstrap, breakdowns=False
-            )["metrics"]
+    fitted, floor_notes = fit_floors(subject, floors)
+    order = item_order(subject)
+    for name, floor in fitted.items():
+        rows = floor_predictions(subject, floor, order, options.k)
+        found[name] = evaluate(
+            rows, entries, history_item_counts=counts, num_bootstrap=num_bootstrap, breakdowns=False
+        )["metrics"]
     found["targets"] = evaluate_targets(
         predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap
     )
-    notes = _notes(subject, options, predictions)
+    notes = _notes(subject, options, predictions) + floor_notes
     if exactness is not None:
         results["exactness"] = exactness.figures()
         notes += exactness.notes()

@@ -79,7 +79,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--limit", type=int, help="a sample of this many users; marks the output `not a result`"
     )
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the intervals")
-    parser.add_argument("--no-floors", action="store_true", help="leave popularity and Markov out")
+    parser.add_argument(
+        "--floors",
+        default="auto",
+        metavar="NAMES",
+        help="recommenders to show beside the model, with commas between them: popularity, markov, sasrec. "
+        "auto (default): all, but sasrec only where it is cached or trains in about two minutes; none",
+    )
+    parser.add_argument(
+        "--no-floors", dest="floors", action="store_const", const="none", help="the same as --floors none"
+    )
     parser.add_argument("--audit", default="", help="comma-separated audits, or all; see docs/audits.md")
     parser.add_argument("--audit-users", type=int, help="users per audit; default: each audit's own")
     parser.add_argument(
@@ -146,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
             runtime,
             output=Path(options.output) if options.output else None,
             overwrite=options.overwrite,
-            floors=not options.no_floors,
+            floors=options.floors,
             num_bootstrap=options.bootstrap,
             audits=audits,
             audit_options=settings,

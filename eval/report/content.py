@@ -42,8 +42,7 @@ TERMINAL = (
 SIDES = {
     "accuracy": (
         "Accuracy",
-        "How well the held-out item of each sample is found. Chance and the two floors need no language "
-        "model.",
+        "How well the held-out item of each sample is found. Chance and the floors need no language model.",
     ),
     "item": (
         "Item side",

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from eval import predictions as predictions_module
-from eval.floors import Floors
+from eval.floors import choose, fit_floors
 from eval.loading import load_subject
 from eval.metrics.calibration import nll_curve
 from eval.run import main, parse
@@ -30,7 +30,7 @@ from tests.eval.run_folders import TINY, make_run
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-FAST = ["--bootstrap", "50"]
+FAST = ["--bootstrap", "50", "--floors", "popularity,markov"]  # sasrec has tests of its own
 
 
 @pytest.fixture(scope="module")
@@ -327,16 +327,17 @@ def test_duplicate_titles_are_one_entry_and_any_of_their_ids_is_a_hit(tmp_path):
 
 def test_the_floors_are_distributions_with_counts_by_hand(run):
     subject = load_subject(Runtime(), run=str(run))
-    floors, train = Floors(subject), subject.corpus.splits["train"]
+    floors, _ = fit_floors(subject, choose("popularity,markov", subject.corpus))
+    train = subject.corpus.splits["train"]
     last = train[0].history[-1]
     for floor, history in (("popularity", (last,)), ("markov", (last,)), ("markov", ())):
-        assert np.exp(floors.log_probs(floor, history)).sum() == pytest.approx(1.0, abs=1e-12)
+        assert np.exp(floors[floor].log_probs([history])).sum() == pytest.approx(1.0, abs=1e-12)
     index = subject.catalogue.index_of
     after = [index[s.target] for s in train if s.history[-1] == last]
     popular = np.array([e.train_count + 1 for e in subject.catalogue.entries], float)
     popular /= popular.sum()
     expected = (np.bincount(after, minlength=len(popular)) + popular) / (len(after) + 1)
-    assert np.allclose(np.exp(floors.log_probs("markov", (last,))), expected, atol=1e-12)
+    assert np.allclose(np.exp(floors["markov"].log_probs([(last,)])[0]), expected, atol=1e-12)
 
 
 def test_wrong_adapters_are_refused(run, tmp_path, capsys):

@@ -157,6 +157,8 @@ def evaluate(folder: Path, output: Path, log: Path) -> None:
                     "24",
                     "--bootstrap",
                     "200",
+                    "--floors",
+                    "popularity,markov",
                 ]
             )
             code = 0

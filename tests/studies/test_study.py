@@ -51,7 +51,7 @@ rows:
   sft: [objective=sft]
   gdrt: [objective=gdrt]
   frozen: [objective=gdrt, "dro.frozen_weights={run:gdrt}"]
-evaluate: [--bootstrap, "100", --batch-size, "64"]
+evaluate: [--bootstrap, "100", --batch-size, "64", --floors, "popularity,markov"]
 """
 
 
