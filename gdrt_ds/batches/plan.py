@@ -7,6 +7,7 @@ accumulation or packing. So the position in the data *is* the step number, and r
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,14 @@ import numpy as np
 from gdrt_ds.batches.prefix_tree import in_order, shared_lengths
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.errors import UserError
+
+
+@functools.lru_cache(maxsize=2)  # a step at the turn of an epoch needs two
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Returns int64[count], the order of an epoch. It is kept: the steps of an epoch share it."""
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+    order.flags.writeable = False
+    return order
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class BatchPlan:
         order = None if self.store is None else self.store.order(epoch)
         if order is not None:
             return order
-        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(count)
+        return permutation(self.seed, epoch, count)
 
     def _lengths_of(self, samples: np.ndarray | list[int]) -> np.ndarray:
         """int64[...]: tokens of each sample."""

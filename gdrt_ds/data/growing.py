@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,6 +150,7 @@ class GrowingStore(TokenStore):
 
     def __post_init__(self):
         self._starts: dict[int, np.ndarray] = {}
+        self._orders: dict[int, np.ndarray] = {}
 
     @classmethod
     def of(
@@ -176,7 +177,7 @@ class GrowingStore(TokenStore):
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns int64[n]: the rows of an epoch in the order in which training takes them."""
-        return self.windows.order(epoch) + epoch * len(self)
+        return _kept(self._orders, epoch, lambda number: self.windows.order(number) + number * len(self))
 
     def sample_of(self, rows: np.ndarray) -> np.ndarray:
         """Returns the samples that rows belong to."""
@@ -190,11 +191,7 @@ class GrowingStore(TokenStore):
         return self.encoder.encode(titles, self.catalogue.text_of(self.targets[index])).input_ids
 
     def _starts_of(self, epoch: int) -> np.ndarray:
-        if epoch not in self._starts:
-            while len(self._starts) > 1:  # a step at the turn of an epoch needs two
-                del self._starts[min(self._starts)]
-            self._starts[epoch] = self.windows.starts(epoch)
-        return self._starts[epoch]
+        return _kept(self._starts, epoch, self.windows.starts)
 
     @property
     def fingerprint(self) -> str:
@@ -202,3 +199,12 @@ class GrowingStore(TokenStore):
         windows = self.windows
         text = f"{super().fingerprint} growing {windows.block} {windows.min_history} {windows.seed}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _kept(kept: dict[int, np.ndarray], epoch: int, make: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Returns `make(epoch)`, which the steps of an epoch share; a step at the turn of an epoch needs two."""
+    if epoch not in kept:
+        while len(kept) > 1:
+            del kept[min(kept)]
+        kept[epoch] = make(epoch)
+    return kept[epoch]
