@@ -91,9 +91,13 @@ def run_ranks(world: int, function, *args, timeout_s: float = 300.0, may_die: bo
     return [results.get(rank) for rank in range(world)]
 
 
-def run_scenario(script: str, folder: Path, timeout_s: float = 550.0) -> dict:
-    """Runs tests/distributed/<script> in a fresh interpreter; returns the JSON it wrote."""
-    output = folder / (Path(script).stem + ".json")
+def run_scenario(script: str, folder: Path, *part: str, timeout_s: float = 550.0) -> dict:
+    """Runs tests/distributed/<script> in a fresh interpreter; returns the JSON it wrote.
+
+    Args:
+        part: which part of the scenario, for one that can be asked for parts.
+    """
+    output = folder / ("_".join([Path(script).stem, *part]) + ".json")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -104,7 +108,7 @@ def run_scenario(script: str, folder: Path, timeout_s: float = 550.0) -> dict:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "distributed" / script), str(output), str(folder)],
+        [sys.executable, str(ROOT / "tests" / "distributed" / script), str(output), str(folder), *part],
         env=environment,
         capture_output=True,
         text=True,

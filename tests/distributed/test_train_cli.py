@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import yaml
 from gdrt_ds.config import load_config
 from gdrt_ds.data.corpus import load_corpus
 from tests.distributed.ranks import ROOT, free_port, run_scenario
-from tests.distributed.scenario_mistakes import SETTINGS
+from tests.distributed.scenario_mistakes import PARTS, SETTINGS
 
 pytestmark = pytest.mark.distributed
 PUBLIC = (
@@ -79,7 +80,13 @@ def by_deepspeed(folder):
 
 @pytest.fixture(scope="module")
 def mistakes(folder):
-    return run_scenario("scenario_mistakes.py", folder, timeout_s=560)
+    """What each wrong command printed and changed. Both parts run side by side: a command takes one core."""
+
+    def found(part: str) -> dict:
+        return run_scenario("scenario_mistakes.py", folder, part, timeout_s=560)
+
+    with ThreadPoolExecutor(len(PARTS)) as pool:
+        return {case: result for report in pool.map(found, PARTS) for case, result in report.items()}
 
 
 def test_the_deepspeed_launcher_leaves_a_complete_run_folder(by_deepspeed):
