@@ -13,7 +13,7 @@ class Mutation:
 
     Attributes:
         test: a function of test_named_errors.py, or `file.py::function` for a unit test.
-        changes: (file in gdrt_ds, function, old text, new text), see planting_source.py.
+        changes: (file in gdrt_ds or eval/..., function, old text, new text), see planting_source.py.
     """
 
     what: str
@@ -450,6 +450,28 @@ MUTATIONS = [
                 'Finding(False, f"{name} is not installed", wish)',
             ),
         ),
+    ),
+    Mutation(
+        "SASRec sees later items",
+        "eval/test_sasrec.py::test_a_score_does_not_depend_on_later_items",
+        (("eval/sasrec/model.py", "SASRec.states", "mask=later", "mask=None"),),
+    ),
+    Mutation(
+        "SASRec trains on valid targets",
+        "eval/test_sasrec.py::test_no_valid_or_test_target_is_trained_on_or_read_in_training",
+        (
+            (
+                "eval/sasrec/sequences.py",
+                "sequences_of",
+                'train = entries(corpus.splits["train"])',
+                'train = entries(corpus.splits["train"] + corpus.splits["valid"])',
+            ),
+        ),
+    ),
+    Mutation(
+        "SASRec keeps its last epoch",
+        "eval/test_sasrec.py::test_early_stopping_keeps_the_weights_of_the_epoch_that_was_best_on_valid",
+        (("eval/sasrec/training.py", "Training.run_epoch", "nll < self.best_nll", "nll > 0"),),
     ),
 ]
 MUTATIONS += [Mutation(*planted) for planted in PLANTED_CUDA]

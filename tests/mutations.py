@@ -34,16 +34,21 @@ from tests.mutation_table import MUTATIONS  # noqa: E402  the path is set first
 from tests.planting_source import LostPlace, plant  # noqa: E402
 
 
+def path_of(file: str) -> Path:
+    """A file of a change: in gdrt_ds, or in eval where its path begins so."""
+    return ROOT / file if file.startswith("eval/") else ROOT / "gdrt_ds" / file
+
+
 class Planter(importlib.abc.MetaPathFinder):
     """Compiles the changed source in place of the file's."""
 
     def __init__(self, changes):
         self.changes: dict[str, list[tuple[str, str, str]]] = {}
         for file, *change in changes:
-            self.changes.setdefault(str(ROOT / "gdrt_ds" / file), []).append(tuple(change))
+            self.changes.setdefault(str(path_of(file)), []).append(tuple(change))
 
     def find_spec(self, name, path=None, target=None):
-        if not name.startswith("gdrt_ds."):
+        if not name.startswith(("gdrt_ds.", "eval.")):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is None or spec.origin not in self.changes:
@@ -67,9 +72,7 @@ def lost_places(mutations=MUTATIONS) -> list[str]:
     """
     lost = []
     for mutation in mutations:
-        sources = {
-            file: (ROOT / "gdrt_ds" / file).read_text(encoding="utf-8") for file, *_ in mutation.changes
-        }
+        sources = {file: path_of(file).read_text(encoding="utf-8") for file, *_ in mutation.changes}
         for file, *change in mutation.changes:
             try:
                 sources[file] = plant(sources[file], *change)
@@ -129,7 +132,7 @@ def _child(changes, test, folder, queue):
         os.dup2(silence.fileno(), 2)
     warnings.simplefilter("ignore")
     for name in [
-        n for n in sys.modules if n.split(".")[0] == "gdrt_ds" or n.startswith("tests.distributed.")
+        n for n in sys.modules if n.split(".")[0] in ("gdrt_ds", "eval") or n.startswith("tests.distributed.")
     ]:
         del sys.modules[name]
     sys.meta_path.insert(0, Planter(changes))
