@@ -109,7 +109,7 @@ def _tree_scores(
     state = reader.read([prompt])
     if options.exact:
         scorer = CatalogueScorer(reader, trie, options.scoring, options.max_score_bytes)
-        return scorer.score_state(state)[0, entries]
+        return scorer.score_state(state, list(entries))[0]
     return torch.tensor(
         [float(path_scores(reader, trie, state, [entry], options.scoring)[0]) for entry in entries]
     )

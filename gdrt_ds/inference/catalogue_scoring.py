@@ -140,6 +140,15 @@ class TreePlan:
         self._trie = trie
         self._end = end
 
+    def edges_of(self, entries: list[int]) -> np.ndarray:
+        """Returns bool[E]: the edges on the paths of these entries."""
+        found = np.zeros(len(self.edge_token), dtype=bool)
+        edges = self.entry_edge[entries]
+        while len(edges := edges[edges >= 0]):
+            found[edges] = True
+            edges = self.edge_parent[edges]
+        return found
+
     def slices(self, length: int) -> list[Slice]:
         """Cuts the forwarded nodes into slices of at most `length` own nodes (ancestors come on top)."""
         trie = self._trie
@@ -257,10 +266,18 @@ class CatalogueScorer:
         return self.score_state(self.reader.read(prompts))
 
     @torch.inference_mode()
-    def score_state(self, state: PromptState) -> Tensor:
-        """Scores behind prompts that were read already."""
+    def score_state(self, state: PromptState, entries: list[int] | None = None) -> Tensor:
+        """Scores behind prompts that were read already.
+
+        Args:
+            entries: the only entries that are wanted, float64 [B, len(entries)]. Slices that their paths do
+                not touch are left out; the others are the same computation as for the whole catalogue.
+        """
         plan = self.plan
         batch = state.batch
+        wanted = np.ones(len(plan.edge_token), dtype=bool)
+        if entries is not None:
+            wanted = plan.edges_of(entries)
         logits = torch.empty(batch, len(plan.edge_token), dtype=torch.float32, device=self.reader.device)
         normaliser = None
         if self.scoring == "full":
@@ -276,6 +293,8 @@ class CatalogueScorer:
         if length not in self._slices:
             self._slices = {length: plan.slices(length)}
         for part in self._slices[length]:
+            if not wanted[part.edges].any():
+                continue
             hidden = self._forward(part, state)
             self._edge_logits(hidden, part.owner, part.edges, logits)
             if normaliser is not None:
@@ -284,7 +303,10 @@ class CatalogueScorer:
                 )
                 chosen = hidden[:, to_device(part.scored, hidden.device)]
                 normaliser[:, nodes] = self._log_normaliser(chosen.flatten(0, 1)).view(batch, -1)
-        return self._add_up(logits, normaliser)
+        scores = self._add_up(logits, normaliser)
+        if entries is None:
+            return scores
+        return scores[:, entries]
 
     def _forward(self, part: Slice, state: PromptState) -> Tensor:
         """Returns the hidden states [B, T, H] of a slice behind the prompts."""

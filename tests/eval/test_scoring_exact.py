@@ -48,6 +48,24 @@ def test_every_item_agrees_and_probabilities_sum_to_one():
     assert (score(model, "full").exp().sum(1) < 1).all()
 
 
+def test_scores_of_a_few_items_forward_a_few_slices_and_are_bitwise_those_of_all(monkeypatch):
+    """The check before an evaluation compares three items of catalogues whose whole tree takes minutes."""
+    reader = PromptReader(family("llama"), HEAD, "right")
+    for scoring in ("renormalised", "full"):
+        scorer = CatalogueScorer(reader, TRIE, scoring, tokens_per_slice=32)
+        state = reader.read(PROMPTS[:1])
+        whole = scorer.score_state(state)
+        forwarded = []
+        original = scorer._forward
+        monkeypatch.setattr(scorer, "_forward", lambda *a: forwarded.append(a) or original(*a))
+        for entries in ([SAMPLE[0]], SAMPLE):
+            assert torch.equal(scorer.score_state(state, entries), whole[:, entries])
+        forwarded.clear()
+        scorer.score_state(state, [SAMPLE[0]])
+        (slices,) = scorer._slices.values()
+        assert 0 < len(forwarded) <= len(slices) // 2, (len(forwarded), len(slices))
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_batch_size_padding_side_and_slice_length_change_nothing(name):
     model = family(name)
