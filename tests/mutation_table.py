@@ -256,8 +256,8 @@ MUTATIONS = [
             (
                 "batches/plan.py",
                 "BatchPlan._order",
-                "np.random.PCG64([self.seed, epoch])",
-                "np.random.PCG64([self.seed, epoch, self.world])",
+                "permutation(self.seed, epoch, count)",
+                "permutation(self.seed + self.world, epoch, count)",
             ),
         ),
     ),
