@@ -121,7 +121,7 @@ class Bench:
             dro.DroState(num_groups).to(self.runtime.device),
             self.runtime,
             packing=packing,
-            prefix_length=len(self.prepared.encoder.prefix_ids),
+            prefix_length=self.prepared.data.prefix_length,
             pad_id=self.prepared.tokenizer.pad_token_id,
         )
         seconds, first, tokens = [], None, 0

@@ -25,7 +25,9 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"{data.history_length}, the most items that a window keeps: no window could be made; lower "
             "data.min_history"
         )
-    if data.windows == "growing":
+    if data.format == "sft" and data.windows == "growing":
+        yield "data.windows = growing makes windows of interactions, and data.format = sft has none"
+    elif data.windows == "growing":
         yield from _growing_contradictions(config)
     yield from _tiny_contradictions(config)
     lost = train.lr * train.weight_decay

@@ -36,13 +36,19 @@ class DataSection(Section):
     path: str = Field(
         "planted",
         description="Folder or file of interactions, or the name of an embedded data set: `planted` "
-        "(generated) or `ml-100k` (MovieLens-100k from the package recbole).",
+        "(generated) or `ml-100k` (MovieLens-100k from the package recbole). With `data.format=sft`, also a "
+        "data set of the Hugging Face hub: `owner/name` or `owner/name:config`.",
+    )
+    revision: str | None = Field(
+        None,
+        description="Branch, tag or commit of a data set of the hub. Empty: the newest.",
     )
     format: Annotated[str, PartName("gdrt_ds.data.readers", "auto")] = Field(
         "auto",
         description="How the files are read. `auto` recognises the format. `windows` is the CSV family of "
-        "MSL, LBR and BIGRec; `table` is one row per (user, item, timestamp[, rating]) with an item table. A "
-        "new reader is one file in gdrt_ds/data/readers/.",
+        "MSL, LBR and BIGRec; `table` is one row per (user, item, timestamp[, rating]) with an item table; "
+        "`sft` is rows of prompt and completion, or messages (docs/other-domains.md). A new reader is one "
+        "file in gdrt_ds/data/readers/.",
     )
     items: str | None = Field(
         None,
@@ -57,7 +63,8 @@ class DataSection(Section):
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Your names of the columns user, item, timestamp, rating, title, provider and genres, "
-        "where they differ. Example: `data.columns={user: customer_id, item: asin}`.",
+        "where they differ; of rows, those of prompt, completion, messages, group, auxiliary_prompt, "
+        "choices, answer, user and split. Example: `data.columns={user: customer_id, item: asin}`.",
     )
     history_length: int = Field(
         10, ge=1, description="Items of history per window. The newest ones are kept."
@@ -83,7 +90,7 @@ class DataSection(Section):
     split: Literal["time", "leave_one_out"] = Field(
         "time",
         description="`time` splits all windows at two points in time. `leave_one_out` tests on the last "
-        "item of each user.",
+        "item of each user. Rows (`data.format=sft`) have splits of their own or seeded shares.",
     )
     split_ratio: tuple[Share, Share, Share] = Field(
         (0.8, 0.1, 0.1),
@@ -145,7 +152,7 @@ class PromptSection(Section):
     template: str = Field(
         "alpaca",
         description="`alpaca`, `plain`, `chat` (the tokenizer's own chat template), or a JSON file of a "
-        "template.",
+        "template. Rows of prompt and completion are taken as they are, or as a conversation with `chat`.",
     )
     domain: str | None = Field(
         None,
@@ -155,13 +162,14 @@ class PromptSection(Section):
     max_length: int = Field(
         1024,
         ge=16,
-        description="Most tokens of a whole example. Too long examples lose the oldest history items, "
-        "never the target.",
+        description="Most tokens of a whole example. Too long examples lose the oldest history items, or "
+        "the beginning of their prompt where they are rows, never the target.",
     )
     history: Literal["keep", "mask", "shuffle"] = Field(
         "keep",
         description="Training only. `mask` leaves the history out (it trains a reference for "
-        "`groups.reference=auxiliary_sft`); `shuffle` takes another user's history (a control).",
+        "`groups.reference=auxiliary_sft`); `shuffle` takes another user's history (a control). With rows, "
+        "`mask` takes the auxiliary_prompt and `shuffle` another row's prompt.",
     )
 
 
@@ -268,19 +276,28 @@ class GroupsSection(Section):
         8,
         ge=1,
         le=32767,
-        description="Number of groups G. With labels (user_attribute, provider, column) these are the G - "
-        "1 most frequent labels and the rest.",
+        description="Number of groups G. With labels (user_attribute, provider, column, label) these are "
+        "the G - 1 most frequent labels and the rest.",
     )
     by: Literal[
-        "relevance", "item_popularity", "user_attribute", "provider", "position", "column", "random"
+        "relevance",
+        "item_popularity",
+        "user_attribute",
+        "provider",
+        "position",
+        "length",
+        "column",
+        "label",
+        "random",
     ] = Field(
         "relevance",
         description="What decides the group. `relevance` is the method's: how well the prompt without the "
-        "history predicts the token. `random` has the same sizes and no meaning (a control).",
+        "history predicts the token. `length` is the number of the target's tokens. `label` is the field "
+        "`group` of rows (`data.format=sft`). `random` has the same sizes and no meaning (a control).",
     )
     binning: Literal["quantile", "uniform"] = Field(
         "quantile",
-        description="How relevance or popularity is cut into groups: equal shares, or equal widths.",
+        description="How relevance, popularity or length is cut into groups: equal shares, or equal widths.",
     )
     reference: Literal["base", "auxiliary_sft", "live", "corpus"] = Field(
         "base",
@@ -296,8 +313,8 @@ class GroupsSection(Section):
     )
     column: str | None = Field(
         None,
-        description="Label for `groups.by=column` or `groups.by=user_attribute`, e.g. `gender`; both need "
-        "it.",
+        description="Label for `groups.by=column` (any column of rows) or `groups.by=user_attribute`, e.g. "
+        "`gender`; both need it.",
     )
 
 

@@ -71,12 +71,18 @@ def load_corpus(data: DataSection) -> Corpus:
         UserError: missing file or column, malformed row (file, line, field), item id without title, or an
             empty train or test split.
     """
+    reader = reader_of(data)
+    if reader.supervised:
+        raise UserError(
+            f"data.path={data.path} holds prompts and completions, and this needs interactions with a "
+            "catalogue",
+            "give interaction data, or use the commands that docs/other-domains.md names",
+        )
     bad = BadRows(skip=data.on_bad_row == "skip")
     known = ("user", "item", "timestamp", "rating", "title", "provider", "genres")
     for role in data.columns:
         if role not in known:
             raise UserError(f"data.columns.{role}: unknown column role", nearest(role, known))
-    reader = reader_of(data)
     found = reader.read(data, bad)
     notes: list[str] = []
     if isinstance(found, Interactions):
@@ -137,13 +143,16 @@ def reader_of(data: DataSection) -> Reader:
         UserError: there is nothing at that path.
     """
     known = readers()
+    if data.format != "auto" and known[data.format].supervised:
+        return known[data.format]
     needs_no_file = data.path in embedded_names() or (
         data.format != "auto" and data.format in known[data.format].embedded
     )
     if not Path(data.path).exists() and not needs_no_file:
         raise UserError(
             f"data.path={data.path}: no such file or folder",
-            f"give a path, or an embedded set: {', '.join(embedded_names())}",
+            f"give a path, or an embedded set: {', '.join(embedded_names())}; a data set of the hub needs "
+            "data.format=sft",
         )
     if data.format != "auto":
         return known[data.format]

@@ -286,6 +286,34 @@ class TokenStore:
         return digest.hexdigest()
 
 
+def store_of(encoded: list[EncodedPrompt]) -> TokenStore:
+    """Returns samples, each with its target, as one store."""
+    num_target = np.asarray([e.num_target for e in encoded], np.int32)
+    return TokenStore(
+        _joined([e.input_ids for e in encoded], np.int32),
+        _offsets([len(e.input_ids) for e in encoded]),
+        _joined([e.segments for e in encoded], np.int8),
+        num_target,
+        _offsets(num_target),
+    )
+
+
+def common_head(store: TokenStore) -> int:
+    """Returns how many tokens all prompts begin with, their last token left out.
+
+    The last prompt token predicts the first target token, so each sample has its own copy of it. The prompts
+    of a catalogue's titles are all the same, so there the head is the whole prompt but its last token.
+    """
+    prompts = store.lengths - store.num_target
+    first = store.row(0)[: int(prompts.min()) - 1]
+    common = len(first)
+    for sample in range(1, len(store)):
+        differs = np.flatnonzero(store.row(sample)[:common] != first[:common])
+        if len(differs):
+            common = int(differs[0])
+    return common
+
+
 def tokenise_split(
     encoder: PromptEncoder, catalogue: Catalogue, samples: list[Sample], mask_history: bool = False
 ) -> tuple[TokenStore, list[str]]:
@@ -302,14 +330,7 @@ def tokenise_split(
     for sample in samples:
         titles = [catalogue.text_of(item) for item in sample.history]
         encoded.append(encoder.encode(titles, catalogue.text_of(sample.target), mask_history))
-    num_target = np.asarray([e.num_target for e in encoded], np.int32)
-    store = TokenStore(
-        _joined([e.input_ids for e in encoded], np.int32),
-        _offsets([len(e.input_ids) for e in encoded]),
-        _joined([e.segments for e in encoded], np.int8),
-        num_target,
-        _offsets(num_target),
-    )
+    store = store_of(encoded)
     cut = [e.num_dropped for e in encoded if e.num_dropped]
     notes = []
     if cut:

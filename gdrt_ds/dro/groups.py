@@ -1,4 +1,4 @@
-"""Target tokens to groups: bins of relevance or of popularity, or any label.
+"""Target tokens to groups: bins of relevance, popularity or length, or any label.
 
 `GroupPlan` is fitted on the train split's token occurrences and applied to any split, so that validation and
 evaluation use the same edges and the same labels. It is saved as groups.json.
@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from gdrt_ds.config import GroupsSection
-from gdrt_ds.data.catalogue import Catalogue
-from gdrt_ds.data.corpus import Corpus, Sample
-from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.data.recommendation import UNKNOWN
+from gdrt_ds.data.training_data import TrainingData
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import write_text
 
-OTHER, UNKNOWN = "(other)", "(unknown)"
+OTHER = "(other)"
+NUMBERS = {"relevance": "r", "random": "r", "item_popularity": "popularity", "length": "length"}
+"""Values of `groups.by` that are numbers, which bins cut into groups -> what the number is called."""
 
 
 @dataclass
@@ -30,8 +31,9 @@ class GroupPlan:
     Attributes:
         by: `groups.by`.
         num: G.
-        edges: G-1 inner bin edges (relevance, item_popularity), ascending; group 0 holds the lowest values.
-        labels: group labels in order (user_attribute, provider, column); the last may be "(other)".
+        edges: G-1 inner bin edges (relevance, item_popularity, length), ascending; group 0 holds the lowest
+            values.
+        labels: group labels in order (user_attribute, provider, column, label); the last may be "(other)".
         reference: which model r comes from.
         seed: of the shuffle for by=random.
         counts: train tokens per group.
@@ -59,7 +61,7 @@ class GroupPlan:
         if self.edges is None:
             return [f"group {g + 1}" for g in range(self.num)]
         cuts = ["-inf", *(f"{edge:.3g}" for edge in self.edges), "inf"]
-        what = "r" if self.by in ("relevance", "random") else "count"
+        what = {"item_popularity": "count"}.get(self.by, NUMBERS[self.by])
         suffix = " (shuffled)" if self.by == "random" else ""
         return [f"{what} in [{low}, {high}){suffix}" for low, high in zip(cuts, cuts[1:])]
 
@@ -88,57 +90,9 @@ def bin_edges(values: np.ndarray, num: int, binning: str) -> list[float]:
     return [float(edge) for edge in np.linspace(low, high, num + 1)[1:-1]]
 
 
-def _expand_entries(
-    per_entry_token: np.ndarray, entry_offsets: np.ndarray, entries: np.ndarray, store: TokenStore
-) -> np.ndarray:
-    """Turns values per (entry, place in title) into values per target token of the split."""
-    starts = entry_offsets[entries]
-    index = np.repeat(starts - store.target_offsets[:-1], store.num_target) + np.arange(
-        store.target_offsets[-1]
-    )
-    return per_entry_token[index]
-
-
-def token_relevance(
-    r: np.ndarray, entry_offsets: np.ndarray, catalogue: Catalogue, samples: list[Sample], store: TokenStore
-) -> np.ndarray:
-    """Returns r of each target token of the split, float32, looked up by its catalogue entry."""
-    entries = np.array([catalogue.index_of[s.target] for s in samples], dtype=np.int64)
-    return _expand_entries(r, entry_offsets, entries, store)
-
-
-def _sample_label(section: GroupsSection, corpus: Corpus, catalogue: Catalogue, sample: Sample) -> str:
-    if section.by == "user_attribute":
-        user = corpus.users.get(sample.user_id, {})
-        if section.column not in user:
-            raise UserError(
-                f"groups.column = {section.column!r}: user {sample.user_id} has no such attribute",
-                f"available: {', '.join(sorted(user)) or 'none (the data set has no user table)'}",
-            )
-        return str(user[section.column])
-    if section.by == "provider":
-        return str(catalogue.entries[catalogue.index_of[sample.target]].provider or UNKNOWN)
-    if section.column not in sample.labels:
-        raise UserError(
-            f"groups.column = {section.column!r}: sample {sample.sample_id} has no such label",
-            f"available: {', '.join(sorted(sample.labels)) or 'none'}",
-        )
-    return str(sample.labels[section.column])
-
-
-def _sample_values(section: GroupsSection, corpus: Corpus, catalogue: Catalogue, samples: list[Sample]):
-    if section.by == "item_popularity":
-        return np.array(
-            [catalogue.entries[catalogue.index_of[s.target]].train_count for s in samples], dtype=np.float64
-        )
-    return [_sample_label(section, corpus, catalogue, s) for s in samples]
-
-
 def fit_groups(
     section: GroupsSection,
-    corpus: Corpus,
-    catalogue: Catalogue,
-    store: TokenStore,
+    data: TrainingData,
     relevance: np.ndarray | None,
     seed: int,
     fingerprint: str = "",
@@ -151,7 +105,7 @@ def fit_groups(
     Raises:
         UserError: there are more groups than distinct values or tokens, or the data lacks a label.
     """
-    num_tokens = int(store.target_offsets[-1])
+    num_tokens = int(data.stores["train"].target_offsets[-1])
     if section.num > num_tokens:
         raise UserError(
             f"groups.num = {section.num} is more than the {num_tokens} target tokens of train",
@@ -160,26 +114,24 @@ def fit_groups(
     plan = GroupPlan(
         by=section.by, num=section.num, column=section.column, seed=seed, fingerprint=fingerprint
     )
-    samples = corpus.splits["train"]
-    if section.by in ("relevance", "random", "item_popularity"):
+    if section.by in NUMBERS:
         plan.binning = section.binning
-        if section.by == "item_popularity":
-            what = "popularity"
-            values = np.repeat(_sample_values(section, corpus, catalogue, samples), store.num_target)
-        else:
-            what = "r"
+        if section.by in ("relevance", "random"):
             values = relevance
             plan.reference = section.reference
+        else:
+            found = data.group_values(section, "train")
+            values = found.per_token(np.asarray(found.values))
         plan.edges = bin_edges(values, section.num, section.binning)
         if len(set(plan.edges)) < len(plan.edges):
             raise UserError(
                 f"groups.num = {section.num} with groups.binning = {section.binning}: the {num_tokens} "
-                f"target tokens have only {len(np.unique(values))} distinct values of {what} and some bins "
-                "would be empty",
+                f"target tokens have only {len(np.unique(values))} distinct values of "
+                f"{NUMBERS[section.by]} and some bins would be empty",
                 "lower groups.num, or set groups.binning=uniform",
             )
     elif section.by != "position":
-        frequent = Counter(_sample_values(section, corpus, catalogue, samples)).most_common()
+        frequent = Counter(data.group_values(section, "train").values).most_common()
         frequent.sort(key=lambda pair: (-pair[1], pair[0]))
         names = [name for name, _ in frequent]
         _refuse_one_label(section, names)
@@ -187,7 +139,7 @@ def fit_groups(
             names = [*names[: section.num - 1], OTHER]
         plan.labels = names
         plan.num = len(plan.labels)
-    groups = apply_groups(plan, section, corpus, catalogue, samples, store, relevance, "train")
+    groups = apply_groups(plan, section, data, relevance, "train")
     plan.counts = np.bincount(groups, minlength=plan.num).tolist()
     return plan
 
@@ -201,7 +153,9 @@ def _refuse_one_label(section: GroupsSection, names: list[str]) -> None:
             "another groups.by",
         )
     if len(names) == 1 and section.num > 1:
-        what = "provider" if section.by == "provider" else f"groups.column = {section.column}"
+        what = {"provider": "provider", "label": "the field `group`"}.get(
+            section.by, f"groups.column = {section.column}"
+        )
         raise UserError(
             f"groups.by = {section.by}: all targets of train have the same label {names[0]!r} of {what}, so "
             "there would be one group",
@@ -210,30 +164,23 @@ def _refuse_one_label(section: GroupsSection, names: list[str]) -> None:
 
 
 def apply_groups(
-    plan: GroupPlan,
-    section: GroupsSection,
-    corpus: Corpus,
-    catalogue: Catalogue,
-    samples: list[Sample],
-    store: TokenStore,
-    relevance: np.ndarray | None,
-    split: str,
+    plan: GroupPlan, section: GroupsSection, data: TrainingData, relevance: np.ndarray | None, split: str
 ) -> np.ndarray:
     """Returns the group of every target token of the split, int16."""
+    store = data.stores[split]
     if plan.by == "position":
         place = np.arange(store.target_offsets[-1]) - np.repeat(store.target_offsets[:-1], store.num_target)
         return np.minimum(place, plan.num - 1).astype(np.int16)
     if plan.edges is not None:
         values = relevance
-        if plan.by == "item_popularity":
-            values = np.repeat(_sample_values(section, corpus, catalogue, samples), store.num_target)
+        if plan.by not in ("relevance", "random"):
+            found = data.group_values(section, split)
+            values = found.per_token(np.asarray(found.values))
         groups = np.searchsorted(np.asarray(plan.edges), values, side="right").astype(np.int16)
         if plan.by == "random":  # the same sizes, no meaning
             np.random.Generator(np.random.PCG64([plan.seed, len(split), 77])).shuffle(groups)
         return groups
     index = {name: g for g, name in enumerate(plan.labels)}
     other = index.get(OTHER, 0)
-    per_sample = np.array(
-        [index.get(v, other) for v in _sample_values(section, corpus, catalogue, samples)], dtype=np.int16
-    )
-    return np.repeat(per_sample, store.num_target)
+    found = data.group_values(section, split)
+    return found.per_token(np.array([index.get(value, other) for value in found.values], dtype=np.int16))

@@ -1,9 +1,9 @@
 """Relevance: log p_ref(target token | auxiliary tokens only), the score that GDRT groups by.
 
-Without the history every prompt is the same, so r depends on the catalogue entry and on the place
-in its title alone. One pass over the catalogue scores every target token of every sample, and the
-auxiliary prompt but its last token is one shared prefix. Ranks take turns over the micro-batches;
-one all-reduce at the end puts the parts together.
+It depends on the auxiliary prompt and the target alone, so every different pair of them is an entry that is
+scored once. In recommendation all prompts without their history are the same: an entry is a title of the
+catalogue. What all auxiliary prompts begin with is one shared prefix. Ranks take turns over the
+micro-batches; one all-reduce at the end puts the parts together.
 
 `corpus_scores` needs no model: it counts how often train targets go on from a title's prefix with each token.
 No predictor without the history has a lower train loss, so this is where every auxiliary_sft reference is
@@ -26,24 +26,11 @@ import torch.distributed as dist
 from safetensors.numpy import load_file, save_file
 
 from gdrt_ds.batches import MicroBatch, build_micro_batch
-from gdrt_ds.data.prompts import PromptEncoder, TokenStore
+from gdrt_ds.data.prompts import TokenStore, common_head
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import Runtime
 
 TABLE_VERSION = 2  # 1 read the first token of a title at the end of the title before it
-
-
-def entry_store(encoder: PromptEncoder, texts: list[str]) -> TokenStore:
-    """Makes one history-free sample per catalogue entry."""
-    encoded = [encoder.encode([], text, mask_history=True) for text in texts]
-    num_target = np.array([e.num_target for e in encoded], dtype=np.int32)
-    return TokenStore(
-        input_ids=np.concatenate([e.input_ids for e in encoded]).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum([len(e.input_ids) for e in encoded])]).astype(np.int64),
-        segments=np.concatenate([e.segments for e in encoded]).astype(np.int8),
-        num_target=num_target,
-        target_offsets=np.concatenate([[0], np.cumsum(num_target)]).astype(np.int64),
-    )
 
 
 def score_entries(
@@ -59,20 +46,16 @@ def score_entries(
     """Returns r for every target token of every entry.
 
     Args:
-        store: what `entry_store` returns.
+        store: one sample per entry (`TrainingData.auxiliary`).
         token_losses: a no-grad forward that returns [N] negative log-probabilities of a micro-batch under the
             reference.
 
     Returns:
         float32[target tokens], r = -loss, the same on every rank.
     """
-    # The last prompt token predicts the first target token, so each entry has its own copy of it; what comes
-    # before is shared.
-    head = int(store.offsets[1] - store.offsets[0] - store.num_target[0]) - 1
+    head = common_head(store)
     packing = "shared_prefix" if packing != "none" else "none"
-    own = store.num_target + 1
-    if packing == "none":
-        own = own + head
+    own = store.lengths if packing == "none" else store.lengths - head
     parts = [[]]
     load = 0
     for entry in np.argsort(own, kind="stable"):
@@ -112,27 +95,29 @@ def corpus_scores(store: TokenStore, train_counts: np.ndarray) -> np.ndarray:
     that titles unseen in train have a finite r.
 
     Args:
-        store: what `entry_store` returns.
-        train_counts: int[entries], how often an entry is the target of a train sample.
+        store: one sample per entry. Prompts may differ; tokens are counted behind equal prompts.
+        train_counts: int[entries], how many train samples have an entry.
 
     Returns:
         float32[target tokens]; 0 where the catalogue leaves no choice.
     """
     passed: dict[tuple[int, ...], int] = {}
     children: dict[tuple[int, ...], set[int]] = {}
-    titles = [
-        tuple(store.input_ids[stop - length : stop].tolist())
-        for stop, length in zip(store.offsets[1:], store.num_target)
-    ]
-    for title, count in zip(titles, train_counts.tolist()):
-        for length in range(len(title) + 1):
-            passed[title[:length]] = passed.get(title[:length], 0) + count
-            if length < len(title):
-                children.setdefault(title[:length], set()).add(title[length])
+    numbers: dict[bytes, int] = {}
+    entries = []  # the number of an entry's prompt, then its target tokens
+    for start, stop, length in zip(store.offsets, store.offsets[1:], store.num_target):
+        prompt = store.input_ids[start : stop - length].tobytes()
+        number = numbers.setdefault(prompt, len(numbers))
+        entries.append((number, *store.input_ids[stop - length : stop].tolist()))
+    for entry, count in zip(entries, train_counts.tolist()):
+        for length in range(1, len(entry) + 1):
+            passed[entry[:length]] = passed.get(entry[:length], 0) + count
+            if length < len(entry):
+                children.setdefault(entry[:length], set()).add(entry[length])
     r = [
-        np.log((passed[title[: i + 1]] + 1) / (passed[title[:i]] + len(children[title[:i]])))
-        for title in titles
-        for i in range(len(title))
+        np.log((passed[entry[: i + 1]] + 1) / (passed[entry[:i]] + len(children[entry[:i]])))
+        for entry in entries
+        for i in range(1, len(entry))
     ]
     return np.array(r, dtype=np.float32)
 

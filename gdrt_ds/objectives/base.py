@@ -79,16 +79,18 @@ class TokenTable:
     """Fixed facts of every target token of the train split, for `token_weights`; arrays of length num_tokens.
 
     Attributes:
+        train_count: popularity of the target item; in data without a catalogue, train samples with the same
+            completion.
         branching: bool, whether there is more than one valid next token at this place of the trie.
-        valid_items: items still possible before the token.
+        valid_before: items still possible before the token.
         valid_after: items still possible after it.
-        train_count: popularity of the target item.
+            These three are None in data without a catalogue (see `Objective.needs_catalogue`).
     """
 
     train_count: np.ndarray
-    branching: np.ndarray
-    valid_before: np.ndarray
-    valid_after: np.ndarray
+    branching: np.ndarray | None
+    valid_before: np.ndarray | None
+    valid_after: np.ndarray | None
     options: ObjectiveOptions
 
 
@@ -113,6 +115,12 @@ class Objective:
     masked_softmax: bool = False
     history_free_pass: bool = False
     per_token: Callable[[DroSection], bool] = field(default=lambda section: False)
+    needs_catalogue: bool = False  # token_weights reads what only a catalogue gives (TokenTable)
+
+    @property
+    def requires_catalogue(self) -> bool:
+        """Whether it works on data with a catalogue only."""
+        return self.needs_catalogue or self.masked_softmax
 
     def is_late(self, section: DroSection) -> bool:
         """True when weights need the losses of the same global batch (a no-grad first pass under

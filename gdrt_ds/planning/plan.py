@@ -84,7 +84,7 @@ class RunPlan:
         yield (
             f"data: {len(store):,} train samples, {store.lengths.mean():.0f} tokens on average (longest "
             f"{store.lengths.max()}), {store.num_target.mean():.1f} of them targets; "
-            f"{len(self.prepared.catalogue):,} titles"
+            f"{self.prepared.data.describe()}"
         )
         yield f"batch: {self.batches.describe()}; {self.steps:,} steps = {epochs:.2f} epochs"
         yield (
@@ -93,7 +93,8 @@ class RunPlan:
             f"{self.tokens['prefix_tree']:,.0f} as a prefix tree"
         )
         yield self.packing[1]
-        yield scoring_line(skeleton(self.prepared.model_config, self.config.model.trust_remote_code))
+        if self.prepared.data.catalogue is not None:
+            yield scoring_line(skeleton(self.prepared.model_config, self.config.model.trust_remote_code))
         yield (
             f"engine: DeepSpeed ZeRO stage {zero_stage(self.engine)} on {self.world} rank(s), "
             f"{dtype_name(self.dtype)}"
@@ -116,7 +117,7 @@ def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
     layer = model.layer_elements(config.model)
     raw = read_deepspeed_config(config.deepspeed)
     engine = fill_deepspeed_config(raw, config, batches, dtype, model.hidden, layer)
-    tokens = padding_figures(store, batches, len(prepared.encoder.prefix_ids))
+    tokens = padding_figures(store, batches, prepared.data.prefix_length)
     packing = choose_packing(config, prepared.model_config)
     step_tokens = tokens["padded" if packing[0] == "none" else packing[0]]
     memory = memory_of(config, prepared, batches, step_tokens, engine, world)

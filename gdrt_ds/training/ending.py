@@ -50,7 +50,7 @@ def end(job: Job, prepared: Prepared, loaded: Loaded, result: Result) -> int:
             loading=loaded.base.loading,
             life=job.life,
             base_fingerprint=loaded.base.fingerprint,
-            data_fingerprint=prepared.corpus.fingerprint,
+            data_fingerprint=prepared.data.fingerprint,
             peak_memory_bytes=peak,
         )
     if broken:

@@ -18,31 +18,37 @@ from safetensors.numpy import save_file
 
 from gdrt_ds.batches import MicroBatch
 from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.data.training_data import Auxiliary
 from gdrt_ds.dro import relevance
-from gdrt_ds.dro.groups import GroupPlan, apply_groups, fit_groups, token_relevance
+from gdrt_ds.dro.groups import GroupPlan, apply_groups, fit_groups
 from gdrt_ds.files import cache_folder, replacing, sha256_of
 from gdrt_ds.models.reference_adapters import AUXILIARY, reference, reference_adapters
 from gdrt_ds.training.agreement import agree, attempt
 from gdrt_ds.training.job import Job
 from gdrt_ds.training.loading import Loaded
 from gdrt_ds.training.losses import token_losses
-from gdrt_ds.training.preparation import Prepared, target_counts
+from gdrt_ds.training.preparation import Prepared
 from gdrt_ds.training.telemetry import duration
 
 
 @dataclass(frozen=True)
 class Relevance:
-    """r of every target token of every catalogue entry.
+    """r of every target token of every entry, e.g. of every title of the catalogue.
 
     Attributes:
-        values: float32[target tokens of the catalogue], log p(token | prompt without history, title so far).
-        store: one sample without history per entry; its offsets say which values are whose.
+        values: float32[target tokens of all entries], log p(token | auxiliary prompt, target so far).
+        auxiliary: the entries; the offsets of their store say which values are whose.
         key: fingerprint of all that the values depend on.
     """
 
     values: np.ndarray
-    store: TokenStore
+    auxiliary: Auxiliary
     key: str
+
+    @property
+    def store(self) -> TokenStore:
+        """One sample per entry."""
+        return self.auxiliary.store
 
 
 @dataclass(frozen=True)
@@ -98,25 +104,15 @@ def group_tokens(
     if plan is None:
         plan = fit_groups(
             section,
-            prepared.corpus,
-            prepared.catalogue,
-            prepared.stores["train"],
+            prepared.data,
             train_relevance,
             job.config.train.seed,
             "" if scores is None else scores.key,
         )
     groups = {}
-    for split, store in prepared.stores.items():
-        groups[split] = apply_groups(
-            plan,
-            section,
-            prepared.corpus,
-            prepared.catalogue,
-            prepared.corpus.splits[split],
-            store,
-            _relevance_of(prepared, scores, split),
-            split,
-        )
+    for split in prepared.stores:
+        relevance_of_split = _relevance_of(prepared, scores, split)
+        groups[split] = apply_groups(plan, section, prepared.data, relevance_of_split, split)
     return Grouped(plan, groups, scores, train_relevance)
 
 
@@ -124,13 +120,7 @@ def _relevance_of(prepared: Prepared, scores: Relevance | None, split: str) -> n
     """float32[target tokens of the split], or None."""
     if scores is None:
         return None
-    return token_relevance(
-        scores.values,
-        scores.store.target_offsets,
-        prepared.catalogue,
-        prepared.corpus.splits[split],
-        prepared.stores[split],
-    )
+    return scores.auxiliary.per_token(scores.values, split, prepared.stores[split])
 
 
 def score_relevance(
@@ -145,27 +135,28 @@ def score_relevance(
     From a checkpoint, from counting, from the cache, or from a pass of the model.
     """
     reference_name = job.config.groups.reference
-    store = relevance.entry_store(prepared.encoder, [entry.text for entry in prepared.catalogue.entries])
+    auxiliary = prepared.data.auxiliary()
+    store = auxiliary.store
     key = _fingerprint(job, prepared, loaded, store)
-    what = f"{int(store.target_offsets[-1]):,} target tokens of {len(prepared.catalogue.entries):,} titles"
+    what = f"{int(store.target_offsets[-1]):,} target tokens of {len(store):,} {auxiliary.what}"
     if reference_name == "live" and saved_table is not None:
-        return Relevance(saved_table, store, key)
+        return Relevance(saved_table, auxiliary, key)
     if reference_name == "corpus":
         job.say(f"relevance: {what} from train frequencies")
-        values = relevance.corpus_scores(store, target_counts(prepared))
-        return Relevance(values, store, relevance.fingerprint(key, prepared.stores["train"].fingerprint))
+        values = relevance.corpus_scores(store, auxiliary.train_counts())
+        return Relevance(values, auxiliary, relevance.fingerprint(key, prepared.stores["train"].fingerprint))
     if reference_name != "live":
         cached = _cached_on_every_rank(job, key, int(store.target_offsets[-1]))
         if cached is not None:
             job.say(f"relevance: {what} from the cache ({key[:12]})")
-            return Relevance(cached, store, key)
+            return Relevance(cached, auxiliary, key)
     started = time.time()
     job.say(f"relevance: scoring {what} under `{reference_name}`")
     values = _score_with_model(job, prepared, loaded, store, on_progress)
     if job.runtime.is_main and reference_name != "live":
         _keep_for_other_runs(job, key, values)
     job.say(f"relevance: {what} under `{reference_name}` in {duration(time.time() - started)}")
-    return Relevance(values, store, key)
+    return Relevance(values, auxiliary, key)
 
 
 def _keep_for_other_runs(job: Job, key: str, values: np.ndarray) -> None:
@@ -183,7 +174,7 @@ def _fingerprint(job: Job, prepared: Prepared, loaded: Loaded, store: TokenStore
         adapter = sha256_of(reference_adapters(job.config)[AUXILIARY] / "adapter_model.safetensors")
     return relevance.fingerprint(
         loaded.base.fingerprint,
-        prepared.template.fingerprint,
+        prepared.data.prompt_fingerprint,
         relevance.store_digest(store),
         job.config.groups.reference,
         adapter,

@@ -81,7 +81,8 @@ def load(job: Job, prepared: Prepared) -> Loaded:
     for line in base.lines:
         job.say(line)
     job.say(packing_line)
-    job.say(scoring_line(base.model))
+    if prepared.data.catalogue is not None:
+        job.say(scoring_line(base.model))
     job.say(f"engine: DeepSpeed ZeRO stage {zero_stage(deepspeed_config)}; {plan.describe()}")
     for line in load_reference_adapters(base.model, config, base.fingerprint):
         job.say(line)

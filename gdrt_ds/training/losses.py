@@ -58,7 +58,7 @@ def split_losses(
             store,
             slots[runtime.rank],
             loaded.packing,
-            len(prepared.encoder.prefix_ids),
+            prepared.data.prefix_length,
             prepared.tokenizer.pad_token_id,
             runtime.device,
         )

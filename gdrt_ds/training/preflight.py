@@ -11,15 +11,14 @@ import importlib.util
 import numpy as np
 
 from gdrt_ds.config import RunConfig
-from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.dro import relevance
-from gdrt_ds.dro.groups import apply_groups, fit_groups, token_relevance
+from gdrt_ds.dro.groups import apply_groups, fit_groups
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.reference_adapters import reference_adapters
 from gdrt_ds.objectives import Objective, get_objective, objectives
 from gdrt_ds.objectives.gdrt import closed_form
 from gdrt_ds.training import checkpoint
-from gdrt_ds.training.preparation import Prepared, target_counts
+from gdrt_ds.training.preparation import Prepared
 from gdrt_ds.training.step_inputs import frozen_weights_given
 
 BOARDS = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -76,16 +75,12 @@ def check_data(config: RunConfig, prepared: Prepared) -> list[str]:
     """Refuses data that the settings do not fit, and returns lines that a user should know.
 
     Raises:
-        UserError: a catalogue of one title; a global batch above the train samples; a label that the data
-        lacks; more groups than the data can have; frozen weights of another number of groups.
+        UserError: a catalogue of one title; an objective that asks for a catalogue where there is none; a
+        global batch above the train samples; a label that the data lacks; more groups than the data can
+        have; frozen weights of another number of groups.
     """
-    num_titles = len(prepared.catalogue)
-    if num_titles < 2:
-        raise UserError(
-            f"the catalogue has {num_titles} title, so there is nothing to choose between: "
-            f"{prepared.catalogue.entries[0].text!r}",
-            "give an item table with at least two titles (data.items, data.path)",
-        )
+    prepared.data.check()
+    _check_objective(config, prepared)
     num_samples = len(prepared.stores["train"])
     if config.train.global_batch > num_samples:
         raise UserError(
@@ -134,36 +129,44 @@ def _check_groups(config: RunConfig, prepared: Prepared) -> int:
     values: dict[str, np.ndarray | None] = dict.fromkeys(prepared.stores)
     if section.by in ("relevance", "random"):
         values = _corpus_relevance(prepared)
-    corpus, catalogue = prepared.corpus, prepared.catalogue
-    seed = config.train.seed
-    plan = fit_groups(section, corpus, catalogue, prepared.stores["train"], values["train"], seed)
-    for split, store in prepared.stores.items():
-        samples = corpus.splits[split]
-        apply_groups(plan, section, corpus, catalogue, samples, store, values[split], split)
+    plan = fit_groups(section, prepared.data, values["train"], config.train.seed)
+    for split in prepared.stores:
+        apply_groups(plan, section, prepared.data, values[split], split)
     return plan.num
 
 
 def _refuse_too_many_groups(num: int, prepared: Prepared) -> None:
-    """A token's relevance depends on its title and its place in it: so many values there can be at most."""
-    counts = target_counts(prepared)
-    lengths = np.array([len(prepared.encoder.target_ids(entry.text)) for entry in prepared.catalogue.entries])
-    most = int(lengths[counts > 0].sum())
+    """A token's relevance depends on its title and its place in it: so many values there can be at most.
+
+    In other data an entry, a prompt without evidence and its completion, stands for the title.
+    """
+    auxiliary = prepared.data.auxiliary()
+    most = int(auxiliary.store.num_target[auxiliary.train_counts() > 0].sum())
     if num > most:
+        one = "title" if prepared.data.catalogue is not None else "pair of auxiliary_prompt and completion"
         raise UserError(
             f"groups.num = {num} is more than the {most} different target tokens of train: a token's "
-            "relevance depends on its title and its place in it alone",
+            f"relevance depends on its {one} and its place in it alone",
             f"set groups.num to at most {most}; 4 to 16 are usual",
         )
 
 
 def _corpus_relevance(prepared: Prepared) -> dict[str, np.ndarray | None]:
     """split -> float32[target tokens of the split] under groups.reference=corpus, which needs no model."""
-    titles = [entry.text for entry in prepared.catalogue.entries]
-    table: TokenStore = relevance.entry_store(prepared.encoder, titles)
-    scores = relevance.corpus_scores(table, target_counts(prepared))
-    return {
-        split: token_relevance(
-            scores, table.target_offsets, prepared.catalogue, prepared.corpus.splits[split], store
+    auxiliary = prepared.data.auxiliary()
+    scores = relevance.corpus_scores(auxiliary.store, auxiliary.train_counts())
+    return {split: auxiliary.per_token(scores, split, store) for split, store in prepared.stores.items()}
+
+
+def _check_objective(config: RunConfig, prepared: Prepared) -> None:
+    """Refuses an objective that asks for what the data do not have."""
+    objective = get_objective(config.objective)
+    if prepared.data.catalogue is None and objective.requires_catalogue:
+        usable = [name for name, known in objectives().items() if not known.requires_catalogue]
+        raise UserError(
+            f"objective = {config.objective} compares a target with a catalogue, and {config.data.path} is "
+            "data of prompts and completions, which has none",
+            f"set objective to one of {', '.join(sorted(usable))}",
         )
-        for split, store in prepared.stores.items()
-    }
+    if objective.history_free_pass:
+        prepared.data.auxiliary()

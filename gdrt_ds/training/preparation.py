@@ -1,8 +1,8 @@
-"""From settings to tokens: corpus, catalogue, prompt template, tokenised splits; no weight is loaded."""
+"""From settings to tokens: the data, the tokenizer, tokenised splits, batches; no weight is loaded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,9 @@ import numpy as np
 from gdrt_ds.batches import BatchPlan
 from gdrt_ds.batches.prefix_tree import in_order, shared_lengths
 from gdrt_ds.config import RunConfig
-from gdrt_ds.data.catalogue import Catalogue
-from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
-from gdrt_ds.data.growing import GrowingStore, stitch
-from gdrt_ds.data.prompts import PromptEncoder, TokenStore, tokenise_split
-from gdrt_ds.data.templates import PromptTemplate, template_texts
-from gdrt_ds.data.trie import TokenTrie
+from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.data.sources import read_source
+from gdrt_ds.data.training_data import TrainingData
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import TINY_NAME
 from gdrt_ds.models.source import load_tokenizer, read_model_config, resolve_model, tokenizer_source
@@ -23,31 +20,26 @@ from gdrt_ds.models.source import load_tokenizer, read_model_config, resolve_mod
 
 @dataclass
 class Prepared:
-    """Everything before the weights. `stores` hold train and, where the split is not empty, valid."""
+    """Everything before the weights.
 
-    corpus: Corpus
-    catalogue: Catalogue
-    template: PromptTemplate
-    encoder: PromptEncoder
+    Attributes:
+        data: the samples as tokens, and what is known of them (gdrt_ds/data/training_data.py).
+    """
+
+    data: TrainingData
     tokenizer: object
     model_folder: Path
     model_config: object
-    stores: dict[str, TokenStore]
-    notes: list[str] = field(default_factory=list)
 
-    def trie(self) -> TokenTrie:
-        texts = [entry.text for entry in self.catalogue.entries]
-        return TokenTrie.build([self.encoder.target_ids(text) for text in texts], texts)
+    @property
+    def stores(self) -> dict[str, TokenStore]:
+        """The tokens of train and, where the split is not empty, of valid."""
+        return self.data.stores
 
-
-def control_history(samples: list[Sample], mode: str, seed: int) -> list[Sample]:
-    """Applies a training control: mask leaves the history out, shuffle takes that of another sample."""
-    if mode == "keep":
-        return samples
-    if mode == "mask":
-        return [replace(s, history=()) for s in samples]
-    order = np.random.Generator(np.random.PCG64([seed, 4242])).permutation(len(samples))
-    return [replace(s, history=samples[other].history) for s, other in zip(samples, order)]
+    @property
+    def notes(self) -> list[str]:
+        """Lines about the data, to announce."""
+        return self.data.notes
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -56,16 +48,14 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         UserError: anything about data, prompt or tokenizer.
     """
-    corpus = load_corpus(config.data)
-    catalogue = Catalogue.build(corpus)
-    texts = [entry.text for entry in catalogue.entries]
+    source = read_source(config)
     model = config.model
     folder = resolve_model(
         model.path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         tiny_folder=Path(config.run.dir) / "base",
-        texts=_tiny_texts(config, corpus, texts),
+        texts=source.texts(config) if model.path == TINY_NAME else None,
         seed=config.train.seed,
         tiny=model.tiny,
     )
@@ -78,61 +68,7 @@ def prepare(config: RunConfig) -> Prepared:
             f"{folder.name}",
             f"set prompt.max_length to at most {limit}",
         )
-    template = PromptTemplate.from_config(config.prompt, corpus.domain, tokenizer)
-    encoder = PromptEncoder(template, tokenizer, config.prompt.max_length)
-    stores, notes = {}, [*corpus.notes, *catalogue.notes()]
-    for split in ("train", "valid"):
-        if split == "valid" and not corpus.splits.get("valid"):
-            notes.append("no validation split: no early stopping, the last checkpoint is the best")
-            continue
-        samples = corpus.split(split)
-        if split == "train":
-            samples = control_history(samples, config.prompt.history, config.train.seed)
-        stores[split], lines = tokenise_split(
-            encoder, catalogue, samples, mask_history=split == "train" and config.prompt.history == "mask"
-        )
-        notes += [f"{split}: {line}" for line in lines]
-        if split == "train" and config.data.windows == "growing":
-            stores[split], line = _growing(config, stores[split], encoder, catalogue, samples)
-            notes.append(line)
-    return Prepared(corpus, catalogue, template, encoder, tokenizer, folder, model_config, stores, notes)
-
-
-def _growing(
-    config: RunConfig,
-    store: TokenStore,
-    encoder: PromptEncoder,
-    catalogue: Catalogue,
-    samples: list[Sample],
-) -> tuple[GrowingStore, str]:
-    """The train split with windows that grow, and the line to announce."""
-    data = config.data
-    block = block_samples(config)
-    windows = stitch(samples, block, data.min_history, config.train.seed)
-    line = (
-        f"train: windows grow: {len(samples):,} targets in {len(windows.runs):,} runs, blocks of {block} "
-        f"targets, histories of {data.min_history} to {data.min_history + block - 1} items"
-    )
-    return GrowingStore.of(store, windows, encoder, catalogue, samples), line
-
-
-def block_samples(config: RunConfig) -> int:
-    """Targets of a block: `train.block_samples`, or as many as `data.history_length` has room for."""
-    most = config.data.history_length - config.data.min_history + 1
-    return config.train.block_samples or most
-
-
-def target_counts(prepared: Prepared) -> np.ndarray:
-    """int64[entries]: train samples whose target the entry is."""
-    catalogue = prepared.catalogue
-    targets = [catalogue.index_of[sample.target] for sample in prepared.corpus.split("train")]
-    return np.bincount(targets, minlength=len(catalogue.entries))
-
-
-def _tiny_texts(config: RunConfig, corpus: Corpus, titles: list[str]) -> list[str] | None:
-    if config.model.path != TINY_NAME:
-        return None
-    return [*template_texts(config.prompt, corpus.domain), *titles]
+    return Prepared(source.encode(config, tokenizer), tokenizer, folder, model_config)
 
 
 def micro_batch_size(config: RunConfig, world: int) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 
 from gdrt_ds import dro
 from gdrt_ds.config import RunConfig
-from gdrt_ds.data.prompts import tokenise_split
+from gdrt_ds.data.prompts import common_head
 from gdrt_ds.models.reference_adapters import EXCESS, reference
 from gdrt_ds.objectives import Objective, get_objective
 from gdrt_ds.runtime import Runtime
@@ -35,7 +35,7 @@ from gdrt_ds.training.preflight import check_data, check_settings
 from gdrt_ds.training.preparation import Prepared, prepare
 from gdrt_ds.training.resuming import Resumed, resume
 from gdrt_ds.training.step import StepRunner
-from gdrt_ds.training.step_inputs import TrainTokens, frozen_weights, next_tokens, token_weights, trie_nodes
+from gdrt_ds.training.step_inputs import InTrie, TrainTokens, frozen_weights, next_tokens, token_weights
 from gdrt_ds.training.telemetry import say
 
 SETUP_TIMEOUT_S = 600  # relevance scoring beats once per micro-batch, and the first one may take this long
@@ -92,8 +92,7 @@ def prepare_data(job: Job) -> Prepared:
     for line in [*prepared.notes, *check_data(job.config, prepared)]:
         job.say(f"data: {line}")
     if job.runtime.is_main:
-        prepared.catalogue.save(job.folder / "catalogue.jsonl")
-        prepared.template.save(job.folder / "prompt.json")
+        prepared.data.save(job.folder)
     return prepared
 
 
@@ -137,19 +136,16 @@ def train_tokens(
 ) -> TrainTokens:
     """Groups, and what this objective asks for beside losses."""
     facts = {}
-    if objective.masked_softmax or objective.token_weights is not None:
-        trie = prepared.trie()
-        node = trie_nodes(prepared, trie)
-        if objective.masked_softmax:
-            facts["trie_node"] = node
-            facts["trie_offsets"], facts["trie_tokens"] = next_tokens(trie)
-        if objective.token_weights is not None:
-            facts["weights"] = token_weights(prepared, trie, node, objective, job.config.options)
+    in_trie = None
+    if prepared.data.catalogue is not None and (objective.masked_softmax or objective.token_weights):
+        in_trie = InTrie.of(prepared)
+    if objective.masked_softmax:
+        facts["trie_node"] = in_trie.node
+        facts["trie_offsets"], facts["trie_tokens"] = next_tokens(in_trie.trie)
+    if objective.token_weights is not None:
+        facts["weights"] = token_weights(prepared, in_trie, objective, job.config.options)
     if objective.history_free_pass:
-        samples = prepared.corpus.split("train")
-        facts["history_free"], _ = tokenise_split(
-            prepared.encoder, prepared.catalogue, samples, mask_history=True
-        )
+        facts["history_free"] = prepared.data.without_evidence()
     if job.config.dro.excess:
         facts["reference"] = losses_to_exceed(job, prepared, loaded, resumed.first_step, beat)
     return TrainTokens(prepared.stores["train"], grouped.groups["train"], grouped.plan.num, **facts)
@@ -197,6 +193,9 @@ def make_runner(
     state = dro.DroState(tokens.num_groups).to(job.runtime.device)
     if resumed.dro_state is not None:
         state.load_state_dict(resumed.dro_state)
+    prefix_length = prepared.data.prefix_length
+    if tokens.history_free is not None:  # both passes are laid out with one length of the shared prefix
+        prefix_length = min(prefix_length, common_head(tokens.history_free))
     frozen_q = frozen_weights(job.config.dro.frozen_weights, tokens.num_groups, job.runtime.device)
     return StepRunner(
         loaded.engine,
@@ -207,7 +206,7 @@ def make_runner(
         state,
         job.runtime,
         packing=loaded.packing,
-        prefix_length=len(prepared.encoder.prefix_ids),
+        prefix_length=prefix_length,
         pad_id=prepared.tokenizer.pad_token_id,
         frozen_q=frozen_q,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gdrt_ds.config import ObjectiveOptions
 from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.data.recommendation import Recommendation
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
 from gdrt_ds.objectives import Objective, TokenTable
@@ -51,15 +52,30 @@ class TrainTokens:
     history_free: TokenStore | None = None
 
 
-def trie_nodes(prepared: Prepared, trie: TokenTrie) -> np.ndarray:
-    """int32[train target tokens]: the node at which each target token is chosen."""
-    entries = prepared.catalogue.entries
-    walks = [trie.walk(prepared.encoder.target_ids(entry.text)) for entry in entries]
-    lengths = prepared.stores["train"].num_target
-    targets = target_entries(prepared)
-    return np.concatenate(
-        [np.asarray(walks[e][:n], dtype=np.int32) for e, n in zip(targets, lengths, strict=True)]
-    )
+@dataclass(frozen=True)
+class InTrie:
+    """Where the train targets stand in the token trie of the catalogue.
+
+    Attributes:
+        trie: of the catalogue's titles.
+        node: int32[train target tokens], the node at which each target token is chosen.
+    """
+
+    trie: TokenTrie
+    node: np.ndarray
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> InTrie:
+        """Builds the trie and walks it. The data must have a catalogue."""
+        data = prepared.data
+        assert isinstance(data, Recommendation)
+        texts = [entry.text for entry in data.catalogue.entries]
+        ids = [data.encoder.target_ids(text) for text in texts]
+        trie = TokenTrie.build(ids, texts)
+        walks = [trie.walk(target) for target in ids]
+        lengths = data.stores["train"].num_target
+        pairs = zip(data.targets("train").tolist(), lengths, strict=True)
+        return cls(trie, np.concatenate([np.asarray(walks[e][:n], dtype=np.int32) for e, n in pairs]))
 
 
 def next_tokens(trie: TokenTrie) -> tuple[Tensor, Tensor]:
@@ -70,28 +86,27 @@ def next_tokens(trie: TokenTrie) -> tuple[Tensor, Tensor]:
 
 
 def token_weights(
-    prepared: Prepared, trie: TokenTrie, node: np.ndarray, objective: Objective, options: ObjectiveOptions
+    prepared: Prepared, in_trie: InTrie | None, objective: Objective, options: ObjectiveOptions
 ) -> np.ndarray:
-    """float64[train target tokens]: the objective's fixed weights. `node`: see `trie_nodes`."""
+    """float64[train target tokens]: the objective's fixed weights. `in_trie`: None without a catalogue."""
     store = prepared.stores["train"]
+    train_count = np.repeat(prepared.data.target_counts(), store.num_target)
+    if in_trie is None:
+        table = TokenTable(train_count, None, None, None, options)
+        return np.asarray(objective.token_weights(table), dtype=np.float64)
+    trie, node = in_trie.trie, in_trie.node
     leaves_before = np.concatenate([[0], np.cumsum(np.asarray(trie.entry) >= 0)])
     items_below = leaves_before[np.asarray(trie.end)] - leaves_before[np.arange(len(trie.end))]
     after = items_below[np.concatenate([node[1:], [0]])]
     after[store.target_offsets[1:] - 1] = 1  # the last token of a title leaves one item
-    counts = np.array([prepared.catalogue.entries[entry].train_count for entry in target_entries(prepared)])
     table = TokenTable(
-        train_count=np.repeat(counts, store.num_target),
+        train_count=train_count,
         branching=np.asarray(trie.branching)[node],
         valid_before=items_below[node],
         valid_after=after,
         options=options,
     )
     return np.asarray(objective.token_weights(table), dtype=np.float64)
-
-
-def target_entries(prepared: Prepared) -> list[int]:
-    """The catalogue entry that each train sample has as its target."""
-    return [prepared.catalogue.index_of[sample.target] for sample in prepared.corpus.split("train")]
 
 
 def frozen_weights(given: list[float] | str | None, num_groups: int, device: torch.device) -> Tensor | None:

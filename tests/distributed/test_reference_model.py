@@ -86,8 +86,10 @@ def plain(runs):
 def test_relevance_of_an_auxiliary_reference_is_that_of_plain_peft(runs, plain):
     losses, prepared = plain
     saved = load_file(runs[1] / "groups.safetensors")
-    for entry in range(0, len(prepared.catalogue.entries), 5):
-        encoded = prepared.encoder.encode([], prepared.catalogue.entries[entry].text, mask_history=True)
+    for entry in range(0, len(prepared.data.catalogue.entries), 5):
+        encoded = prepared.data.encoder.encode(
+            [], prepared.data.catalogue.entries[entry].text, mask_history=True
+        )
         mine = saved["entry_r"][saved["entry_offsets"][entry] : saved["entry_offsets"][entry + 1]]
         np.testing.assert_allclose(mine, -losses(encoded.input_ids, encoded.num_target), rtol=0, atol=2e-5)
 
@@ -101,8 +103,10 @@ def test_relevance_under_the_base_is_that_of_the_plain_base(runs):
         load_file(run / "groups.safetensors"),
     )
     prepared = prepare(load_config(run / "config.yaml"))
-    for entry in range(1, len(prepared.catalogue.entries), 7):
-        encoded = prepared.encoder.encode([], prepared.catalogue.entries[entry].text, mask_history=True)
+    for entry in range(1, len(prepared.data.catalogue.entries), 7):
+        encoded = prepared.data.encoder.encode(
+            [], prepared.data.catalogue.entries[entry].text, mask_history=True
+        )
         row = torch.from_numpy(np.asarray(encoded.input_ids, dtype=np.int64))
         with torch.no_grad():
             scores = model(input_ids=row[None, :-1]).logits[0].log_softmax(-1)

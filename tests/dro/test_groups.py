@@ -15,7 +15,9 @@ import pytest
 from gdrt_ds.config import GroupsSection
 from gdrt_ds.data.corpus import Sample
 from gdrt_ds.data.prompts import TokenStore
-from gdrt_ds.dro.groups import GroupPlan, apply_groups, bin_edges, fit_groups, token_relevance
+from gdrt_ds.data.recommendation import Recommendation
+from gdrt_ds.data.training_data import Auxiliary
+from gdrt_ds.dro.groups import GroupPlan, apply_groups, bin_edges, fit_groups
 from gdrt_ds.errors import UserError
 
 NUM = 60
@@ -38,7 +40,9 @@ def world():
         for s in range(NUM)
     ]
     corpus = SimpleNamespace(
-        splits={"train": samples}, users={f"u{k}": {"gender": "FM"[k % 2]} for k in range(7)}
+        splits={"train": samples},
+        split=lambda name: samples,
+        users={f"u{k}": {"gender": "FM"[k % 2]} for k in range(7)},
     )
     num_target = rng.integers(1, 5, NUM).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(num_target)]).astype(np.int64)
@@ -51,8 +55,9 @@ def world():
 def fit(world, **settings):
     corpus, catalogue, samples, store, relevance = world
     section = GroupsSection(**settings)
-    plan = fit_groups(section, corpus, catalogue, store, relevance, 0)
-    return plan, apply_groups(plan, section, corpus, catalogue, samples, store, relevance, "train")
+    data = Recommendation(corpus, catalogue, None, None, {"train": store})
+    plan = fit_groups(section, data, relevance, 0)
+    return plan, apply_groups(plan, section, data, relevance, "train")
 
 
 def test_quantile_bins_of_relevance_are_even_and_ordered(world):
@@ -124,7 +129,21 @@ def test_relevance_of_a_token_is_looked_up_by_entry_and_place(world):
     wanted = np.concatenate(
         [np.arange(offsets[e], offsets[e + 1]) for e in (catalogue.index_of[s.target] for s in samples)]
     )
-    assert np.array_equal(token_relevance(r, offsets, catalogue, samples, store), wanted)
+    entry_of = {"train": np.array([catalogue.index_of[s.target] for s in samples])}
+    table = TokenStore(np.zeros(0, np.int32), offsets, np.zeros(0, np.int8), num, offsets)
+    assert np.array_equal(Auxiliary(table, entry_of, "titles").per_token(r, "train", store), wanted)
+
+
+def test_groups_by_length_put_short_targets_before_long_ones(world):
+    plan, groups = fit(world, num=3, by="length")
+    lengths = np.repeat(world[3].num_target, world[3].num_target)
+    assert groups.min() == 0 and (np.diff(groups[np.argsort(lengths, kind="stable")]) >= 0).all()
+    assert plan.names()[0].startswith("length in [-inf")
+
+
+def test_labels_of_the_rows_are_not_sought_in_windows_over_a_catalogue(world):
+    with pytest.raises(UserError, match="groups.by = label: windows over a catalogue have no labels"):
+        fit(world, num=3, by="label")
 
 
 def test_groups_that_the_data_cannot_fill_are_refused(world):

@@ -29,8 +29,7 @@ def make_run(folder: Path, overrides: list[str] = (), *, zero: bool = False, see
     folder.mkdir(parents=True, exist_ok=True)
     prepared = prepare(config)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    prepared.template.save(folder / "prompt.json")
-    prepared.catalogue.save(folder / "catalogue.jsonl")
+    prepared.data.save(folder)
     loaded = load_model(config.model, Runtime(), train=True, path=prepared.model_folder, seed=seed)
     if not zero:
         generator = torch.Generator().manual_seed(seed)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from gdrt_ds.config import DataSection
 from gdrt_ds.errors import UserError
@@ -136,15 +137,19 @@ class Reader:
         detect: whether `data.path` looks like this reader's format (`data.format=auto`). It is called on
             whatever the user gave: a file, a folder, the name of an embedded set, or something that does
             not exist.
-        read: the data as `Windows` or `Interactions`. Bad rows go to `BadRows.report`; raises UserError.
+        read: the data as `Windows` or `Interactions`, or as rows. Bad rows go to `BadRows.report`; raises
+            UserError.
         order: readers are asked in this order, the special before the general.
         embedded: names of data sets that need no path.
+        supervised: the data are rows of prompt and completion (`TextRows` of _text_rows.py), without a
+            catalogue; `data.path` may then be a data set of the hub.
     """
 
     detect: Callable[[DataSection], bool]
-    read: Callable[[DataSection, BadRows], Windows | Interactions]
+    read: Callable[[DataSection, BadRows], Any]
     order: int
     embedded: tuple[str, ...] = ()
+    supervised: bool = False
 
 
 def clean_title(text: str) -> str:

@@ -1,0 +1,178 @@
+"""Reader of rows for supervised fine-tuning: prompt and completion, or messages, with groups beside them.
+
+`data.path` is a file (JSONL, JSON, parquet, CSV, Arrow), a folder whose files are named train, valid and
+test, or a data set of the hub (owner/name[:config], `data.revision`). Splits come from the files' names, from
+a column `split`, or are seeded shares (`data.split_ratio`, `data.sample_seed`). What a row may hold stands in
+_text_rows.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdrt_ds.config import DataSection
+from gdrt_ds.data.readers._datasets import BUILDERS, is_hub_name, rows_of_file, rows_of_hub
+from gdrt_ds.data.readers._rows import header_of, read_rows, suffix_of
+from gdrt_ds.data.readers._text_rows import ROLES, BadField, Columns, TextRow, TextRows, row_of
+from gdrt_ds.data.readers.base import BadRows, Reader
+from gdrt_ds.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
+LINES = (".jsonl", ".json")
+SUFFIXES = (*LINES, *BUILDERS)
+Numbered = Iterator[tuple[int, dict[str, Any]]]
+
+
+def read_text_rows(data: DataSection, bad: BadRows) -> TextRows:
+    """Reads all splits.
+
+    Raises:
+        UserError: missing or unreadable file, a bad row (file, line or row, field), or an empty train split.
+    """
+    columns = Columns(data.columns)
+    notes: list[str] = []
+    splits: dict[str, list[TextRow]] = {name: [] for name in SPLITS}
+    undivided: list[TextRow] = []
+    for name, split, rows in _files(data, bad):
+        for number, values in rows:
+            try:
+                row = row_of(values, columns, len(undivided) + sum(map(len, splits.values())))
+                own = split or _split_of(values, columns)
+            except BadField as error:
+                bad.report(name, number, error.name, str(error))
+                continue
+            (undivided if own is None else splits[own]).append(row)
+    if undivided and any(splits.values()):
+        raise UserError(
+            f"data.path={data.path}: {len(undivided)} rows have no `{columns.name('split')}` and others have",
+            "give every row a split, or none",
+        )
+    if undivided:
+        splits = _shares(undivided, data, notes)
+    if not splits["train"]:
+        raise UserError(
+            f"data.path={data.path}: the train split has no row",
+            "give a file named train, rows with split=train, or a larger share in data.split_ratio",
+        )
+    limits = {name: getattr(data, f"limit_{name}") for name in SPLITS}
+    chosen = {name: _limited(splits[name], name, limits[name], data.sample_seed, notes) for name in SPLITS}
+    numbered = {name: [replace(row, sample_id=i) for i, row in enumerate(chosen[name])] for name in SPLITS}
+    return TextRows(numbered, [*bad.notes(), *notes])
+
+
+def _files(data: DataSection, bad: BadRows) -> Iterator[tuple[str, str | None, Numbered]]:
+    """Yields (name for messages, split or None, rows) of every file."""
+    path = Path(data.path)
+    if path.is_dir():
+        found = _split_files(path)
+        for split, file in found.items():
+            yield file.name, split, _rows_of(file, bad)
+        return
+    if path.is_file():
+        yield path.name, None, _rows_of(path, bad)
+        return
+    if not is_hub_name(data.path):
+        raise UserError(
+            f"data.path={data.path}: no such file or folder",
+            "give a file or folder, or a data set of the hub as owner/name or owner/name:config",
+        )
+    for split, number, values in rows_of_hub(data.path, data.revision):
+        own = SPLIT_NAMES.get(split)
+        if own is not None:
+            yield f"{data.path} ({split})", own, iter([(number, values)])
+
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder by split.
+
+    Raises:
+        UserError: there is none for train, or two for one split.
+    """
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        split = SPLIT_NAMES.get(file.name.split(".")[0])
+        if split is None or suffix_of(file) not in SUFFIXES:
+            continue
+        if split in found:
+            raise UserError(
+                f"data.path={folder}: {found[split].name} and {file.name} are both the {split} split",
+                "keep one of them",
+            )
+        found[split] = file
+    if "train" not in found:
+        raise UserError(
+            f"data.path={folder}: no file named train with one of the endings {', '.join(SUFFIXES)}",
+            "name the files train, valid and test, or give one file as data.path",
+        )
+    return {name: found[name] for name in SPLITS if name in found}
+
+
+def _rows_of(file: Path, bad: BadRows) -> Numbered:
+    suffix = suffix_of(file)
+    if suffix in LINES:
+        return read_rows(file, bad)
+    if suffix in BUILDERS:
+        return rows_of_file(file, suffix)
+    raise UserError(f"{file}: unknown format `{file.suffix}`", f"use one of {', '.join(SUFFIXES)}")
+
+
+def _split_of(values: dict[str, Any], columns: Columns) -> str | None:
+    value = columns.value(values, "split")
+    if value is None:
+        return None
+    split = SPLIT_NAMES.get(str(value))
+    if split is None:
+        raise BadField(columns.name("split"), f"{value!r}; one of {', '.join(SPLITS)}")
+    return split
+
+
+def _shares(rows: list[TextRow], data: DataSection, notes: list[str]) -> dict[str, list[TextRow]]:
+    """Deals rows out at random in the shares of `data.split_ratio`; rows of one user stay together."""
+    users = list(dict.fromkeys(row.user_id for row in rows))
+    order = np.random.default_rng([data.sample_seed, 31]).permutation(len(users))
+    first = round(len(users) * data.split_ratio[0])
+    second = round(len(users) * (data.split_ratio[0] + data.split_ratio[1]))
+    split_of = {}
+    for place, index in enumerate(order.tolist()):
+        name = "train" if place < first else "valid" if place < second else "test"
+        split_of[users[index]] = name
+    splits = {name: [row for row in rows if split_of[row.user_id] == name] for name in SPLITS}
+    sizes = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
+    notes.append(
+        f"no splits are given: seeded shares of {len(rows)} rows (data.split_ratio, "
+        f"data.sample_seed={data.sample_seed}): {sizes}"
+    )
+    return splits
+
+
+def _limited(rows: list[TextRow], name: str, limit: int | None, seed: int, notes: list[str]) -> list[TextRow]:
+    """A seeded sample where `data.limit_<split>` is below the rows."""
+    if limit is None or limit >= len(rows):
+        return rows
+    chosen = np.random.default_rng([seed, SPLITS.index(name)]).choice(len(rows), size=limit, replace=False)
+    notes.append(
+        f"{name}: a seeded sample of {limit} of {len(rows)} rows (data.limit_{name}, data.sample_seed={seed})"
+    )
+    return [rows[index] for index in sorted(chosen.tolist())]
+
+
+def detect(data: DataSection) -> bool:
+    """Whether the file, or the folder's train file, has the columns of rows."""
+    path = Path(data.path)
+    try:
+        file = _split_files(path)["train"] if path.is_dir() else path
+        if not file.is_file() or suffix_of(file) not in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+            return False
+        columns = Columns({role: name for role, name in data.columns.items() if role in ROLES})
+        return columns.are_rows(header_of(file))
+    except UserError:
+        return False
+
+
+READER = Reader(detect, read_text_rows, order=15, supervised=True)

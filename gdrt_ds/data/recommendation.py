@@ -1,0 +1,191 @@
+"""Windows over a catalogue as training data: a history is the evidence, a title is the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdrt_ds.config import GroupsSection, RunConfig
+from gdrt_ds.data.catalogue import Catalogue
+from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
+from gdrt_ds.data.growing import GrowingStore, stitch
+from gdrt_ds.data.prompts import PromptEncoder, TokenStore, store_of, tokenise_split
+from gdrt_ds.data.templates import PromptTemplate, template_texts
+from gdrt_ds.data.training_data import Auxiliary, GroupValues
+from gdrt_ds.errors import UserError
+
+UNKNOWN = "(unknown)"
+"""The label of a sample whose item has no provider."""
+
+
+@dataclass
+class RecommendationSource:
+    """A corpus with its catalogue."""
+
+    corpus: Corpus
+    catalogue: Catalogue
+
+    @classmethod
+    def read(cls, config: RunConfig) -> RecommendationSource:
+        """Reads `data.path`. Raises what `load_corpus` raises."""
+        corpus = load_corpus(config.data)
+        return cls(corpus, Catalogue.build(corpus))
+
+    def texts(self, config: RunConfig) -> list[str]:
+        """The template's texts and the titles."""
+        titles = [entry.text for entry in self.catalogue.entries]
+        return [*template_texts(config.prompt, self.corpus.domain), *titles]
+
+    def encode(self, config: RunConfig, tokenizer: Any) -> Recommendation:
+        """Tokenises train and valid."""
+        corpus, catalogue = self.corpus, self.catalogue
+        template = PromptTemplate.from_config(config.prompt, corpus.domain, tokenizer)
+        encoder = PromptEncoder(template, tokenizer, config.prompt.max_length)
+        data = Recommendation(corpus, catalogue, template, encoder)
+        data.notes += [*corpus.notes, *catalogue.notes()]
+        for split in ("train", "valid"):
+            if split == "valid" and not corpus.splits.get("valid"):
+                data.notes.append("no validation split: no early stopping, the last checkpoint is the best")
+                continue
+            samples = corpus.split(split)
+            if split == "train":
+                samples = control_history(samples, config.prompt.history, config.train.seed)
+            mask = split == "train" and config.prompt.history == "mask"
+            data.stores[split], lines = tokenise_split(encoder, catalogue, samples, mask_history=mask)
+            data.notes += [f"{split}: {line}" for line in lines]
+            if split == "train" and config.data.windows == "growing":
+                data.stores[split], line = _growing(config, data, samples)
+                data.notes.append(line)
+        return data
+
+
+def control_history(samples: list[Sample], mode: str, seed: int) -> list[Sample]:
+    """Applies a training control: mask leaves the history out, shuffle takes that of another sample."""
+    if mode == "keep":
+        return samples
+    if mode == "mask":
+        return [replace(s, history=()) for s in samples]
+    order = np.random.Generator(np.random.PCG64([seed, 4242])).permutation(len(samples))
+    return [replace(s, history=samples[other].history) for s, other in zip(samples, order)]
+
+
+def _growing(config: RunConfig, data: Recommendation, samples: list[Sample]) -> tuple[GrowingStore, str]:
+    """The train split with windows that grow, and the line to announce."""
+    section = config.data
+    block = block_samples(config)
+    windows = stitch(samples, block, section.min_history, config.train.seed)
+    line = (
+        f"train: windows grow: {len(samples):,} targets in {len(windows.runs):,} runs, blocks of {block} "
+        f"targets, histories of {section.min_history} to {section.min_history + block - 1} items"
+    )
+    store = GrowingStore.of(data.stores["train"], windows, data.encoder, data.catalogue, samples)
+    return store, line
+
+
+def block_samples(config: RunConfig) -> int:
+    """Targets of a block: `train.block_samples`, or as many as `data.history_length` has room for."""
+    most = config.data.history_length - config.data.min_history + 1
+    return config.train.block_samples or most
+
+
+@dataclass
+class Recommendation:
+    """A corpus as tokens; see `training_data.TrainingData`."""
+
+    corpus: Corpus
+    catalogue: Catalogue
+    template: PromptTemplate
+    encoder: PromptEncoder
+    stores: dict[str, TokenStore] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.corpus.fingerprint
+
+    @property
+    def prompt_fingerprint(self) -> str:
+        return self.template.fingerprint
+
+    @property
+    def prefix_length(self) -> int:
+        """Everything before the first history token."""
+        return len(self.encoder.prefix_ids)
+
+    def describe(self) -> str:
+        return f"{len(self.catalogue):,} titles"
+
+    def check(self) -> None:
+        """Raises UserError for a catalogue of one title."""
+        num_titles = len(self.catalogue)
+        if num_titles < 2:
+            raise UserError(
+                f"the catalogue has {num_titles} title, so there is nothing to choose between: "
+                f"{self.catalogue.entries[0].text!r}",
+                "give an item table with at least two titles (data.items, data.path)",
+            )
+
+    def auxiliary(self) -> Auxiliary:
+        """One history-free sample per catalogue entry: without the history, prompts are all the same."""
+        return self._auxiliary
+
+    @cached_property
+    def _auxiliary(self) -> Auxiliary:
+        texts = [entry.text for entry in self.catalogue.entries]
+        store = store_of([self.encoder.encode([], text, mask_history=True) for text in texts])
+        return Auxiliary(store, {split: self.targets(split) for split in self.stores}, "titles")
+
+    def targets(self, split: str) -> np.ndarray:
+        """int64[n]: the catalogue entry that each sample has as its target."""
+        index_of = self.catalogue.index_of
+        return np.array([index_of[sample.target] for sample in self.corpus.split(split)], dtype=np.int64)
+
+    def target_counts(self) -> np.ndarray:
+        counts = np.array([entry.train_count for entry in self.catalogue.entries])
+        return counts[self.targets("train")]
+
+    def group_values(self, section: GroupsSection, split: str) -> GroupValues:
+        samples = self.corpus.splits[split]
+        lengths = self.stores[split].num_target
+        if section.by == "item_popularity":
+            counts = np.array([entry.train_count for entry in self.catalogue.entries], dtype=np.float64)
+            return GroupValues(counts[self.targets(split)], lengths)
+        if section.by == "length":
+            return GroupValues(lengths.astype(np.float64), lengths)
+        if section.by == "label":
+            raise UserError(
+                "groups.by = label: windows over a catalogue have no labels of their own",
+                "set groups.by=column with groups.column, or give rows with a `group` (data.format=sft)",
+            )
+        return GroupValues([self._label(section, sample) for sample in samples], lengths)
+
+    def _label(self, section: GroupsSection, sample: Sample) -> str:
+        if section.by == "user_attribute":
+            user = self.corpus.users.get(sample.user_id, {})
+            if section.column not in user:
+                raise UserError(
+                    f"groups.column = {section.column!r}: user {sample.user_id} has no such attribute",
+                    f"available: {', '.join(sorted(user)) or 'none (the data set has no user table)'}",
+                )
+            return str(user[section.column])
+        if section.by == "provider":
+            return str(self.catalogue.entries[self.catalogue.index_of[sample.target]].provider or UNKNOWN)
+        if section.column not in sample.labels:
+            raise UserError(
+                f"groups.column = {section.column!r}: sample {sample.sample_id} has no such label",
+                f"available: {', '.join(sorted(sample.labels)) or 'none'}",
+            )
+        return str(sample.labels[section.column])
+
+    def without_evidence(self) -> TokenStore:
+        samples = self.corpus.split("train")
+        return tokenise_split(self.encoder, self.catalogue, samples, mask_history=True)[0]
+
+    def save(self, folder: Path) -> None:
+        """Writes catalogue.jsonl and prompt.json."""
+        self.catalogue.save(folder / "catalogue.jsonl")
+        self.template.save(folder / "prompt.json")
