@@ -1,6 +1,7 @@
 """Evaluates a run, its base model, or a model trained elsewhere.
 
-Computes exact scores, metrics with intervals, floors and a report.
+Computes exact scores, metrics with intervals, floors and a report. A run on rows of prompt and completion
+(data.format=sft) is recognised; its completions and listed answers are scored over the vocabulary.
 
     python -m eval.run --run RUN_DIR [--split test] [--mode MODE] [--output DIR] [--limit N]
     python -m eval.run --run RUN_DIR --base       the run's base model under the same prompt and catalogue
@@ -109,12 +110,53 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def evaluate_run_on_rows(options: argparse.Namespace) -> None:
+    """Evaluates a model of rows of prompt and completion (`data.format=sft`); see eval/rows/."""
+    from eval.audit.options import AuditOptions
+    from eval.pipeline import evaluation_runtime
+    from eval.rows.pipeline import check_mode, evaluate_rows
+    from eval.rows.subject import load_rows
+
+    check_mode(options.mode)
+    runtime = evaluation_runtime()
+    subject = load_rows(
+        runtime,
+        run=options.run,
+        base=options.base,
+        model=options.model,
+        adapter=options.adapter,
+        prompt=options.prompt,
+        data=options.data,
+        split=options.split,
+        limit=options.limit,
+        overrides=options.overrides,
+    )
+    evaluate_rows(
+        subject,
+        runtime,
+        output=Path(options.output) if options.output else None,
+        overwrite=options.overwrite,
+        floors=not options.no_floors,
+        num_bootstrap=options.bootstrap,
+        batch_size=options.batch_size,
+        audits=options.audit.split(","),
+        audit_options=AuditOptions(
+            options.audit_users, options.permutations, tuple(options.runs), options.bootstrap
+        ),
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     from gdrt_ds.runtime import quiet_libraries, report_user_errors
 
     quiet_libraries()  # before the imports below bring them
     with report_user_errors():
+        from eval.rows.subject import is_about_rows
+
+        if is_about_rows(options.run, options.data, options.model, options.prompt, options.overrides):
+            evaluate_run_on_rows(options)
+            return
         from eval.loading import load_subject
         from eval.pipeline import evaluation_runtime, run_evaluation
         from eval.predictions import ScoringOptions

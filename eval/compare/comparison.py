@@ -12,7 +12,7 @@ from typing import Any
 
 from eval.compare.runs import Run, check_same
 from eval.intervals import Comparison, Resampled, compare_family, resample
-from eval.metrics import DEFAULT_KS, figure, table
+from eval.metrics import figure, table
 from gdrt_ds.errors import UserError
 
 
@@ -54,13 +54,13 @@ def compare_runs(runs: Sequence[Run], num_bootstrap: int = 2000, seed: int = 0) 
     samples = {}
     found_metrics = {}
     for run in runs:
-        statistics, metrics_of_run, _ = table.statistics(run.inputs, DEFAULT_KS)
+        statistics, metrics_of_run = run.statistics()
         samples[run.label] = resample(statistics, run.inputs.user_of_sample, num_bootstrap, seed)
         found_metrics.update(metrics_of_run)
     missing = {name for name in found_metrics if not all(name in own for own in samples.values())}
     if missing:
         notes.append(f"left out, because not every run has them: {', '.join(sorted(missing))}")
-    order = [metric.name_at(k) for metric in table.metrics() for k in metric.cut_offs(DEFAULT_KS)]
+    order = runs[0].metric_order()
     names = sorted(found_metrics.keys() - missing, key=order.index)
     metrics = {name: found_metrics[name] for name in names}
     family = [name for name, metric in metrics.items() if metric.is_primary(_cut_off(name))]

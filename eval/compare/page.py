@@ -10,6 +10,7 @@ from eval.compare.slices import columns as slice_columns
 from eval.compare.slices import slice_rows
 from eval.report.page import Page, Section, Table
 from eval.report.words import arrow, label, number
+from eval.rows.inputs import RowInputs
 
 EXPLANATION = (
     "Differences to {base} are over the same users, with a 95 % interval. For the primary family there is "
@@ -43,7 +44,7 @@ def build_page(found: Comparisons) -> Page:
         ("Baseline", base),
         ("Samples", f"{first.inputs.num_samples:,}"),
         ("Users", f"{len(first.inputs.user_ids):,}"),
-        ("Catalogue", f"{first.inputs.num_items:,} items"),
+        ("Catalogue", "" if isinstance(first.inputs, RowInputs) else f"{first.inputs.num_items:,} items"),
         ("Scoring", _each(found, "scoring")),
         ("Training objective", _each(found, "objective")),
     ]

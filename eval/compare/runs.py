@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from eval.folders import open_evaluation
+from eval.intervals import Statistic
+from eval.metrics import DEFAULT_KS, table
+from eval.metrics.base import Metric
 from eval.metrics.inputs import Inputs, build_inputs
+from eval.rows import KIND
+from eval.rows import metrics as row_metrics
+from eval.rows.inputs import RowInputs, build_row_inputs
 from gdrt_ds.errors import UserError
 
 MAY_DIFFER = ("scoring", "mode", "dtype")  # keys of results.json whose differences are noted, not refused
@@ -22,7 +28,7 @@ class Run:
         label: its name in tables.
         results: the content of results.json.
         predictions: one object per test sample, sorted by sample id.
-        entries: the catalogue.
+        entries: the catalogue; empty for rows of prompt and completion.
         history_counts: item id -> its occurrences in training histories; None if the folder does not say.
         inputs: predictions and catalogue as arrays.
     """
@@ -33,7 +39,25 @@ class Run:
     predictions: list[dict[str, Any]]
     entries: list[Any]
     history_counts: dict[str, float] | None
-    inputs: Inputs
+    inputs: Inputs | RowInputs
+
+    @property
+    def is_about_rows(self) -> bool:
+        """Whether it is a model of rows of prompt and completion, without a catalogue."""
+        return isinstance(self.inputs, RowInputs)
+
+    def statistics(self) -> tuple[dict[str, Statistic], dict[str, Metric]]:
+        """Every metric that the predictions define, as a statistic."""
+        if isinstance(self.inputs, RowInputs):
+            return row_metrics.statistics(self.inputs)
+        found, metrics, _ = table.statistics(self.inputs, DEFAULT_KS)
+        return found, metrics
+
+    def metric_order(self) -> list[str]:
+        """The names of all metrics in the order of the report."""
+        if self.is_about_rows:
+            return [metric.name for metric in row_metrics.METRICS]
+        return [metric.name_at(k) for metric in table.metrics() for k in metric.cut_offs(DEFAULT_KS)]
 
 
 def load_run(folder: str | Path, label: str) -> Run:
@@ -46,10 +70,23 @@ def load_run(folder: str | Path, label: str) -> Run:
     predictions = evaluation.predictions()
     # Samples are paired by their place, so the order of the lines in the file must not matter.
     predictions.sort(key=lambda row: str(row["sample_id"]))
+    if evaluation.results.get("kind") == KIND:
+        row_inputs = build_row_inputs(predictions, evaluation.results["group_names"])
+        return Run(label, evaluation.folder, evaluation.results, predictions, [], None, row_inputs)
     entries = evaluation.entries()
     counts = evaluation.history_counts()
     inputs = build_inputs(predictions, entries, counts)
     return Run(label, evaluation.folder, evaluation.results, predictions, entries, counts, inputs)
+
+
+def with_predictions(run: Run, predictions: list[dict[str, Any]]) -> Run:
+    """The run with other predictions, e.g. those of a slice."""
+    inputs: Inputs | RowInputs
+    if run.is_about_rows:
+        inputs = build_row_inputs(predictions, run.results["group_names"])
+    else:
+        inputs = build_inputs(predictions, run.entries, run.history_counts)
+    return replace(run, predictions=predictions, inputs=inputs)
 
 
 def check_same(runs: Sequence[Run]) -> list[str]:
@@ -64,6 +101,11 @@ def check_same(runs: Sequence[Run]) -> list[str]:
     notes = []
     for run in runs[1:]:
         _refuse_other_data(first, run)
+        if first.is_about_rows and first.results["group_names"] != run.results["group_names"]:
+            notes.append(
+                f"token groups differ: {first.label} and {run.label} were trained with other groups, so "
+                "figures of the worst group and the gap are over each run's own groups"
+            )
         for key in MAY_DIFFER:
             mine = first.results.get(key)
             theirs = run.results.get(key)
@@ -93,6 +135,15 @@ def _not_exact(runs: Sequence[Run]) -> list[str]:
 
 def _refuse_other_data(first: Run, run: Run) -> None:
     pair = f"{first.label} and {run.label}"
+    if first.is_about_rows != run.is_about_rows:
+        raise UserError(
+            f"{pair} are of different kinds: one ranks a catalogue, the other is on rows of prompt and "
+            "completion",
+            "compare evaluations of one kind",
+        )
+    if isinstance(first.inputs, RowInputs) or isinstance(run.inputs, RowInputs):
+        _refuse_other_rows(first, run, pair)
+        return
     ours = set(first.inputs.item_ids)
     theirs = set(run.inputs.item_ids)
     if ours != theirs:
@@ -113,6 +164,17 @@ def _refuse_other_data(first: Run, run: Run) -> None:
         raise UserError(
             f"{pair} have different train counts in their catalogues",
             "evaluate both with the same training split",
+        )
+
+
+def _refuse_other_rows(first: Run, run: Run, pair: str) -> None:
+    ours = _samples(first)
+    theirs = _samples(run)
+    if ours != theirs:
+        raise UserError(
+            f"{pair} have different test rows ({len(ours)} and {len(theirs)}, {len(ours & theirs)} with the "
+            "same prompt and completion)",
+            "evaluate both with the same split, --limit and data",
         )
 
 

@@ -7,16 +7,14 @@ visible here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from eval.compare.comparison import Comparisons, compare_runs
 from eval.compare.rows import cells
-from eval.compare.runs import Run
-from eval.metrics.inputs import build_inputs
+from eval.compare.runs import Run, with_predictions
 from eval.report.words import label
 
-SHOWN = ("ndcg@10", "nll")
+SHOWN = ("ndcg@10", "accuracy", "nll")
 MAX_VALUES = 6
 
 
@@ -28,12 +26,6 @@ def label_values(predictions: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
         if 2 <= len(values) <= MAX_VALUES and "None" not in values:
             found[name] = values
     return found
-
-
-def with_predictions(run: Run, predictions: list[dict[str, Any]]) -> Run:
-    """The run with other predictions, e.g. those of a slice."""
-    inputs = build_inputs(predictions, run.entries, run.history_counts)
-    return replace(run, predictions=predictions, inputs=inputs)
 
 
 def compare_slices(runs: Sequence[Run], num_bootstrap: int, seed: int) -> list[tuple[str, Comparisons]]:

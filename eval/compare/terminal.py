@@ -16,7 +16,7 @@ from eval.compare.slices import SHOWN
 from eval.report.words import arrow, label, number
 
 # Shown under the primary family; Holm's correction does not run over them.
-BESIDE_FAMILY = ("nll_calibrated", "nll_worst_relevance_group")
+BESIDE_FAMILY = ("nll_calibrated", "nll_worst_relevance_group", "nll_calibrated_worst_group")
 COLOURS = {"better": "green", "worse": "red"}
 SHORT_VERDICTS = {
     "interval spans zero": "spans 0",

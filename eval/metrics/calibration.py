@@ -69,7 +69,7 @@ def _three_points(curve_BT: np.ndarray, place: np.ndarray) -> list[np.ndarray]:
     ]
 
 
-def _fit(mean_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_temperature(mean_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where curves are lowest, by a parabola through the lowest point and its neighbours.
 
     Returns:
@@ -84,7 +84,7 @@ def _fit(mean_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return place, np.where(inner & (bend > 0), vertex, 0.0)
 
 
-def _at(curve_BT: np.ndarray, place: np.ndarray, offset: np.ndarray) -> np.ndarray:
+def at_temperature(curve_BT: np.ndarray, place: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """Curves at place + offset, by the parabola through three points; [B]."""
     low, middle, high = _three_points(curve_BT, place)
     parabola = middle + offset * (high - low) / 2 + offset**2 * (low - 2 * middle + high) / 2
@@ -93,8 +93,8 @@ def _at(curve_BT: np.ndarray, place: np.ndarray, offset: np.ndarray) -> np.ndarr
 
 def lowest(mean_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(lowest mean NLL [B], the temperature there [B]) of mean curves [B, T]."""
-    place, offset = _fit(mean_BT)
-    return _at(mean_BT, place, offset), TEMPERATURES[place] * 2.0 ** (offset / STEPS_PER_OCTAVE)
+    place, offset = fit_temperature(mean_BT)
+    return at_temperature(mean_BT, place, offset), TEMPERATURES[place] * 2.0 ** (offset / STEPS_PER_OCTAVE)
 
 
 def _features(inputs: Inputs) -> np.ndarray | None:
@@ -168,8 +168,8 @@ def calibrated_worst_relevance(inputs: Inputs, k: int | None = None) -> Statisti
 
     def finish(totals_BF: np.ndarray) -> np.ndarray:
         means = _means(totals_BF)
-        place, offset = _fit(means[:, 0])
-        by_group = [_at(means[:, g], place, offset) for g in range(1, means.shape[1])]
+        place, offset = fit_temperature(means[:, 0])
+        by_group = [at_temperature(means[:, g], place, offset) for g in range(1, means.shape[1])]
         return np.nanmax(np.stack(by_group), axis=0)
 
     return _statistic(inputs, finish, False, (0, np.inf))

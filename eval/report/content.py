@@ -75,12 +75,12 @@ def build_sections(
     """All sections of an evaluation report, in reading order."""
     inputs = build_inputs(predictions, catalogue_entries, history_item_counts)
     sections = [_headline(results, inputs.num_samples, len(inputs.user_ids), inputs.num_items)]
-    sections += _training(training)
+    sections += training_section(training)
     sections += _metric_sections(results, inputs)
     sections += _breakdowns(results)
     sections += [audit_section(name, audit) for name, audit in (results.get("audits") or {}).items()]
     sections.append(_examples(predictions, catalogue_entries))
-    sections.append(_conventions(results))
+    sections.append(conventions_section(results))
     limit = results.get("limit")
     warning = f"Not a result: limited to {limit} samples (--limit)." if limit else ""
     config = results.get("config") or {}
@@ -247,7 +247,7 @@ def _summary(parts: Mapping[str, Any], measure: str, part: str) -> str:
     return "–" if figure is None else f"{number(figure['value'])} ({span(figure)})"
 
 
-def _training(rows: Sequence[Mapping[str, Any]]) -> list[Section]:
+def training_section(rows: Sequence[Mapping[str, Any]]) -> list[Section]:
     drawn = figures.training_figures(rows)
     if not drawn:
         return []
@@ -309,7 +309,7 @@ def _examples(predictions: Sequence[Mapping[str, Any]], catalogue_entries: Seque
     return Section("Example users", [text], examples=examples)
 
 
-def _conventions(results: Mapping[str, Any]) -> Section:
+def conventions_section(results: Mapping[str, Any]) -> Section:
     versions = results.get("versions") or {}
     text = [
         "Intervals are 95 % bootstrap intervals over users (percentile for means, centred for curved "

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.compare.runs import Run, check_same, load_run
-from eval.compare.slices import with_predictions
+from eval.compare.runs import Run, check_same, load_run, with_predictions
 from eval.intervals import Comparison, Resampled, compare_family, resample
 from eval.metrics import table
 from eval.study.reading import Grid

@@ -10,6 +10,7 @@ words: such runs give plausible numbers of the wrong model.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from gdrt_ds.config import ModelSection, RunConfig, load_config
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.prompts import PromptEncoder
+from gdrt_ds.data.row_prompts import STYLE
 from gdrt_ds.data.templates import PromptTemplate
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
@@ -77,6 +79,7 @@ def read_run_config(folder: Path, overrides: list[str] = ()) -> RunConfig:
     Raises:
         UserError: no run folder, or one whose training has not begun.
     """
+    _refuse_rows(folder)
     missing = [name for name in RUN_FILES if not (folder / name).is_file()]
     if missing:
         what = "does not exist" if not folder.is_dir() else f"lacks {', '.join(missing)}"
@@ -85,6 +88,19 @@ def read_run_config(folder: Path, overrides: list[str] = ()) -> RunConfig:
             "give the run.dir of a training run; for other models use --model, --prompt and --data",
         )
     return load_config(folder / "config.yaml", overrides)
+
+
+def _refuse_rows(folder: Path) -> None:
+    """A run on rows of prompt and completion has no catalogue, and says so in prompt.json."""
+    try:
+        style = json.loads((folder / "prompt.json").read_text(encoding="utf-8")).get("style")
+    except (OSError, ValueError, AttributeError):
+        return
+    if style == STYLE:
+        raise UserError(
+            f"run folder {folder} was trained on rows of prompt and completion, and this needs a catalogue",
+            "evaluate it with python -m eval.run --run; generate with its adapter (RUN/adapter, PEFT)",
+        )
 
 
 def _recorded_base(adapter: Path) -> str:
@@ -203,6 +219,52 @@ def check_catalogue(catalogue: Catalogue, item_ids: set[str], where: str) -> Non
         )
 
 
+def load_checked(
+    config: RunConfig, runtime, path: Path, adapter: Path | None
+) -> tuple[LoadedModel, list[str]]:
+    """Loads base and adapter in `model.dtype`, and says what was loaded.
+
+    Raises:
+        UserError: an adapter or a tokenizer that does not belong to the base.
+    """
+    loaded = load_model(config.model, runtime, train=False, path=path, adapter=adapter)
+    lines = list(loaded.lines)
+    if adapter is not None:
+        lines.append(check_adapter(loaded.model, adapter))
+        check_tokenizer(loaded.tokenizer, adapter, config.model.trust_remote_code)
+    generation = getattr(unwrap(loaded.model), "generation_config", None)
+    if generation is not None and (generation.do_sample or (generation.temperature or 1.0) != 1.0):
+        lines.append(
+            "the model's generation_config (sampling, temperature) is ignored: scores are plain "
+            "log-probabilities"
+        )
+    loaded.model.eval()
+    return loaded, lines
+
+
+def ready_to_score(
+    loaded: LoadedModel, config: RunConfig, runtime, adapter: Path | None, merge: bool, as_loaded: bool
+) -> tuple[LoadedModel, str, list[str]]:
+    """Makes a model compute in float32, unless the user named another dtype (`as_loaded`).
+
+    Unquantised bases take the adapter into their weights (same scores, less work).
+
+    Returns:
+        the model, the precision in words, and lines to announce.
+    """
+    lines = []
+    whole = True
+    precision = f"scoring: in {dtype_name(loaded.dtype)}"
+    if loaded.dtype != torch.float32 and not as_loaded:
+        loaded, whole, precision = to_float32(loaded, config.model, runtime)
+        lines.append(precision)
+    if adapter is not None and merge and whole and config.model.quantization == "none":
+        loaded.model = loaded.model.merge_and_unload()
+        lines.append("adapter merged into the base weights for scoring")
+    loaded.model.eval()
+    return loaded, precision, lines
+
+
 @dataclass
 class TrainedModel:
     """A model in the dtype of its training, with what belongs to it; `ready` makes a Recommender of it.
@@ -233,16 +295,10 @@ class TrainedModel:
 
         Unquantised bases take the adapter into their weights (same scores, less work).
         """
-        lines = list(self.lines)
-        whole = True
-        precision = f"scoring: in {dtype_name(self.loaded.dtype)}"
-        if self.changes_dtype:
-            self.loaded, whole, precision = to_float32(self.loaded, self.config.model, runtime)
-            lines.append(precision)
-        if self.adapter is not None and merge and whole and self.config.model.quantization == "none":
-            self.loaded.model = self.loaded.model.merge_and_unload()
-            lines.append("adapter merged into the base weights for scoring")
-        self.loaded.model.eval()
+        self.loaded, precision, said = ready_to_score(
+            self.loaded, self.config, runtime, self.adapter, merge, self.as_loaded
+        )
+        lines = [*self.lines, *said]
         reader = self.reader()
         if isinstance(reader, PathReader):
             obstacle = tree_obstacle(self.loaded.model)
@@ -276,18 +332,7 @@ def assemble_trained(
     Args:
         as_loaded: the scores are computed in that dtype too; otherwise in float32, where it fits.
     """
-    loaded = load_model(config.model, runtime, train=False, path=path, adapter=adapter)
-    lines = list(loaded.lines)
-    if adapter is not None:
-        lines.append(check_adapter(loaded.model, adapter))
-        check_tokenizer(loaded.tokenizer, adapter, config.model.trust_remote_code)
-    generation = getattr(unwrap(loaded.model), "generation_config", None)
-    if generation is not None and (generation.do_sample or (generation.temperature or 1.0) != 1.0):
-        lines.append(
-            "the model's generation_config (sampling, temperature) is ignored: scores are plain "
-            "log-probabilities"
-        )
-    loaded.model.eval()
+    loaded, lines = load_checked(config, runtime, path, adapter)
     template = template or PromptTemplate.from_config(config.prompt, domain, loaded.tokenizer)
     encoder = PromptEncoder(template, loaded.tokenizer, config.prompt.max_length)
     encoder.reserve_for(catalogue)
@@ -350,6 +395,24 @@ def dtype_of_training(folder: Path, config: RunConfig, device: torch.device) -> 
         return "float32"
 
 
+def in_dtype_of_training(
+    folder: Path, runtime, overrides: list[str], read: Callable[[Path, list[str]], RunConfig]
+) -> tuple[RunConfig, bool]:
+    """A run's settings with the dtype that its base is loaded in, and whether the scores keep that dtype.
+
+    Args:
+        read: (run folder, overrides) -> settings.
+    """
+    config = read(folder, overrides)
+    as_loaded = names_dtype(overrides) and config.model.dtype != "float32"
+    if not as_loaded:
+        # The base is loaded, and quantised, as it was in training, and only then made float32.
+        kept = [override for override in overrides if not override.startswith("model.dtype")]
+        trained = dtype_of_training(folder, read(folder, kept), torch.device(runtime.device))
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": trained})})
+    return config, as_loaded
+
+
 def open_trained(
     folder: str | Path, runtime, overrides: list[str] = (), *, base: bool = False
 ) -> TrainedModel:
@@ -364,13 +427,7 @@ def open_trained(
         UserError: an incomplete folder or any of the refusals of this module.
     """
     folder = Path(folder)
-    config = read_run_config(folder, overrides)
-    as_loaded = names_dtype(overrides) and config.model.dtype != "float32"
-    if not as_loaded:
-        # The base is loaded, and quantised, as it was in training, and only then made float32.
-        kept = [override for override in overrides if not override.startswith("model.dtype")]
-        trained = dtype_of_training(folder, read_run_config(folder, kept), torch.device(runtime.device))
-        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": trained})})
+    config, as_loaded = in_dtype_of_training(folder, runtime, overrides, read_run_config)
     adapter = folder / "adapter"
     has_adapter = (adapter / "adapter_config.json").is_file()
     if not base and not has_adapter:

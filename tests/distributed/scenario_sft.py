@@ -29,6 +29,7 @@ def train(rank, world, data, folder, stop, *overrides):
             f"data.path={data}",
             f"run.dir={folder}",
             "model.path=tiny-random",
+            "model.dtype=float32",
             "model.lora={r: 4, alpha: 8, dropout: 0.1, targets: all-linear}",
             "groups.num=3",
             "train.global_batch=16",

@@ -1,0 +1,112 @@
+"""From a subject of rows to an evaluation folder: scores, metrics, floors, audit, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
+from eval.folders import RESULTS, is_evaluation, read_results
+from eval.predictions import Progress, claim_output
+from eval.rows import sensitivity
+from eval.rows.measure import measure
+from eval.rows.predict import predict, scoring_key
+from eval.rows.report import terminal_table, write_report
+from eval.rows.subject import RowSubject
+from gdrt_ds.errors import UserError
+from gdrt_ds.files import write_json
+from gdrt_ds.runtime import Runtime
+
+
+def check_mode(mode: str) -> None:
+    """Raises UserError for ways of scoring that search a catalogue."""
+    if mode not in ("renormalised", "full"):
+        raise UserError(
+            f"--mode {mode}: it searches a catalogue, and rows of prompt and completion have none",
+            "leave --mode away: completions and listed answers are scored exactly over the vocabulary",
+        )
+
+
+def default_output(subject: RowSubject) -> Path:
+    """RUN/eval/SPLIT-full[-limitN][-base]; ./eval-NAME-SPLIT-full for models trained elsewhere."""
+    parts = [subject.split, "full"]
+    if subject.limit:
+        parts.append(f"limit{subject.limit}")
+    if subject.run is None:
+        return Path("-".join(["eval", subject.name, *parts]).replace("/", "-"))
+    if subject.model.adapter is None:
+        parts.append("base")
+    return subject.run / "eval" / "-".join(parts)
+
+
+def evaluate_rows(
+    subject: RowSubject,
+    runtime: Runtime,
+    *,
+    output: Path | None = None,
+    overwrite: bool = False,
+    floors: bool = True,
+    num_bootstrap: int = 1000,
+    batch_size: int = 8,
+    audits: Sequence[str] = (),
+    audit_options: AuditOptions = DEFAULT_OPTIONS,
+) -> dict[str, Any] | None:
+    """Scores, measures, audits and reports; arguments as those of `eval.pipeline.run_evaluation`.
+
+    Returns:
+        the content of results.json on rank 0, None elsewhere.
+
+    Raises:
+        UserError: an audit about catalogues, or an output that cannot be used.
+    """
+    audited = sensitivity.choose([name.strip() for name in audits if name.strip()])
+    output = output or default_output(subject)
+    key = scoring_key(subject)
+
+    def say(line: str) -> None:
+        if runtime.is_main:
+            print(line, flush=True)
+
+    for line in subject.model.lines:
+        say(line)
+    if runtime.is_main:
+        claim_output(output, key, overwrite)
+    runtime.barrier()
+    with Progress(runtime, subject.name) as progress:
+        predictions = predict(subject, output, runtime, progress, batch_size)
+    found = {}
+    if audited:
+        found[sensitivity.NAME] = sensitivity.run(subject, runtime, audit_options, say)
+    if predictions is None:
+        return None
+    results = measure(subject, predictions, floors=floors, num_bootstrap=num_bootstrap)
+    results["audits"] = {**_earlier_audits(output, key), **found}
+    _write(output, results, subject)
+    return results
+
+
+def _earlier_audits(output: Path, key: dict[str, Any]) -> dict[str, Any]:
+    """Audits in OUTPUT/results.json, if it is of the same predictions; else none."""
+    if not is_evaluation(output):
+        return {}
+    try:
+        before = read_results(output)
+    except UserError:  # damaged: this evaluation writes it anew
+        return {}
+    return before.get("audits") or {} if before.get("scoring_key") == key else {}
+
+
+def _write(output: Path, results: dict[str, Any], subject: RowSubject) -> None:
+    from rich.console import Console
+
+    try:
+        write_json(output / RESULTS, results)
+        write_report(output, results, subject.run)
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: cannot be written ({error.strerror or error})",
+            "choose another folder, or free space",
+        ) from None
+    Console().print(terminal_table(results))
+    print(f"written: {output / 'report.html'}", flush=True)
