@@ -114,10 +114,11 @@ def evaluate_run_on_rows(options: argparse.Namespace) -> None:
     """Evaluates a model of rows of prompt and completion (`data.format=sft`); see eval/rows/."""
     from eval.audit.options import AuditOptions
     from eval.pipeline import evaluation_runtime
-    from eval.rows.pipeline import check_mode, evaluate_rows
+    from eval.rows.pipeline import check_mode, evaluate_rows, wants_floors
     from eval.rows.subject import load_rows
 
     check_mode(options.mode)
+    floors = wants_floors(options.floors)
     runtime = evaluation_runtime()
     subject = load_rows(
         runtime,
@@ -136,7 +137,7 @@ def evaluate_run_on_rows(options: argparse.Namespace) -> None:
         runtime,
         output=Path(options.output) if options.output else None,
         overwrite=options.overwrite,
-        floors=not options.no_floors,
+        floors=floors,
         num_bootstrap=options.bootstrap,
         batch_size=options.batch_size,
         audits=options.audit.split(","),

@@ -28,6 +28,22 @@ def check_mode(mode: str) -> None:
         )
 
 
+def wants_floors(given: str) -> bool:
+    """Whether `--floors` asks for the floors of listed answers.
+
+    Raises:
+        UserError: floors that rank a catalogue.
+    """
+    if given == "none":
+        return False
+    if given != "auto" and not set(given.split(",")) <= {"majority", "chance"}:
+        raise UserError(
+            f"--floors {given}: rows of prompt and completion have the floors majority and chance",
+            "leave --floors away, or give --floors none",
+        )
+    return True
+
+
 def default_output(subject: RowSubject) -> Path:
     """RUN/eval/SPLIT-full[-limitN][-base]; ./eval-NAME-SPLIT-full for models trained elsewhere."""
     parts = [subject.split, "full"]

@@ -1,9 +1,12 @@
 """Rows of prompt and completion on two ranks of ZeRO-3 and NF4: resumed to the bit, and equal when padded."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from eval.compare.__main__ import main as compare
+from eval.run import main as evaluate
 from tests.distributed.ranks import run_scenario
 
 pytestmark = pytest.mark.distributed
@@ -38,3 +41,18 @@ def test_the_run_folder_has_a_prompt_and_no_catalogue(report):
     run = Path(report["folder"]) / "straight"
     assert (run / "prompt.json").is_file() and (run / "adapter").is_dir()
     assert not (run / "catalogue.jsonl").exists()
+
+
+def test_the_runs_are_evaluated_in_the_groups_of_their_training_and_compared(report):
+    folder = Path(report["folder"])
+    for name in ("straight", "cvar"):
+        evaluate(["--run", str(folder / name), "--bootstrap", "100"])
+    results = json.loads((folder / "straight" / "eval" / "test-full" / "results.json").read_text())
+    assert [name.split(" in ")[0] for name in results["group_names"]] == ["r", "r", "r"]
+    counts = json.loads((folder / "straight" / "groups.json").read_text())["counts"]
+    assert len(counts) == 3 and results["metrics"]["nll_worst_group"]["n"] == results["num_samples"]
+    output = folder / "comparison"
+    folders = [str(folder / name / "eval" / "test-full") for name in ("straight", "cvar")]
+    assert compare([*folders, "--output", str(output), "--num-bootstrap", "100"]) == 0
+    notes = json.loads((output / "compare.json").read_text())["notes"]
+    assert any(note.startswith("token groups differ") for note in notes)

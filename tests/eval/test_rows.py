@@ -215,6 +215,7 @@ def test_what_needs_a_catalogue_is_refused(run, capsys):
         (["--audit", "position"], "--audit position: it is about lists or histories of a catalogue"),
         (["--audit", "sensitivty"], "there is no such audit"),
         (["--mode", "beam"], "--mode beam: it searches a catalogue"),
+        (["--floors", "markov"], "rows of prompt and completion have the floors majority and chance"),
     ):
         with pytest.raises(SystemExit) as ended:
             evaluate(["--run", str(run), *given])
