@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -108,7 +109,7 @@ class Telemetry:
         self.stream = open(self.path, "a", encoding="utf-8", buffering=1)
         self.validations = open(folder / "validation.jsonl", "a", encoding="utf-8", buffering=1)
         if config.log.tensorboard:
-            self.board = _tensorboard(folder)
+            self.board = _tensorboard(folder, first_step)
         if config.log.wandb:
             self.wandb = _wandb(config, folder)
         if sys.stdout.isatty():
@@ -241,14 +242,16 @@ class Telemetry:
             self.wandb.finish()
 
 
-def _tensorboard(folder: Path):
+def _tensorboard(folder: Path, first_step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
             "log.tensorboard = true, but tensorboard is not installed", "pip install 'gdrt-ds[tensorboard]'"
         ) from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    # Steps behind the checkpoint that this life goes on from are taken again: the earlier life's are hidden.
+    purge_step = first_step + 1 if first_step else None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
 
 def _wandb(config: RunConfig, folder: Path):
@@ -258,9 +261,21 @@ def _wandb(config: RunConfig, folder: Path):
         raise UserError(
             "log.wandb = true, but wandb is not installed", "pip install 'gdrt-ds[wandb]'"
         ) from None
+    # After a requeue the run goes on under the same id. Steps that are repeated from the last checkpoint are
+    # the same to the bit, and Weights & Biases keeps the first it got.
     return wandb.init(
         project=config.log.wandb_project,
         name=folder.name,
+        id=wandb_id(folder),
+        resume="allow",
         dir=str(folder),
         config=config.model_dump(mode="json"),
     )
+
+
+def wandb_id(folder: Path) -> str:
+    """Returns the run's id at Weights & Biases: made once and kept in RUN/wandb_id."""
+    path = folder / "wandb_id"
+    if not path.is_file():
+        write_text(path, secrets.token_hex(8))
+    return path.read_text(encoding="utf-8").strip()
