@@ -1,6 +1,6 @@
 """What a rank holds of the 4-bit base during a step: this package's 4-bit layer against bitsandbytes' own.
 
-    python benchmarks/step_memory.py [--world 1 2 4] [--presets] [--layers 2] [--json] [--quick]
+    python benchmarks/step_memory.py [--world 1 2 4] [--presets [--only hpz]] [--layers 2] [--json] [--quick]
 
 Real trainer, real engine, random Llama, forked gloo ranks. All figures are of step 3, when DeepSpeed's
 trace is complete and reuse distances act:
@@ -11,7 +11,7 @@ peak   most bytes of tensors that the step made and that were alive at one time 
 Without --presets, nothing may stay: reuse distance, prefetch and persistence are 0. The promise is then
 that at most two layers are held; otherwise the exit status is 1. With --presets every shipped ZeRO-3
 preset runs on the shape of Llama-3-8B with `--layers` of its 32 layers, and what `--plan` says of
-gathered parameters stands beside.
+gathered parameters stands beside. `zero3_hpz` runs on four ranks, as two nodes of two.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ def main() -> int:
     )
     parser.add_argument("--world", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--presets", action="store_true")
+    parser.add_argument("--only", help="with --presets: only presets whose name holds this")
     parser.add_argument("--layers", type=int, default=2, help="layers of the 8B shape (--presets)")
     parser.add_argument("--timeout-s", type=int, default=3600)
     parser.add_argument("--json", action="store_true")
@@ -158,8 +159,15 @@ def main() -> int:
         if options.presets:
             model = write_random_model(Path(folder) / "model", "llama3-8b", options.layers)
             for preset in sorted((ROOT / "ds_configs").glob("*.json")):
-                zero = json.loads(preset.read_text(encoding="utf-8"))["zero_optimization"]
-                if zero["stage"] == 3:
+                content = json.loads(preset.read_text(encoding="utf-8"))
+                zero = content["zero_optimization"]
+                if "zero_hpz_partition_size" in zero:
+                    # Two nodes of two ranks stand for the preset's nodes of eight.
+                    zero["zero_hpz_partition_size"] = 2
+                    small = Path(folder) / preset.name
+                    small.write_text(json.dumps(content), encoding="utf-8")
+                    rows.append((f"{preset.stem}, nodes of 2", 4, model, str(small)))
+                elif zero["stage"] == 3:
                     rows.append((preset.stem, 2, model, str(preset)))
         else:
             model = write_random_model(Path(folder) / "model", "small")
@@ -169,6 +177,8 @@ def main() -> int:
             path.write_text(json.dumps(config), encoding="utf-8")
             rows = [("nothing stays", world, model, str(path)) for world in options.world]
         for name, world, model, deepspeed in rows:
+            if options.only and options.only not in name:
+                continue
             found = row(name, world, model, deepspeed, options)
             if not options.presets and world > 1 and found["ours"] > 2 * found["layer"]:
                 kept = False

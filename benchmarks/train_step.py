@@ -1,25 +1,35 @@
-"""Samples per second of a training step: ours, and per cause, against transformers.Trainer and TRL's
-SFTTrainer.
+"""Samples per second of a training step: ours, and per cause, against transformers.Trainer and TRL.
 
     python benchmarks/train_step.py [--data ml-100k|FOLDER] [--model smollm2-135m] [--steps 3]
-    [--quantization nf4|none] [--json] [--quick]
-One process each, with the same base, LoRA initialisation, DeepSpeed ZeRO-3, samples per step and token
-lengths, dropout 0, objective sft (what the peers train); the loss of the first step is checked equal (1e-4
-relative) before anything is timed. Rows:
-    trainer, trl        the peers: padded rows, logits for every position
-    padded              ours, padded rows, the head on supervised positions only       -> cause: head on
-    targets only packed              the same without padding                                       ->
-    cause: packing shared_prefix       the prompt's constant head once per micro-batch                ->
-    cause: shared prefix gdrt                shared_prefix with objective gdrt
---cpu-time counts CPU seconds of the process instead of the wall clock, for a machine that is shared.
-On a GPU the same command reports tokens/s, MFU and peak memory too; --shape 7b takes a random-weight 7B
-Llama.
+    python benchmarks/train_step.py --windows growing --batch 80 --dtype bfloat16 --quantization none
+    ... [--json] [--quick]
+
+One process for each row, with the same base, LoRA initialisation, DeepSpeed ZeRO-3, samples per step and
+token lengths, dropout 0 and objective sft, which is what the peers train. The loss of the first step is
+checked equal before anything is compared. Rows, each with the cause that it adds:
+
+    trainer          transformers.Trainer: padded rows, logits at every position
+    trl              TRL's SFTTrainer on the same padded rows
+    trl_packed       TRL with packing
+    padded           ours, padded rows               -> the head on supervised positions only
+    packed           the same without padding        -> packing
+    shared_prefix    the prompt's constant start once per micro-batch
+    prefix_tree      every common prefix once        -> the tree
+    gdrt             prefix_tree (shared_prefix with sliding windows) with objective gdrt
+    trainer_sliding  with --windows growing: transformers.Trainer on the sliding windows of the same targets,
+                     which is what a user of Trainer has today
+
+With --windows growing all rows but the last train the same growing windows. Peers take the micro-batch of
+--peer-micro that is fastest; it is printed. --cpu-time counts CPU seconds of the process instead of the wall
+clock, for a machine that is shared. On a GPU the same command reports peak memory too; --shape 7b takes a
+random-weight 7B Llama.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -35,13 +45,14 @@ import torch
 from machine_line import machine
 
 ROOT = Path(__file__).resolve().parent.parent
+PEERS = ("trainer", "trl", "trl_packed", "trainer_sliding")
 SHAPE_7B = dict(num_layers=32, hidden=4096, num_heads=32, num_key_value_heads=8, intermediate=14336)
 
 
 class Bench:
     """Prepared data and a way to build a fresh engine for each row."""
 
-    def __init__(self, options, folder: Path):
+    def __init__(self, options, folder: Path, windows: str = "sliding"):
         from gdrt_ds.config import load_config
         from gdrt_ds.runtime import start_runtime
         from gdrt_ds.training.preparation import prepare
@@ -58,6 +69,9 @@ class Bench:
             f"train.global_batch={options.batch}",
             f"train.micro_batch={options.batch}",
             f"data.history_length={options.history}",
+            f"data.windows={windows}",
+            f"model.dtype={options.dtype}",
+            f"model.lora.targets={options.targets}",
             "train.warmup_steps=0",
             f"train.max_steps={options.steps + 1}",
         ]
@@ -76,13 +90,14 @@ class Bench:
             section, self.runtime, train=True, path=self.prepared.model_folder, seed=0, attention=attention
         )
 
-    def plan(self, packed: bool):
-        from gdrt_ds.batches import BatchPlan
+    def plan(self, packing: str):
+        from gdrt_ds.training.preparation import plan_batches
 
-        return BatchPlan(self.store.lengths, self.options.batch, self.options.batch, 1, 0, packed)
+        train = self.config.train.model_copy(update={"packing": packing})
+        return plan_batches(self.config.model_copy(update={"train": train}), self.store, 1)
 
     def samples(self) -> list[np.ndarray]:
-        return [self.plan(False).samples(step) for step in range(self.options.steps + 1)]
+        return [self.plan("none").samples(step) for step in range(self.options.steps + 1)]
 
     def ours(self, packing: str, objective: str = "sft"):
         """Seconds per step (the first left out) and the first loss."""
@@ -96,7 +111,7 @@ class Bench:
         from gdrt_ds.training.step import StepRunner, TrainTokens
 
         loaded = self.load(ATTENTION_NAME if packing != "none" else None)
-        module, plan = FusedLossModel(loaded.model), self.plan(packing != "none")
+        module, plan = FusedLossModel(loaded.model), self.plan(packing)
         hidden = self.prepared.model_config.get_text_config().hidden_size
         filled = fill_deepspeed_config(
             read_deepspeed_config("ds_configs/zero3_qlora.json"), self.config, plan, loaded.dtype, hidden
@@ -136,9 +151,11 @@ class Bench:
         engine.destroy()
         return seconds[1:], first, tokens
 
-    def peer(self, name: str):
-        """transformers.Trainer or TRL's SFTTrainer on the same samples, padded, with the same ZeRO-3
-        settings.
+    def peer(self, name: str, micro: int):
+        """transformers.Trainer or TRL's SFTTrainer on the same samples with the same ZeRO-3 settings.
+
+        Args:
+            micro: samples of a forward; the step accumulates over as many as it takes.
         """
         from accelerate.state import AcceleratorState
         from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -148,9 +165,10 @@ class Bench:
         rows, store = [], self.store
         for step in self.samples():
             for sample in step:
-                ids = store.input_ids[store.offsets[sample] : store.offsets[sample + 1]].astype(np.int64)
+                ids = store.row(int(sample)).astype(np.int64)
+                targets = int(store.num_target[store.sample_of(np.array([sample]))[0]])
                 labels = np.full_like(ids, -100)
-                labels[-store.num_target[sample] :] = ids[-store.num_target[sample] :]
+                labels[-targets:] = ids[-targets:]
                 rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
         pad = self.prepared.tokenizer.pad_token_id
 
@@ -184,7 +202,8 @@ class Bench:
 
         settings = dict(
             output_dir=str(self.folder / name),
-            per_device_train_batch_size=self.options.batch,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=self.options.batch // micro,
             max_steps=self.options.steps + 1,
             learning_rate=1e-4,
             lr_scheduler_type="constant",
@@ -201,7 +220,7 @@ class Bench:
             bf16=loaded.dtype == torch.bfloat16,
         )
         order = torch.utils.data.SequentialSampler
-        if name == "trl":
+        if name.startswith("trl"):
             from datasets import Dataset
             from trl import SFTConfig, SFTTrainer
 
@@ -209,6 +228,11 @@ class Bench:
             arguments = SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
             data = Dataset.from_list(rows)
             extra = {"processing_class": self.prepared.tokenizer}
+            if name == "trl_packed":
+                from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+                # What TRL's packing gives a model: samples one behind the other, positions that start anew.
+                collate = DataCollatorForLanguageModeling(pad_token_id=pad, padding_free=True)
         else:
             base_class, arguments, data, extra = Trainer, TrainingArguments(**settings), rows, {}
 
@@ -232,134 +256,178 @@ class Bench:
         return marks[1:], losses[0], 0
 
     def _peer_deepspeed(self) -> Path:
+        from gdrt_ds.models.inventory import take_inventory
+        from gdrt_ds.training.deepspeed_config import zero3_limits
+
         path = self.folder / "peer_zero3.json"
         config = json.loads((ROOT / "ds_configs" / "zero3_qlora.json").read_text())
         config.pop("optimizer", None)
-        config["zero_optimization"]["overlap_comm"] = torch.cuda.is_available()
+        zero = config["zero_optimization"]
+        zero["overlap_comm"] = torch.cuda.is_available()
+        # accelerate does not know these keys as "auto": the peers get the limits that our rows have.
+        inventory = take_inventory(self.config.model, self.prepared.model_config)
+        limits = zero3_limits(inventory.hidden, inventory.layer_elements(self.config.model))
+        zero.update({key: value for key, value in limits.items() if zero.get(key) == "auto"})
         path.write_text(json.dumps(config))
         return path
 
 
-def measure(options, folder: str, row: str, queue) -> None:
-    """One row in a process of its own.
-
-    Engines and heaps that earlier rows leave would slow the later ones.
-    """
+def measure(options, folder: str, row: str, micro: int, queue) -> None:
+    """One row in a process of its own: what earlier rows leave behind would slow the later ones."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    bench = Bench(options, Path(folder))
-    result = (
-        bench.peer(row)
-        if row in ("trainer", "trl")
-        else bench.ours(
-            {"padded": "none", "gdrt": "shared_prefix"}.get(row, row), "gdrt" if row == "gdrt" else "sft"
-        )
-    )
+    windows = "sliding" if row == "trainer_sliding" else options.windows
+    bench = Bench(options, Path(folder), windows)
+    objective = "gdrt" if row == "gdrt" else "sft"
+    if row in PEERS:
+        result = bench.peer(row, micro)
+    else:
+        best = "prefix_tree" if windows == "growing" else "shared_prefix"
+        result = bench.ours({"padded": "none", "gdrt": best}.get(row, row), objective)
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    queue.put((*result, memory, float(bench.store.lengths.mean())))
+    lengths = [len(bench.store.row(int(row))) for row in bench.samples()[0]]
+    queue.put((*result, memory, float(np.mean(lengths))))
 
 
-def main() -> None:
+def run_row(options, folder: str, row: str, micro: int):
+    """Seconds of each step, first loss, tokens, peak memory and mean tokens of a sample.
+
+    Raises:
+        SystemExit: the process of this row ended without a result.
+    """
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure, args=(options, folder, row, micro, queue))
+    process.start()
+    try:
+        while True:
+            with contextlib.suppress(Empty):
+                return queue.get(timeout=5)
+            if process.exitcode is not None:
+                raise SystemExit(f"row {row} ended with status {process.exitcode}; its messages are above")
+    finally:
+        process.kill()
+        process.join()
+
+
+def measure_row(options, folder: str, row: str):
+    """The result of a row and its micro-batch: for a peer, the fastest of --peer-micro."""
+    if row not in PEERS:
+        return run_row(options, folder, row, options.batch), options.batch
+    sizes = [size for size in options.peer_micro if options.batch % size == 0] or [options.batch]
+    found = {size: run_row(options, folder, row, size) for size in sizes}
+    fastest = min(found, key=lambda size: min(found[size][0]))
+    return found[fastest], fastest
+
+
+def check_loss(row: str, loss: float, reference: float, dtype: str) -> None:
+    """Raises SystemExit if a row's first loss is another one: it would not be the same computation.
+
+    The peers round the loss that they log to four decimals. In bfloat16 the order of sums shows.
+    """
+    tolerance = 1e-4 * abs(reference) + 5e-5
+    if dtype == "bfloat16":
+        tolerance = 5e-3 * abs(reference)
+    if abs(loss - reference) > tolerance:
+        raise SystemExit(
+            f"{row}: first loss {loss:.6f} differs from {reference:.6f}: not the same computation"
+        )
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="ml-100k")
+    parser.add_argument("--windows", default="sliding", choices=("sliding", "growing"))
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--targets", default="[q_proj, v_proj]", help="model.lora.targets")
     parser.add_argument("--history", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--peer-micro", type=int, nargs="+", default=[], help="micro-batches that peers try")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--quantization", default="nf4", choices=("nf4", "none"))
-    parser.add_argument("--rows", default="trainer,trl,padded,packed,shared_prefix,gdrt")
+    parser.add_argument("--rows")
     parser.add_argument("--shape", choices=("7b",))
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="tiny random model, under a minute on 2 cores")
     options = parser.parse_args()
     if options.quick:
-        options.model, options.rows, options.steps = (
-            "tiny-random",
-            "trainer,padded,packed,shared_prefix,gdrt",
-            4,
-        )
+        options.model = "tiny-random"
+        options.rows = options.rows or "trainer,padded,packed,shared_prefix,gdrt"
+        options.steps = 4
+    if options.rows is None:
+        options.rows = "trainer,trl,padded,packed,shared_prefix,prefix_tree,gdrt"
+        if options.windows == "growing":
+            options.rows = "trainer,trl_packed,padded,packed,shared_prefix,prefix_tree,gdrt,trainer_sliding"
+    return options
+
+
+def make_7b(folder: str, data: str) -> str:
+    """A random Llama in the shape of 7B, with a tokenizer of the data's titles."""
+    from gdrt_ds.config import load_config
+    from gdrt_ds.data.corpus import load_corpus
+    from gdrt_ds.models.built_in import make_tiny_model
+
+    items = load_corpus(load_config(None, [f"data.path={data}"]).data).items
+    titles = [item.title for item in items.values()]
+    path = Path(folder) / "shape"
+    return str(make_tiny_model(path, titles, max_vocab=128256, vocab_multiple=128256, **SHAPE_7B))
+
+
+def main() -> None:
+    options = parse()
+    found = {}
+    tokens_of = {}
+    reference = None
     with tempfile.TemporaryDirectory() as folder:
         if options.shape:
-            from gdrt_ds.config import load_config
-            from gdrt_ds.data.corpus import load_corpus
-            from gdrt_ds.models.built_in import make_tiny_model
-
-            titles = [
-                item.title
-                for item in load_corpus(load_config(None, [f"data.path={options.data}"]).data).items.values()
-            ]
-            options.model = str(
-                make_tiny_model(
-                    Path(folder) / "shape", titles, max_vocab=128256, vocab_multiple=128256, **SHAPE_7B
-                )
-            )
-        found = {}
-        context = multiprocessing.get_context("spawn")
+            options.model = make_7b(folder, options.data)
+        print(
+            f"# {options.data}, {options.windows} windows, history {options.history}; batch {options.batch}; "
+            f"{options.model}, {options.quantization}, {options.dtype}; "
+            f"{machine()}{', CPU seconds' if options.cpu_time else ''}"
+        )
         for row in options.rows.split(","):
-            if row == "trl":
-                import importlib.util
-
-                if importlib.util.find_spec("trl") is None:
-                    print("trl                 not installed: pip install trl==1.16.0")
-                    continue
-            queue = context.Queue()
-            process = context.Process(target=measure, args=(options, folder, row, queue))
-            process.start()
-            try:
-                while True:
-                    with contextlib.suppress(Empty):
-                        seconds, first, tokens, memory, mean_tokens = queue.get(timeout=5)
-                        break
-                    if process.exitcode is not None:
-                        raise SystemExit(
-                            f"row {row} ended with exit status {process.exitcode}; its messages are above"
-                        )
-            finally:
-                process.kill()
-                process.join()
-            if not found:
-                print(
-                    f"# {options.data}, history {options.history}: {mean_tokens:.0f} tokens on average; "
-                    f"batch {options.batch}; {options.model}, "
-                    f"{options.quantization}; {machine()}{', CPU seconds' if options.cpu_time else ''}"
-                )
-            found[row] = (seconds, first, tokens)
-            reference = next(iter(found.values()))[1]
-            if (
-                abs(first - reference) > 1e-4 * abs(reference) + 5e-5
-            ):  # the peers round their logged loss to 4 decimals
-                raise SystemExit(
-                    f"{row}: loss of the first step {first:.6f} differs from {reference:.6f}: not the same "
-                    "computation"
-                )
+            if row.startswith("trl") and importlib.util.find_spec("trl") is None:
+                print("trl                 not installed: pip install trl==1.16.0")
+                continue
+            (seconds, first, _, memory, mean_tokens), micro = measure_row(options, folder, row)
+            found[row] = min(seconds)
+            tokens_of[row] = mean_tokens
+            if row != "trainer_sliding":  # other samples, so another loss
+                reference = first if reference is None else reference
+                check_loss(row, first, reference, options.dtype)
             peak = f"  peak {memory / 2**30:.2f} GiB" if memory else ""
             print(
-                f"{row:<16} {options.batch / min(seconds):8.2f} samples/s   first loss {first:.5f}{peak}",
+                f"{row:<16} {options.batch / found[row]:8.2f} samples/s   first loss {first:.5f}   "
+                f"{mean_tokens:.0f} tokens a sample, micro-batch {micro}{peak}",
                 flush=True,
             )
-        for ours in [row for row in found if row not in ("trainer", "trl")]:
-            for peer in [row for row in found if row in ("trainer", "trl")]:
-                ratio = min(found[peer][0]) / min(found[ours][0])
-                record = {
-                    "name": f"train_step/{ours}",
-                    "ours": options.batch / min(found[ours][0]),
-                    "peer": options.batch / min(found[peer][0]),
-                    "peer_name": peer,
-                    "ratio": ratio,
-                    "shape": {
-                        "model": options.model,
-                        "data": options.data,
-                        "history": options.history,
-                        "batch": options.batch,
-                        "quantization": options.quantization,
-                        "mean_tokens": mean_tokens,
-                    },
-                    "machine": machine(),
-                }
-                print(json.dumps(record) if options.json else f"{ours} is {ratio:.2f} x {peer}")
+    for ours in [row for row in found if row not in PEERS]:
+        for peer in [row for row in found if row in PEERS]:
+            ratio = found[peer] / found[ours]
+            record = {
+                "name": f"train_step/{ours}",
+                "ours": options.batch / found[ours],
+                "peer": options.batch / found[peer],
+                "peer_name": peer,
+                "ratio": ratio,
+                "shape": {
+                    "model": options.model,
+                    "data": options.data,
+                    "windows": options.windows,
+                    "history": options.history,
+                    "batch": options.batch,
+                    "dtype": options.dtype,
+                    "quantization": options.quantization,
+                    "mean_tokens": tokens_of[ours],
+                },
+                "machine": machine(),
+            }
+            print(json.dumps(record) if options.json else f"{ours} is {ratio:.2f} x {peer}")
 
 
 if __name__ == "__main__":
