@@ -157,7 +157,7 @@ def make_runner(options, folder: Path):
         dro.DroState(1).to(runtime.device),
         runtime,
         packing=loaded.packing,
-        prefix_length=len(prepared.encoder.prefix_ids),
+        prefix_length=prepared.data.prefix_length,
         pad_id=prepared.tokenizer.pad_token_id,
     )
     return runner, runtime.device, str(loaded.dtype).removeprefix("torch.")

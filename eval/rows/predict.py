@@ -19,7 +19,7 @@ from eval.predictions.predict import read_parts
 from eval.predictions.rows import CURVE_DECIMALS
 from eval.rows.scoring import RowScorer, Scored
 from eval.rows.subject import RowSubject
-from gdrt_ds.data.readers._text_rows import TextRow
+from gdrt_ds.data.text_rows import TextRow
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import finite, sha256_of, write_text
 from gdrt_ds.runtime import Runtime

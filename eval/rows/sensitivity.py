@@ -21,7 +21,7 @@ from eval.audit.estimates import Estimate, bootstrap
 from eval.audit.options import AuditOptions
 from eval.rows.scoring import RowScorer
 from eval.rows.subject import RowSubject
-from gdrt_ds.data.readers._text_rows import Prompt, TextRow
+from gdrt_ds.data.text_rows import Prompt, TextRow
 from gdrt_ds.errors import UserError, nearest
 from gdrt_ds.files import finite
 from gdrt_ds.runtime import Runtime

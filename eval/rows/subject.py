@@ -12,8 +12,8 @@ import numpy as np
 from eval.loading import choose_samples
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.data.corpus import reader_of
-from gdrt_ds.data.readers._text_rows import TextRow
 from gdrt_ds.data.supervised import Supervised, SupervisedSource
+from gdrt_ds.data.text_rows import TextRow
 from gdrt_ds.dro.groups import GroupPlan, apply_groups, fit_groups
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.recommender import base_path, names_dtype

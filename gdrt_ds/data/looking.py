@@ -53,10 +53,15 @@ def look_at(path: str, items: str | None = None) -> Seen:
     """Recognises the data at a path, or an embedded set by its name.
 
     Raises:
-        UserError: there is nothing, or a table without an item table.
+        UserError: there is nothing, a table without an item table, or rows of prompt and completion.
     """
     data = DataSection(path=path, items=items)
     reader = reader_of(data)
+    if reader.supervised:
+        raise UserError(
+            f"{path}: rows of prompt and completion, and gdrt-init writes configs for interaction data",
+            "docs/other-domains.md has the commands for such data (data.format=sft)",
+        )
     name = next(name for name, known in readers().items() if known is reader)
     if name != "table":
         return Seen(name, path, items, domain=guess_domain(Path(path).name))

@@ -25,8 +25,8 @@ import numpy as np
 
 from gdrt_ds.config import PromptSection
 from gdrt_ds.data.prompts import HISTORY, TARGET, TEMPLATE, EncodedPrompt
-from gdrt_ds.data.readers._text_rows import Message, Prompt, Span, TextRow
 from gdrt_ds.data.templates import adds_bos
+from gdrt_ds.data.text_rows import Message, Prompt, Span, TextRow
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import write_json
 

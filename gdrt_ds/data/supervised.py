@@ -21,10 +21,10 @@ from gdrt_ds.config import GroupsSection, RunConfig
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import reader_of
 from gdrt_ds.data.prompts import EncodedPrompt, TokenStore, common_head, store_of
-from gdrt_ds.data.readers._text_rows import Message, Prompt, TextRow, TextRows
 from gdrt_ds.data.readers.base import BadRows
 from gdrt_ds.data.recommendation import UNKNOWN
 from gdrt_ds.data.row_prompts import RowEncoder
+from gdrt_ds.data.text_rows import Message, Prompt, TextRow, TextRows
 from gdrt_ds.data.training_data import Auxiliary, GroupValues
 from gdrt_ds.errors import UserError
 

@@ -18,14 +18,18 @@ import torch
 from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import RunConfig
 from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.data.row_prompts import RowEncoder
+from gdrt_ds.data.supervised import Supervised
 from gdrt_ds.dro import DroState
-from gdrt_ds.models.built_in import make_tiny_model
+from gdrt_ds.dro.groups import apply_groups, fit_groups
+from gdrt_ds.models.built_in import _word_tokenizer, make_tiny_model
 from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.objectives import get_objective
 from gdrt_ds.runtime import Runtime
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
 from gdrt_ds.training.model_with_loss import FusedLossModel
 from gdrt_ds.training.step import StepRunner, TrainTokens
+from tests.data.sft_files import text_rows
 
 GLOBAL_BATCH, NUM_SAMPLES, NUM_GROUPS, PREFIX_LENGTH, STEPS, LR = 48, 60, 6, 5, 5, 0.2
 TEXTS = [
@@ -42,7 +46,7 @@ TEXTS = [
 class Cell:
     """What one run of the table varies. `options` are overrides of the run config, e.g.
 
-    (("dro.tau", 0.5),).
+    (("dro.tau", 0.5),). With `rows` the data are rows of prompt and completion, whose groups are spans.
     """
 
     accumulation: int = 1
@@ -57,6 +61,7 @@ class Cell:
     starve: bool = True
     excess: bool = False
     options: tuple = ()
+    rows: bool = False
 
     def reference_key(self) -> Cell:
         """Cells that differ in the way of computing only share one reference."""
@@ -73,10 +78,11 @@ class Cell:
             True,
             self.excess,
             self.options,
+            self.rows,
         )
 
     def name(self) -> str:
-        flags = [f for f in ("tied", "train_head", "checkpointing", "excess") if getattr(self, f)]
+        flags = [f for f in ("tied", "train_head", "checkpointing", "excess", "rows") if getattr(self, f)]
         return " ".join(
             [
                 self.objective,
@@ -165,6 +171,8 @@ def make_tokens(cell: Cell) -> TrainTokens:
 
     Weights, reference and trie where the cell asks for them.
     """
+    if cell.rows:
+        return make_row_tokens(cell)
     store, history_free = make_stores()
     owner = np.repeat(np.arange(NUM_SAMPLES), store.num_target)
     place = np.arange(len(owner)) - store.target_offsets[owner]
@@ -191,6 +199,19 @@ def make_tokens(cell: Cell) -> TrainTokens:
         )
         facts["trie_tokens"] = torch.from_numpy(np.concatenate(allowed).astype(np.int64))
     return TrainTokens(store, groups, NUM_GROUPS, **facts)
+
+
+def make_row_tokens(cell: Cell) -> TrainTokens:
+    """Rows of prompt and completion: groups 0-2 are the labels of spans, 3-5 are nowhere."""
+    settings = {"groups": {"by": "label", "num": NUM_GROUPS}}
+    config = RunConfig.model_validate(settings)
+    encoder = RowEncoder(config.prompt, _word_tokenizer(TEXTS, 2000))
+    data = Supervised.of(text_rows(NUM_SAMPLES), encoder, config)
+    assert data.prefix_length >= PREFIX_LENGTH
+    plan = fit_groups(config.groups, data, None, 0)
+    groups = apply_groups(plan, config.groups, data, None, "train")
+    history_free = data.without_evidence() if get_objective(cell.objective).history_free_pass else None
+    return TrainTokens(data.stores["train"], groups, NUM_GROUPS, history_free=history_free)
 
 
 def make_config(cell: Cell, folder: Path, world: int) -> RunConfig:

@@ -70,6 +70,10 @@ VARIANTS = [
     dict(objective="reweight"),
     dict(objective="sft_go"),
     dict(objective="sft_go", estimate="ema"),
+    dict(rows=True),
+    dict(rows=True, objective="group_dro", packing="prefix_tree"),
+    dict(rows=True, objective="cvar", options=(("dro.alpha", 0.3),)),
+    dict(rows=True, objective="cft"),
 ]
 
 
@@ -127,6 +131,7 @@ def subset_cells() -> list[tuple[int, Cell]]:
         dict(objective="cvar", options=(("dro.alpha", 0.3),)),
         dict(objective="gdrt+msl"),
         dict(objective="cft"),
+        dict(rows=True, objective="group_dro", packing="prefix_tree"),
     ]
     return main + [(2, Cell(2, 3, **v)) for v in chosen]
 

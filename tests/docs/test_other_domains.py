@@ -11,7 +11,7 @@ import pytest
 
 from gdrt_ds import train
 from gdrt_ds.config import load_config
-from gdrt_ds.data.readers._text_rows import ROLES
+from gdrt_ds.data.text_rows import ROLES
 from gdrt_ds.files import REPOSITORY
 from gdrt_ds.objectives import objectives
 from gdrt_ds.training.preflight import check_data

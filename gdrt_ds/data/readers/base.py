@@ -141,7 +141,7 @@ class Reader:
             UserError.
         order: readers are asked in this order, the special before the general.
         embedded: names of data sets that need no path.
-        supervised: the data are rows of prompt and completion (`TextRows` of _text_rows.py), without a
+        supervised: the data are rows of prompt and completion (`TextRows` of text_rows.py), without a
             catalogue; `data.path` may then be a data set of the hub.
     """
 

@@ -3,7 +3,7 @@
 `data.path` is a file (JSONL, JSON, parquet, CSV, Arrow), a folder whose files are named train, valid and
 test, or a data set of the hub (owner/name[:config], `data.revision`). Splits come from the files' names, from
 a column `split`, or are seeded shares (`data.split_ratio`, `data.sample_seed`). What a row may hold stands in
-_text_rows.py.
+text_rows.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.readers._datasets import BUILDERS, is_hub_name, rows_of_file, rows_of_hub
 from gdrt_ds.data.readers._rows import header_of, read_rows, suffix_of
-from gdrt_ds.data.readers._text_rows import ROLES, BadField, Columns, TextRow, TextRows, row_of
 from gdrt_ds.data.readers.base import BadRows, Reader
+from gdrt_ds.data.text_rows import ROLES, BadField, Columns, TextRow, TextRows, row_of
 from gdrt_ds.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -167,7 +167,7 @@ def detect(data: DataSection) -> bool:
     path = Path(data.path)
     try:
         file = _split_files(path)["train"] if path.is_dir() else path
-        if not file.is_file() or suffix_of(file) not in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+        if not file.is_file() or suffix_of(file) not in (".jsonl", ".csv", ".tsv", ".parquet"):
             return False
         columns = Columns({role: name for role, name in data.columns.items() if role in ROLES})
         return columns.are_rows(header_of(file))
