@@ -14,11 +14,13 @@ class Progress:
 
     Args:
         what: the title of the bar or line.
+        unit: what is counted.
     """
 
-    def __init__(self, runtime: Runtime, what: str):
+    def __init__(self, runtime: Runtime, what: str, unit: str = "users"):
         self.runtime = runtime
         self.what = what
+        self.unit = unit
         self.started = time.time()
         self.last_line = 0.0
         self.bar = None
@@ -53,8 +55,8 @@ class Progress:
         spent = now - self.started
         left = spent / finished * (total - finished)
         ranks = f" on this rank of {self.runtime.world}" if self.runtime.world > 1 else ""
-        speed = f"{finished / spent:.2f} users/s"
-        print(f"{self.what}: {finished}/{total} users{ranks}, {speed}, {left:.0f} s left", flush=True)
+        speed = f"{finished / spent:.2f} {self.unit}/s"
+        print(f"{self.what}: {finished}/{total} {self.unit}{ranks}, {speed}, {left:.0f} s left", flush=True)
 
     def __exit__(self, *exception) -> None:
         if self.bar is not None:

@@ -89,7 +89,7 @@ def evaluate_rows(
     if runtime.is_main:
         claim_output(output, key, overwrite)
     runtime.barrier()
-    with Progress(runtime, subject.name) as progress:
+    with Progress(runtime, subject.name, "rows") as progress:
         predictions = predict(subject, output, runtime, progress, batch_size)
     found = {}
     if audited:
