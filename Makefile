@@ -57,7 +57,8 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
-# Tests of one process run side by side, a file per worker; those that start ranks and clusters need the cores alone.
+# Tests of one process run side by side, a file per worker. Those that start ranks and clusters run two files at a time:
+# half of a start is one process that imports, and a cluster mostly waits.
 ALONE = distributed or slurm
 LATER = faults or exactness
 SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
@@ -69,7 +70,7 @@ test: lint
 	@$(BIN)/python tests/slurm/cluster/cluster.py install --if-possible
 	@failed=; \
 	$(SIDE_BY_SIDE) -m "not ($(ALONE) or $(LATER))" || failed="$$failed one-process"; \
-	$(BIN)/python -m pytest -m "($(ALONE)) and not ($(LATER))" || failed="$$failed ranks-and-clusters"; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "($(ALONE)) and not ($(LATER))" || failed="$$failed ranks-and-clusters"; \
 	[ -z "$$failed" ] || { echo "make test: failed:$$failed" >&2; exit 1; }
 
 golden: install
