@@ -29,8 +29,16 @@ def own_build_folder() -> None:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(_folder_of_environment())
     for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
         with contextlib.suppress(OSError):
-            if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
+            age = time.time() - lock.stat().st_mtime
+            if age > STALE_LOCK_S:
                 lock.unlink()
+            elif os.environ.get("LOCAL_RANK", "0") == "0":
+                print(
+                    f"build: waiting for a process that builds DeepSpeed's CPU extension since {age:.0f} s; if it "
+                    f"was killed, remove {lock}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def _folder_of_environment() -> Path:

@@ -63,8 +63,11 @@ def test_the_ranks_of_a_machine_share_its_cores_unless_the_user_says_how_many(mo
     assert cpu_threads(2) == 5
 
 
-def test_the_lock_of_a_killed_build_is_removed_and_that_of_a_running_one_stays(tmp_path, monkeypatch):
+def test_the_lock_of_a_killed_build_is_removed_and_that_of_a_running_one_is_named(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     locks = {name: tmp_path / name / "lock" for name in ("killed", "running")}
     for lock in locks.values():
         lock.parent.mkdir()
@@ -74,6 +77,11 @@ def test_the_lock_of_a_killed_build_is_removed_and_that_of_a_running_one_stays(t
     own_build_folder()
     assert not locks["killed"].exists()
     assert locks["running"].exists()
+    said = capsys.readouterr().err
+    assert str(locks["running"]) in said and str(locks["killed"]) not in said
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    own_build_folder()
+    assert not capsys.readouterr().err
 
 
 def test_failures_of_the_machine_are_told_from_bugs():
