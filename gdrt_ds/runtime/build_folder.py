@@ -34,8 +34,8 @@ def own_build_folder() -> None:
                 lock.unlink()
             elif os.environ.get("LOCAL_RANK", "0") == "0":
                 print(
-                    f"build: waiting for a process that builds DeepSpeed's CPU extension since {age:.0f} s; if it "
-                    f"was killed, remove {lock}",
+                    f"build: waiting for a process that builds DeepSpeed's CPU extension since {age:.0f} s; "
+                    f"if it was killed, remove {lock}",
                     file=sys.stderr,
                     flush=True,
                 )
