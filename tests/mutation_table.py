@@ -36,7 +36,7 @@ MUTATIONS = [
             (
                 "dro/buffer.py",
                 "StepBuffer.losses",
-                "return self.loss_sums / self.counts.clamp_min(1)",
+                "return self.loss_sums / torch.where(self.present, self.counts, 1.0)",
                 "return self.loss_sums / dist.get_world_size()",
             ),
         ),
@@ -105,7 +105,7 @@ MUTATIONS = [
                 "training/step.py",
                 "StepRunner._early_order",
                 "self._backward(found.sums, found.values, coefficients, None)",
-                "self._backward(found.sums, found.values, q / (group_sums(self._weights_of(found.micro), "
+                "self._backward(found.sums, found.values, q / (group_sums(self._weights_of(found), "
                 "found.groups, self.tokens.num_groups).clamp_min(1) * len(facts.micro_steps) "
                 "* self.runtime.world), None)",
             ),
@@ -392,6 +392,25 @@ MUTATIONS = [
         "reweight by popularity",
         "objectives/test_objectives.py::test_reweight_is_inverse_popularity_and_power_zero_is_sft",
         (("objectives/reweight.py", "inverse_popularity", "** -table", "** table"),),
+    ),
+    Mutation(
+        "bear takes the other sign",
+        "objectives/test_objectives.py::"
+        "test_bear_favours_tokens_that_the_beam_keeps_unless_it_is_told_otherwise",
+        (
+            (
+                "objectives/bear.py",
+                "beam_weights",
+                "margin = -view.losses.detach().double() - view.top_k_log_probs.double()",
+                "margin = view.losses.detach().double() + view.top_k_log_probs.double()",
+            ),
+        ),
+    ),
+    Mutation(
+        "the K largest logits of earlier blocks are forgotten",
+        "loss/test_group_loss.py::"
+        "test_the_kth_log_probability_without_gradients_runs_over_blocks_of_the_vocabulary",
+        (("loss/top_k.py", "RunningTopK.extend", "if self.best_CK is not None:", "if False:"),),
     ),
     Mutation(
         "sft_go takes an absent group for the worst",

@@ -382,7 +382,10 @@ class ObjectiveOptions(Section):
 
     focal_gamma: float = Field(2.0, ge=0, le=1000, description="Objective focal: gamma of (1 - p)^gamma l.")
     msl_temperature: float = Field(
-        1.0, ge=1e-3, le=1000, description="Objectives msl and gdrt+msl: temperature of the masked softmax."
+        1.0,
+        ge=1e-3,
+        le=1000,
+        description="Objectives msl, gdrt+msl and bear: temperature of the masked softmax.",
     )
     cft_alpha: float = Field(
         0.1, ge=0, le=1000, description="Objective cft: weight of the counterfactual term."
@@ -405,6 +408,29 @@ class ObjectiveOptions(Section):
         le=10,
         description="Objective reweight: a sample weighs its target's number of train interactions to the "
         "power of minus this.",
+    )
+    bear_lambda: float = Field(
+        0.25,
+        ge=0,
+        le=1000,
+        description="Objective bear: lambda of the token weights 1 + lambda sigmoid(m / xi), where m is the "
+        "target's log-probability minus the K-th largest. 0 is the masked softmax without weights. The "
+        "default is the authors' for Amazon Toys.",
+    )
+    bear_xi: float = Field(
+        2.75,
+        ge=1e-3,
+        le=1000,
+        description="Objective bear: temperature xi of the weights, in nats. The default is the authors' for "
+        "Amazon Toys.",
+    )
+    bear_k: int = Field(
+        10, ge=1, le=1000, description="Objective bear: K, the number of beams of the search that is meant."
+    )
+    bear_favours: Literal["kept", "at_risk"] = Field(
+        "kept",
+        description="Objective bear: which tokens weigh more. `kept`: those above the K-th, as in the "
+        "authors' code; `at_risk`: those below it, which a beam search would drop.",
     )
 
 
@@ -429,7 +455,7 @@ class RunConfig(Section):
     objective: str = Field(
         "gdrt",
         description="What is minimised: sft, gdrt, group_dro, cvar, focal, msl, gdrt+msl, cft, igd, "
-        "reweight, sft_go, or `package.module:ATTRIBUTE` for one of your own.",
+        "reweight, sft_go, bear, or `package.module:ATTRIBUTE` for one of your own.",
     )
     options: ObjectiveOptions = Field(
         default_factory=ObjectiveOptions, description="Numbers that single objectives need."

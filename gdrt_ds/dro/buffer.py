@@ -75,7 +75,8 @@ class StepBuffer:
     @property
     def losses(self) -> Tensor:
         """L[G]; absent groups are 0 here and must be masked by `present`."""
-        return self.loss_sums / self.counts.clamp_min(1)
+        # Counts may be sums of token weights, and these may be below 1.
+        return self.loss_sums / torch.where(self.present, self.counts, 1.0)
 
     @property
     def present(self) -> Tensor:

@@ -11,6 +11,7 @@ Files:
     kernels.py            the same part in Triton
     head_gradients.py     gradients of a head that is trained
     allowed.py            softmax over the next tokens that a catalogue trie has
+    top_k.py              the K-th largest log-probability of each row
     checks.py             what is refused
     implementations.py    torch or Triton, and why
     reference.py          plain torch, the judge of all others
@@ -19,7 +20,7 @@ Files:
 from gdrt_ds.loss.allowed import AllowedTokens
 from gdrt_ds.loss.group_loss import GroupLoss, group_cross_entropy
 from gdrt_ds.loss.implementations import describe
-from gdrt_ds.loss.reference import reference_group_cross_entropy
+from gdrt_ds.loss.reference import reference_group_cross_entropy, reference_top_k_log_probs
 from gdrt_ds.loss.rowwise import group_sums
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "group_cross_entropy",
     "group_sums",
     "reference_group_cross_entropy",
+    "reference_top_k_log_probs",
 ]

@@ -27,8 +27,9 @@ from gdrt_ds.loss.checks import ALLOWED_FIX, check_positive, check_range, check_
 from gdrt_ds.loss.head import Head, product_dtype
 from gdrt_ds.loss.head_gradients import HeadGradients
 from gdrt_ds.loss.implementations import announce, check_implementation, choose
-from gdrt_ds.loss.reference import reference_group_cross_entropy
+from gdrt_ds.loss.reference import reference_group_cross_entropy, reference_top_k_log_probs
 from gdrt_ds.loss.rowwise import TorchRowwise
+from gdrt_ds.loss.top_k import RunningTopK, largest, log_probability
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 """Bytes of logits alive at once. On CUDA these are 1,000 rows of a 256k vocabulary in bfloat16, enough for
@@ -61,6 +62,9 @@ class GroupLoss(NamedTuple):
     """[G], float64: the sum over the tokens of each group."""
     token_losses: torch.Tensor
     """[N], float32; float64 for a float64 head."""
+    top_k_log_probs: torch.Tensor | None = None
+    """[N], not differentiable, in the dtype of token_losses: the K-th largest log-probability; None without
+    `top_k`."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Settings:
     chunk_bytes: int
     implementation: str
     one_pass: bool
+    top_k: int | None = None
 
     @property
     def slope(self) -> float:
@@ -98,6 +103,7 @@ def group_cross_entropy(
     frozen_weight: bool | None = None,
     chunk_bytes: int | None = None,
     implementation: str = "auto",
+    top_k: int | None = None,
 ) -> GroupLoss:
     """Cross-entropy of the head's softmax, summed per group.
 
@@ -129,9 +135,12 @@ def group_cross_entropy(
         implementation: "auto" takes Triton on CUDA and torch elsewhere, and the logger gdrt_ds.loss says once
             which. "torch" and "triton" ask for one (Triton also on CPUs, under TRITON_INTERPRET=1).
             "reference" is plain torch with all logits, in the head's dtype.
+        top_k: K >= 1 asks for the K-th largest log-probability of each row besides, over the tokens that it
+            may choose; the smallest where there are fewer than K. It is torch.topk on each chunk, beside
+            the Triton kernels too: one more read of the chunk, and no [N, V] logits.
 
     Returns:
-        sums per group and losses per token.
+        sums per group and losses per token, and the K-th log-probabilities if asked for.
 
     Raises:
         UserError: shapes, labels, groups or settings do not fit.
@@ -140,6 +149,7 @@ def group_cross_entropy(
     check_positive("temperature", temperature)
     check_positive("softcap", softcap)
     check_positive("logit_scale", logit_scale)
+    check_positive("top_k", top_k)
     check_implementation(implementation)
     labels = labels.long()
     groups = groups.long()
@@ -165,7 +175,21 @@ def group_cross_entropy(
             lora=lora,
             dtype=None,
         )
-        return GroupLoss(sums, losses)
+        if top_k is None:
+            return GroupLoss(sums, losses)
+        kth = reference_top_k_log_probs(
+            hidden.to(weight.dtype),
+            weight,
+            top_k,
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            temperature=temperature,
+            allowed=allowed,
+            lora=lora,
+            dtype=None,
+        )
+        return GroupLoss(sums, losses, kth)
     implementation, why = choose(implementation, weight.device.type, weight.dtype)
     announce(implementation, why, weight.device.type, weight.dtype)
     frozen = frozen_weight
@@ -189,16 +213,17 @@ def group_cross_entropy(
         chunk_bytes=chunk_bytes,
         implementation=implementation,
         one_pass=one_pass,
+        top_k=top_k,
     )
     plan = None
     if allowed is not None:
         plan = plan_allowed(allowed, len(labels), weight.shape[0], settings.chunk_bytes, 12, weight.device)
     # Autocast would cast the operands of each product again; the dtypes are decided here.
     with torch.autocast(weight.device.type, enabled=False):
-        sums, losses = _GroupCrossEntropy.apply(
+        sums, losses, kth = _GroupCrossEntropy.apply(
             hidden.to(weight.dtype), weight, bias, a_rH, b_Vr, labels, groups, plan, settings
         )
-    return GroupLoss(sums, losses)
+    return GroupLoss(sums, losses, kth)
 
 
 class _GroupCrossEntropy(torch.autograd.Function):
@@ -208,6 +233,10 @@ class _GroupCrossEntropy(torch.autograd.Function):
         head, rowwise = _tools(weight, bias, a_rH, b_Vr, settings)
         losses_N = hidden.new_zeros(len(labels), dtype=rowwise.accumulate)
         normaliser_2N = losses_N.new_zeros(2, len(labels))
+        kth_N = None
+        if settings.top_k is not None:
+            kth_N = torch.zeros_like(losses_N)  # 0 is the log-probability of a token without alternative
+            ctx.mark_non_differentiable(kth_N)
         unit_NH = None
         if settings.one_pass and plan is None:
             unit_NH = torch.empty_like(hidden)
@@ -215,11 +244,11 @@ class _GroupCrossEntropy(torch.autograd.Function):
             # Rows with a single allowed token never reach the head; their gradient stays zero.
             unit_NH = torch.zeros_like(hidden)
         if plan is not None:
-            _forward_allowed(head, rowwise, plan, hidden, labels, losses_N, normaliser_2N, unit_NH)
+            _forward_allowed(head, rowwise, plan, hidden, labels, losses_N, normaliser_2N, unit_NH, kth_N)
         elif settings.one_pass:
-            _forward_one_pass(head, rowwise, hidden, labels, losses_N, unit_NH)
+            _forward_one_pass(head, rowwise, hidden, labels, losses_N, unit_NH, kth_N)
         else:
-            _forward_streaming(head, rowwise, hidden, labels, losses_N, normaliser_2N)
+            _forward_streaming(head, rowwise, hidden, labels, losses_N, normaliser_2N, kth_N)
         sums_G = rowwise.group_sums(losses_N, groups, settings.num_groups)
         if settings.one_pass:
             ctx.save_for_backward(groups, unit_NH)
@@ -227,11 +256,11 @@ class _GroupCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(groups, labels, normaliser_2N, hidden, weight, bias, a_rH, b_Vr)
         ctx.plan = plan
         ctx.settings = settings
-        return sums_G, losses_N
+        return sums_G, losses_N, kth_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_sums_G, d_losses_N):
+    def backward(ctx, d_sums_G, d_losses_N, _):
         nothing = (None,) * 9
         if d_sums_G is None and d_losses_N is None:
             return nothing
@@ -263,19 +292,24 @@ def _tools(weight, bias, a_rH, b_Vr, settings: Settings):
     return Head(weight, bias, lora, rowwise.head_gain, rowwise.accumulate), rowwise
 
 
-def _forward_one_pass(head: Head, rowwise, hidden_NH, labels_N, losses_N, unit_NH) -> None:
+def _forward_one_pass(head: Head, rowwise, hidden_NH, labels_N, losses_N, unit_NH, kth_N) -> None:
     """Chunks of complete rows: logits, softmax - onehot in place, and back through the head."""
     num_rows = len(hidden_NH)
     vocabulary = head.weight.shape[0]
     columns = slice(0, vocabulary)
     for rows, buffer_CV in rowwise.row_chunks(num_rows, vocabulary, hidden_NH.device, head.scratch_per_row):
         head.rows(hidden_NH[rows]).logits(columns, buffer_CV)
-        losses_N[rows], _ = rowwise.finish_rows_(buffer_CV, labels_N[rows], None)
+        kth_C = None
+        if kth_N is not None:
+            kth_C = largest(buffer_CV, rowwise.top_k)
+        losses_N[rows], normaliser_2C = rowwise.finish_rows_(buffer_CV, labels_N[rows], None)
+        if kth_C is not None:
+            kth_N[rows] = log_probability(rowwise, kth_C, normaliser_2C)
         head.backproject(buffer_CV, columns, unit_NH[rows], add=False, slope=rowwise.gradient_slope)
 
 
-def _forward_streaming(head: Head, rowwise, hidden_NH, labels_N, losses_N, normaliser_2N) -> None:
-    """Blocks of the vocabulary with a running log-sum-exp.
+def _forward_streaming(head: Head, rowwise, hidden_NH, labels_N, losses_N, normaliser_2N, kth_N) -> None:
+    """Blocks of the vocabulary with a running log-sum-exp, and running K largest logits where asked for.
 
     The head is read once, nothing of size [N, V] or [N, H] is kept.
     """
@@ -283,14 +317,29 @@ def _forward_streaming(head: Head, rowwise, hidden_NH, labels_N, losses_N, norma
         prepared = head.rows(hidden_NH[rows])
         labels_C = labels_N[rows]
         state = rowwise.start_rows(labels_C)
+        running = None
+        if kth_N is not None:
+            running = RunningTopK(rowwise.top_k)
         for columns, buffer_CV in rowwise.column_blocks(len(labels_C), head.weight.shape[0], labels_C.device):
             prepared.logits(columns, buffer_CV)
+            if running is not None:
+                running.extend(buffer_CV)
             rowwise.extend_rows_(buffer_CV, labels_C, columns.start, state)
         losses_N[rows], normaliser_2N[:, rows] = rowwise.end_rows(state)
+        if running is not None:
+            kth_N[rows] = log_probability(rowwise, running.smallest(), normaliser_2N[:, rows])
 
 
 def _forward_allowed(
-    head: Head, rowwise, plan: AllowedPlan, hidden_NH, labels_N, losses_N, normaliser_2N, unit_NH
+    head: Head,
+    rowwise,
+    plan: AllowedPlan,
+    hidden_NH,
+    labels_N,
+    losses_N,
+    normaliser_2N,
+    unit_NH,
+    kth_N,
 ) -> None:
     """Chunks of rows with similar numbers of allowed tokens, each with the head's rows that it needs."""
     require(
@@ -300,9 +349,13 @@ def _forward_allowed(
     )
     for chunk in plan.chunks:
         part, columns_C, buffer_CV = _allowed_logits(head, rowwise, chunk, hidden_NH, labels_N)
-        losses_N[chunk.rows], normaliser_2N[:, chunk.rows] = rowwise.finish_rows_(
-            buffer_CV, columns_C, _forbidden(chunk)
-        )
+        kth_C = None
+        if kth_N is not None:
+            kth_C = largest(buffer_CV, rowwise.top_k, _forbidden(chunk))
+        losses_N[chunk.rows], normaliser_2C = rowwise.finish_rows_(buffer_CV, columns_C, _forbidden(chunk))
+        normaliser_2N[:, chunk.rows] = normaliser_2C
+        if kth_C is not None:
+            kth_N[chunk.rows] = log_probability(rowwise, kth_C, normaliser_2C)
         if unit_NH is not None:
             unit_CH = torch.empty_like(hidden_NH[chunk.rows])
             part.backproject(

@@ -207,6 +207,7 @@ class TritonRowwise(TorchRowwise):
     def __init__(self, settings, product_dtype: torch.dtype):
         super().__init__(settings, product_dtype)
         self.gain = self.head_gain * self.scratch_gain
+        self.raw_gain = self.gain
         if self.softcap is None:
             self.cap_gain = 0.0  # the kernel takes a number and does not read it
         self.slope = settings.slope

@@ -30,7 +30,41 @@ def reference_group_cross_entropy(
     Args:
         dtype: of the computation; None takes the head's own, as a model would.
     """
-    dtype = dtype or weight.dtype
+    log_probs_NV = _log_probs(
+        hidden, weight, bias, logit_scale, softcap, temperature, allowed, lora, dtype or weight.dtype
+    )
+    losses_N = -log_probs_NV.gather(1, labels.long().view(-1, 1)).view(-1)
+    member_NG = torch.nn.functional.one_hot(groups.long(), num_groups).to(torch.float64)
+    return (member_NG * losses_N.double().view(-1, 1)).sum(0), losses_N
+
+
+def reference_top_k_log_probs(
+    hidden: torch.Tensor,  # [N, H]
+    weight: torch.Tensor,  # [V, H]
+    top_k: int,
+    *,
+    bias: torch.Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    allowed: AllowedTokens | None = None,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # A[r, H], B[V, r], scale
+    dtype: torch.dtype | None = torch.float64,
+) -> torch.Tensor:  # [N]
+    """The K-th largest log-probability of each row by a full sort; of fewer than K choices the smallest."""
+    log_probs_NV = _log_probs(
+        hidden, weight, bias, logit_scale, softcap, temperature, allowed, lora, dtype or weight.dtype
+    ).detach()
+    sorted_NV = log_probs_NV.sort(dim=1, descending=True).values
+    place_N = torch.full((len(hidden),), min(top_k, len(weight)) - 1, device=hidden.device)
+    if allowed is not None:
+        choices_N = (allowed.offsets[1:] - allowed.offsets[:-1])[allowed.node.long()]
+        place_N = choices_N.to(hidden.device).clamp(max=top_k) - 1
+    return sorted_NV.gather(1, place_N.view(-1, 1)).view(-1)
+
+
+def _log_probs(hidden, weight, bias, logit_scale, softcap, temperature, allowed, lora, dtype) -> torch.Tensor:
+    """[N, V], differentiable."""
     logits_NV = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits_NV = logits_NV + bias.to(dtype)
@@ -47,7 +81,4 @@ def reference_group_cross_entropy(
         for row, node in enumerate(allowed.node.tolist()):
             mask_NV[row, allowed.tokens[offsets[node] : offsets[node + 1]].long().cpu()] = True
         logits_NV = logits_NV.masked_fill(~mask_NV.to(logits_NV.device), -torch.inf)
-    log_probs_NV = torch.log_softmax(logits_NV if dtype == torch.float64 else logits_NV.float(), dim=-1)
-    losses_N = -log_probs_NV.gather(1, labels.long().view(-1, 1)).view(-1)
-    member_NG = torch.nn.functional.one_hot(groups.long(), num_groups).to(torch.float64)
-    return (member_NG * losses_N.double().view(-1, 1)).sum(0), losses_N
+    return torch.log_softmax(logits_NV if dtype == torch.float64 else logits_NV.float(), dim=-1)

@@ -108,12 +108,15 @@ class TorchRowwise:
         self.narrow = product_dtype.itemsize < 4
         self.buffer_dtype = product_dtype
         self.softcap = settings.softcap
+        self.top_k = settings.top_k
         self.gradient_slope = settings.slope
         # With a soft-cap the product is scaled for tanh, and the tanh is scaled afterwards.
         gain = settings.slope if self.softcap is None else settings.logit_scale / self.softcap
         # The logits of a narrow head are scaled when they are widened: scaled operands would round once more.
         self.head_gain = 1.0 if self.narrow else gain
         self.scratch_gain = gain if self.narrow else 1.0
+        # What is still missing in the buffer's logits: `top_k.log_probability` converts single ones.
+        self.raw_gain = self.scratch_gain
         self.cap_gain = None
         copies = 1
         if self.softcap is not None:

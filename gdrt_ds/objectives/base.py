@@ -1,16 +1,18 @@
-"""What an objective is: five small choices on shared parts.
+"""What an objective is: a few small choices on shared parts.
 
 The trainer, the fused loss and the all-reduce are the same for all. An objective is
 
     F = sum_g q_g L_g    with L_g = S_g / n_g, S_g = sum over tokens i of group g of w_i v_i, n_g = sum of w_i
 
     v_i   `token_term`: a differentiable function of the token losses (default: the loss itself)
-    w_i   `token_weights`: fixed weights known from the data (default: 1)
+    w_i   `token_weights`: fixed weights known from the data (default: 1), or
+          `live_weights`: weights from this step's own scores, without gradient. Their sums n_g are known only
+          after the step's all-reduce, so the backward waits for it.
     q     `aggregate`: group losses -> weights, or per-token weights when `per_token` is set
 
 The softmax runs over the whole vocabulary, or over the catalogue trie's valid next tokens (`masked_softmax`).
 `history_free_pass` asks for a second forward on the prompt without the history, for objectives that compare
-the two.
+the two. `top_k` asks for the K-th largest log-probability at each token.
 
 To add one: a file in this folder with `OBJECTIVE = Objective(...)`, and a config that names it
 (docs/method.md).
@@ -63,6 +65,9 @@ class TokenView:
         losses: float32[N], differentiable.
         counterfactual: float32[N], losses of the difference of hidden states with and without history, or
             None.
+        top_k_log_probs: float32[N] without gradient, the K-th largest log-probability of the same softmax
+            (the smallest where there are fewer than K), or None.
+        num_choices: Long[N], tokens among which the masked softmax chooses, or None.
         position: Long[N], position inside the target title.
         length: Long[N], tokens of that title.
     """
@@ -72,6 +77,8 @@ class TokenView:
     length: Tensor
     options: ObjectiveOptions
     counterfactual: Tensor | None = None
+    top_k_log_probs: Tensor | None = None
+    num_choices: Tensor | None = None
 
 
 @dataclass
@@ -112,6 +119,8 @@ class Objective:
     remember: Callable[[GroupView], None] | None = None  # after the step: what else the state should learn
     token_term: Callable[[TokenView], Tensor] | None = None
     token_weights: Callable[[TokenTable], np.ndarray] | None = None
+    live_weights: Callable[[TokenView], Tensor] | None = None
+    top_k: Callable[[ObjectiveOptions], int] | None = None
     masked_softmax: bool = False
     history_free_pass: bool = False
     per_token: Callable[[DroSection], bool] = field(default=lambda section: False)
@@ -126,6 +135,8 @@ class Objective:
         """True when weights need the losses of the same global batch (a no-grad first pass under
         accumulation).
         """
-        return self.per_token(section) or (
-            self.needs_losses and section.estimate == "batch" and section.frozen_weights is None
+        return (
+            self.live_weights is not None
+            or self.per_token(section)
+            or (self.needs_losses and section.estimate == "batch" and section.frozen_weights is None)
         )

@@ -17,10 +17,10 @@ def mean_and_worst(view: GroupView):
     """
     q = view.counts.double() / view.counts.sum().clamp_min(1e-300)
     worst = torch.where(view.present, view.losses, -torch.inf).argmax()
-    extra = torch.zeros_like(q)
-    extra[worst] = view.dro.worst_weight
+    # Not by indexing with `worst`, which would make the host wait for the device.
+    is_worst = torch.arange(len(q), device=q.device) == worst
     # A batch without any token has no worst group either.
-    q = q + torch.where(view.present, extra, 0.0)
+    q = q + torch.where(is_worst & view.present, view.dro.worst_weight, 0.0)
     return q, (q * torch.where(view.present, view.losses, 0.0)).sum()
 
 

@@ -29,13 +29,15 @@ class HeadRequest:
     num_groups: int
     temperature: float = 1.0
     allowed: AllowedTokens | None = None
+    top_k: int | None = None
     difference: bool = False  # the hidden states are a difference of two: the bias of the head cancels
 
 
 class FusedLossModel(nn.Module):
     """Wraps a (PEFT) causal LM.
 
-    `forward` returns (loss sums [G], token losses [N], counterfactual losses [N] or None).
+    `forward` returns (loss sums [G], token losses [N], counterfactual losses [N] or None, K-th
+    log-probabilities [N] or None).
     """
 
     def __init__(self, model: nn.Module):
@@ -78,8 +80,9 @@ class FusedLossModel(nn.Module):
                 temperature=request.temperature,
                 allowed=request.allowed,
                 lora=_lora_term(layer) if rows is None else head_term(rows, module.weight),
+                top_k=request.top_k,
             )
-            return out.loss_sums, out.token_losses
+            return out.loss_sums, out.token_losses, out.top_k_log_probs
 
         module.forward = forward
         self._head = [module]  # in a list: the head belongs to self.model, it must not be registered twice
@@ -97,28 +100,31 @@ class FusedLossModel(nn.Module):
         temperature: float = 1.0,
         allowed: AllowedTokens | None = None,
         history_free: MicroBatch | None = None,
+        top_k: int | None = None,
     ):
-        """Returns loss sums [G], token losses [N], and counterfactual losses [N] or None.
+        """Returns loss sums [G], token losses [N], and, each or None, counterfactual losses [N] and the K-th
+        largest log-probabilities [N].
 
         Args:
             groups: Long[N].
             history_free: the same targets on prompts without history, for counterfactual terms.
+            top_k: K, see `group_cross_entropy`.
         """
-        request = HeadRequest(micro.labels, groups, num_groups, temperature, allowed)
+        request = HeadRequest(micro.labels, groups, num_groups, temperature, allowed, top_k)
         states = self.hidden(micro)
-        loss_sums, token_losses = self._head[0](states, request)
+        loss_sums, token_losses, top_k_log_probs = self._head[0](states, request)
         if history_free is None:
-            return loss_sums, token_losses, None
+            return loss_sums, token_losses, None, top_k_log_probs
         if self.softcap is not None:
             raise UserError(
                 "objective = cft: this model soft-caps its logits, so their difference is not the head of a "
                 "difference",
                 "choose another objective, or a model without final_logit_softcapping",
             )
-        _, counterfactual = self._head[0](
-            states - self.hidden(history_free), replace(request, difference=True)
+        _, counterfactual, _ = self._head[0](
+            states - self.hidden(history_free), replace(request, difference=True, top_k=None)
         )
-        return loss_sums, token_losses, counterfactual
+        return loss_sums, token_losses, counterfactual, top_k_log_probs
 
 
 def _gather_with(module: nn.Module, weights: Iterable[Tensor]) -> None:

@@ -37,6 +37,12 @@ def check_settings(config: RunConfig) -> None:
     checkpoint.check_resume(config.run.dir, config.resume)
     objective = get_objective(config.objective)
     _check_frozen_weights(config, objective)
+    if config.dro.excess and objective.live_weights is not None:
+        raise UserError(
+            f"dro.excess = {config.dro.excess} with objective = {config.objective}, which weighs tokens by "
+            "their own scores and not groups by their losses",
+            "leave dro.excess=false, or choose gdrt, group_dro or cvar",
+        )
     if config.data.windows == "growing" and objective.history_free_pass:
         raise UserError(
             f"data.windows = growing with objective = {config.objective}, whose second pass without history "

@@ -3,8 +3,8 @@
 What the weights need decides the order (method.md). Each order is one method of `StepRunner`:
   _early_order     Weights are known before the forward (sft, moving averages, fixed token weights).
                    Every micro-batch runs forward and backward; the all-reduce comes last.
-  _late_order      Weights need this batch's losses, and the rank has one micro-batch: forward, all-reduce,
-  backward.
+  _late_order      Weights need this batch's losses (or their sum does), and the rank has one micro-batch:
+                   forward, all-reduce, backward.
   _two_pass_order  The same under gradient accumulation: a pass without gradients, all-reduce, then forward
   and
                    backward with the same dropout masks. Several micro-batch graphs are never held at once,
@@ -31,7 +31,7 @@ from gdrt_ds.batches import BatchPlan, MicroBatch, build_micro_batch
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens, group_sums
-from gdrt_ds.objectives import GroupView, Objective, TokenView
+from gdrt_ds.objectives import GroupView, Objective
 from gdrt_ds.runtime import Runtime, to_device
 from gdrt_ds.training.step_inputs import TrainTokens
 
@@ -72,7 +72,7 @@ class StepFacts:
 
     Attributes:
         micro_steps: sample indices of this rank's micro-batches.
-        counts: float64[G] target tokens (or their weights) of the global batch.
+        counts: float64[G] target tokens (or their fixed weights) of the global batch.
         reference: float64[G] sums of the reference losses (dro.excess), or None.
         groups: int16[M] groups of the target tokens of the global batch, in the order of the plan.
         slots: per micro-batch Long[N], the places of its target tokens among those M; only for weights per
@@ -90,12 +90,13 @@ class StepFacts:
 class Forward:
     """One micro-batch after its forward: sums float[G] and values float[N] are differentiable.
 
-    Groups Long[N].
+    Groups Long[N]; weights float64[N], which sums and values already contain, None where all are 1.
     """
 
     sums: Tensor
     values: Tensor
     groups: Tensor
+    weights: Tensor | None
     micro: MicroBatch
 
 
@@ -150,6 +151,7 @@ class StepRunner:
         self.per_token = objective.per_token(config.dro)
         self.late = objective.is_late(config.dro)
         self.temperature = config.options.msl_temperature if objective.masked_softmax else 1.0
+        self.top_k = None if objective.top_k is None else objective.top_k(config.options)
 
     def with_groups(self, groups: np.ndarray) -> StepRunner:
         """The same runner on other groups [train target tokens]; engine and group-DRO state are shared."""
@@ -178,6 +180,8 @@ class StepRunner:
             weighed = self._late_order(step, facts, buffer)
         else:
             weighed = self._two_pass_order(step, facts, buffer)
+        if self.objective.live_weights is not None:
+            facts = replace(facts, counts=buffer.counts)
         taken = not weighed.nonfinite and self._take_step(step, weighed.q)
         if taken:
             self._remember(weighed.losses, facts.counts)
@@ -208,7 +212,7 @@ class StepRunner:
         if nonfinite:
             return self._not_finite(losses, found.micro.num_tokens, stop)
         q, objective, token_q = self._late_weights(losses, facts, buffer)
-        coefficients = q / facts.counts.clamp_min(SMALLEST_COUNT)
+        coefficients = q / buffer.counts.clamp_min(SMALLEST_COUNT)
         own_token_q = None if token_q is None else token_q[facts.slots[0]]
         self._backward(found.sums, found.values, coefficients, own_token_q)
         return Weighed(losses, q, objective, found.micro.num_tokens, nonfinite, stop)
@@ -225,7 +229,7 @@ class StepRunner:
         if nonfinite:
             return self._not_finite(losses, tokens, stop)
         q, objective, token_q = self._late_weights(losses, facts, buffer)
-        coefficients = q / facts.counts.clamp_min(SMALLEST_COUNT)
+        coefficients = q / buffer.counts.clamp_min(SMALLEST_COUNT)
         for index, samples in enumerate(facts.micro_steps):
             self._mark_boundary(index, facts)
             found = self._forward(samples, step, index)  # the seed of `_forward` gives the first pass's masks
@@ -298,23 +302,30 @@ class StepRunner:
         if self.tokens.history_free is not None:
             history_free = self._micro_batch(self.tokens.history_free, samples)
         groups = self._groups_of(micro)
-        sums, losses, counterfactual = self.engine(
-            micro, groups, self.tokens.num_groups, self.temperature, self._allowed_tokens(micro), history_free
+        allowed = self._allowed_tokens(micro)
+        sums, losses, *more = self.engine(
+            micro, groups, self.tokens.num_groups, self.temperature, allowed, history_free, self.top_k
         )
-        weights = self.tokens.weights
-        if self.objective.token_term is None and weights is None:
-            return Forward(sums, losses, groups, micro)
         values = losses
-        if self.objective.token_term is not None:
-            values = self.objective.token_term(self._token_view(micro, losses, counterfactual))
+        weights = None
+        if self.tokens.weights is not None:
+            weights = to_device(self.tokens.weights[micro.token_index], losses.device)
+        if self.objective.token_term is not None or self.objective.live_weights is not None:
+            view = self.tokens.view(micro, self.config.options, losses, *more)
+            if self.objective.token_term is not None:
+                values = self.objective.token_term(view)
+            if self.objective.live_weights is not None:
+                weights = self.objective.live_weights(view)
+        if values is losses and weights is None:
+            return Forward(sums, losses, groups, None, micro)
         if weights is not None:
-            values = values * to_device(weights[micro.token_index], values.device).to(values.dtype)
+            values = values * weights.to(values.dtype)
         own_sums = group_sums(values, groups, self.tokens.num_groups)
         # The fused sums are not used, but they stay in the graph with factor 0: a rank whose micro-batch has
         # no target
         # token must still run the backward of the fused loss, or it would leave the others alone in a
         # collective.
-        return Forward(own_sums + 0.0 * sums.to(torch.float64), values, groups, micro)
+        return Forward(own_sums + 0.0 * sums.to(torch.float64), values, groups, weights, micro)
 
     def _seed(self, step: int, index: int) -> None:
         """Both passes of a step, and a resumed run, draw the same dropout masks."""
@@ -338,34 +349,19 @@ class StepRunner:
         node = torch.from_numpy(self.tokens.trie_node[micro.token_index].astype(np.int64))
         return AllowedTokens(node, self.tokens.trie_offsets, self.tokens.trie_tokens)
 
-    def _token_view(self, micro: MicroBatch, losses: Tensor, counterfactual: Tensor | None) -> TokenView:
-        store, device = self.tokens.store, self.runtime.device
-        owner = np.zeros(0, dtype=np.int64)
-        if len(micro.samples):
-            owner = np.repeat(micro.samples, store.num_target[micro.samples])
-        position = (micro.token_index - store.target_offsets[owner]).astype(np.int64)
-        length = store.num_target[owner].astype(np.int64)
-        return TokenView(
-            losses,
-            to_device(position, device),
-            to_device(length, device),
-            self.config.options,
-            counterfactual,
-        )
-
     # -- measuring
     def _measure(self, found: Forward, buffer: dro.StepBuffer, slots: Tensor | None = None) -> None:
         """Adds one micro-batch to the step's buffer; `slots` where single token losses are needed."""
-        counts = group_sums(self._weights_of(found.micro), found.groups, self.tokens.num_groups)
+        counts = group_sums(self._weights_of(found), found.groups, self.tokens.num_groups)
         buffer.add(found.sums, counts)
         if slots is not None:
             buffer.add_tokens(slots, found.values)
 
-    def _weights_of(self, micro: MicroBatch) -> Tensor:
-        """float64[N]: fixed weights of the target tokens, 1 where the objective has none."""
-        if self.tokens.weights is None:
-            return torch.ones(len(micro.token_index), dtype=torch.float64, device=self.runtime.device)
-        return to_device(self.tokens.weights[micro.token_index], self.runtime.device)
+    def _weights_of(self, found: Forward) -> Tensor:
+        """float64[N]: weights of the target tokens, 1 where the objective has none."""
+        if found.weights is None:
+            return torch.ones(len(found.groups), dtype=torch.float64, device=self.runtime.device)
+        return found.weights
 
     def _reduce(self, step: int, facts: StepFacts, buffer: dro.StepBuffer) -> tuple[Tensor, bool, bool]:
         """The one all-reduce: (group losses [G], non-finite on some rank, stop asked on some rank).

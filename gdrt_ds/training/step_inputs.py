@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdrt_ds.batches import MicroBatch
 from gdrt_ds.config import ObjectiveOptions
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.data.recommendation import Recommendation
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
-from gdrt_ds.objectives import Objective, TokenTable
+from gdrt_ds.objectives import Objective, TokenTable, TokenView
+from gdrt_ds.runtime import to_device
 from gdrt_ds.training.preparation import Prepared
 
 LAST_STEPS = 20  # of a run whose final weights are taken: their mean, so that one batch does not decide
@@ -50,6 +52,35 @@ class TrainTokens:
     trie_offsets: Tensor | None = None
     trie_tokens: Tensor | None = None
     history_free: TokenStore | None = None
+
+    def view(
+        self,
+        micro: MicroBatch,
+        options: ObjectiveOptions,
+        losses: Tensor,
+        counterfactual: Tensor | None,
+        top_k_log_probs: Tensor | None,
+    ) -> TokenView:
+        """What the objective sees of the target tokens of a micro-batch, on the device of `losses` [N]."""
+        owner = np.zeros(0, dtype=np.int64)
+        if len(micro.samples):
+            owner = np.repeat(micro.samples, self.store.num_target[micro.samples])
+        position = (micro.token_index - self.store.target_offsets[owner]).astype(np.int64)
+        length = self.store.num_target[owner].astype(np.int64)
+        num_choices = None
+        if self.trie_node is not None:
+            node = self.trie_node[micro.token_index]
+            offsets = self.trie_offsets.numpy()
+            num_choices = to_device(offsets[node + 1] - offsets[node], losses.device)
+        return TokenView(
+            losses,
+            to_device(position, losses.device),
+            to_device(length, losses.device),
+            options,
+            counterfactual,
+            top_k_log_probs,
+            num_choices,
+        )
 
 
 @dataclass(frozen=True)

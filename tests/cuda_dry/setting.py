@@ -20,7 +20,7 @@ from gdrt_ds.training.step import StepRunner
 from tests.distributed.exact_cells import NUM_GROUPS, PREFIX_LENGTH, Cell, make_tokens
 
 GLOBAL_BATCH = 8
-OBJECTIVES = ("sft", "gdrt", "focal", "msl", "cvar", "igd", "cft", "group_dro")
+OBJECTIVES = ("sft", "gdrt", "focal", "msl", "cvar", "igd", "cft", "group_dro", "sft_go", "bear")
 
 
 def tiny_llama(device, attention: str, dtype: torch.dtype = torch.float32):

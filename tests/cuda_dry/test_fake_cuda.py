@@ -88,9 +88,9 @@ def a_read(runner):
 def a_size_by_values(runner):
     usual = runner._weights_of
 
-    def weights(micro):
-        found = usual(micro)
-        return found[found > 0]
+    def weights(found):
+        weights_N = usual(found)
+        return weights_N[weights_N > 0]
 
     runner._weights_of = weights
 

@@ -68,6 +68,9 @@ VARIANTS = [
     dict(objective="cft"),
     dict(objective="igd"),
     dict(objective="reweight"),
+    dict(objective="bear", options=(("options.bear_k", 3), ("options.bear_lambda", 4.0))),
+    dict(objective="bear", packing="prefix_tree", options=(("options.bear_favours", "at_risk"),)),
+    dict(objective="bear", train_head=True),
     dict(objective="sft_go"),
     dict(objective="sft_go", estimate="ema"),
     dict(rows=True),
@@ -132,6 +135,7 @@ def subset_cells() -> list[tuple[int, Cell]]:
         dict(objective="gdrt+msl"),
         dict(objective="cft"),
         dict(rows=True, objective="group_dro", packing="prefix_tree"),
+        dict(objective="bear", options=(("options.bear_k", 3), ("options.bear_lambda", 4.0))),
     ]
     return main + [(2, Cell(2, 3, **v)) for v in chosen]
 

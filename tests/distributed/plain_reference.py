@@ -108,9 +108,7 @@ def run_reference(cell: Cell, folder: Path, steps: int = STEPS) -> CellResult:
             span = slice(store.target_offsets[sample], store.target_offsets[sample + 1])
             values.append(_sample_values(model, tokens, config, sample))
             groups.append(tokens.groups[span])
-            weights.append(
-                np.ones(span.stop - span.start) if tokens.weights is None else tokens.weights[span]
-            )
+            weights.append(_sample_weights(model, tokens, config, sample))
             reference.append(
                 np.zeros(span.stop - span.start)
                 if tokens.reference is None
@@ -164,7 +162,7 @@ def _sample_values(model, tokens, config, sample: int) -> torch.Tensor:
     store, objective, options = tokens.store, config.objective, config.options
     row = store.input_ids[store.offsets[sample] : store.offsets[sample + 1]]
     num_target, start = int(store.num_target[sample]), int(store.target_offsets[sample])
-    if objective in ("msl", "gdrt+msl"):
+    if objective in ("msl", "gdrt+msl", "bear"):
         offsets, flat = tokens.trie_offsets.tolist(), tokens.trie_tokens.tolist()
         return token_losses(
             model,
@@ -188,6 +186,33 @@ def _sample_values(model, tokens, config, sample: int) -> torch.Tensor:
         )
         return losses + options.cft_alpha * weight * second
     return losses
+
+
+def _sample_weights(model, tokens, config, sample: int) -> np.ndarray:
+    """float64 per target token: fixed weights, BEAR's from full logits by a sort, or 1."""
+    store, options = tokens.store, config.options
+    start, stop = store.target_offsets[sample], store.target_offsets[sample + 1]
+    if config.objective != "bear":
+        return np.ones(stop - start) if tokens.weights is None else tokens.weights[start:stop]
+    row = torch.from_numpy(
+        store.input_ids[store.offsets[sample] : store.offsets[sample + 1]].astype(np.int64)
+    )
+    with torch.no_grad():
+        logits = model(input_ids=row[None], use_cache=False).logits[0].double() / options.msl_temperature
+    offsets, flat = tokens.trie_offsets, tokens.trie_tokens
+    weights = []
+    for place in range(stop - start):
+        choices = flat[offsets[start + place] : offsets[start + place + 1]]
+        if len(choices) == 1:
+            weights.append(0.0)
+            continue
+        token = len(row) - (stop - start) + place
+        own = logits[token - 1, row[token]]
+        kth = logits[token - 1, choices].sort(descending=True).values[: options.bear_k][-1]
+        sign = -1 if options.bear_favours == "at_risk" else 1
+        margin = float(own - kth) * sign
+        weights.append(1 + options.bear_lambda / (1 + np.exp(-margin / options.bear_xi)))
+    return np.array(weights)
 
 
 def _objective(cell, config, values, losses, counts, present, groups, memory):

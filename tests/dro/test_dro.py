@@ -188,3 +188,9 @@ def test_buffer_adds_micro_batches_reports_nonfinite_and_stop_and_keeps_token_sl
     buffer.add(torch.tensor([float("nan"), 1.0, float("inf")]), torch.tensor([1.0, 1.0, 1.0]))
     buffer.request_stop()
     assert buffer.flags() == (True, True) and torch.isfinite(buffer.data).all()
+
+
+def test_the_loss_of_a_group_is_a_mean_also_where_its_token_weights_sum_to_less_than_one():
+    buffer = dro.StepBuffer(3, "cpu")
+    buffer.add(torch.tensor([0.3, 6.0, 0.0]), torch.tensor([0.1, 2.0, 0.0]))
+    assert torch.allclose(buffer.losses, torch.tensor([3.0, 3.0, 0.0], dtype=torch.float64), atol=1e-6)

@@ -6,7 +6,7 @@ import torch
 
 from gdrt_ds.loss import describe, group_cross_entropy
 from tests.gpu.rows import Row, Spot, passes, same
-from tests.loss.cases import Case, check_no_worse_than_plain
+from tests.loss.cases import Case, check_no_worse_than_plain, check_top_k
 
 SETTINGS = {
     "plain": {},
@@ -26,6 +26,9 @@ def run(spot: Spot) -> list[Row]:
             case = dict(n=37, v=101) if spot.dry else dict(n=300, v=5003, h=128)
             options = {**case, **settings, "device": spot.device}
             rows.append(passes(what, check_no_worse_than_plain, group_cross_entropy, dtype, **options))
+            what = f"{name}, {str(dtype).removeprefix('torch.')}: K-th log-probability of a full sort"
+            tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
+            rows.append(passes(what, check_top_k, group_cross_entropy, dtype, tolerance, **options))
     case = Case(n=64, v=3001, h=64, device=spot.device)
     first = case.run(group_cross_entropy)
     again = case.run(group_cross_entropy)

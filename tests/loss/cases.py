@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from gdrt_ds.loss import AllowedTokens, GroupLoss, reference_group_cross_entropy
+from gdrt_ds.loss import (
+    AllowedTokens,
+    GroupLoss,
+    reference_group_cross_entropy,
+    reference_top_k_log_probs,
+)
 
 
 class Case:
@@ -155,3 +160,22 @@ def check_gradients_add_up(op) -> None:
     rows = torch.autograd.grad(case.call(reference_group_cross_entropy).token_losses.sum(), [case.hidden])[0]
     gradient = case.run(op)[2]
     assert distance(gradient, rows * (case.d_sums[case.groups] + case.d_tokens).view(-1, 1)) < 1e-12
+
+
+def check_top_k(op, dtype, tolerance: float, **settings) -> None:
+    """The K-th log-probability is that of a full sort in float64, whatever K; losses and gradients stay the
+    same to the bit."""
+    case = Case(dtype=dtype, **settings)
+    plain = case.run(op)
+    for k in (1, 2, 10, 500):
+        out = case.call(op, top_k=k)
+        truth = reference_top_k_log_probs(case.hidden, case.weight, k, **case.settings)
+        assert not out.top_k_log_probs.requires_grad
+        assert torch.allclose(out.top_k_log_probs.double(), truth, rtol=tolerance, atol=tolerance), k
+        for value, same in zip(case.run(op, top_k=k), plain, strict=True):
+            assert torch.equal(value, same)
+    if not len(case.hidden):
+        return
+    # Rank 1 is the largest: a label of that rank has exactly this log-probability.
+    best = case.call(op, top_k=1).top_k_log_probs
+    assert (best >= -case.call(op).token_losses.detach() - tolerance).all()

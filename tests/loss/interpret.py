@@ -12,7 +12,12 @@ import torch
 
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import group_cross_entropy, kernels
-from tests.loss.cases import Case, check_no_worse_than_plain, check_sums_are_sums_of_token_losses
+from tests.loss.cases import (
+    Case,
+    check_no_worse_than_plain,
+    check_sums_are_sums_of_token_losses,
+    check_top_k,
+)
 
 
 def fused(*arguments, chunk_bytes=None, **settings):
@@ -74,6 +79,13 @@ def allowed_tokens() -> None:
         check_no_worse_than_plain(fused, torch.float32, n=24, allowed=True, **settings)
 
 
+def top_k() -> None:
+    capped = {"softcap": 2.0, "temperature": 0.7, "logit_scale": 0.3}
+    for settings in ({}, {"train": True}, capped, {"train": True, **capped}, {"allowed": True, **capped}):
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+            check_top_k(lambda *a, **k: fused(*a, chunk_bytes=3_000, **k), dtype, tolerance, n=12, **settings)
+
+
 def no_tokens() -> None:
     for train in (False, True):
         sums, losses, *gradients = Case(n=0, train=train).run(fused)
@@ -130,6 +142,7 @@ CHECKS = {
     "extreme logits": extreme_logits,
     "allowed tokens with soft-cap": allowed_tokens,
     "sums are sums of token losses": lambda: check_sums_are_sums_of_token_losses(fused),
+    "K-th log-probability": top_k,
     "no tokens": no_tokens,
     "bitwise repeatable": repeatable,
     "group sums of many tokens": many_group_sums,

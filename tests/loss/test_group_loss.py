@@ -19,6 +19,7 @@ from tests.loss.cases import (
     check_gradients_add_up,
     check_no_worse_than_plain,
     check_sums_are_sums_of_token_losses,
+    check_top_k,
     distance,
 )
 
@@ -140,10 +141,34 @@ def test_gradcheck_of_both_outputs():
             return tuple(
                 group_cross_entropy(
                     leaves[0], weight, case.labels, case.groups, 3, **{**case.settings, **more}
-                )
+                )[:2]
             )
 
         assert torch.autograd.gradcheck(function, case.leaves)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_kth_log_probability_is_that_of_a_full_sort_whatever_the_chunks(name):
+    for chunk_bytes, (dtype, tolerance) in itertools.product(
+        (None, 3000), ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1))
+    ):
+        check_top_k(
+            lambda *a, chunk_bytes=chunk_bytes, **k: group_cross_entropy(*a, chunk_bytes=chunk_bytes, **k),
+            dtype,
+            tolerance,
+            **SETTINGS[name],
+        )
+
+
+def test_the_kth_log_probability_without_gradients_runs_over_blocks_of_the_vocabulary():
+    case = Case(n=300, v=257, dtype=torch.float64, softcap=2.0)
+    with torch.no_grad():
+        out = case.call(group_cross_entropy, top_k=4, chunk_bytes=20_000)
+    wanted = case.call(group_cross_entropy, top_k=4, implementation="reference")
+    assert torch.allclose(out.top_k_log_probs, wanted.top_k_log_probs, atol=1e-12)
+    assert case.call(group_cross_entropy).top_k_log_probs is None
+    with pytest.raises(UserError, match="top_k is 0"):
+        case.call(group_cross_entropy, top_k=0)
 
 
 def test_sums_are_sums_and_absent_groups_are_zero():

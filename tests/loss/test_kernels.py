@@ -56,6 +56,7 @@ def interpreted(tmp_path_factory) -> dict[str, str]:
         "extreme logits",
         "allowed tokens with soft-cap",
         "sums are sums of token losses",
+        "K-th log-probability",
         "no tokens",
         "bitwise repeatable",
         "group sums of many tokens",

@@ -182,6 +182,40 @@ def test_reweight_is_inverse_popularity_and_power_zero_is_sft():
     assert value_of("reweight", reweight_power=0.0) == pytest.approx(MEAN, rel=1e-12)
 
 
+def bear_weights(losses, kth, choices, **options) -> np.ndarray:
+    view = TokenView(
+        torch.as_tensor(losses, dtype=torch.float64),
+        torch.zeros(len(losses)),
+        torch.ones(len(losses)),
+        ObjectiveOptions(**options),
+        top_k_log_probs=torch.as_tensor(kth, dtype=torch.float64),
+        num_choices=torch.as_tensor(choices),
+    )
+    return get_objective("bear").live_weights(view).numpy()
+
+
+def test_bear_weighs_by_the_distance_to_the_kth_token_and_lambda_zero_is_msl():
+    losses, kth, choices = LOSS, -LOSS[::-1] + 0.3, np.where(np.arange(N) % 5 == 0, 1, 7)
+    margin = -losses - kth
+    for lam, xi in ((0.25, 2.75), (4.0, 0.1)):
+        wanted = np.where(choices > 1, 1 + lam / (1 + np.exp(-margin / xi)), 0.0)
+        found = bear_weights(losses, kth, choices, bear_lambda=lam, bear_xi=xi)
+        assert np.allclose(found, wanted, atol=1e-14)
+        opposite = bear_weights(losses, kth, choices, bear_lambda=lam, bear_xi=xi, bear_favours="at_risk")
+        # Both signs together give each token 2 + lambda: sigmoid(m) + sigmoid(-m) = 1.
+        assert np.allclose((found + opposite)[choices > 1], 2 + lam, atol=1e-12)
+        q, value = get_objective("bear").aggregate(group_view(losses, found))
+        assert float(value) == pytest.approx((wanted * losses).sum() / wanted.sum(), rel=1e-12)
+    assert np.array_equal(bear_weights(losses, kth, choices, bear_lambda=0.0), choices > 1)
+
+
+def test_bear_favours_tokens_that_the_beam_keeps_unless_it_is_told_otherwise():
+    kept, dropped = bear_weights([0.1, 5.0], [-2.0, -2.0], [9, 9])
+    assert 1 < dropped < kept < 1.25
+    kept, dropped = bear_weights([0.1, 5.0], [-2.0, -2.0], [9, 9], bear_favours="at_risk")
+    assert 1 < kept < dropped < 1.25
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
 def test_sft_go_is_the_mean_plus_lambda_times_the_worst_group_and_lambda_zero_is_sft(weight):
     objective = get_objective("sft_go")
@@ -210,10 +244,13 @@ def test_an_absent_group_is_never_the_worst_of_sft_go():
 
 def test_only_objectives_that_look_at_this_batch_need_a_first_pass():
     late = {name for name, objective in objectives().items() if objective.is_late(DroSection())}
-    assert late == {"gdrt", "gdrt+msl", "group_dro", "cvar", "sft_go"}
-    assert {n for n, o in objectives().items() if o.is_late(DroSection(estimate="ema"))} == {"cvar"}
+    assert late == {"gdrt", "gdrt+msl", "group_dro", "cvar", "sft_go", "bear"}
+    assert {n for n, o in objectives().items() if o.is_late(DroSection(estimate="ema"))} == {
+        "cvar",
+        "bear",
+    }
     assert not get_objective("gdrt").is_late(DroSection(frozen_weights=[0.5, 0.5]))
-    assert {n for n, o in objectives().items() if o.masked_softmax} == {"msl", "gdrt+msl"}
+    assert {n for n, o in objectives().items() if o.masked_softmax} == {"msl", "gdrt+msl", "bear"}
 
 
 def test_an_objective_of_your_own_package_is_found_and_a_typo_gets_the_nearest_name():
@@ -229,6 +266,7 @@ def test_an_objective_of_your_own_package_is_found_and_a_typo_gets_the_nearest_n
         "igd",
         "reweight",
         "sft_go",
+        "bear",
     }
     assert get_objective("gdrt_ds.objectives.sft:OBJECTIVE") is get_objective("sft")
     with pytest.raises(UserError, match="did you mean `gdrt`"):
