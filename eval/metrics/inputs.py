@@ -18,6 +18,7 @@ from gdrt_ds.errors import UserError
 # The most popular fifth of the items is the head, the rest the long tail (APLT): common in the field.
 HEAD_SHARE = 0.2
 POPULARITY = "popularity_"  # labellings by popularity bins are called popularity_<bins>
+HISTORY_POPULARITY = "history_popularity_"  # the same by occurrences in train histories (Flower's)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,13 +117,15 @@ class Inputs:
         """Labels of the catalogue by name; None if the catalogue lacks them.
 
         Args:
-            name: popularity_<bins>, or labels that the catalogue holds, such as genres.
+            name: popularity_<bins>, history_popularity_<bins>, or labels that the catalogue holds, such as
+                genres.
         """
-        if not name.startswith(POPULARITY):
+        counts = counts_of_bins(self, name)
+        if counts is None:
             return self.item_labels.get(name)
 
         def make() -> Labelling:
-            return popularity_bins(self.train_count, self.item_ids, int(name.removeprefix(POPULARITY)))
+            return popularity_bins(counts, self.item_ids, int(name.rpartition("_")[2]))
 
         return self.cached(("labelling", name), make)
 
@@ -144,18 +147,27 @@ class Inputs:
         return self.cache[key]
 
 
+def counts_of_bins(inputs: Inputs, labelling: str) -> np.ndarray | None:
+    """[I] by what the popularity bins of this name are ordered; None if it names no such bins."""
+    if labelling.startswith(POPULARITY):
+        return inputs.train_count
+    if labelling.startswith(HISTORY_POPULARITY):
+        return inputs.history_count
+    return None
+
+
 def popularity_order(train_count: np.ndarray, item_ids: Sequence[str]) -> np.ndarray:
     """Entry indices from most to least popular; ties by item id, so the catalogue's order is no matter."""
     return np.lexsort((np.asarray(item_ids), -np.asarray(train_count)))
 
 
-def popularity_bins(train_count: np.ndarray, item_ids: Sequence[str], num_bins: int) -> Labelling:
-    """Bins of equal item count over the items seen in train, most popular first.
+def popularity_bins(counts: np.ndarray, item_ids: Sequence[str], num_bins: int) -> Labelling:
+    """Bins of equal item count over the items that were counted at all, most popular first.
 
-    Items unseen in train join the last bin.
+    Items with a count of 0 join the last bin.
     """
-    order = popularity_order(train_count, item_ids)
-    seen = order[np.asarray(train_count)[order] > 0]
+    order = popularity_order(counts, item_ids)
+    seen = order[np.asarray(counts)[order] > 0]
     bin_of = np.full(len(item_ids), num_bins - 1)
     for index, members in enumerate(np.array_split(seen, num_bins)):
         bin_of[members] = index

@@ -22,6 +22,9 @@ from eval.metrics.base import item_metric
 from eval.metrics.inputs import HEAD_SHARE, Inputs, popularity_order
 
 BINS = "popularity_8"
+FLOWER_BINS = "history_popularity_8"
+"""The bins of Flower (Mr-Peach0301/Flower, process.ipynb): items are ordered by how often they stand in train
+histories, not by how often they are interacted with."""
 
 
 # -- shares of labels, against the histories -----------------------------------------------------------
@@ -293,6 +296,18 @@ METRICS = (
         "dgu_test_histories@{k}",
         partial(dgu, histories=True),
         "DGU against the test samples' histories (IFairLRS)",
+        False,
+    ),
+    item_metric(
+        "mgu_flower@{k}",
+        partial(mgu, labels=FLOWER_BINS),
+        "MGU over 8 bins by occurrences in train histories (Flower)",
+        False,
+    ),
+    item_metric(
+        "dgu_flower@{k}",
+        partial(dgu, labels=FLOWER_BINS),
+        "DGU over 8 bins by occurrences in train histories (Flower)",
         False,
     ),
     item_metric("coverage@{k}", coverage, "share of the catalogue that is in some list", True),

@@ -36,6 +36,8 @@ LABELS = {
     "dgu_genres": "DGU, genres",
     "mgu_test_histories": "MGU, test histories",
     "dgu_test_histories": "DGU, test histories",
+    "mgu_flower": "MGU, Flower's bins",
+    "dgu_flower": "DGU, Flower's bins",
     "logpopdiff": "LogPopDiff",
     "provider_l1_catalogue": "Provider L1, catalogue",
     "provider_l1_interactions": "Provider L1",

@@ -173,6 +173,24 @@ def test_mgu_and_dgu_equal_the_hand_computed_case():
     )
 
 
+def test_the_convention_of_flower_orders_the_bins_by_occurrences_in_train_histories():
+    entries = [entry(f"i{i}", 160 - 10 * i) for i in range(16)]
+    # i0 stands in 16 histories, i15 in 15, i1 in 14, i14 in 13 and so on: a bin is one item from either end.
+    counts = {f"i{i}": 16 - 2 * i for i in range(8)} | {f"i{15 - i}": 15 - 2 * i for i in range(8)}
+    top = ["i0", "i1", "i2", "i3", "i4"]
+    predictions = [prediction(0, "i0", 1, top), prediction(1, "i7", 8, top)]
+    found = evaluate(predictions, entries, ks=(5,), history_item_counts=counts, **FAST)
+    # Histories: 31, 27, 23, 19, 15, 11, 7, 3 of 136. Lists: a fifth in each of the first five bins.
+    # Differences: -.0279, .0015, .0309, .0603, .0897, -.0809, -.0515, -.0221.
+    assert value(found, "mgu_flower@5") == pytest.approx(0.0455882, abs=1e-7)
+    assert value(found, "dgu_flower@5") == pytest.approx(0.0897059 + 0.0808824, abs=1e-7)
+    # By train counts a bin is two neighbours. Lists: .4, .4, .2. Histories: 30, 26, 22, 18, 16, 12, 8, 4 less
+    # or more: (i0, i1) 30, (i2, i3) 22, (i4, i5) 14, (i6, i7) 6, (i8, i9) 4, then 12, 20 and 28 of 136.
+    ours = np.array([2, 2, 1, 0, 0, 0, 0, 0]) / 5 - np.array([30, 22, 14, 6, 4, 12, 20, 28]) / 136
+    assert value(found, "mgu@5") == pytest.approx(np.abs(ours).mean())
+    assert value(found, "dgu@5") == pytest.approx(ours.max() - ours.min())
+
+
 def test_popularity_bins_hold_equal_numbers_of_seen_items_and_unseen_items_join_the_last():
     counts = np.array([0, 5, 9, 1, 7, 3, 0, 8, 2, 6])
     names = [f"i{n}" for n in range(10)]
@@ -445,6 +463,13 @@ MUTATIONS = [
         test_mgu_and_dgu_equal_the_hand_computed_case,
     ),
     (item_side, "_range", "- gap.min(axis=1)", "", test_mgu_and_dgu_equal_the_hand_computed_case),
+    (
+        inputs,
+        "counts_of_bins",
+        "return inputs.history_count",
+        "return inputs.train_count",
+        test_the_convention_of_flower_orders_the_bins_by_occurrences_in_train_histories,
+    ),
     (
         item_side,
         "gini_of",
