@@ -13,7 +13,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 .PHONY: help install wheel docs quickstart lint format test test-fast golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks gpu-check clean
 
 help:
-	@echo "make quickstart      install, tune a real small LM with SFT and GDRT on real data, evaluate, compare (11 minutes on 2 cores)"
+	@echo "make quickstart      install, tune a real small LM with SFT and GDRT on real data, evaluate, compare (15 to 20 minutes on 2 cores)"
 	@echo "make test            install, lint, the tests of one process side by side, then those with ranks (under 20 minutes on 2 cores)"
 	@echo "make test-fast       lint and the unit tests, without ranks, clusters and slow files (1 minute)"
 	@echo "make lint            format, rules, import layers, types, spelling (seconds); make format mends the first two"
