@@ -94,7 +94,7 @@ def _tiny_lines() -> list[str]:
         _line("dropout", 0.0, "the tiny model underfits", depth=2),
         _line("targets", "all-linear", "every linear layer", depth=2),
         "train:",
-        _line("max_steps", 100, "optimizer steps"),
+        _line("max_steps", 60, "optimizer steps"),
         _line("global_batch", 32, "samples per optimizer step over all ranks"),
         _line("lr", 0.003, "a tiny random model wants a large step"),
         _line("warmup_steps", 10, "steps of linear warm-up"),
