@@ -57,8 +57,8 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
-# Tests of one process run side by side, a file per worker. Those that start ranks and clusters run two files at a time:
-# half of a start is one process that imports, and a cluster mostly waits.
+# Tests of one process run side by side, a file per worker. Those that start ranks run two files at a time, because half
+# of a start is one process that imports. The simulated cluster is one for all its tests: they come last, one by one.
 ALONE = distributed or slurm
 LATER = faults or exactness
 SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
@@ -70,7 +70,8 @@ test: lint
 	@$(BIN)/python tests/slurm/cluster/cluster.py install --if-possible
 	@failed=; \
 	$(SIDE_BY_SIDE) -m "not ($(ALONE) or $(LATER))" || failed="$$failed one-process"; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "($(ALONE)) and not ($(LATER))" || failed="$$failed ranks-and-clusters"; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "distributed and not (slurm or $(LATER))" || failed="$$failed ranks"; \
+	$(BIN)/python -m pytest -m "slurm and not ($(LATER))" || failed="$$failed clusters"; \
 	[ -z "$$failed" ] || { echo "make test: failed:$$failed" >&2; exit 1; }
 
 golden: install
