@@ -26,7 +26,8 @@ FETCHED = [
         r"<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\bsrc=[\"']?(?:https?:)?//[^\s\"'>]+"
     ),
     re.compile(
-        r"<link\b(?=[^>]*rel=[\"']?(?:stylesheet|preconnect|preload|icon|dns-prefetch))[^>]*href=[\"']?(?:https?:)?//[^>]+"
+        r"<link\b(?=[^>]*rel=[\"']?(?:stylesheet|preconnect|preload|icon|dns-prefetch))"
+        r"[^>]*href=[\"']?(?:https?:)?//[^>]+"
     ),
     re.compile(r"url\([\"']?(?:https?:)?//[^)]+\)|@import\s+[\"'](?:https?:)?//[^\"']+"),
 ]
