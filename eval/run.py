@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from gdrt_ds import __version__
 from gdrt_ds.invocation import command_name
@@ -120,18 +121,7 @@ def evaluate_run_on_rows(options: argparse.Namespace) -> None:
     check_mode(options.mode)
     floors = wants_floors(options.floors)
     runtime = evaluation_runtime()
-    subject = load_rows(
-        runtime,
-        run=options.run,
-        base=options.base,
-        model=options.model,
-        adapter=options.adapter,
-        prompt=options.prompt,
-        data=options.data,
-        split=options.split,
-        limit=options.limit,
-        overrides=options.overrides,
-    )
+    subject = load_rows(runtime, **what_is_evaluated(options))
     evaluate_rows(
         subject,
         runtime,
@@ -145,6 +135,12 @@ def evaluate_run_on_rows(options: argparse.Namespace) -> None:
             options.audit_users, options.permutations, tuple(options.runs), options.bootstrap
         ),
     )
+
+
+def what_is_evaluated(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that name a model and its data; `load_subject` and `load_rows` take the same."""
+    names = ("run", "base", "model", "adapter", "prompt", "data", "split", "limit", "overrides")
+    return {name: getattr(options, name) for name in names}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -173,18 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.max_nodes,
         )
         runtime = evaluation_runtime()
-        subject = load_subject(
-            runtime,
-            run=options.run,
-            base=options.base,
-            model=options.model,
-            adapter=options.adapter,
-            prompt=options.prompt,
-            data=options.data,
-            split=options.split,
-            limit=options.limit,
-            overrides=options.overrides,
-        )
+        subject = load_subject(runtime, **what_is_evaluated(options))
         audits, settings = [name for name in options.audit.split(",") if name.strip()], None
         if audits:
             from eval.audit import AuditOptions

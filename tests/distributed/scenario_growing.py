@@ -7,15 +7,13 @@ computes the same samples padded, one row each.
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 
 from gdrt_ds.config import load_config
-from gdrt_ds.runtime import Runtime
-from gdrt_ds.training.run import run_training
 from tests.data.test_growing import table
 from tests.distributed.ranks import run_ranks
+from tests.distributed.stopped_runs import figures, train_here
 
 STEPS = 14
 STOP_AFTER = 5
@@ -45,24 +43,7 @@ def train(rank, world, data, folder, stop, *overrides):
             *overrides,
         ],
     )
-    runtime = Runtime(rank=rank, local_rank=rank, world=world, local_world=world)
-    if stop:
-        from gdrt_ds.training.step import StepRunner
-
-        plain = StepRunner.run
-
-        def run(self, step, lr):
-            if step == STOP_AFTER:
-                runtime.stop_signal = signal.SIGUSR1
-            return plain(self, step, lr)
-
-        StepRunner.run = run
-    return run_training(config, runtime)
-
-
-def figures(folder: Path) -> list[list]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [[r["step"], r["loss"], r["group_loss"], r["group_weight"], r["grad_norm"]] for r in records]
+    return train_here(config, rank, world, STOP_AFTER if stop else None)
 
 
 def main(output, folder):
