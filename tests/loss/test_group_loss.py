@@ -61,6 +61,20 @@ def test_every_setting_is_exact_in_float64_whatever_the_chunks(name):
         )
 
 
+@pytest.fixture(params=["native", "converted"])
+def bfloat16_products(request, monkeypatch):
+    """bfloat16 heads as on a CPU that is fast in bfloat16, and as on one that is not.
+
+    Which of the two this machine is must not decide what is tested.
+    """
+    native = request.param == "native"
+    monkeypatch.setattr("gdrt_ds.loss.head.bfloat16_products", lambda: (native, request.param))
+    product_dtype.cache_clear()
+    yield
+    product_dtype.cache_clear()
+
+
+@pytest.mark.usefixtures("bfloat16_products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_is_never_worse_than_plain_cross_entropy(name, dtype):
@@ -97,6 +111,7 @@ def test_any_vocabulary_size(v):
         )
 
 
+@pytest.mark.usefixtures("bfloat16_products")
 def test_a_bfloat16_head_of_several_blocks_is_no_worse_than_plain():
     """On CPUs the back-projection sums blocks of 8,192 tokens."""
     for v in (8_192, 8_193, 20_001):
@@ -105,6 +120,7 @@ def test_a_bfloat16_head_of_several_blocks_is_no_worse_than_plain():
         )
 
 
+@pytest.mark.usefixtures("bfloat16_products")
 @pytest.mark.parametrize("train", [False, True])
 def test_extreme_logits_of_ten_thousand_stay_finite_and_exact(train):
     for dtype in (torch.float32, torch.bfloat16):
@@ -317,6 +333,7 @@ def _workspace(case) -> int:
 @pytest.mark.parametrize(
     "settings", [{}, {"dtype": torch.bfloat16}, {"softcap": 3.0}, {"dtype": torch.bfloat16, "softcap": 3.0}]
 )
+@pytest.mark.usefixtures("bfloat16_products")
 def test_memory_beyond_the_inputs_is_the_chunk_budget_and_one_row_gradient(settings):
     case = Case(n=2000, v=3001, h=64, **settings)
     few = 2000 * 64  # a handful of numbers per token: losses, normalisers, coefficients
@@ -327,6 +344,7 @@ def test_memory_beyond_the_inputs_is_the_chunk_budget_and_one_row_gradient(setti
     assert allowed / 2 < peak <= allowed
 
 
+@pytest.mark.usefixtures("bfloat16_products")
 def test_a_wide_bfloat16_head_keeps_its_float32_sums_within_the_budget():
     """On CPUs the product with a narrow head is summed in float32, block by block.
 
@@ -338,6 +356,7 @@ def test_a_wide_bfloat16_head_keeps_its_float32_sums_within_the_budget():
     assert budget / 2 < peak - case.hidden.numel() * 2 <= budget + 400 * 64 + _workspace(case)
 
 
+@pytest.mark.usefixtures("bfloat16_products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_default_budget_takes_512_rows_at_once_on_a_cpu(dtype):
     from gdrt_ds.loss.group_loss import Settings, default_chunk_bytes
