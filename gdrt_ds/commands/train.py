@@ -24,6 +24,7 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.invocation import module_command, put_own_packages_first, safe_environment
 
 TRAINING_OPTIONS = ("--config", "--deepspeed_config", "--plan", "--world", "--local_rank", "--help", "-h")
+HOSTFILE = Path("/job/hostfile")  # where DeepSpeed's launcher looks for other machines
 SETTING = re.compile(r"[a-z_]+(\.[A-Za-z_0-9]+)*=")
 
 
@@ -49,8 +50,19 @@ def _of_training(word: str) -> bool:
 
 
 def launch_command(launcher: list[str], training: list[str]) -> list[str]:
-    """Returns the command that starts the ranks, with the launcher of this very environment."""
-    return [*module_command("deepspeed.launcher.runner"), *launcher, "--module", "gdrt_ds.train", *training]
+    """Returns the command that starts the ranks, with the launcher of this very environment.
+
+    DeepSpeed's launcher takes port 29500 for every job, and the second job on a machine fails.
+    Where all ranks are on this machine and no port is named, they get one that is free.
+    """
+    from gdrt_ds.runtime import free_port
+
+    port = []
+    named = {word.partition("=")[0] for word in launcher} & {"--hostfile", "-H", "--master_port"}
+    if not named and not HOSTFILE.exists():
+        port = ["--master_port", str(free_port())]
+    command = module_command("deepspeed.launcher.runner")
+    return [*command, *port, *launcher, "--module", "gdrt_ds.train", *training]
 
 
 def needs_launcher(launcher: list[str], training: list[str]) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import REPOSITORY, in_checkout
 from gdrt_ds.invocation import safe_environment
+from gdrt_ds.runtime import free_port
 
 OBJECTIVES = ("sft", "gdrt")
 
@@ -78,7 +79,8 @@ def _evaluation_of(run: Path) -> Path:
 
 def _train(config: str, run: Path, ranks: int, *overrides: str) -> float:
     script = ["gdrt_ds/train.py"] if in_checkout() else ["--module", "gdrt_ds.train"]
-    launch = ["deepspeed", "--num_gpus", str(ranks), *script, "--config", config]
+    port = str(free_port())  # another job on this machine may hold DeepSpeed's own
+    launch = ["deepspeed", "--master_port", port, "--num_gpus", str(ranks), *script, "--config", config]
     return show([*launch, f"run.dir={run}", "run.overwrite=true", *overrides], _log_of(run))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,17 @@ def test_the_launchers_words_end_where_the_trainings_begin():
     assert split_words(["objective=sft"]) == ([], ["objective=sft"])
     assert split_words(["--hostfile", "hosts"]) == (["--hostfile", "hosts"], [])
     words = launch_command(launcher, training)[3:]
-    assert words == [*launcher, "--module", "gdrt_ds.train", *training]
+    assert words[2:] == [*launcher, "--module", "gdrt_ds.train", *training]
+
+
+def test_jobs_side_by_side_on_a_machine_get_a_port_each_and_a_named_port_stays():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        first = launch_command(["--num_gpus", "2"], [])
+        assert first[3] == "--master_port" and int(first[4]) != other.getsockname()[1]
+    assert int(first[4]) != 29500
+    for named in (["--master_port", "4000"], ["--master_port=4000"], ["--hostfile", "hosts"]):
+        assert launch_command(named, [])[3 : 3 + len(named)] == named
 
 
 def test_a_launchers_option_behind_them_is_refused_with_the_order():
