@@ -7,7 +7,8 @@ base        Packed 4-bit weights take half a byte each, other parameters s. ZeRO
 experts     Fused experts are no linear layers: they stay unquantised and take s. ZeRO-3 divides them by W.
 quant_state One byte per 64 values and 4 per 64*256 (double quantisation), or 4 per 64. Whole on every rank.
 adapter     Weights and gradients take s, float32 masters 4 and two moments 8. The stage says what is sharded.
-gathered    Whole parameters that ZeRO-3 has gathered, see `gathered_bytes`. One rank gathers nothing.
+gathered    Whole parameters that ZeRO-3 has gathered, see `gathered_bytes`. One rank gathers nothing. On
+            CPUs gloo fills a second buffer of the same size and copies: the largest matrix counts twice.
 dequantised The largest matrix, dense, twice: in the forward, and as blocks in the backward.
 activations Per token and layer, see `activation_bytes_per_token`. With checkpointing they are the inputs of
             all layers and what one layer keeps.
@@ -153,6 +154,14 @@ def gathered_bytes(config: RunConfig, model: Inventory, zero: dict[str, Any], pa
     return layers + matrices * matrix * size
 
 
+def cpu_buffers(model: Inventory, live: int, size: int) -> dict[str, int]:
+    """What engine and gloo hold on CPUs; `live` and `size` are of `estimate`."""
+    parts = {"engine": CPU_ENGINE_BYTES}
+    if live:
+        parts["copy while gathering"] = model.vocabulary * model.hidden * size
+    return parts
+
+
 def whole_loading_reason(section: ModelSection, model: Inventory) -> str:
     """Returns why every rank of ZeRO-3 reads the whole model first; empty where each reads its slice."""
     if section.loading == "stock":
@@ -248,7 +257,7 @@ def estimate(
     if on_gpu and config.train.packing != "none":
         parts["block masks"] = block_mask_bytes(tokens, MOST_WINDOWS)
     if not on_gpu:
-        parts["engine"] = CPU_ENGINE_BYTES
+        parts |= cpu_buffers(model, live, size)
         if cpu_allocator() == "glibc":
             notes.append(GLIBC_NOTE)
     host = {}

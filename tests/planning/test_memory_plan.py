@@ -233,3 +233,17 @@ def test_gathered_parameters_follow_the_reuse_distance():
     assert found["auto"] == pytest.approx(head + 4 * layer, rel=0.01)
     assert found[0] == pytest.approx(head + 2 * layer, rel=0.01)
     assert found[10**12] == pytest.approx(2 * head + 32 * layer, rel=0.01)
+
+
+def test_gloo_fills_a_second_buffer_while_it_gathers_the_largest_matrix():
+    """Measured: an all-gather of 512 MiB on two gloo ranks raises the peak of each by another 512 MiB."""
+    model = transformers.LlamaConfig(**LLAMA8B)
+    raw = {"zero_optimization": {"stage": 3}}
+    found = {
+        (world, memory): estimate(config(dtype="bfloat16"), model, world, memory, deepspeed_config=raw).parts
+        for world in (1, 2)
+        for memory in (None, 80 << 30)
+    }
+    assert found[2, None]["copy while gathering"] == 128256 * 4096 * 2
+    for without in ((1, None), (1, 80 << 30), (2, 80 << 30)):
+        assert "copy while gathering" not in found[without]
