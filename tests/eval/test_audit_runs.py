@@ -196,7 +196,8 @@ def test_all_leaves_out_what_cannot_run_and_says_so_and_a_name_is_refused(subjec
     with pytest.raises(UserError, match="holds no evaluation"):
         folders.load_evaluations([runs[0] / "base", runs[1]], 2)
     reasons = {name: audit.lacks(AuditContext(bare, Runtime(), OPTIONS)) for name, audit in audits().items()}
-    assert {n for n, reason in reasons.items() if reason} == {"amplification", "cross_tuning", "debiasing"}
+    lacking = {"amplification", "drift", "cross_tuning", "debiasing"}
+    assert {n for n, reason in reasons.items() if reason} == lacking
 
 
 def test_checkpoint_slices_give_the_adapter_back_to_the_bit_and_damage_is_refused(runs, subject):

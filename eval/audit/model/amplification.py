@@ -13,21 +13,19 @@ Shapes: U users, I catalogue entries, G popularity bins.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from eval.audit.base import Audit, Cost, Lack, result
-from eval.audit.checkpoint_weights import adapter_weights, checkpoint_folders, set_adapter
+from eval.audit.base import Audit, Cost, result
+from eval.audit.checkpoint_steps import chosen_steps, lacks_checkpoints, walk
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap, permutation_p
 from eval.audit.score_rows import entropy, exposure, probabilities, top_lists
 from eval.metrics.inputs import popularity_bins
-from gdrt_ds.inference.path_reader import make_reader
 
 DEFAULT_USERS = 16
 K = 10
-MAX_STEPS = 6
 BINS = 5
 PERMUTATIONS = 200
 
@@ -105,30 +103,10 @@ def measure_change(
     return effect, permutation_p(abs(difference.mean()), np.abs(null)), null
 
 
-def chosen_steps(context: AuditContext) -> list:
-    """(step, folder) of at most MAX_STEPS checkpoints, evenly spread, always with the first and the last."""
-    if context.subject.run is None:
-        return []
-    found = checkpoint_folders(context.subject.run)
-    if len(found) <= MAX_STEPS:
-        return found
-    places = np.linspace(0, len(found) - 1, MAX_STEPS).round().astype(int)
-    return [found[place] for place in np.unique(places)]
-
-
 def score_steps(context: AuditContext, samples) -> list[tuple[int, np.ndarray]]:
     """(step, scores [U, I]) of the base model and of every chosen checkpoint."""
     histories = [sample.history for sample in samples]
-    steps = [(0, context.base().scores(histories, "base model"))]
-    recommender = context.variant(context.recommender.adapter, merge=False)
-    walker = AuditContext(replace(context.subject, recommender=recommender), context.runtime, context.options)
-    for step, folder in chosen_steps(context):
-        set_adapter(recommender.loaded.model, adapter_weights(folder))
-        # The reader's prompt cache holds states of the former weights.
-        recommender.reader = make_reader(recommender.loaded.model, recommender.encoder.prefix_ids)
-        walker.forget()
-        steps.append((step, walker.scores(histories, f"step {step}")))
-    return steps
+    return [(step, at_step.scores(histories, f"step {step}")) for step, at_step in walk(context)]
 
 
 def run(context: AuditContext) -> dict:
@@ -213,17 +191,6 @@ def distance_figure(found: dict[int, Step], entropy_of_data: float) -> dict:
     }
 
 
-def lacks(context: AuditContext) -> Lack:
-    if context.subject.run is None or not context.has_adapter:
-        return "it follows the checkpoints of a run with an adapter", "give --run RUN_DIR without --base"
-    if not chosen_steps(context):
-        return (
-            f"{context.subject.run} holds no checkpoint",
-            "train with train.save_every and a large train.keep_checkpoints",
-        )
-    return None
-
-
 def cost(context: AuditContext) -> Cost:
     return Cost(scorings=context.num_users(DEFAULT_USERS) * (1 + len(chosen_steps(context))))
 
@@ -235,5 +202,5 @@ AUDIT = Audit(
     run=run,
     cost=cost,
     order=40,
-    lacks=lacks,
+    lacks=lacks_checkpoints,
 )
