@@ -13,25 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("RANK", "0")
-os.environ.setdefault("LOCAL_RANK", "0")
-os.environ.setdefault("WORLD_SIZE", "1")
-os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-os.environ.setdefault("MASTER_PORT", "0")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from one_rank import clock  # sets the environment of torch, so it stands before it
 
+# isort: split
 import numpy as np
 import torch
+from machine_line import machine
 
 from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import RunConfig
@@ -134,15 +126,9 @@ def make_runners(folder: Path, estimate: str, accumulation: int) -> tuple[StepRu
 
 
 def seconds_of(runner: StepRunner, step: int) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        runner.run(step, 0.0)
-        torch.cuda.synchronize()
-        return time.perf_counter() - started
-    started = time.process_time()
+    started = clock()
     runner.run(step, 0.0)
-    return time.process_time() - started
+    return clock() - started
 
 
 def main() -> None:
@@ -158,17 +144,12 @@ def main() -> None:
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     rounds = arguments.rounds or (10 if arguments.quick else 40)
-    machine = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-    )
     shape = (
         f"H{HIDDEN} L{LAYERS} V{VOCABULARY} global batch {GLOBAL_BATCH} x {TOKENS} tokens, {TARGET} "
         f"targets, G{GROUPS}"
     )
     if not arguments.json:
-        print(f"GDRT step against SFT step, {shape}, ZeRO-3, {machine}, {rounds} paired rounds\n")
+        print(f"GDRT step against SFT step, {shape}, ZeRO-3, {machine()}, {rounds} paired rounds\n")
         print("| | gdrt ms | sft ms | ratio (median of pairs) | quartiles |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, estimate, accumulation in ROWS:
@@ -194,7 +175,7 @@ def main() -> None:
                             "ratio_quartiles": [low, high],
                             "unit": "s",
                             "shape": shape,
-                            "machine": machine,
+                            "machine": machine(),
                             "rounds": rounds,
                         }
                     ),

@@ -16,23 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("RANK", "0")
-os.environ.setdefault("LOCAL_RANK", "0")
-os.environ.setdefault("WORLD_SIZE", "1")
-os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-os.environ.setdefault("MASTER_PORT", "0")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from one_rank import clock  # sets the environment of torch, so it stands before it
 
+# isort: split
 import numpy as np
 import torch
 from machine_line import machine
@@ -163,13 +155,6 @@ def make_runner(options, folder: Path):
     return runner, runtime.device, str(loaded.dtype).removeprefix("torch.")
 
 
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
 def measure(options, folder: Path) -> None:
     runner, device, dtype = make_runner(options, folder)
     warm = runner.run(0, 1e-5)
@@ -180,12 +165,12 @@ def measure(options, folder: Path) -> None:
     floor.run()
     steps, floors = [], []
     for _ in range(options.rounds):
-        start = clock(device)
+        start = clock()
         runner.run(1, 1e-5)
-        between = clock(device)
+        between = clock()
         floor.run()
         steps.append(between - start)
-        floors.append(clock(device) - between)
+        floors.append(clock() - between)
     ratios = [step / alone for step, alone in zip(steps, floors)]
     record = {
         "name": "step_floor",

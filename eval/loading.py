@@ -11,13 +11,15 @@ catalogue that belong together (`gdrt_ds.inference.recommender` refuses those th
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from eval.precision import Precision, compare, in_training
-from gdrt_ds.config import load_config
+from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
 from gdrt_ds.errors import UserError
@@ -30,8 +32,11 @@ from gdrt_ds.inference.recommender import (
     names_dtype,
     open_trained,
 )
+from gdrt_ds.inference.row_model import RowModel
 from gdrt_ds.models.weight_files import WeightFiles
 from gdrt_ds.runtime.devices import free_bytes
+
+Chosen = TypeVar("Chosen")
 
 
 @dataclass
@@ -58,9 +63,7 @@ class Subject:
     @property
     def objective(self) -> str | None:
         """The training objective; None for a base model or a model that was trained elsewhere."""
-        if self.run is None or self.recommender.adapter is None:
-            return None
-        return self.recommender.config.objective
+        return trained_objective(self.run, self.recommender)
 
     @property
     def catalogue(self) -> Catalogue:
@@ -77,7 +80,46 @@ class Subject:
         return merged
 
 
-def choose_samples(samples: list[Sample], limit: int | None) -> list[Sample]:
+def trained_objective(run: Path | None, opened: Recommender | RowModel) -> str | None:
+    """The training objective; None for a base model or a model that was trained elsewhere."""
+    if run is None or opened.adapter is None:
+        return None
+    return opened.config.objective
+
+
+def check_names(
+    run: str | None, model: str | None, adapter: str | None, prompt: str | None, data: str | None
+) -> None:
+    """Raises UserError unless the command line names either a run or a model."""
+    if (run is None) == (model is None):
+        raise UserError(
+            "give either --run or --model" if run is None else "--run and --model exclude each other",
+            "--run RUN_DIR for a run of this project, --model PATH [--adapter PATH] --prompt FILE --data "
+            "PATH for another model",
+        )
+    if run is not None and (adapter or prompt or data):
+        raise UserError(
+            "--adapter, --prompt and --data belong to --model; a run folder brings its own",
+            "override single settings with key.sub=value",
+        )
+
+
+def config_elsewhere(model: str | None, data: str, prompt: str | None, overrides: list[str]) -> RunConfig:
+    """The settings for a model of another trainer, which has no config of its own here."""
+    given = ["model.quantization=none", f"model.path={model}", f"data.path={data}"]
+    if prompt:
+        given.append(f"prompt.template={prompt}")
+    return load_config(None, [*given, *overrides])
+
+
+def kept_limit(limit: int | None, samples: Sequence[Any]) -> int | None:
+    """The limit where it leaves samples of a split out; else None."""
+    if limit and limit < len(samples):
+        return limit
+    return None
+
+
+def choose_samples(samples: list[Chosen], limit: int | None) -> list[Chosen]:
     """All samples, or a sample of `limit` of them that is the same for every model (seed 0), in the split's
     order.
 
@@ -142,18 +184,8 @@ def load_subject(
     Raises:
         UserError: contradictory options, and every refusal of gdrt_ds.inference.recommender; an empty split.
     """
-    if (run is None) == (model is None):
-        raise UserError(
-            "give either --run or --model" if run is None else "--run and --model exclude each other",
-            "--run RUN_DIR for a run of this project, --model PATH [--adapter PATH] --prompt FILE --data "
-            "PATH for another model",
-        )
+    check_names(run, model, adapter, prompt, data)
     if run is not None:
-        if adapter or prompt or data:
-            raise UserError(
-                "--adapter, --prompt and --data belong to --model; a run folder brings its own",
-                "override single settings with key.sub=value",
-            )
         trained = open_trained(run, runtime, overrides, base=base)
         corpus = load_corpus(trained.config.data)
         name = Path(run).name + (" (base)" if base else "")
@@ -174,7 +206,7 @@ def load_subject(
         corpus,
         samples,
         split,
-        limit if limit and limit < len(corpus.split(split)) else None,
+        kept_limit(limit, corpus.split(split)),
         Path(run) if run else None,
         groups,
         compare(before, trained_dtype, recommender, samples),
@@ -195,10 +227,7 @@ def _trained_elsewhere(
         raise UserError("--model needs --data", "give the data folder, or ml-100k")
     if base:
         raise UserError("--base belongs to --run", "leave --adapter out to evaluate a base model")
-    defaults = ["model.quantization=none", f"model.path={model}", f"data.path={data}"]
-    if prompt:
-        defaults.append(f"prompt.template={prompt}")
-    config = load_config(None, [*defaults, *overrides])
+    config = config_elsewhere(model, data, prompt, overrides)
     corpus = load_corpus(config.data)
     catalogue = Catalogue.build(corpus)
     folder = Path(adapter) if adapter else None

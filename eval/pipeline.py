@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.floors import AUTO, Choice, choose, fit_floors, floor_predictions
-from eval.folders import FORMAT, RESULTS, is_evaluation, read_results
+from eval.folders import FORMAT
 from eval.loading import Subject
 from eval.metrics import evaluate, evaluate_targets
+from eval.output import default_folder, with_earlier_audits, write_evaluation
 from eval.predictions import (
     Exactness,
     Progress,
@@ -20,8 +21,6 @@ from eval.predictions import (
     predict,
     scoring_key,
 )
-from gdrt_ds.errors import UserError
-from gdrt_ds.files import write_json
 from gdrt_ds.runtime import Runtime, detect_rank, single_process_runtime, start_runtime
 from gdrt_ds.training.run_folder import git_hash, versions
 
@@ -38,16 +37,11 @@ def evaluation_runtime() -> Runtime:
 
 def default_output(subject: Subject, options: ScoringOptions) -> Path:
     """RUN/eval/SPLIT-MODE[-SCORING][-limitN][-base]; ./eval-NAME-SPLIT-MODE for models trained elsewhere."""
-    parts = [subject.split, options.mode]
+    what = [subject.split, options.mode]
     if not options.exact and options.scoring != "renormalised":
-        parts.append(options.scoring)
-    if subject.limit:
-        parts.append(f"limit{subject.limit}")
-    if subject.run is None:
-        return Path("-".join(["eval", subject.name, *parts]).replace("/", "-"))
-    if subject.recommender.adapter is None:
-        parts.append("base")
-    return subject.run / "eval" / "-".join(parts)
+        what.append(options.scoring)
+    is_base = subject.recommender.adapter is None
+    return default_folder(subject.run, subject.name, what, limit=subject.limit, is_base=is_base)
 
 
 def run_evaluation(
@@ -109,10 +103,7 @@ def run_evaluation(
     results = measure(
         subject, options, predictions, exactness, floors=chosen_floors, num_bootstrap=num_bootstrap
     )
-    kept = {name: audit for name, audit in earlier_audits(output, key).items() if name not in audited}
-    if kept:
-        print(f"audits of an earlier evaluation of the same predictions are kept: {', '.join(kept)}")
-    results["audits"] = {**kept, **audited}
+    results["audits"] = with_earlier_audits(output, key, audited)
     write(output, results, predictions, subject)
     return results
 
@@ -132,17 +123,6 @@ def _begin(
     print(exactness.line(), flush=True)
     claim_output(output, key, overwrite)
     return exactness
-
-
-def earlier_audits(output: Path, key: dict[str, Any]) -> dict[str, Any]:
-    """Audits in OUTPUT/results.json, if it has the same model, prompt, samples and mode; else none."""
-    if not is_evaluation(output):
-        return {}
-    try:
-        before = read_results(output)
-    except UserError:  # damaged: this evaluation writes it anew
-        return {}
-    return before.get("audits") or {} if before.get("scoring_key") == key else {}
 
 
 def measure(
@@ -234,17 +214,10 @@ def _notes(subject: Subject, options: ScoringOptions, predictions: list[dict[str
 
 
 def write(output: Path, results: dict[str, Any], predictions: list[dict[str, Any]], subject: Subject) -> None:
-    """Writes results.json, then report.md and report.html, and prints the table.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    from rich.console import Console
-
+    """Writes results.json and the reports, and prints the table."""
     from eval.report import terminal_table, write_report
 
-    try:
-        write_json(output / RESULTS, results)
+    def write_reports() -> None:
         write_report(
             output,
             results,
@@ -253,11 +226,5 @@ def write(output: Path, results: dict[str, Any], predictions: list[dict[str, Any
             run_folder=subject.run,
             history_item_counts=subject.train_history_counts(),
         )
-    except OSError as error:
-        raise UserError(
-            f"--output {output}: cannot be written ({error.strerror or error})",
-            "free space; the predictions are kept and need no new scoring",
-        ) from None
-    Console().print(terminal_table(results))
-    warning = "   (--limit: not a result)" if subject.limit else ""
-    print(f"written: {output}/results.json, predictions.jsonl, report.md, report.html{warning}")
+
+    write_evaluation(output, results, write_reports, terminal_table(results))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
-from eval.folders import RESULTS, is_evaluation, read_results
+from eval.output import default_folder, with_earlier_audits, write_evaluation
 from eval.predictions import Progress, claim_output
 from eval.rows import sensitivity
 from eval.rows.measure import measure
@@ -15,7 +15,6 @@ from eval.rows.predict import predict, scoring_key
 from eval.rows.report import terminal_table, write_report
 from eval.rows.subject import RowSubject
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import write_json
 from gdrt_ds.runtime import Runtime
 
 
@@ -46,14 +45,10 @@ def wants_floors(given: str) -> bool:
 
 def default_output(subject: RowSubject) -> Path:
     """RUN/eval/SPLIT-full[-limitN][-base]; ./eval-NAME-SPLIT-full for models trained elsewhere."""
-    parts = [subject.split, "full"]
-    if subject.limit:
-        parts.append(f"limit{subject.limit}")
-    if subject.run is None:
-        return Path("-".join(["eval", subject.name, *parts]).replace("/", "-"))
-    if subject.model.adapter is None:
-        parts.append("base")
-    return subject.run / "eval" / "-".join(parts)
+    is_base = subject.model.adapter is None
+    return default_folder(
+        subject.run, subject.name, [subject.split, "full"], limit=subject.limit, is_base=is_base
+    )
 
 
 def evaluate_rows(
@@ -97,32 +92,8 @@ def evaluate_rows(
     if predictions is None:
         return None
     results = measure(subject, predictions, floors=floors, num_bootstrap=num_bootstrap)
-    results["audits"] = {**_earlier_audits(output, key), **found}
-    _write(output, results, subject)
+    results["audits"] = with_earlier_audits(output, key, found)
+    write_evaluation(
+        output, results, lambda: write_report(output, results, subject.run), terminal_table(results)
+    )
     return results
-
-
-def _earlier_audits(output: Path, key: dict[str, Any]) -> dict[str, Any]:
-    """Audits in OUTPUT/results.json, if it is of the same predictions; else none."""
-    if not is_evaluation(output):
-        return {}
-    try:
-        before = read_results(output)
-    except UserError:  # damaged: this evaluation writes it anew
-        return {}
-    return before.get("audits") or {} if before.get("scoring_key") == key else {}
-
-
-def _write(output: Path, results: dict[str, Any], subject: RowSubject) -> None:
-    from rich.console import Console
-
-    try:
-        write_json(output / RESULTS, results)
-        write_report(output, results, subject.run)
-    except OSError as error:
-        raise UserError(
-            f"--output {output}: cannot be written ({error.strerror or error})",
-            "choose another folder, or free space",
-        ) from None
-    Console().print(terminal_table(results))
-    print(f"written: {output / 'report.html'}", flush=True)

@@ -1,42 +1,35 @@
 """Scores what is missing and writes predictions.jsonl; a restart goes on where the last one ended.
 
-The files and the rules are those of `eval.predictions.predict`: every rank appends to its own file in
-OUTPUT/parts/, scoring.json names what the scores depend on, and rank 0 joins the parts.
+The files and their rules are those of `eval.predictions.parts`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval.folders import PREDICTIONS
-from eval.predictions.predict import read_parts
+from eval.predictions.parts import adapter_hash, join_parts, read_parts, score_into
 from eval.predictions.rows import CURVE_DECIMALS
 from eval.rows.scoring import RowScorer, Scored
 from eval.rows.subject import RowSubject
 from gdrt_ds.data.text_rows import TextRow
-from gdrt_ds.errors import UserError
-from gdrt_ds.files import finite, sha256_of, write_text
+from gdrt_ds.files import finite
 from gdrt_ds.runtime import Runtime
 
 
 def scoring_key(subject: RowSubject) -> dict[str, Any]:
     """What predictions depend on; saved as scoring.json and compared at a restart."""
     model = subject.model
-    adapter = ""
-    if model.adapter is not None:
-        adapter = sha256_of(model.adapter / "adapter_model.safetensors")
     groups = hashlib.sha256(repr(subject.group_names).encode())
     for row in subject.rows:
         groups.update(subject.groups.get(row.sample_id, np.zeros(0, np.int16)).tobytes())
     return {
         "model": model.loaded.fingerprint,
-        "adapter": adapter,
+        "adapter": adapter_hash(model.adapter),
         "prompt": model.encoder.fingerprint,
         "max_length": model.encoder.max_length,
         "corpus": subject.data.fingerprint,
@@ -70,8 +63,7 @@ def predict(
         UserError: rows are missing at the end, because a rank ended early.
         KeyboardInterrupt: the process was asked to stop; what is finished is on disk.
     """
-    parts = output / "parts"
-    done = read_parts(parts)
+    done = read_parts(output / "parts")
     missing = [row for row in subject.rows if row.sample_id not in done]
     if missing and runtime.is_main:
         finished = f" ({len(done)} are finished)" if done else ""
@@ -81,41 +73,19 @@ def predict(
     mine = missing[runtime.rank :: runtime.world]
     if mine:
         scorer = RowScorer(subject.model)
-        part = parts / f"rank_{runtime.rank}.jsonl"
-        torn = part.is_file() and part.stat().st_size > 0 and not part.read_bytes().endswith(b"\n")
-        with open(part, "a", encoding="utf-8") as stream:
-            if torn:  # a killed process left half a line: what follows must not be glued to it
-                stream.write("\n")
-            for start in range(0, len(mine), batch_size):
-                batch = mine[start : start + batch_size]
-                stream.write(_lines(describe_all(subject, scorer, batch)))
-                stream.flush()
-                progress(min(start + batch_size, len(mine)), len(mine))
-                if runtime.stop_signal is not None:
-                    raise KeyboardInterrupt
+        batches = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+
+        def score(batch: Sequence[TextRow]) -> list[dict[str, Any]]:
+            return [finite(row) for row in describe_all(subject, scorer, batch)]
+
+        score_into(output, batches, score, runtime, progress, len(mine))
     runtime.barrier()
-    return _join(subject, output) if runtime.is_main else None
+    if not runtime.is_main:
+        return None
+    return join_parts(output, [row.sample_id for row in subject.rows], "rows")
 
 
-def _join(subject: RowSubject, output: Path) -> list[dict[str, Any]]:
-    """Writes predictions.jsonl from all parts and returns its rows."""
-    done = read_parts(output / "parts")
-    absent = [row.sample_id for row in subject.rows if row.sample_id not in done]
-    if absent:
-        raise UserError(
-            f"{len(absent)} rows have no predictions (a rank ended early), e.g. row {absent[0] + 1}",
-            "start the same command again: it goes on where it ended",
-        )
-    found = [done[row.sample_id] for row in subject.rows]
-    write_text(output / PREDICTIONS, _lines(found))
-    return found
-
-
-def _lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
-
-
-def describe_all(subject: RowSubject, scorer: RowScorer, rows: list[TextRow]) -> list[dict[str, Any]]:
+def describe_all(subject: RowSubject, scorer: RowScorer, rows: Sequence[TextRow]) -> list[dict[str, Any]]:
     """Objects of predictions.jsonl for some rows: own completions, and every answer that a row lists."""
     encoder = subject.model.encoder
     own = scorer.score([encoder.encode(row) for row in rows], with_curves=True)

@@ -9,8 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.loading import choose_samples
-from gdrt_ds.config import RunConfig, load_config
+from eval.loading import (
+    check_names,
+    choose_samples,
+    config_elsewhere,
+    kept_limit,
+    trained_objective,
+)
 from gdrt_ds.data.corpus import reader_of
 from gdrt_ds.data.supervised import Supervised, SupervisedSource
 from gdrt_ds.data.text_rows import TextRow
@@ -46,9 +51,7 @@ class RowSubject:
     @property
     def objective(self) -> str | None:
         """The training objective; None for a base model or a model that was trained elsewhere."""
-        if self.run is None or self.model.adapter is None:
-            return None
-        return self.model.config.objective
+        return trained_objective(self.run, self.model)
 
     def train_completions(self) -> Counter[str]:
         """How often train has each completion."""
@@ -61,14 +64,9 @@ def is_about_rows(
     """Whether the command line names a run on rows, or data of rows."""
     if run is not None:
         return is_row_run(run)
-    return data is not None and bool(reader_of(_config_of(model, data, prompt, overrides).data).supervised)
-
-
-def _config_of(model: str | None, data: str, prompt: str | None, overrides: list[str]) -> RunConfig:
-    given = ["model.quantization=none", f"model.path={model}", f"data.path={data}"]
-    if prompt:
-        given.append(f"prompt.template={prompt}")
-    return load_config(None, [*given, *overrides])
+    if data is None:
+        return False
+    return bool(reader_of(config_elsewhere(model, data, prompt, overrides).data).supervised)
 
 
 def load_rows(
@@ -90,17 +88,13 @@ def load_rows(
         UserError: contradictory options, an empty split, or whatever cannot be loaded.
     """
     overrides = list(overrides)
+    check_names(run, model, adapter, prompt, data)
     if run is not None:
-        if model or adapter or prompt or data:
-            raise UserError(
-                "--model, --adapter, --prompt and --data do not go with --run, whose folder brings its own",
-                "override single settings with key.sub=value",
-            )
         opened = open_row_run(run, runtime, overrides, base=base)
         name = Path(run).name + (" (base)" if base else "")
     else:
         assert data is not None
-        config = _config_of(model, data, prompt, overrides)
+        config = config_elsewhere(model, data, prompt, overrides)
         folder = Path(adapter) if adapter else None
         as_loaded = names_dtype(overrides) and config.model.dtype != "float32"
         path = base_path(config.model, folder)
@@ -123,7 +117,7 @@ def load_rows(
         encoded,
         rows,
         split,
-        limit if limit and limit < len(found.splits[split]) else None,
+        kept_limit(limit, found.splits[split]),
         Path(run) if run else None,
     )
     _give_groups(subject, fitted_here=any(o.startswith("groups.") for o in overrides))

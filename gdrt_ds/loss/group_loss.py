@@ -161,35 +161,20 @@ def group_cross_entropy(
     )
     check_range("groups", groups, num_groups, "give every token a group in [0, num_groups)")
     if implementation == "reference":
-        sums, losses = reference_group_cross_entropy(
-            hidden.to(weight.dtype),
-            weight,
-            labels,
-            groups,
-            num_groups,
-            bias=bias,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            temperature=temperature,
-            allowed=allowed,
-            lora=lora,
-            dtype=None,
-        )
+        settings = {
+            "bias": bias,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "temperature": temperature,
+            "allowed": allowed,
+            "lora": lora,
+            "dtype": None,
+        }
+        rounded = hidden.to(weight.dtype)
+        sums, losses = reference_group_cross_entropy(rounded, weight, labels, groups, num_groups, **settings)
         if top_k is None:
             return GroupLoss(sums, losses)
-        kth = reference_top_k_log_probs(
-            hidden.to(weight.dtype),
-            weight,
-            top_k,
-            bias=bias,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            temperature=temperature,
-            allowed=allowed,
-            lora=lora,
-            dtype=None,
-        )
-        return GroupLoss(sums, losses, kth)
+        return GroupLoss(sums, losses, reference_top_k_log_probs(rounded, weight, top_k, **settings))
     implementation, why = choose(implementation, weight.device.type, weight.dtype)
     announce(implementation, why, weight.device.type, weight.dtype)
     frozen = frozen_weight

@@ -1,11 +1,15 @@
-"""Run folders as training leaves them, made in seconds: real corpus, tiny random model and adapter."""
+"""Run folders as training leaves them, made in seconds: real corpus, tiny random model and adapter. And the
+message of a command that they make fail.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from eval.run import main
 from gdrt_ds.config import dump_config, load_config
 from gdrt_ds.models.load import load_model
 from gdrt_ds.runtime import Runtime
@@ -39,3 +43,14 @@ def make_run(folder: Path, overrides: list[str] = (), *, zero: bool = False, see
     loaded.model.save_pretrained(folder / "adapter")
     prepared.tokenizer.save_pretrained(folder / "adapter")
     return folder
+
+
+def fails(capsys, arguments, entry=main):
+    """The message of a refused command; it must exit with status 2 and no traceback."""
+    with pytest.raises(SystemExit) as ended:
+        entry([str(a) for a in arguments])
+    text = capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and text.startswith("error: ") and "fix: " in text and "Traceback" not in text
+    )
+    return text

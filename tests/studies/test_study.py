@@ -14,19 +14,13 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from eval.intervals import Resampled, interval
-from eval.report.figures import checked
 from eval.study.__main__ import main as eval_study
 from eval.study.blocks import audit_value
-from eval.study.figures import study_figures
-from eval.study.page import sentence
 from eval.study.reading import Grid
-from eval.study.seeds import combine, seed_draws, t_interval
 from gdrt_ds.errors import UserError
 from gdrt_ds.studies.grid import cells_of, choose_cells, load_study
 from gdrt_ds.studies.keeping import keep_cell, restore_cell
@@ -449,82 +443,4 @@ def test_the_page_of_cells_run_one_by_one_and_of_a_file_that_got_a_row(finished,
     assert (
         "2 of 8 cells are not evaluated yet" in (mine / "study.html").read_text()
         and "gdrt-tau-3-seed1" in (mine / "study.html").read_text()
-    )
-
-
-def test_a_gain_that_only_flatter_scores_make_is_said_to_be_one():
-    def compared(difference, verdict):
-        return SimpleNamespace(difference=difference, verdict=verdict, family=True)
-
-    pair = {
-        "nll": compared(-0.9, "better"),
-        "nll_calibrated": compared(-0.01, "interval spans zero"),
-        "mgu@5": compared(-0.02, "better"),
-        "nll_worst_relevance_group": compared(-0.5, "better"),
-        "nll_calibrated_worst_relevance_group": compared(-0.4, "better"),
-    }
-    block = SimpleNamespace(setting="default", comparisons={"sft": {"gdrt": pair}})
-    assert sentence(block, "gdrt", "sft", False) == (
-        "**gdrt** against sft: better on Target NLL (-0.9000 as scored; calibrated -0.0100, not shown), "
-        "MGU@5 (-0.0200), "
-        "NLL, worst group (-0.5000), NLL, calibrated, worst group (-0.4000)."
-    )
-    pair["nll_calibrated"] = compared(0.2, "worse")
-    assert "Target NLL (-0.9000 as scored; calibrated +0.2000, worse)" in sentence(
-        block, "gdrt", "sft", False
-    )
-
-
-def test_audits_are_drawn_with_intervals_where_a_row_has_several_seeds():
-    title = "auxiliary:interaction, log2"
-    block = SimpleNamespace(
-        setting="default",
-        rows={"sft": {}, "msl": {}},
-        seeds={"sft": [0, 1], "msl": [0]},
-        comparisons={},
-        audits={
-            title: {"sft": {0: 2.0, 1: 3.0}, "msl": {0: 1.5}},
-            "known without it, nats": {"sft": {0: 0.1, 1: 0.1}, "msl": {0: 0.1}},
-        },
-    )
-    (drawn,) = study_figures([block], "sft", [])
-    (series,) = drawn["series"]
-    half = (
-        12.706 * 0.5
-    )  # Student's t of one degree of freedom times the standard error of two values one apart
-    assert drawn["categories"] == ["sft", "msl"] and series["values"] == [2.5, 1.5]
-    assert series["low"] == [pytest.approx(2.5 - half, abs=1e-3), None] and series["high"] == [
-        pytest.approx(2.5 + half, abs=1e-3),
-        None,
-    ]
-    assert checked(drawn) == drawn
-
-
-def test_replicates_over_seeds_have_the_spread_of_a_mean_over_trainings():
-    """Two-way model: value = seed effect + user noise.
-
-    The interval's standard error must be that of a mean over fresh seeds and users.
-    """
-    rng = np.random.default_rng(0)
-    errors, seeds, size = [], 5, 4000
-    for _ in range(60):
-        effects, users = rng.normal(0, 1.0, seeds), rng.normal(0, 0.5, size)
-        found = combine([Resampled(e, e + users, 100, True, (-np.inf, np.inf)) for e in effects], seed=1)
-        errors.append(found.standard_error**2)
-    assert np.mean(errors) == pytest.approx(
-        1.0 / seeds + 0.25, rel=0.12
-    )  # without the factor: 0.8 / seeds + 0.25
-
-
-def test_seed_draws_are_the_same_for_every_row_and_one_seed_leaves_users_alone():
-    assert np.array_equal(seed_draws(3, 50, 0), seed_draws(3, 50, 0)) and np.allclose(
-        seed_draws(3, 50, 0).sum(1), 1
-    )
-    single = Resampled(0.4, np.linspace(0.3, 0.5, 101), 10, True, (0, 1))
-    assert interval(combine([single])) == interval(single)
-    mean, low, high = t_interval([1.0, 2.0, 3.0])
-    assert (
-        mean == 2
-        and high - 2 == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6)
-        and low == pytest.approx(4 - high)
     )

@@ -20,89 +20,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from slurm_accounting import start_accounting
+from slurm_packages import install, why_not
+
 HERE = Path(__file__).resolve().parent
 NETWORK = "10.77.0"
-PACKAGES = ["slurm-wlm", "slurm-client", "munge", "iproute2", "util-linux", "procps"]
-ACCOUNTING_PACKAGES = ["slurmdbd", "mariadb-server"]
 COMMANDS = ["sbatch", "srun", "salloc", "squeue", "sinfo", "scancel", "scontrol", "sacct", "sacctmgr"]
-
-
-def why_not() -> str | None:
-    """Says in one sentence why a cluster cannot run here, or None when it can."""
-    if os.geteuid() != 0:
-        return "the simulated Slurm cluster needs root (it creates network and process namespaces)"
-    for command in ("unshare", "nsenter", "ip"):
-        if shutil.which(command) is None:
-            return (
-                f"the simulated Slurm cluster needs the command `{command}` (packages util-linux and "
-                "iproute2)"
-            )
-    probe = subprocess.run(
-        [
-            "unshare",
-            "--net",
-            "--uts",
-            "--ipc",
-            "--mount",
-            "--pid",
-            "--fork",
-            "sh",
-            "-c",
-            "mount -t proc proc /proc && mount -t sysfs sysfs /sys && ip link add gdrt0 type bridge",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    if probe.returncode:
-        return (
-            "this machine does not allow the namespaces of the simulated Slurm cluster "
-            f"({probe.stderr.strip().splitlines()[-1]})"
-        )
-    missing = [c for c in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(c) is None]
-    if missing:
-        return (
-            f"Slurm is not installed ({', '.join(missing)} not found): `python {HERE.name}/cluster.py "
-            "install` in tests/slurm installs it"
-        )
-    return None
-
-
-def install(accounting: bool = False) -> None:
-    """Installs Slurm from the distribution's packages, without letting them start services."""
-    wanted = PACKAGES + (ACCOUNTING_PACKAGES if accounting else [])
-    status = subprocess.run(
-        ["dpkg-query", "-W", "-f", "${Package} ${Status}\n", *wanted], capture_output=True, text=True
-    ).stdout
-    missing = [p for p in wanted if f"{p} install ok installed" not in status]
-    if not missing:
-        return
-    print(f"[slurm] installing {' '.join(missing)}", flush=True)
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise SystemExit(f"cannot install {' '.join(missing)}: that takes root and apt-get")
-    policy = Path("/usr/sbin/policy-rc.d")
-    ours = not policy.exists()
-    if ours:
-        policy.write_text("#!/bin/sh\nexit 101\n")  # Debian's convention for "do not start services now"
-        policy.chmod(0o755)
-    try:
-        env = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
-        subprocess.run(["apt-get", "update", "-qq"], env=env, check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(
-            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing],
-            env=env,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-    finally:
-        if ours:
-            policy.unlink()
 
 
 @dataclass
@@ -133,6 +62,7 @@ class Cluster:
     def __init__(self, state: str | Path, shape: Shape | None = None, *, die_with_caller: bool = True):
         self.state, self.die_with_caller = Path(state).resolve(), die_with_caller
         self.shape = shape or Shape()
+        self.network = NETWORK
         self.run_dir, self.etc, self.log = self.state / "run", self.state / "etc", self.state / "log"
         self.mark = f"GDRT_CLUSTER={self.state}"
 
@@ -181,11 +111,11 @@ class Cluster:
             f"--seed-file={self.run_dir}/munged.seed",
         )
         if self.shape.accounting:
-            self._start_accounting()
+            start_accounting(self)
         self.on("head", "slurmctld")
         for number in range(1, self.shape.nodes + 1):
             self.start_node(f"node{number}")
-        self._until(self._ready, 90, f"nodes not ready, see {self.log}")
+        self.until(self._ready, 90, f"nodes not ready, see {self.log}")
         return self
 
     def down(self) -> None:
@@ -194,7 +124,7 @@ class Cluster:
             pid = self._machine_pid(pid_file.stem)
             if pid:
                 os.kill(pid, 9)
-                self._until(
+                self.until(
                     lambda pid=pid: not self._ours(pid),
                     10,
                     f"machine {pid_file.stem} (pid {pid}) does not end",
@@ -284,7 +214,7 @@ class Cluster:
         """The power goes: every process of the node ends at once."""
         pid = self._machine_pid(node)
         os.kill(pid, 9)
-        self._until(lambda: not self._ours(pid), 10, f"{node} does not end")
+        self.until(lambda: not self._ours(pid), 10, f"{node} does not end")
         (self.run_dir / f"{node}.machine").unlink(missing_ok=True)
         (self.run_dir / f"{node}.died").touch()
 
@@ -350,7 +280,7 @@ class Cluster:
                 start_new_session=True,
                 env=self.environment(),
             )
-        self._until(
+        self.until(
             lambda: self._machine_pid(name),
             15,
             f"machine {name} did not start, see {self.log}/machine-{name}.log",
@@ -366,7 +296,7 @@ class Cluster:
             raise RuntimeError(f"{machine}: {' '.join(command)}: {done.stderr.strip()}")
 
     @staticmethod
-    def _until(condition, seconds: float, complaint: str) -> None:
+    def until(condition, seconds: float, complaint: str) -> None:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
@@ -445,75 +375,6 @@ class Cluster:
                 f'/usr/bin/{command} "$@"\n'
             )
             shim.chmod(0o755)
-
-    def _start_accounting(self) -> None:
-        data, socket = self.state / "mysql", self.run_dir / "mysql.sock"
-        data.mkdir(exist_ok=True)
-        shutil.chown(data, "mysql")
-        self.run_dir.chmod(0o1777)
-        if not (data / "mysql").exists():
-            self.on(
-                "head",
-                "mariadb-install-db",
-                "--no-defaults",
-                "--user=mysql",
-                f"--datadir={data}",
-                "--skip-test-db",
-                "--auth-root-authentication-method=normal",
-                timeout=180,
-            )
-        with open(self.log / "mariadbd.log", "ab") as log:
-            subprocess.Popen(
-                self.prefix("head")
-                + [
-                    "mariadbd",
-                    "--no-defaults",
-                    "--user=mysql",
-                    f"--datadir={data}",
-                    f"--socket={socket}",
-                    "--bind-address=127.0.0.1",
-                    "--innodb-buffer-pool-size=64M",
-                    "--innodb-flush-log-at-trx-commit=0",
-                    "--innodb-lock-wait-timeout=900",
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self.environment(),
-                start_new_session=True,
-            )
-        admin = ["mariadb-admin", "--no-defaults", f"--socket={socket}", "-uroot", "ping"]
-        self._until(
-            lambda: self.on("head", *admin, check=False).returncode == 0,
-            60,
-            f"mariadb did not start, see {self.log}/mariadbd.log",
-        )
-        sql = "create database if not exists slurm_acct_db;"
-        for host in ("%", "localhost"):
-            sql += (
-                f"create user if not exists 'slurm'@'{host}' identified by 'simulated';"
-                f"grant all on slurm_acct_db.* to 'slurm'@'{host}';"
-            )
-        self.on("head", "mariadb", "--no-defaults", f"--socket={socket}", "-uroot", "-e", sql)
-        conf = self.etc / "slurmdbd.conf"
-        conf.write_text(
-            f"AuthType=auth/munge\nAuthInfo=socket={self.run_dir}/munge.sock\n"
-            f"DbdHost=head\nDbdAddr={NETWORK}.1\n"
-            f"SlurmUser=root\nLogFile={self.log}/slurmdbd.log\nPidFile={self.run_dir}/slurmdbd.pid\n"
-            "StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\n"
-            "StoragePort=3306\nStorageUser=slurm\n"
-            "StoragePass=simulated\nStorageLoc=slurm_acct_db\n"
-        )
-        conf.chmod(0o600)
-        self.on("head", "slurmdbd")
-        show = ["timeout", "3", "sacctmgr", "-n", "show", "cluster"]
-        self._until(
-            lambda: self.on("head", *show, check=False).returncode == 0,
-            60,
-            f"slurmdbd did not start, see {self.log}/slurmdbd.log",
-        )
-        for what in (["cluster", "simulated"], ["account", "default"], ["user", "root", "account=default"]):
-            self.on("head", "sacctmgr", "-i", "-Q", "add", *what, check=False)
 
 
 def main() -> int:

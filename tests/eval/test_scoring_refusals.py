@@ -1,0 +1,88 @@
+"""What `python -m eval.run` refuses: what does not belong together, wrong options."""
+
+import json
+import shutil
+
+import pytest
+
+from gdrt_ds.data.catalogue import Catalogue
+from tests.eval.run_folders import TINY, fails, make_run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("scoring") / "run")
+
+
+def test_wrong_adapters_are_refused(run, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    zero = tmp_path / "zero"
+    shutil.copytree(run, zero)
+    weights = load_file(zero / "adapter" / "adapter_model.safetensors")
+    save_file(
+        {k: w * 0 if "lora_B" in k else w for k, w in weights.items()},
+        zero / "adapter" / "adapter_model.safetensors",
+    )
+    assert "lora_B matrices are zero" in fails(capsys, ["--run", zero])
+    save_file(
+        {k.replace("layers.", "blocks."): w for k, w in weights.items()},
+        zero / "adapter" / "adapter_model.safetensors",
+    )
+    assert "does not have" in fails(capsys, ["--run", zero])
+    save_file(
+        {k: w * float("nan") for k, w in weights.items()}, zero / "adapter" / "adapter_model.safetensors"
+    )
+    assert "NaN" in fails(capsys, ["--run", zero])
+    shutil.rmtree(zero / "adapter")
+    assert "has no adapter yet" in fails(capsys, ["--run", zero])
+
+
+def test_another_base_model_or_tokenizer_is_refused(run, tmp_path, capsys):
+    other = make_run(tmp_path / "other", ["train.seed=5"])
+    assert "whose weights differ" in fails(
+        capsys, ["--model", other / "base", "--adapter", run / "adapter", "--data", "planted", TINY[1]]
+    )
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    tokenizer = json.loads((folder / "adapter" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "adapter" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "differs from the base model's" in fails(capsys, ["--run", folder])
+
+
+def test_catalogues_that_do_not_fit_the_data_are_refused(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    catalogue = Catalogue.load(folder / "catalogue.jsonl")
+    Catalogue(catalogue.entries[:-3]).save(folder / "catalogue.jsonl")
+    assert "3 items of the test split are not in the catalogue" in fails(capsys, ["--run", folder])
+    Catalogue(catalogue.entries[:1]).save(folder / "catalogue.jsonl")
+    assert "nothing to rank" in fails(capsys, ["--run", folder])
+
+
+def test_empty_splits_and_wrong_options_are_refused(run, tmp_path, capsys):
+    assert "split=valid" in fails(
+        capsys,
+        [
+            "--run",
+            run,
+            "--split",
+            "valid",
+            "data.planted={num_items: 24, num_train: 200, num_valid: 0, num_test: 40}",
+        ],
+    )
+    assert "either --run or --model" in fails(capsys, [])
+    assert "exclude each other" in fails(capsys, ["--run", run, "--model", run / "base"])
+    assert "needs --data" in fails(capsys, ["--model", run / "base"])
+    assert "--limit 0" in fails(capsys, ["--run", run, "--limit", 0])
+    assert "--k 0" in fails(capsys, ["--run", run, "--k", 0])
+    assert "does not exist" in fails(capsys, ["--run", tmp_path / "nowhere"])
+    assert "lacks config.yaml" in fails(capsys, ["--run", tmp_path])
+    assert "prompt template" in fails(
+        capsys, ["--model", run / "base", "--data", "planted", "--prompt", "none.json"]
+    )
