@@ -8,15 +8,19 @@ dropped silently: `Corpus.notes` accounts for every row that is not used.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from gdrt_ds.config import DataSection
+from gdrt_ds.data.columns import InteractionColumns, WindowTable
 from gdrt_ds.data.interactions import make_windows
+from gdrt_ds.data.popularity import count_items
 from gdrt_ds.data.readers.base import BadRows, Interactions, Item, Reader, Sample, Windows
+from gdrt_ds.data.window_facts import add_record, add_windows, also_in_train
 from gdrt_ds.errors import UserError, nearest
 from gdrt_ds.registry import parts
 
@@ -34,7 +38,8 @@ class Corpus:
         name: of the data set.
         domain: what an item is called in a prompt ("movie", "book", "product", "item").
         items: item id -> Item, the whole catalogue before duplicate titles are merged.
-        splits: "train", "valid", "test" -> samples; `sample_id` is the position in its split.
+        splits: "train", "valid", "test" -> samples; `sample_id` is the position in its split. A list, or,
+            for windows over a log of interactions, a `WindowTable` that makes a sample when it is asked.
         users: user id -> attributes; empty where the data has none.
         notes: what was skipped, dropped or carved, with counts.
         fingerprint: SHA-256 of items, users and splits.
@@ -43,12 +48,12 @@ class Corpus:
     name: str
     domain: str
     items: dict[str, Item]
-    splits: dict[str, list[Sample]]
+    splits: dict[str, Sequence[Sample]]
     users: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
 
-    def split(self, name: str) -> list[Sample]:
+    def split(self, name: str) -> Sequence[Sample]:
         """Returns the samples of a split.
 
         Raises:
@@ -85,7 +90,7 @@ def load_corpus(data: DataSection) -> Corpus:
             raise UserError(f"data.columns.{role}: unknown column role", nearest(role, known))
     found = reader.read(data, bad)
     notes: list[str] = []
-    if isinstance(found, Interactions):
+    if isinstance(found, (Interactions, InteractionColumns)):
         windows, notes = make_windows(found, data)
     else:
         windows = found
@@ -102,17 +107,11 @@ def load_corpus(data: DataSection) -> Corpus:
     return corpus
 
 
-def _trained_on(splits: dict[str, list[Sample]]) -> list[str]:
+def _trained_on(splits: dict[str, Sequence[Sample]]) -> list[str]:
     """A line for every held-out split that shares windows with train."""
-
-    def window(sample: Sample) -> tuple:
-        return sample.user_id, sample.history, sample.target, sample.timestamp
-
-    held_out = {window(sample) for name in ("valid", "test") for sample in splits[name]}
-    train = {key for key in map(window, splits["train"]) if key in held_out}
     lines = []
     for name in ("valid", "test"):
-        shared = sum(window(sample) in train for sample in splits[name])
+        shared = also_in_train(splits["train"], splits[name])
         if shared:
             lines.append(
                 f"{name}: {shared} of {len(splits[name])} windows are also windows of train (same user, "
@@ -159,22 +158,12 @@ def reader_of(data: DataSection) -> Reader:
     return next(reader for reader in in_order() if reader.detect(data))
 
 
-def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dict[str, list[Sample]]:
+def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dict[str, Sequence[Sample]]:
     """Cuts histories, drops short ones, carves valid where the files have none, samples and numbers.
 
     Everything that leaves windows out is noted.
     """
-    splits = {}
-    for name, samples in windows.splits.items():
-        kept = [replace(s, history=s.history[-data.history_length :]) for s in samples]
-        long_enough = [s for s in kept if len(s.history) >= data.min_history]
-        if len(long_enough) < len(kept):
-            notes.append(
-                f"{name}: {len(kept) - len(long_enough)} of {len(kept)} windows have fewer than "
-                f"data.min_history={data.min_history} "
-                "history items and are left out"
-            )
-        splits[name] = long_enough
+    splits = {name: _long_enough(name, samples, data, notes) for name, samples in windows.splits.items()}
     if "valid" not in splits:
         splits["train"], splits["valid"] = _carve_valid(splits["train"], data, notes)
     for index, name in enumerate(SPLITS):
@@ -188,13 +177,46 @@ def _finish_splits(windows: Windows, data: DataSection, notes: list[str]) -> dic
                 f"{name}: a seeded sample of {limit} of {len(samples)} windows (data.limit_{name}, "
                 f"data.sample_seed={data.sample_seed})"
             )
-            samples = [samples[i] for i in sorted(chosen.tolist())]
-        splits[name] = [replace(sample, sample_id=i) for i, sample in enumerate(samples)]
+            samples = _chosen(samples, np.sort(chosen))
+        splits[name] = _numbered(samples)
     return {name: splits[name] for name in SPLITS}
 
 
+def _long_enough(
+    name: str, samples: Sequence[Sample], data: DataSection, notes: list[str]
+) -> Sequence[Sample]:
+    """The windows of a split with their newest history items, without windows that have too few."""
+    if isinstance(samples, WindowTable):  # its histories are cut already
+        kept = samples
+        if len(samples) and int(samples.lengths.min()) < data.min_history:
+            kept = samples.take(samples.lengths >= data.min_history)
+    else:
+        cut = [replace(s, history=s.history[-data.history_length :]) for s in samples]
+        kept = [s for s in cut if len(s.history) >= data.min_history]
+    if len(kept) < len(samples):
+        notes.append(
+            f"{name}: {len(samples) - len(kept)} of {len(samples)} windows have fewer than "
+            f"data.min_history={data.min_history} "
+            "history items and are left out"
+        )
+    return kept
+
+
+def _chosen(samples: Sequence[Sample], places: np.ndarray) -> Sequence[Sample]:
+    if isinstance(samples, WindowTable):
+        return samples.take(places)
+    return [samples[place] for place in places.tolist()]
+
+
+def _numbered(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """The samples with their place in the split as `sample_id`."""
+    if isinstance(samples, WindowTable):
+        return samples
+    return [replace(sample, sample_id=place) for place, sample in enumerate(samples)]
+
+
 def _carve_valid(
-    train: list[Sample], data: DataSection, notes: list[str]
+    train: Sequence[Sample], data: DataSection, notes: list[str]
 ) -> tuple[list[Sample], list[Sample]]:
     """Makes the latest windows of train the valid split, in the proportion of `split_ratio`.
 
@@ -215,63 +237,17 @@ def _carve_valid(
 
 
 def train_popularity(corpus: Corpus) -> Counter[str]:
-    """Counts the interactions per item in train, each once although sliding windows repeat it.
-
-    Windows of one user are put in time order and stitched where the end of one is the beginning of
-    the next. What remains is the user's sequence, whose elements are counted. Windows sampled with
-    gaps between them give separate pieces.
-    """
-    of_user: dict[str, list[Sample]] = defaultdict(list)
-    for sample in corpus.splits["train"]:
-        of_user[sample.user_id].append(sample)
-    counts: Counter[str] = Counter()
-    for samples in of_user.values():
-        samples.sort(key=lambda s: s.timestamp if s.timestamp is not None else 0.0)
-        pieces: list[list[str]] = []
-        for sample in samples:
-            _stitch(pieces, [*sample.history, sample.target])
-        for piece in pieces:
-            counts.update(piece)
-    return counts
-
-
-def _stitch(pieces: list[list[str]], window: list[str]) -> None:
-    """Adds a window to the last piece it overlaps.
-
-    At equal times windows may come in any order, so both ends are tried.
-    """
-    for piece in reversed(pieces[-3:]):
-        for overlap in range(min(len(piece), len(window)), 0, -1):
-            if piece[-overlap:] == window[:overlap]:
-                piece.extend(window[overlap:])
-                return
-            if piece[:overlap] == window[-overlap:]:
-                piece[:0] = window[:-overlap]
-                return
-        if any(piece[i : i + len(window)] == window for i in range(len(piece) - len(window))):
-            return
-    pieces.append(window)
+    """Counts the interactions per item in train, each once although sliding windows repeat it."""
+    return count_items(corpus.splits["train"])
 
 
 def _fingerprint(corpus: Corpus) -> str:
     digest = hashlib.sha256()
-
-    def add(*parts: object) -> None:
-        digest.update("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass") + b"\x1e")
-
-    add(corpus.domain)
+    add_record(digest, corpus.domain)
     for item in corpus.items.values():
-        add("item", item.item_id, item.title, item.provider, *item.genres)
+        add_record(digest, "item", item.item_id, item.title, item.provider, *item.genres)
     for user, attributes in sorted(corpus.users.items()):
-        add("user", user, *(f"{k}={v}" for k, v in sorted(attributes.items())))
+        add_record(digest, "user", user, *(f"{k}={v}" for k, v in sorted(attributes.items())))
     for name in SPLITS:
-        for s in corpus.splits[name]:
-            add(
-                name,
-                s.user_id,
-                s.timestamp,
-                *s.history,
-                s.target,
-                *(f"{k}={v}" for k, v in sorted(s.labels.items())),
-            )
+        add_windows(digest, name, corpus.splits[name])
     return digest.hexdigest()

@@ -1,109 +1,156 @@
 """From interactions to windows: rating filter, k-core, sliding windows, and the split in time.
 
 The split is at two points of global time, or leaves each user's last items out. Everything is deterministic:
-events of equal time keep the order of the file. `corpus.load_corpus` calls it.
+events of equal time keep the order of the file. `corpus.load_corpus` calls it. All steps work on columns; the
+same steps on Python objects, one event after the other, are the reference of the tests
+(tests/data/reference_windows.py).
+
+Shapes: R rows of the log, E events that are left.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import numpy as np
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.readers.base import RATINGS_UNUSED, Interactions, Sample, Windows
+from gdrt_ds.data.columns import EventTable, InteractionColumns, WindowTable
+from gdrt_ds.data.readers.base import RATINGS_UNUSED, Interactions, Windows
 from gdrt_ds.errors import UserError
 
 
-def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list[str]]:
+def make_windows(found: Interactions | InteractionColumns, data: DataSection) -> tuple[Windows, list[str]]:
     """Makes the windows of every split, and notes that account for every event left out.
 
     An event becomes a target when its user has at least `min_history` events before it. Its history
     is the newest `history_length` of them.
+
+    Raises:
+        UserError: no interaction is left.
     """
-    notes = list(events.notes)
-    keep = list(range(len(events.users_of)))
-    if data.min_rating is not None and events.ratings is not None:
-        kept = [row for row in keep if events.ratings[row] >= data.min_rating]
+    log = found
+    if isinstance(found, Interactions):
+        log = InteractionColumns.of(found)
+    notes = list(log.notes)
+    keep = _filtered(log, data, notes)
+    if log.times is None:
+        notes.append("the interactions carry no timestamp: the order of the file stands for time")
+    else:
+        keep = keep[np.argsort(log.times[keep], kind="stable")]  # ties keep the order of the file
+    by_user = np.argsort(log.users_of[keep], kind="stable")
+    events = _events(log, keep[by_user])
+    first, last = _bounds_of_users(events.users)
+    if events.times is not None:
+        notes += _tie_note(events)
+    num_users = int((first == np.arange(len(first))).sum())
+
+    # From here on everything is in the order of time.
+    place = np.empty(len(keep), dtype=np.int32)
+    place[by_user] = np.arange(len(keep), dtype=np.int32)
+    before = place - first[place]
+    is_target = before >= data.min_history
+    place = place[is_target]
+    lengths = np.minimum(before[is_target], data.history_length)
+    lengths = lengths.astype(np.min_scalar_type(min(data.history_length, 2**31 - 1)))
+    windows = WindowTable(events, place, lengths)
+    notes.append(
+        f"{len(windows)} windows from {len(keep)} interactions of {num_users} users; "
+        f"{len(keep) - len(windows)} interactions have fewer than "
+        f"data.min_history={data.min_history} before them and are history only"
+    )
+    items = _used_items(log, events, notes)
+    users = {}
+    if log.users:
+        numbers = np.unique(events.users).tolist()
+        there = {log.user_names[number] for number in numbers}
+        users = {user: attributes for user, attributes in log.users.items() if user in there}
+    splits = _split(windows, last[place] - place, data)
+    return Windows(splits, items, users, log.domain), notes
+
+
+def _filtered(log: InteractionColumns, data: DataSection, notes: list[str]) -> np.ndarray:
+    """int64[E]: rows that pass the rating filter and the k-core, in file order."""
+    keep = np.arange(len(log.users_of))
+    if data.min_rating is not None and log.ratings is not None:
+        kept = np.flatnonzero(log.ratings >= data.min_rating)
         notes.append(
             f"{len(keep) - len(kept)} of {len(keep)} interactions are rated below "
             f"data.min_rating={data.min_rating:g} and left out"
         )
         keep = kept
-    elif events.ratings is not None:
+    elif log.ratings is not None:
         notes.append(RATINGS_UNUSED)
     if data.kcore > 1:
-        kept = k_core(events.users_of, events.items_of, keep, data.kcore)
+        kept = k_core(log.users_of, log.items_of, keep, data.kcore)
         notes.append(
             f"{len(keep) - len(kept)} of {len(keep)} interactions are outside the {data.kcore}-core and "
             "left out"
         )
         keep = kept
-    if not keep:
+    if not len(keep):
         raise UserError(
             f"data.path={data.path}: no interaction is left (data.min_rating={data.min_rating}, "
             f"data.kcore={data.kcore})",
             "lower data.kcore or data.min_rating, or check the interactions file",
         )
-    timestamps = events.timestamps
-    if timestamps is None:
-        notes.append("the interactions carry no timestamp: the order of the file stands for time")
-    else:
-        keep.sort(key=timestamps.__getitem__)  # stable: ties keep the order of the file
-    of_user: dict[str, list[int]] = defaultdict(list)
-    for row in keep:
-        of_user[events.users_of[row]].append(row)
-    if timestamps is not None:
-        tied = sum(
-            timestamps[a] == timestamps[b] for rows in of_user.values() for a, b in zip(rows, rows[1:])
-        )
-        pairs = sum(len(rows) - 1 for rows in of_user.values())
-        if tied:
-            notes.append(
-                f"{tied} of {pairs} neighbouring interactions of a user share their timestamp; they keep "
-                "the order of the file"
-            )
-    place: dict[int, tuple[str, int]] = {
-        row: (user, k) for user, rows in of_user.items() for k, row in enumerate(rows)
-    }
-    # In time order, with the number of later events of the same user.
-    windows: list[tuple[Sample, int]] = []
-    for row in keep:
-        user, k = place[row]
-        if k < data.min_history:
-            continue
-        rows = of_user[user]
-        history = tuple(events.items_of[r] for r in rows[max(0, k - data.history_length) : k])
-        time = None if timestamps is None else timestamps[row]
-        sample = Sample(0, user, history, events.items_of[row], time)
-        windows.append((sample, len(rows) - 1 - k))
-    short = len(keep) - len(windows)
-    notes.append(
-        f"{len(windows)} windows from {len(keep)} interactions of {len(of_user)} users; {short} "
-        "interactions have fewer than "
-        f"data.min_history={data.min_history} before them and are history only"
-    )
-    used = set(events.items_of[row] for row in keep)
-    items = {item: record for item, record in events.items.items() if item in used}
-    if len(items) < len(events.items):
+    return keep
+
+
+def _events(log: InteractionColumns, rows: np.ndarray) -> EventTable:
+    times = None if log.times is None else log.times[rows]
+    return EventTable(log.users_of[rows], log.items_of[rows], times, log.user_names, list(log.items))
+
+
+def _bounds_of_users(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int32[E], int32[E]): the first and the last event of each event's user; users stand together."""
+    starts = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]]))
+    sizes = np.diff(np.append(starts, len(users)))
+    first = np.repeat(starts.astype(np.int32), sizes)
+    last = np.repeat((starts + sizes - 1).astype(np.int32), sizes)
+    return first, last
+
+
+def _tie_note(events: EventTable) -> list[str]:
+    same_user = events.users[1:] == events.users[:-1]
+    tied = int((same_user & (events.times[1:] == events.times[:-1])).sum())
+    if not tied:
+        return []
+    return [
+        f"{tied} of {int(same_user.sum())} neighbouring interactions of a user share their timestamp; they "
+        "keep the order of the file"
+    ]
+
+
+def _used_items(log: InteractionColumns, events: EventTable, notes: list[str]) -> dict:
+    """The items of events that are left, in the order of the item table."""
+    used = np.bincount(events.items, minlength=len(log.items)) > 0
+    items = {item: record for (item, record), there in zip(log.items.items(), used.tolist()) if there}
+    if len(items) < len(log.items):
         notes.append(
-            f"{len(events.items) - len(items)} of {len(events.items)} items of the item table are in no "
+            f"{len(log.items) - len(items)} of {len(log.items)} items of the item table are in no "
             "interaction that is left "
             "and are not in the catalogue"
         )
-    users = {user: attributes for user, attributes in events.users.items() if user in of_user}
-    return Windows(_split(windows, data), items, users, events.domain), notes
+    return items
 
 
-def _split(windows: list[tuple[Sample, int]], data: DataSection) -> dict[str, list[Sample]]:
-    """Deals windows out, which come in time order with the number of later events of the same user."""
+def _split(windows: WindowTable, later: np.ndarray, data: DataSection) -> dict[str, WindowTable]:
+    """Deals windows out, which come in time order.
+
+    Args:
+        later: int32[n], events of the same user behind each window's target.
+    """
     if data.split == "leave_one_out":
         return {
-            "train": [sample for sample, later in windows if later > 1],
-            "valid": [sample for sample, later in windows if later == 1],
-            "test": [sample for sample, later in windows if later == 0],
+            "train": windows.take(later > 1),
+            "valid": windows.take(later == 1),
+            "test": windows.take(later == 0),
         }
-    samples = [sample for sample, _ in windows]
-    first, second = time_cuts(len(samples), data.split_ratio)
-    return {"train": samples[:first], "valid": samples[first:second], "test": samples[second:]}
+    first, second = time_cuts(len(windows), data.split_ratio)
+    return {
+        "train": windows.take(slice(0, first)),
+        "valid": windows.take(slice(first, second)),
+        "test": windows.take(slice(second, None)),
+    }
 
 
 def time_cuts(num_windows: int, ratio: tuple[float, float, float]) -> tuple[int, int]:
@@ -117,15 +164,18 @@ def time_cuts(num_windows: int, ratio: tuple[float, float, float]) -> tuple[int,
     return round(num_windows * ratio[0] / total), round(num_windows * (ratio[0] + ratio[1]) / total)
 
 
-def k_core(users_of: list[str], items_of: list[str], rows: list[int], k: int) -> list[int]:
+def k_core(users_of: np.ndarray, items_of: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
     """Returns the rows that are left when users and items with fewer than k rows are dropped until none is.
 
     The order of the rows is kept.
+
+    Args:
+        users_of, items_of: int32[R].
+        rows: int64, the rows to look at.
     """
     while True:
-        num_of_user = Counter(users_of[row] for row in rows)
-        num_of_item = Counter(items_of[row] for row in rows)
-        kept = [row for row in rows if num_of_user[users_of[row]] >= k and num_of_item[items_of[row]] >= k]
-        if len(kept) == len(rows):
-            return kept
-        rows = kept
+        users, items = users_of[rows], items_of[rows]
+        enough = (np.bincount(users)[users] >= k) & (np.bincount(items)[items] >= k)
+        if enough.all():
+            return rows
+        rows = rows[enough]

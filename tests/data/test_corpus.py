@@ -4,6 +4,7 @@ import gzip
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from gdrt_ds.config import DataSection
@@ -243,11 +244,9 @@ def test_min_rating_and_kcore_leave_out_and_count(tmp_path):
 
 
 def test_kcore_repeats_until_nothing_changes():
-    users, items = (
-        list("aabbcc"),
-        ["x", "y", "x", "y", "y", "z"],
-    )  # z has one row; then c has one row; then a and b stay
-    assert k_core(users, items, list(range(6)), 2) == [0, 1, 2, 3]
+    users = np.array([0, 0, 1, 1, 2, 2])
+    items = np.array([0, 1, 0, 1, 1, 2])  # item 2 has one row; then user 2 has one row; then 0 and 1 stay
+    assert k_core(users, items, np.arange(6), 2).tolist() == [0, 1, 2, 3]
 
 
 def test_equal_timestamps_keep_the_order_of_the_file_and_are_noted(tmp_path):

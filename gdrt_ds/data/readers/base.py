@@ -12,7 +12,7 @@ import html
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -58,9 +58,9 @@ class Sample:
 
 @dataclass
 class Windows:
-    """Ready-made windows, one list per split that the files hold; `samples` carry provisional ids."""
+    """Windows, one sequence per split that the files hold; samples carry provisional ids."""
 
-    splits: dict[str, list[Sample]]
+    splits: dict[str, Sequence[Sample]]
     items: dict[str, Item]
     users: dict[str, dict[str, str]] = field(default_factory=dict)
     domain: str = "item"
