@@ -1,13 +1,15 @@
 """A run's adapter merged into its base model: a folder that transformers loads alone.
 
-`export` reads from top to bottom as it happens: open the run, load base and adapter, merge, check, write,
-publish. The merged model is checked twice against the logits of base + adapter: in memory, and after
-transformers has loaded the written folder again. The folder's README.md comes from model_card.py.
+`export` reads from top to bottom as it happens: open the run, merge, check, write, publish. The merge goes
+tensor by tensor (merging.py), and so does its check, so that memory holds one layer at a time. Where a model
+cannot be merged so, it is loaded whole (export_in_memory.py), and the reason is said. The folder's README.md
+comes from model_card.py, its catalogue from catalogue_files.py.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,26 +18,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 
 from gdrt_ds.config import ModelSection, RunConfig, load_config
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import replacing
+from gdrt_ds.inference.catalogue_files import write_catalogue
+from gdrt_ds.inference.export_checks import Written
+from gdrt_ds.inference.export_in_memory import write_in_memory
+from gdrt_ds.inference.layer_by_layer import CannotStream
+from gdrt_ds.inference.merging import write_by_tensor
 from gdrt_ds.inference.model_card import Export, model_card
-from gdrt_ds.inference.recommender import base_path, check_adapter
-from gdrt_ds.models.adapters import load_adapter
-from gdrt_ds.models.load import LoadedModel, load_model
-from gdrt_ds.models.quantization import get_quantization
+from gdrt_ds.inference.recommender import base_path
+from gdrt_ds.models.sharded_loading import CannotShard
 from gdrt_ds.models.source import read_model_config
 from gdrt_ds.models.stored_four_bit import stored_four_bit
-from gdrt_ds.runtime import Runtime
-
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest allowed difference of a logit, as a share of the largest logit. Storing the weights in a dtype
-rounds them."""
-
-PROBE_TOKENS = 12
-"""Length of the row of tokens whose logits are compared."""
 
 
 @dataclass(frozen=True)
@@ -57,35 +53,14 @@ class OpenRun:
         return self.folder / "adapter"
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What base + adapter answer, and every merged form of them has to answer too.
-
-    Attributes:
-        input_ids: [1, T] token ids.
-        logits: [1, T, V] in float32.
-    """
-
-    input_ids: Tensor
-    logits: Tensor
-
-    @property
-    def largest(self) -> float:
-        """The largest absolute logit."""
-        return float(self.logits.abs().max())
-
-    def difference(self, model: nn.Module) -> float:
-        """The largest difference between the logits of a model and the expected ones."""
-        with torch.no_grad():
-            return float((model(input_ids=self.input_ids).logits - self.logits).abs().max())
-
-    def allows(self, difference: float, dtype: torch.dtype) -> bool:
-        """Whether a difference is explained by weights that are rounded to `dtype`."""
-        return difference <= TOLERANCE[dtype] * max(1.0, self.largest)
-
-
 def export(
-    run: str | Path, output: str | Path, dtype: str = "auto", base: str = "plain", shard_size: str = "4GB"
+    run: str | Path,
+    output: str | Path,
+    dtype: str = "auto",
+    base: str = "plain",
+    shard_size: str = "4GB",
+    check: str = "layers",
+    in_memory: bool = False,
 ) -> dict[str, Any]:
     """Writes the merged model of a run.
 
@@ -96,10 +71,14 @@ def export(
         base: `plain` merges into the original weights. `trained` merges into the weights that the adapter was
             trained on, which for a quantised base are the dequantised ones.
         shard_size: largest size of one weight file, e.g. `4GB`.
+        check: `layers` computes the logits of the written folder layer by layer. `loaded` loads the folder
+            with transformers besides, which takes the memory of the whole model in float32.
+        in_memory: load the whole model in float32 and merge it at once. The files are the same.
 
     Returns:
-        {"folder", "dtype", "max_difference", "largest_logit"}; the last two are of the check of the written
-        folder.
+        {"folder", "dtype", "max_difference", "largest_logit", "merged", "check", "catalogue"}: how the model
+        was merged and checked, and what was written of the catalogue, in words. Difference and largest logit
+        are of the check of the written folder.
 
     Raises:
         UserError: no adapter, or one that does not fit the base; an output folder in use; a full disk; a
@@ -115,21 +94,19 @@ def export(
             "give --base trained, which merges into the dequantised weights",
         )
     section = _loading_settings(opened.config.model, base)
-    loaded = load_model(section, Runtime(), train=False, path=opened.base, adapter=opened.adapter)
-    check_adapter(loaded.model, opened.adapter)
-    probe = ask(loaded)
-    merged = merge(with_plain_layers(loaded, section, opened))
-    check_merged(merged, probe)
     with _writable(output) as scratch:
-        write_model(merged, loaded.tokenizer, scratch, stored_as, shard_size)
-        difference = check_written(scratch, probe, stored_as, opened.config.model.trust_remote_code)
-        about = Export(opened.folder, opened.config, base, stored_as, difference, probe.largest)
+        merged, written = _write_model(opened, section, scratch, stored_as, shard_size, check, in_memory)
+        about = Export(opened.folder, opened.config, base, stored_as, written.difference, written.largest)
         (scratch / "README.md").write_text(model_card(about), encoding="utf-8")
+        catalogue = write_catalogue(opened.folder, scratch, opened.config.model)
     return {
         "folder": str(output),
         "dtype": about.dtype_name,
-        "max_difference": difference,
-        "largest_logit": probe.largest,
+        "max_difference": written.difference,
+        "largest_logit": written.largest,
+        "merged": merged,
+        "check": written.check,
+        "catalogue": catalogue,
     }
 
 
@@ -176,89 +153,33 @@ def _loading_settings(section: ModelSection, base: str) -> ModelSection:
     return section.model_copy(update=changes)
 
 
-def ask(loaded: LoadedModel) -> Probe:
-    """Computes the logits that the merged model has to give."""
-    input_ids = torch.arange(5, 5 + PROBE_TOKENS)[None] % len(loaded.tokenizer)
-    with torch.no_grad():
-        return Probe(input_ids, loaded.model(input_ids=input_ids).logits)
-
-
 # -- merge -----------------------------------------------------------------------------------------
-def with_plain_layers(loaded: LoadedModel, section: ModelSection, opened: OpenRun) -> nn.Module:
-    """Returns base + adapter with ordinary layers, which PEFT merges without rounding to 4 bits again.
-
-    A quantised base is loaded once more and dequantised before it takes the adapter; the first one is let go,
-    so that one model is in memory at a time.
-    """
-    if section.quantization == "none":
-        return loaded.model
-    del loaded.model
-    quantised = load_model(section, Runtime(), train=False, path=opened.base).model
-    plain = get_quantization(section.quantization).dequantise(quantised)
-    adapted, _ = load_adapter(plain, opened.adapter, opened.base, torch.float32, train=False)
-    return adapted
-
-
-def merge(peft_model: nn.Module) -> nn.Module:
-    """Returns the plain causal LM with the adapter in its weights.
-
-    An output head that has an adapter and is tied to the input embedding gets a weight of its own: the merge
-    would change the embedding too.
-    """
-    model = peft_model.get_base_model()
-    head = model.get_output_embeddings()
-    if hasattr(head, "lora_A") and head.base_layer.weight is model.get_input_embeddings().weight:
-        own = head.base_layer.weight.detach().clone()
-        head.base_layer.weight = nn.Parameter(own, requires_grad=False)
-        model.config.tie_word_embeddings = False
-        if getattr(model, "all_tied_weights_keys", None):
-            model.all_tied_weights_keys = {}
-    merged = peft_model.merge_and_unload()
-    merged.config.use_cache = True
-    return merged
-
-
-# -- check -----------------------------------------------------------------------------------------
-def check_merged(model: nn.Module, probe: Probe) -> None:
-    """Raises UserError if the merged model, still in memory and in float32, computes something else."""
-    difference = probe.difference(model)
-    if not probe.allows(difference, torch.float32):
-        raise UserError(
-            f"the merged model's logits differ from base + adapter by {difference:.3g}",
-            "do not use it; please report the model family",
-        )
-
-
-def check_written(folder: Path, probe: Probe, dtype: torch.dtype, trust_remote_code: bool) -> float:
-    """Loads the written folder with transformers alone and returns the largest difference of a logit.
-
-    Raises:
-        UserError: it is more than rounding to `dtype` explains.
-    """
-    from transformers import AutoModelForCausalLM
-
-    again = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
-    difference = probe.difference(again.eval())
-    if not probe.allows(difference, dtype):
-        raise UserError(
-            f"the exported model's logits differ from base + adapter by {difference:.3g} (largest logit "
-            f"{probe.largest:.3g})",
-            "export with --dtype float32, or another --base",
-        )
-    return difference
+def _write_model(
+    opened: OpenRun,
+    section: ModelSection,
+    folder: Path,
+    dtype: torch.dtype,
+    shard_size: str,
+    check: str,
+    in_memory: bool,
+) -> tuple[str, Written]:
+    """Writes the merged model and its tokenizer; returns how it was merged, and what the check found."""
+    if not in_memory:
+        try:
+            written = write_by_tensor(
+                section, opened.base, opened.adapter, folder, dtype, shard_size, loaded=check == "loaded"
+            )
+            return "tensor by tensor", written
+        except (CannotShard, CannotStream) as reason:
+            why = f"in memory, because {reason}"
+            shutil.rmtree(folder, ignore_errors=True)
+    else:
+        why = "in memory, as asked"
+    written = write_in_memory(section, opened.base, opened.adapter, folder, dtype, shard_size)
+    return why, written
 
 
 # -- write -----------------------------------------------------------------------------------------
-def write_model(model: nn.Module, tokenizer, folder: Path, dtype: torch.dtype, shard_size: str) -> None:
-    """Saves the model in `dtype` (safetensors) and its tokenizer."""
-    model = model.to(dtype)
-    model.config.dtype = dtype
-    model.save_pretrained(folder, max_shard_size=shard_size)
-    tokenizer.save_pretrained(folder)
-
-
 @contextmanager
 def _writable(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output` that replaces it at the end (`files.replacing`).

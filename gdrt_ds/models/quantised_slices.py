@@ -9,14 +9,15 @@ elements [r * size, (r + 1) * size).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gdrt_ds.models.quantization.nf4 import BLOCK
+from gdrt_ds.models.quantization.nf4 import BLOCK, NESTED_BLOCK
 
 QUANT_TYPE = "nf4"
 PIECE = 4096 * BLOCK
@@ -98,6 +99,69 @@ def quantize_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
     """Returns packed uint8[n / 2] and the scales float32[blocks] of whole blocks of a flat tensor."""
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, BLOCK, QUANT_TYPE, torch.uint8)
     return packed.view(-1), absmax.view(-1)
+
+
+def quant_state_of(
+    absmax: Tensor, shape: torch.Size, double_quant: bool, dtype: torch.dtype, device: torch.device
+):
+    """Returns bitsandbytes' description of a packed weight.
+
+    Args:
+        absmax: float32 scales of all its blocks, in order.
+        shape: [out, in] of the weight.
+        double_quant: whether the scales are quantised too.
+        dtype: dtype of the computation.
+        device: where the tables go.
+    """
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
+
+    offset = None
+    state2 = None
+    if double_quant:
+        offset = absmax.mean()
+        absmax, state2 = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    return QuantState(
+        absmax=absmax,
+        shape=shape,
+        dtype=dtype,
+        blocksize=BLOCK,
+        code=get_4bit_type(QUANT_TYPE, device=device),
+        quant_type=QUANT_TYPE,
+        offset=offset,
+        state2=state2,
+    )
+
+
+def dequantised_pieces(packed: Tensor, state) -> Iterator[Tensor]:
+    """Yields the values of a packed weight in order, flat and in `state.dtype`, some blocks at a time.
+
+    They are those that its layer computes with. Where a row is not made of whole blocks, they come at once:
+    there bitsandbytes' CPU kernel (0.50.2) finds the block of a value by its row, and what it gives depends
+    on the shape.
+
+    Args:
+        packed: uint8, flat.
+        state: its quant_state.
+    """
+    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
+
+    if state.shape[-1] % state.blocksize:
+        yield dequantize_4bit(packed.view(-1, 1), state).reshape(-1)
+        return
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(state.absmax, state.state2)
+        absmax += state.offset
+    absmax = absmax.float().view(-1)
+    numel = state.shape.numel()
+    step = PIECE // state.blocksize * state.blocksize
+    for start in range(0, numel, step):
+        stop = min(start + step, numel)
+        part = copy.copy(state)
+        part.absmax = absmax[start // state.blocksize : -(-stop // state.blocksize)].contiguous()
+        part.shape = torch.Size((1, stop - start))
+        part.nested = False
+        yield dequantize_4bit(packed[start // 2 : (stop + 1) // 2].view(-1, 1), part).view(-1)
 
 
 def owned_blocks(numel: int, packed_bytes: int, item: int, size: int, rank: int) -> tuple[int, int]:

@@ -31,15 +31,15 @@ from torch import Tensor, nn
 from gdrt_ds.config import ModelSection
 from gdrt_ds.models.families import weight_converters
 from gdrt_ds.models.quantised_slices import (
-    QUANT_TYPE,
     Packed,
     block_range,
     gather_absmax,
     partition_range,
+    quant_state_of,
     quantize_range,
 )
 from gdrt_ds.models.quantization import get_quantization
-from gdrt_ds.models.quantization.nf4 import BLOCK, NESTED_BLOCK, is_4bit
+from gdrt_ds.models.quantization.nf4 import BLOCK, is_4bit
 from gdrt_ds.models.stored_four_bit import is_packed, read_quant_state, stored_four_bit
 from gdrt_ds.models.weight_files import TensorLocation, WeightFiles
 
@@ -311,7 +311,8 @@ class Filler:
         skip = (own_first - low) // 2
         partition[: end_byte - first_byte].copy_(packed[skip : skip + end_byte - first_byte])
         absmax = gather_absmax(absmax, low // BLOCK, layout)
-        state = self._quant_state(absmax, torch.Size((module.out_features, module.in_features)))
+        shape = torch.Size((module.out_features, module.in_features))
+        state = quant_state_of(absmax, shape, self.double_quant, self.dtype, self.device)
         self._finish_4bit(parameter, module, partition.view(storage), state)
         return parameter
 
@@ -356,26 +357,6 @@ class Filler:
             return values[start - low : stop - low]
 
         return read
-
-    def _quant_state(self, absmax: Tensor, shape: torch.Size):
-        """bitsandbytes' description of a packed weight, from the scales of all blocks."""
-        from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
-
-        offset = None
-        state2 = None
-        if self.double_quant:
-            offset = absmax.mean()
-            absmax, state2 = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-        return QuantState(
-            absmax=absmax,
-            shape=shape,
-            dtype=self.dtype,
-            blocksize=BLOCK,
-            code=get_4bit_type(QUANT_TYPE, device=self.device),
-            quant_type=QUANT_TYPE,
-            offset=offset,
-            state2=state2,
-        )
 
 
 def _bytes_of_one(dtype: torch.dtype) -> int:

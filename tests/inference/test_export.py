@@ -148,5 +148,6 @@ def test_the_code_on_the_card_loads_the_model_that_was_trained(tmp_path, quantiz
 def test_the_command_says_what_it_wrote(tmp_path, capsys):
     run, _ = make_run(tmp_path, quantization="none")
     assert main(["--run", str(run), "--output", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
-    assert f"{tmp_path}/out: merged model in bfloat16; logits differ" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/out: merged model in bfloat16 (tensor by tensor); logits differ" in said
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
