@@ -19,6 +19,7 @@ except importlib.metadata.PackageNotFoundError:  # a checkout on the path that w
     __version__ = "0+unknown"
 
 _HOMES = {
+    "CatalogueLogitsProcessor": "gdrt_ds.inference.constrained",
     "GroupCollator": "gdrt_ds.integrations",
     "GroupDroLoss": "gdrt_ds.integrations",
     "Objective": "gdrt_ds.objectives",

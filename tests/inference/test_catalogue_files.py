@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gdrt_ds.data.trie_file import ARRAYS, TRIE_FILE, load_trie
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import REPOSITORY
-from gdrt_ds.inference.catalogue_files import ARRAYS, TRIE_FILE, load_trie
 from gdrt_ds.inference.exporting import export
 from gdrt_ds.inference.recommender import open_run
 from gdrt_ds.runtime import Runtime
