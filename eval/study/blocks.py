@@ -11,6 +11,8 @@ from typing import Any
 from eval.compare.runs import Run, check_same, load_run, with_predictions
 from eval.intervals import Comparison, Resampled, compare_family, resample
 from eval.metrics import table
+from eval.rows.inputs import RowInputs
+from eval.study import rows_of_text
 from eval.study.reading import Grid
 from eval.study.seeds import combine_all
 from gdrt_ds.errors import UserError
@@ -36,6 +38,7 @@ FAMILY = (
     "nll_calibrated_worst_relevance_group",
     "ndcg@10",
     "mgu@5",
+    "accuracy",
 )
 # Name on the page -> (audit, measure, whether it is shown as log2: ratios have means only as logarithms).
 AUDITED = {
@@ -59,6 +62,7 @@ class Block:
         comparisons: reference row -> row -> metric -> the difference over the seeds that both have.
         audits: name on the page -> row -> seed -> value.
         floors: floor -> metric -> value.
+        num_items: of the catalogue; None for rows of prompt and completion, which have none.
         notes: what the reader has to know beside the numbers.
     """
 
@@ -69,7 +73,7 @@ class Block:
     audits: dict[str, dict[str, dict[int, float]]]
     floors: dict[str, dict[str, float | None]]
     num_users: int
-    num_items: int
+    num_items: int | None
     notes: list[str]
 
 
@@ -101,7 +105,7 @@ def build_block(
         statistics[row] = {}
         for seed, run in found.items():
             same_groups = with_groups_of(run, runs[base].get(seed, run))
-            statistics[row][seed] = statistics_of(same_groups, study.get("label"), num_bootstrap)
+            statistics[row][seed] = statistics_of(same_groups, labels_of(study), num_bootstrap)
     first = next(iter(runs[base].values()))
     num_users = len(first.inputs.user_ids)
     return Block(
@@ -112,7 +116,7 @@ def build_block(
         audits=_audits(runs),
         floors=_floors(first),
         num_users=num_users,
-        num_items=first.inputs.num_items,
+        num_items=None if isinstance(first.inputs, RowInputs) else first.inputs.num_items,
         notes=notes,
     )
 
@@ -163,29 +167,44 @@ def _same_samples(runs: Sequence[Run]) -> bool:
     return all(samples == keys[0] for samples in keys)
 
 
-def statistics_of(run: Run, label: str | None, num_bootstrap: int) -> dict[str, Resampled]:
+def labels_of(study: Mapping[str, Any]) -> list[str]:
+    """The labels whose values get metrics of their own. Earlier studies saved one name or null."""
+    label = study.get("label")
+    if isinstance(label, str):
+        return [label]
+    return list(label or [])
+
+
+def statistics_of(run: Run, labels: Sequence[str], num_bootstrap: int) -> dict[str, Resampled]:
     """Metrics of a run over its users, and those of each slice of a label: `ndcg@10 kind=history`.
 
     Args:
-        label: name of a sample label; None for no slices.
+        labels: names of sample labels.
         num_bootstrap: draws of users.
     """
+    if isinstance(run.inputs, RowInputs):
+        shown = rows_of_text.statistics_of_rows(run.inputs, labels)
+        return resample(shown, run.inputs.user_of_sample, num_bootstrap)
     found, _, _ = table.statistics(run.inputs, (5, 10))
     shown = {name: found[name] for name in METRICS if name in found}
     samples = resample(shown, run.inputs.user_of_sample, num_bootstrap)
-    if label is None:
-        return samples
-    labelled = [row for row in run.predictions if label in (row.get("labels") or {})]
-    for value in sorted({str(row["labels"][label]) for row in labelled}):
-        part = with_predictions(run, [row for row in labelled if str(row["labels"][label]) == value])
-        found, _, _ = table.statistics(part.inputs, (10,))
-        shown = {f"{name} {label}={value}": found[name] for name in IN_SLICES if name in found}
-        samples |= resample(shown, part.inputs.user_of_sample, num_bootstrap)
+    for label in labels:
+        labelled = [row for row in run.predictions if label in (row.get("labels") or {})]
+        for value in sorted({str(row["labels"][label]) for row in labelled}):
+            part = with_predictions(run, [row for row in labelled if str(row["labels"][label]) == value])
+            found, _, _ = table.statistics(part.inputs, (10,))
+            shown = {f"{name} {label}={value}": found[name] for name in IN_SLICES if name in found}
+            samples |= resample(shown, part.inputs.user_of_sample, num_bootstrap)
     return samples
 
 
 def with_groups_of(run: Run, other: Run) -> Run:
-    """The run with the relevance groups of another: a worst group must mean the same targets in every row."""
+    """The run with the relevance groups of another: a worst group must mean the same targets in every row.
+
+    Rows of prompt and completion stay as they are: their worst value of the study's label is shown instead.
+    """
+    if run.is_about_rows:
+        return run
     groups = {str(row["sample_id"]): row.get("relevance_group") for row in other.predictions}
     predictions = [{**row, "relevance_group": groups.get(str(row["sample_id"]))} for row in run.predictions]
     return with_predictions(run, predictions)
@@ -193,8 +212,11 @@ def with_groups_of(run: Run, other: Run) -> Run:
 
 def higher_is_better(metric: str) -> bool | None:
     """Which way is better for a metric, or for a metric of a slice such as `ndcg@10 kind=history`."""
-    row = table.row_of(metric.split(" ")[0])
-    return row.higher_is_better if row else None
+    name = metric.split(" ")[0]
+    row = table.row_of(name)
+    if row is None:
+        return rows_of_text.higher_is_better(name)
+    return row.higher_is_better
 
 
 def _comparisons(
@@ -220,7 +242,7 @@ def _compare(
     before = combine_all([statistics[reference][seed] for seed in seeds])
     after = combine_all([statistics[row][seed] for seed in seeds])
     names = [name for name in before if name in after]
-    family = [name for name in names if name in FAMILY or name.startswith("ndcg@10 ")]
+    family = [name for name in names if _is_main(name)]
     return compare_family(
         {name: before[name] for name in names},
         {name: after[name] for name in names},
@@ -228,6 +250,11 @@ def _compare(
         family,
         {name: higher_is_better(name) for name in names},
     )
+
+
+def _is_main(metric: str) -> bool:
+    """Whether a metric is one of those that are compared under Holm's correction."""
+    return metric in FAMILY or metric.startswith("ndcg@10 ") or " worst " in metric
 
 
 def _audits(runs: Runs) -> dict[str, dict[str, dict[int, float]]]:
@@ -255,7 +282,9 @@ def audit_value(results: Mapping[str, Any], audit: str, measure: str, as_log2: b
 def _floors(run: Run) -> dict[str, dict[str, float | None]]:
     """The floors of a run; `targets`, the test targets themselves, is no floor."""
     return {
-        name: {metric: (metrics.get(metric) or {}).get("value") for metric in METRICS}
+        name: {
+            metric: (metrics.get(metric) or {}).get("value") for metric in (*METRICS, *rows_of_text.METRICS)
+        }
         for name, metrics in run.results.get("floors", {}).items()
         if name != "targets"
     }

@@ -31,7 +31,14 @@ def study_figures(blocks: list[Block], base: str, controls: Sequence[str]) -> li
     sliced = [name for name in next(iter(first.rows.values()), {}) if name.startswith("ndcg@10 ")]
     accuracy = sliced or ["ndcg@10"]
     drawn = []
-    for metrics, title in ((accuracy, "NDCG@10"), (["nll_worst_relevance_group", "nll"], "Target NLL, nats")):
+    losses = ["nll_worst_relevance_group", "nll"]
+    hits = ["accuracy"]
+    for name in next(iter(first.rows.values()), {}):  # rows of prompt and completion
+        if name.startswith("nll worst "):
+            losses.append(name)
+        if name.startswith("accuracy worst "):
+            hits.append(name)
+    for metrics, title in ((accuracy, "NDCG@10"), (hits, "Accuracy"), (losses, "Target NLL, nats")):
         shared = [name for name in metrics if all(name in samples for samples in first.rows.values())]
         if shared:
             drawn.append(_rows_side_by_side(first, shared, title))

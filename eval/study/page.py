@@ -25,6 +25,7 @@ SHOWN_FIRST = (
     "nll_calibrated_worst_relevance_group",
     "ndcg@10",
     "mgu@5",
+    "accuracy",
 )
 MAX_NAMED = 12  # of the cells that are not evaluated yet
 CONVENTIONS = (
@@ -33,8 +34,14 @@ CONVENTIONS = (
     "figures have Student's t interval over seeds. Detectable is the smallest true difference that these "
     "users and seeds would show with 80 % power. Holm's correction runs over the main metrics of one pair "
     "of rows.",
+)
+WORST_EXPLAINED = (
     "Worst relevance group: the groups are those of the baseline's run in every row, so that it means the "
-    "same targets.",
+    "same targets."
+)
+WORST_LABEL_EXPLAINED = (
+    "Worst: the largest mean NLL, or the lowest accuracy, over the values of the study's label. They are the "
+    "same test rows for every row of the study, whatever groups it trained with."
 )
 AUDITS_EXPLAINED = (
     "Known: nats of ln(catalogue) that the scores give about the target at their best temperature, through "
@@ -74,14 +81,24 @@ def _facts(blocks: Sequence[Block], totals: Mapping[str, Any]) -> list[tuple[str
         ("Cells", str(totals["cells"])),
         ("Seeds", ", ".join(map(str, seeds))),
         ("Test users", ", ".join(users)),
-        ("Catalogue", f"{blocks[0].num_items:,} items"),
+        ("Catalogue", catalogue_size(blocks[0])),
         ("Trained on", f"{devices}, {ranks} rank(s), {totals['train_seconds']:,} s in all runs"),
         ("Code", ", ".join(totals["git"])),
     ]
 
 
+def catalogue_size(block: Block) -> str:
+    """The number of items, in words."""
+    if block.num_items is None:
+        return "none: rows of prompt and completion"
+    return f"{block.num_items:,} items"
+
+
 def _conventions(blocks: Sequence[Block], absent: Sequence[str]) -> Section:
-    notes = [*CONVENTIONS, *dict.fromkeys(note for block in blocks for note in block.notes)]
+    explained = WORST_EXPLAINED
+    if blocks[0].num_items is None:
+        explained = WORST_LABEL_EXPLAINED
+    notes = [*CONVENTIONS, explained, *dict.fromkeys(note for block in blocks for note in block.notes)]
     if absent:
         more = " ..." if len(absent) > MAX_NAMED else ""
         notes.append(f"Not evaluated yet ({len(absent)} cells): {', '.join(absent[:MAX_NAMED])}{more}.")
@@ -137,7 +154,7 @@ def _all_rows(block: Block, where: str) -> Section:
     rows = [[row, *(value_text(samples.get(name)) for name in names)] for row, samples in block.rows.items()]
     for floor, values in block.floors.items():
         rows.append([f"floor: {floor}", *(number(values.get(name)) for name in names)])
-    text = f"{seeds_of(block)}; {block.num_users:,} users, {block.num_items:,} items."
+    text = f"{seeds_of(block)}; {block.num_users:,} users; catalogue: {catalogue_size(block)}."
     return Section(f"{where}all rows", [text], tables=[Table(["row", *map(title_of, names)], rows)])
 
 

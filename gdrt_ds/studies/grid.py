@@ -79,9 +79,16 @@ class Study(Strict):
     pieces: dict[str, Piece] = Field(default_factory=dict)
     evaluate: list[str] = Field(default_factory=list)
     ranks: int = Field(1, ge=1)
-    label: str | None = Field(
-        None, description="a label of the samples whose values get metrics of their own, e.g. kind"
+    label: list[str] = Field(
+        default_factory=list,
+        description="labels of the samples whose values get metrics of their own, e.g. kind; one may be "
+        "written without a list",
     )
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _one_label(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value or []
 
     @field_validator("settings", mode="before")
     @classmethod
