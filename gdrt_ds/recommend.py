@@ -14,7 +14,13 @@ import json
 import sys
 from typing import Any
 
-from gdrt_ds.inference.recommending import parse_history, read_histories, recommend, unknown_titles
+from gdrt_ds.inference.recommending import (
+    parse_history,
+    read_histories,
+    recommend,
+    texts_of_names,
+    unknown_titles,
+)
 from gdrt_ds.invocation import command_name
 
 __all__ = ["main", "parse_history", "read_histories", "recommend"]
@@ -46,7 +52,14 @@ def print_list(titles: list[str], found: list[dict[str, Any]]) -> None:
     print("history: " + "; ".join(titles))
     print("rank   log-prob  probability  title")
     for row in found:
-        print(f"{row['rank']:4d}  {row['log_prob']:9.4f}  {row['probability']:11.2%}  {row['title']}")
+        print(f"{row['rank']:4d}  {row['log_prob']:9.4f}  {row['probability']:11.2%}  {shown(row)}")
+
+
+def shown(row: dict[str, Any]) -> str:
+    """The title; behind another text (data.item_text) the name that people know."""
+    if "name" in row:
+        return f"{row['title']}  {row['name']}"
+    return row["title"]
 
 
 def print_json(titles: list[str], unknown: list[str], found: list[dict[str, Any]]) -> None:
@@ -80,8 +93,11 @@ def main(argv: list[str] | None = None) -> None:
         tell(f"loading the model of {options.run}")
         recommender = open_run(options.run, single_process_runtime(), options.overrides, base=options.base)
         tell(recommender.precision)
-        known = {entry.text for entry in recommender.catalogue.entries}
-        histories = read_histories(options.history, options.file, known)
+        entries = recommender.catalogue.entries
+        known = {entry.text for entry in entries}
+        names = {entry.name for entry in entries if entry.name is not None}
+        given = read_histories(options.history, options.file, known | names)
+        histories = [texts_of_names(titles, entries) for titles in given]
         for title in unknown_titles(histories, known):
             print(f"note: {title!r} is not in the catalogue; its text is used as it is", file=sys.stderr)
         what = "1 history" if len(histories) == 1 else f"{len(histories)} histories"

@@ -70,6 +70,13 @@ class ModelSection(Section):
         default_factory=TinySection, description="Sizes of `tiny-random`; no other model reads them."
     )
     tokenizer: str | None = Field(None, description="Folder or hub name. Empty: the model's own tokenizer.")
+    new_tokens: str | None = Field(
+        None,
+        examples=["<[a-z]_[0-9]+>"],
+        description="A regular expression. Every different match in the texts of the data becomes a token of "
+        "its own, e.g. the parts of semantic ids; RUN/base then holds the base with these tokens. Their rows "
+        "are trained with `model.lora.trainable_tokens=added`. Empty: no tokens are added.",
+    )
     revision: str | None = Field(
         None, description="Branch, tag or commit on the hub. Empty: the hub's default."
     )

@@ -60,6 +60,13 @@ class DataSection(Section):
         description="User table with the user id and attributes. Empty: it is looked for beside the "
         "interactions.",
     )
+    item_text: str | None = Field(
+        None,
+        examples=["semantic_id"],
+        description="Column of the item table whose text stands for an item in prompts and targets: a "
+        "description, or a semantic id (`model.new_tokens`). The title is then what people are shown. Empty: "
+        "the title.",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Your names of the columns user, item, timestamp, rating, title, provider and genres, "

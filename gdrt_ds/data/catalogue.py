@@ -15,6 +15,9 @@ from gdrt_ds.data.corpus import Corpus, train_popularity
 from gdrt_ds.data.readers.base import clean_title
 from gdrt_ds.errors import UserError
 
+NAME_SEPARATOR = " / "
+"""Between the names of items that share a text."""
+
 
 @dataclass
 class CatalogueEntry:
@@ -27,6 +30,7 @@ class CatalogueEntry:
         train_count: train interactions of all merged ids together.
         provider: whoever offers or made it.
         groups: labels for metrics by item group, e.g. genres.
+        name: what people call the merged items, where `data.item_text` chose another text; else None.
     """
 
     item_id: str
@@ -35,6 +39,7 @@ class CatalogueEntry:
     train_count: int
     provider: str | None = None
     groups: dict[str, list[str] | str] = field(default_factory=dict)
+    name: str | None = None
 
 
 class Catalogue:
@@ -68,6 +73,8 @@ class Catalogue:
             entry.merged_ids.append(item.item_id)
             entry.train_count += counts[item.item_id]
             entry.provider = entry.provider or item.provider
+            if item.name is not None and item.name not in (entry.name or "").split(NAME_SEPARATOR):
+                entry.name = item.name if entry.name is None else entry.name + NAME_SEPARATOR + item.name
             entry.groups["genres"] = list(dict.fromkeys([*entry.groups["genres"], *item.genres]))
         return cls(list(by_text.values()))
 
@@ -79,20 +86,30 @@ class Catalogue:
         return self.entries[self.index_of[item_id]].text
 
     def notes(self) -> list[str]:
-        """Says how many ids share a title, for the start of a run."""
+        """Says how many ids share a title or another text, for the start of a run."""
         extra = len(self.index_of) - len(self.entries)
         if not extra:
             return []
+        if all(entry.name is None for entry in self.entries):
+            return [
+                f"{extra} of {len(self.index_of)} items share their title with another and are merged: "
+                f"{len(self)} catalogue entries"
+            ]
+        largest = max(self.entries, key=lambda entry: len(entry.merged_ids))
         return [
-            f"{extra} of {len(self.index_of)} items share their title with another and are merged: "
-            f"{len(self)} catalogue entries"
+            f"{extra} of {len(self.index_of)} items share their text with another and are merged, because a "
+            f"model cannot tell them apart: {len(self)} catalogue entries, at most "
+            f"{len(largest.merged_ids)} items in one ({largest.text})"
         ]
 
     def save(self, path: str | Path) -> None:
-        """Writes one JSON object per entry: item_id, merged_ids, text, train_count, provider, groups."""
+        """Writes one JSON object per entry: its fields, and its name where it has one."""
         with open(path, "w", encoding="utf-8") as stream:
             for entry in self.entries:
-                stream.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+                row = asdict(entry)
+                if entry.name is None:
+                    del row["name"]
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Catalogue:

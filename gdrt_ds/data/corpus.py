@@ -88,6 +88,11 @@ def load_corpus(data: DataSection) -> Corpus:
     for role in data.columns:
         if role not in known:
             raise UserError(f"data.columns.{role}: unknown column role", nearest(role, known))
+    if data.item_text and not reader.item_table:
+        raise UserError(
+            f"data.item_text={data.item_text}: the format of {data.path} has no item table",
+            "write the data as a table of interactions and one of items (data.format=table)",
+        )
     found = reader.read(data, bad)
     notes: list[str] = []
     if isinstance(found, (Interactions, InteractionColumns)):

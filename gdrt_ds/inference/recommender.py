@@ -119,18 +119,18 @@ def _recorded_base(adapter: Path) -> str:
 
 
 def base_path(section: ModelSection, adapter: Path | None, tiny_folder: Path | None = None) -> Path:
-    """Local folder of the base; `tiny-random` is found where the run made it.
+    """Local folder of the base; `tiny-random` and a base with new tokens are found where the run made them.
 
     Raises:
         UserError: the adapter was trained on a base with other weights.
     """
     recorded = _recorded_base(adapter) if adapter is not None else ""
-    if section.path == "tiny-random":
+    if section.path == "tiny-random" or section.new_tokens:
         for place in filter(None, (tiny_folder, recorded)):
             if (Path(place) / "config.json").is_file():
                 return Path(place)
         raise UserError(
-            "the run's base is a tiny-random model, and the folder it was made in is gone",
+            "the run made its base itself (tiny-random, or model.new_tokens), and that folder is gone",
             "keep the run folder whole, or train again",
         )
     path = resolve_model(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)

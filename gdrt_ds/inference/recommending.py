@@ -123,13 +123,17 @@ def _best(log_prob: Tensor, entries: list[CatalogueEntry], k: int) -> list[dict[
     NaN counts as the worst; ties keep the catalogue's order.
     """
     values, places = log_prob.nan_to_num(nan=-float("inf")).sort(descending=True, stable=True)
-    return [
-        {
-            "rank": rank,
-            "item_id": entries[place].item_id,
-            "title": entries[place].text,
-            "log_prob": value,
-            "probability": math.exp(value),
-        }
-        for rank, (value, place) in enumerate(zip(values[:k].tolist(), places[:k].tolist()), 1)
-    ]
+    found = []
+    for rank, (value, place) in enumerate(zip(values[:k].tolist(), places[:k].tolist()), 1):
+        entry = entries[place]
+        row = {"rank": rank, "item_id": entry.item_id, "title": entry.text}
+        if entry.name is not None:
+            row["name"] = entry.name
+        found.append({**row, "log_prob": value, "probability": math.exp(value)})
+    return found
+
+
+def texts_of_names(titles: list[str], entries: list[CatalogueEntry]) -> list[str]:
+    """A history in which names are replaced by the texts that stand for them (`data.item_text`)."""
+    text_of = {entry.name: entry.text for entry in entries if entry.name is not None}
+    return [text_of.get(title, title) for title in titles]

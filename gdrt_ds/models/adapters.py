@@ -92,6 +92,7 @@ def new_adapter(
     use_token_rows(peft_model)
     # The adapter records its base: a hub name as the user gave it, anything else as the folder here.
     is_hub_name = not Path(section.path).exists() and section.path not in (SMOLLM2_NAME, TINY_NAME)
+    is_hub_name = is_hub_name and not section.new_tokens  # such a base is made in the run folder
     recorded = peft_model.peft_config["default"]
     recorded.base_model_name_or_path = section.path if is_hub_name else str(base)
     recorded.revision = section.revision

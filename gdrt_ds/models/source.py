@@ -13,6 +13,7 @@ import torch
 from gdrt_ds.config import ModelSection, TinySection
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME, make_tiny_model, smollm2_folder
+from gdrt_ds.models.new_tokens import MARKER as NEW_TOKENS_MARKER
 from gdrt_ds.models.stored_four_bit import stored_four_bit
 from gdrt_ds.runtime.cpu_products import bfloat16_products
 
@@ -113,7 +114,12 @@ def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
 
 
 def tokenizer_source(section: ModelSection, folder: Path) -> str | Path:
-    """Returns where the tokenizer is read from: `model.tokenizer`, else the model's own folder."""
+    """Returns where the tokenizer is read from: `model.tokenizer`, else the model's own folder.
+
+    A base with new tokens has the extended tokenizer in its folder.
+    """
+    if section.new_tokens and (folder / NEW_TOKENS_MARKER).is_file():
+        return folder
     if section.tokenizer == SMOLLM2_NAME:
         return smollm2_folder()
     return section.tokenizer or folder

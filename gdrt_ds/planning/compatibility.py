@@ -44,6 +44,30 @@ def check_combination(
     choose_attention(config.model.attention, device, compute_dtype(config.model.dtype, device))
 
 
+def _token_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Trained rows of tokens beside other parts."""
+    model = config.model
+    if model.new_tokens and not model.lora.trainable_tokens:
+        yield (
+            f"model.new_tokens = {model.new_tokens!r}, and nothing trains the rows of the new tokens",
+            "set model.lora.trainable_tokens=added",
+        )
+    if model.lora.trainable_tokens and model.train_head:
+        yield (
+            "model.lora.trainable_tokens with model.train_head = true: PEFT wraps lm_head either for rows of "
+            "tokens or for an adapter",
+            "set model.train_head=false: lm_head learns the rows of these tokens",
+        )
+    if model.lora.trainable_tokens and (
+        config.groups.reference == "auxiliary_sft" or isinstance(config.dro.excess, str)
+    ):
+        yield (
+            "model.lora.trainable_tokens with a reference adapter (groups.reference=auxiliary_sft or "
+            "dro.excess=FOLDER): the trained rows would stay in the reference",
+            "set groups.reference to base or live, and dro.excess to false or true",
+        )
+
+
 def refusals(
     config: RunConfig, deepspeed_config: dict[str, Any], cuda: bool, versions: dict[str, str]
 ) -> Iterator[tuple[str, str]]:
@@ -98,20 +122,7 @@ def refusals(
             "read lm_head row by row, and DoRA's scale of a row is not among what they read",
             "set one of the two to false",
         )
-    if model.lora.trainable_tokens and model.train_head:
-        yield (
-            "model.lora.trainable_tokens with model.train_head = true: PEFT wraps lm_head either for rows of "
-            "tokens or for an adapter",
-            "set model.train_head=false: lm_head learns the rows of these tokens",
-        )
-    if model.lora.trainable_tokens and (
-        config.groups.reference == "auxiliary_sft" or isinstance(config.dro.excess, str)
-    ):
-        yield (
-            "model.lora.trainable_tokens with a reference adapter (groups.reference=auxiliary_sft or "
-            "dro.excess=FOLDER): the trained rows would stay in the reference",
-            "set groups.reference to base or live, and dro.excess to false or true",
-        )
+    yield from _token_rows(config)
     if model.loading == "sharded" and stage != 3:
         yield (
             f"model.loading = sharded with ZeRO stage {stage}: only stage 3 shards parameters",

@@ -15,6 +15,7 @@ from gdrt_ds.data.sources import read_source
 from gdrt_ds.data.training_data import TrainingData
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import TINY_NAME
+from gdrt_ds.models.new_tokens import find_tokens, with_new_tokens
 from gdrt_ds.models.source import load_tokenizer, read_model_config, resolve_model, tokenizer_source
 
 
@@ -50,16 +51,25 @@ def prepare(config: RunConfig) -> Prepared:
     """
     source = read_source(config)
     model = config.model
+    base = Path(config.run.dir) / "base"
+    texts = []
+    if model.path == TINY_NAME or model.new_tokens:
+        texts = source.texts(config)
     folder = resolve_model(
         model.path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
-        tiny_folder=Path(config.run.dir) / "base",
-        texts=source.texts(config) if model.path == TINY_NAME else None,
+        tiny_folder=base.with_name("base_plain") if model.new_tokens else base,
+        texts=texts,
         seed=config.train.seed,
         tiny=model.tiny,
     )
     tokenizer = load_tokenizer(tokenizer_source(model, folder), trust_remote_code=model.trust_remote_code)
+    line = ""
+    if model.new_tokens:
+        tokens = find_tokens(model.new_tokens, texts)
+        folder = with_new_tokens(folder, tokenizer, tokens, base, config.train.seed)
+        line = f"tokenizer: {len(tokens):,} tokens of model.new_tokens, e.g. {', '.join(tokens[:3])}"
     model_config = read_model_config(folder, trust_remote_code=model.trust_remote_code)
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.prompt.max_length > limit:
@@ -68,7 +78,10 @@ def prepare(config: RunConfig) -> Prepared:
             f"{folder.name}",
             f"set prompt.max_length to at most {limit}",
         )
-    return Prepared(source.encode(config, tokenizer), tokenizer, folder, model_config)
+    data = source.encode(config, tokenizer)
+    if line:
+        data.notes.append(line)
+    return Prepared(data, tokenizer, folder, model_config)
 
 
 def micro_batch_size(config: RunConfig, world: int) -> int:

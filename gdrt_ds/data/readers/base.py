@@ -32,13 +32,15 @@ RATINGS_UNUSED = (
 class Item:
     """One item. `title` is clean text (entities resolved, white space single).
 
-    `provider` is whoever offers or made it.
+    `provider` is whoever offers or made it. `name` is what people call it, where `data.item_text` chose
+    another text as `title`.
     """
 
     item_id: str
     title: str
     provider: str | None = None
     genres: tuple[str, ...] = ()
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Reader:
             UserError.
         order: readers are asked in this order, the special before the general.
         embedded: names of data sets that need no path.
+        item_table: items may come from a table, a column of which `data.item_text` can name.
         supervised: the data are rows of prompt and completion (`TextRows` of text_rows.py), without a
             catalogue; `data.path` may then be a data set of the hub.
     """
@@ -149,6 +152,7 @@ class Reader:
     read: Callable[[DataSection, BadRows], Any]
     order: int
     embedded: tuple[str, ...] = ()
+    item_table: bool = False
     supervised: bool = False
 
 

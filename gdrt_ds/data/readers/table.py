@@ -31,7 +31,7 @@ from gdrt_ds.data.readers.base import (
     parse_genres,
     parse_number,
 )
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import UserError, nearest
 
 INTERACTION_NAMES = ("interactions", "inter", "ratings", "events", "reviews")
 ITEM_NAMES = ("items", "item", "movies", "books", "products", "meta", "metadata")
@@ -158,13 +158,19 @@ def read_events(
 
 
 def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, Item]:
-    """Reads the item table: id and title are needed, provider and genres are taken where they are there."""
+    """Reads the item table: id and text are needed, provider and genres are taken where they are there.
+
+    The text is the title, or the column that `data.item_text` names; the title is then the item's name.
+    """
     header = header_of(path)
-    require_columns(path, header, {"item": (*ITEM, "id"), "title": TITLE}, data.columns)
+    needed = {"item": (*ITEM, "id")}
+    if data.item_text is None:
+        needed["title"] = TITLE
+    require_columns(path, header, needed, data.columns)
     item_column = pick_column(
         path, header, "item", ITEM + ("id",), {k: v for k, v in data.columns.items() if v in header}
     )
-    title_column = pick_column(path, header, "title", TITLE, data.columns)
+    text_column, name_column = text_columns(path, header, data)
     provider_column = pick_column(
         path, header, "provider", PROVIDER, data.columns, required="provider" in data.columns
     )
@@ -178,7 +184,7 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
             bad.report(path, line, item_column, "empty id")
             continue
         item = as_id(value)
-        title = _text(row, title_column)
+        title = _text(row, text_column)
         if not title:  # an interaction with it is a bad row, see read_events
             continue
         if item in items and items[item].title != title:
@@ -191,8 +197,30 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
             )
             continue
         genres = parse_genres(row.get(genres_column)) if genres_column else ()
-        items[item] = Item(item, title, _text(row, provider_column) or None, genres)
+        provider = _text(row, provider_column) or None
+        items[item] = Item(item, title, provider, genres, _text(row, name_column) or None)
     return items
+
+
+def text_columns(path: Path, header: list[str], data: DataSection) -> tuple[str, str | None]:
+    """Returns the column of the items' texts, and that of their names where the texts are not the titles.
+
+    Raises:
+        UserError: `data.item_text` names no column, or no title column is found.
+    """
+    if data.item_text is None:
+        title_column = pick_column(path, header, "title", TITLE, data.columns)
+        assert title_column is not None
+        return title_column, None
+    if data.item_text not in header:
+        raise UserError(
+            f"data.item_text={data.item_text}: {path.name} has no such column; it has {', '.join(header)}",
+            nearest(data.item_text, header),
+        )
+    title_column = pick_column(path, header, "title", TITLE, data.columns, required=False)
+    if title_column == data.item_text:
+        return data.item_text, None
+    return data.item_text, title_column
 
 
 def _text(row: dict, column: str | None) -> str:
@@ -226,4 +254,4 @@ def read_user_table(data: DataSection, folder: Path, bad: BadRows) -> dict[str, 
 
 
 # A table is what is left when nothing else recognises the data, so it is asked last.
-READER = Reader(lambda data: Path(data.path).exists(), read_table, order=90)
+READER = Reader(lambda data: Path(data.path).exists(), read_table, order=90, item_table=True)

@@ -198,6 +198,12 @@ def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str,
     else:
         places = [folder / name for name in ITEM_NAME_FILES + ITEM_TABLE_FILES]
         path = next((place for place in places if place.is_file()), None)
+    if data.item_text and (path is None or path.suffix == ".json"):
+        raise UserError(
+            f"data.item_text={data.item_text}: the titles come from {path.name if path else 'the windows'}, "
+            "which has no columns",
+            "set data.items to an item table that has this column",
+        )
     if path is None:
         if titles:
             return {
@@ -272,4 +278,4 @@ def _has_windows(data: DataSection) -> bool:
     return path.is_dir() and any((path / name).is_file() for name in names)
 
 
-READER = Reader(_has_windows, read_windows, order=20)
+READER = Reader(_has_windows, read_windows, order=20, item_table=True)
