@@ -82,6 +82,7 @@ class Evaluation:
                 row["train_count"],
                 row.get("provider"),
                 row.get("groups") or {},
+                row.get("name"),
             )
             for row in self.catalogue()
         ]

@@ -102,8 +102,8 @@ def write_catalogue(
 ) -> Path:
     """Writes one JSON object per catalogue entry and returns the path.
 
-    The keys are those of the run folder's catalogue.jsonl and, where it is known, `history_count`: how often
-    the entry occurs in training histories.
+    The keys are those of the run folder's catalogue.jsonl (a name where the entry has one) and, where it is
+    known, `history_count`: how often the entry occurs in training histories.
     """
     lines = []
     for entry in catalogue_entries:
@@ -116,6 +116,8 @@ def write_catalogue(
             "provider": entry.provider,
             "groups": entry.groups or {},
         }
+        if getattr(entry, "name", None) is not None:
+            row["name"] = entry.name
         if history_item_counts is not None:
             ids = {entry.item_id, *merged}
             row["history_count"] = sum(history_item_counts.get(item, 0) for item in ids)

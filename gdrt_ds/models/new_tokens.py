@@ -1,8 +1,8 @@
 """Adds tokens to a model, e.g. semantic ids: names in the tokenizer, rows of the embedding and of lm_head.
 
 The result is an ordinary model folder in the run folder. Weight files that hold neither matrix are linked,
-not copied. A new row is drawn around the mean of the old rows, with their standard deviation in every dimension
-(seeded), so that new tokens start as likely as others and differ from each other.
+not copied. A new row is drawn around the mean of the old rows, with their standard deviation in every
+dimension (seeded), so that new tokens start as likely as others and differ from each other.
 
 Shapes: V rows of the embedding, n new tokens, H hidden.
 """

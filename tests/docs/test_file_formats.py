@@ -82,7 +82,7 @@ def test_the_files_of_training_have_the_documented_keys(folders):
     check("metrics.jsonl", set(first_line(run_folder / "metrics.jsonl")))
     check("validation.jsonl", set(first_line(run_folder / "validation.jsonl")))
     check("groups.json", set(json.loads((run_folder / "groups.json").read_text())))
-    check("catalogue.jsonl", set(first_line(run_folder / "catalogue.jsonl")), {"history_count"})
+    check("catalogue.jsonl", set(first_line(run_folder / "catalogue.jsonl")), {"history_count", "name"})
     check("prompt.json", set(json.loads((run_folder / "prompt.json").read_text())))
     check("summary.json", set(json.loads((run_folder / "summary.json").read_text())), {"error"})
     with safe_open(run_folder / "groups.safetensors", "np") as tensors:
@@ -99,7 +99,7 @@ def test_the_files_of_an_evaluation_have_the_documented_keys(folders):
     assert json.loads((tuned / "scoring.json").read_text()) == results["scoring_key"]
     assert set(results["metrics"]["ndcg@10"]) == {"value", "ci_low", "ci_high", "n", "higher_is_better"}
     check("predictions.jsonl", set(first_line(tuned / "predictions.jsonl")), {"certified", "nodes_expanded"})
-    check("catalogue.jsonl", set(first_line(tuned / "catalogue.jsonl")))
+    check("catalogue.jsonl", set(first_line(tuned / "catalogue.jsonl")), {"name"})
     always, _ = documented("An audit in results.json")
     assert always <= set(results["audits"]["language"])
 
