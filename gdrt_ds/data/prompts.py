@@ -10,6 +10,7 @@ Segments are those of `SEGMENTS`. Shapes: T tokens of one sample, n samples of a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,6 +120,12 @@ class PromptEncoder:
         longest = max(catalogue.entries, key=lambda entry: len(self._targets[entry.text]))
         self._check_target(longest.text)
         self._reserved = len(self._targets[longest.text])
+
+    def forget(self, titles: Iterable[str]) -> None:
+        """Drops the kept tokens of titles: a service that is asked for ever new ones must not grow."""
+        for title in titles:
+            self._items.pop(title, None)
+            self._targets.pop(title, None)
 
     def target_ids(self, title: str) -> list[int]:
         """Returns the formatted title and the terminator: what the catalogue trie is built from."""

@@ -103,18 +103,34 @@ def recommend(
     Returns:
         per history the k best {"rank", "item_id", "title", "log_prob", "probability"}, best first.
     """
-    # Torch is imported when something is scored: the command's --help and its wrong uses answer at once.
-    from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
-
-    scorer = CatalogueScorer(recommender.reader, recommender.trie)
+    ranker = Ranker(recommender)
     lists = []
     for start in range(0, len(histories), batch_size):
-        prompts = [recommender.prompt_of_titles(titles) for titles in histories[start : start + batch_size]]
-        for row in scorer.score(prompts):
-            lists.append(_best(row, recommender.catalogue.entries, k))
+        batch = histories[start : start + batch_size]
+        prompts = [recommender.prompt_of_titles(titles) for titles in batch]
+        lists += ranker.lists(prompts, [k] * len(prompts))
         if on_batch is not None:
             on_batch(len(lists), len(histories))
     return lists
+
+
+class Ranker:
+    """The exact scorer of a catalogue, made once, and the lists that follow from its scores."""
+
+    def __init__(self, recommender: Recommender):
+        # Torch is imported when something is scored: the command's --help and its wrong uses answer at once.
+        from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
+
+        self.scorer = CatalogueScorer(recommender.reader, recommender.trie)
+        self.entries = recommender.catalogue.entries
+
+    def lists(self, prompts: list[list[int]], sizes: list[int]) -> list[list[dict[str, Any]]]:
+        """Returns a list of the asked size for every prompt; all prompts are scored in one batch.
+
+        Every title of the catalogue is scored, so every place of a list is certain.
+        """
+        scores = self.scorer.score(prompts)
+        return [_best(row, self.entries, k) for row, k in zip(scores, sizes, strict=True)]
 
 
 def _best(log_prob: Tensor, entries: list[CatalogueEntry], k: int) -> list[dict[str, Any]]:

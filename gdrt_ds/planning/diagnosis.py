@@ -17,6 +17,7 @@ OPTIONAL = {
     "triton": "the group loss on GPUs is torch's, which is slower",
     "tensorboard": "log.tensorboard=true is refused",
     "wandb": "log.wandb=true is refused",
+    "fastapi": "gdrt-serve does not start",
 }
 """Packages that a run can do without, and what is different then."""
 

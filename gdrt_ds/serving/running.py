@@ -1,0 +1,66 @@
+"""Runs a service until a signal: it then answers what was accepted and ends with status 0."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from gdrt_ds.errors import UserError
+
+MAX_CONNECTIONS = 1024
+"""Connections beyond this are answered with 503 by uvicorn."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a listening socket; port 0 takes a free one.
+
+    Raises:
+        UserError: the address is taken or is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    place = socket.socket(family, socket.SOCK_STREAM)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((host, port))
+    except (OSError, OverflowError) as error:
+        place.close()
+        raise UserError(
+            f"--host {host} --port {port}: cannot listen there ({error})", "give another port or address"
+        ) from None
+    return place
+
+
+def run_service(app, place: socket.socket, tell: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Args:
+        app: the application.
+        place: where it listens.
+        tell: called with one line when requests are answered, and one when that ends.
+    """
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, limit_concurrency=MAX_CONNECTIONS, server_header=False
+    )
+    host, port = place.getsockname()[:2]
+    server = AnnouncingServer(config, lambda: tell(f"ready: http://{host}:{port}"))
+    # uvicorn raises the signal again when it has finished; the process would then not end with status 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[place])
+    tell("stopped: everything that was accepted is answered")
+
+
+class AnnouncingServer(uvicorn.Server):
+    """uvicorn's server, which calls a function as soon as it answers requests."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]):
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
