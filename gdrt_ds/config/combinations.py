@@ -25,6 +25,11 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"{data.history_length}, the most items that a window keeps: no window could be made; lower "
             "data.min_history"
         )
+    if data.mixture and data.format != "sft":
+        yield (
+            f"data.mixture is for rows of prompt and completion, and data.format is {data.format}: set "
+            "data.format=sft, or give one data set as data.path"
+        )
     if data.format == "sft" and data.windows == "growing":
         yield "data.windows = growing makes windows of interactions, and data.format = sft has none"
     elif data.windows == "growing":

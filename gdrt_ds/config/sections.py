@@ -39,6 +39,13 @@ class DataSection(Section):
         "(generated) or `ml-100k` (MovieLens-100k from the package recbole). With `data.format=sft`, also a "
         "data set of the Hugging Face hub: `owner/name` or `owner/name:config`.",
     )
+    mixture: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(
+        default_factory=dict,
+        description="With `data.format=sft`: several data sets in one run, each with its weight. A weight of "
+        "2 takes every train row twice, 0.5 a seeded half of them. The label `dataset` names where a row "
+        "comes from, and `data.path` is not read. Example: "
+        "`data.mixture={data/clothing: 1, data/newsgroups: 0.5}`.",
+    )
     revision: str | None = Field(
         None,
         description="Branch, tag or commit of a data set of the hub. Empty: the newest.",

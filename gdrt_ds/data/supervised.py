@@ -20,6 +20,7 @@ import numpy as np
 from gdrt_ds.config import GroupsSection, RunConfig
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import reader_of
+from gdrt_ds.data.mixture import read_mixture
 from gdrt_ds.data.prompts import EncodedPrompt, TokenStore, common_head, store_of
 from gdrt_ds.data.readers.base import BadRows
 from gdrt_ds.data.recommendation import UNKNOWN
@@ -41,11 +42,13 @@ class SupervisedSource:
 
     @classmethod
     def read(cls, config: RunConfig) -> SupervisedSource:
-        """Reads `data.path`.
+        """Reads `data.path`, or the data sets of `data.mixture`.
 
         Raises:
             UserError: missing file, a bad row, an empty train split.
         """
+        if config.data.mixture:
+            return cls(read_mixture(config.data))
         bad = BadRows(skip=config.data.on_bad_row == "skip")
         return cls(reader_of(config.data).read(config.data, bad))
 
