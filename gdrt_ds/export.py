@@ -1,20 +1,26 @@
-"""Merges a run's adapter into its base model: a folder that transformers loads alone.
+"""Writes a run for others: merged into its base, or the adapter alone with its card.
 
     python -m gdrt_ds.export --run RUN --output DIR [--dtype bfloat16] [--base plain|trained]
+    python -m gdrt_ds.export --run RUN --output DIR --adapter-only [--push owner/name --base-name owner/name]
 
---base plain (default) merges into the original weights. --base trained merges into the weights the adapter
-was trained on, i.e. the 4-bit base dequantised: scores are then those of the evaluated model.
+The merged model loads in transformers alone. --base plain (default) merges into the original weights. --base
+trained merges into the weights the adapter was trained on, i.e. the 4-bit base dequantised: scores are then
+those of the evaluated model. Weights are read, merged and written one tensor at a time. The model is checked
+before it is published: its logits, computed layer by layer, must be those of base + adapter. So memory holds
+about one layer in float32, however large the model is.
 
-Weights are read, merged and written one tensor at a time. The model is checked before it is published: its
-logits, computed layer by layer, must be those of base + adapter. So memory holds about one layer in float32,
-however large the model is. The run's catalogue, its token trie and its prompt are written beside it.
+--adapter-only writes the adapter with a model card; --push uploads that folder to the Hugging Face hub, as a
+private repository unless --public is given. Both write the run's catalogue, its token trie and its prompt.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from gdrt_ds.errors import UserError
 from gdrt_ds.inference.exporting import export
+from gdrt_ds.inference.publishing import base_of, check_upload, push_to_hub, write_adapter
 from gdrt_ds.invocation import command_name
 from gdrt_ds.runtime import report_user_errors
 
@@ -26,7 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--run", required=True, help="run folder of a finished training")
-    parser.add_argument("--output", required=True, help="new or empty folder")
+    parser.add_argument("--output", required=True, type=Path, help="new or empty folder")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -48,27 +54,51 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="load and merge the whole model at once; the files are the same",
     )
+    parser.add_argument("--adapter-only", action="store_true", help="write the adapter, not a merged model")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the adapter to this repository")
+    parser.add_argument("--public", action="store_true", help="a new repository is public")
+    parser.add_argument("--base-name", metavar="OWNER/NAME", help="the base as the hub names it")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     with report_user_errors():
-        done = export(
-            options.run,
-            options.output,
-            options.dtype,
-            options.base,
-            options.shard_size,
-            options.check,
-            options.in_memory,
-        )
-        print(
-            f"{done['folder']}: merged model in {done['dtype']} ({done['merged']}); logits differ from "
-            f"base + adapter by at most {done['max_difference']:.2g} (largest logit "
-            f"{done['largest_logit']:.3g}, {done['check']}); {done['catalogue']}"
-        )
+        if options.push and not options.adapter_only:
+            raise UserError("--push uploads adapters", "add --adapter-only, or upload DIR with `hf upload`")
+        if options.adapter_only:
+            publish_adapter(options)
+        else:
+            export_merged(options)
     return 0
+
+
+def publish_adapter(options: argparse.Namespace) -> None:
+    """Writes the adapter's folder, and uploads it if that is asked for."""
+    if options.push:
+        check_upload(options.push, options.base_name or base_of(options.run))
+    done = write_adapter(options.run, options.output, options.base_name, options.push)
+    print(f"{done['folder']}: adapter for {done['base']}; {done['catalogue']}")
+    if options.push:
+        print(f"uploaded to {push_to_hub(options.output, options.push, options.public)}")
+
+
+def export_merged(options: argparse.Namespace) -> None:
+    """Writes the merged model and says how it was made."""
+    done = export(
+        options.run,
+        options.output,
+        options.dtype,
+        options.base,
+        options.shard_size,
+        options.check,
+        options.in_memory,
+    )
+    print(
+        f"{done['folder']}: merged model in {done['dtype']} ({done['merged']}); logits differ from "
+        f"base + adapter by at most {done['max_difference']:.2g} (largest logit "
+        f"{done['largest_logit']:.3g}, {done['check']}); {done['catalogue']}"
+    )
 
 
 if __name__ == "__main__":

@@ -165,14 +165,14 @@ def _what_it_is(about: Export) -> list[str]:
 def _base(about: Export, summary: dict[str, Any]) -> list[str]:
     """On which base the adapter was trained, how to load that, and what another base does to it."""
     model = about.config.model
-    dtype = _trained_dtype(model, summary)
+    dtype = trained_dtype(model, summary)
     form = get_quantization(model.quantization).describe(model, dtype)
     revision = f", revision `{model.revision}`" if model.revision else ""
     return [
         "## The adapter and its base",
         "",
         f"The adapter was trained on `{model.path}`{revision}, held as {form.removeprefix('base: ')}. "
-        f"Fingerprint of this base: {_recorded(summary.get('base_fingerprint'))}.",
+        f"Fingerprint of this base: {recorded(summary.get('base_fingerprint'))}.",
         "",
         *_other_base(about),
         "",
@@ -222,7 +222,7 @@ def loading_code(about: Export, dtype: torch.dtype) -> str:
     return OWN_LOADING.format(run=repr(str(about.run)))
 
 
-def _trained_dtype(section: ModelSection, summary: dict[str, Any]) -> torch.dtype:
+def trained_dtype(section: ModelSection, summary: dict[str, Any]) -> torch.dtype:
     """The dtype that the run computed in: `auto` depends on the machine that it ran on."""
     if summary.get("dtype"):
         return getattr(torch, summary["dtype"])
@@ -236,12 +236,13 @@ def _data(about: Export, summary: dict[str, Any], results: dict[str, Any]) -> li
     return [
         "## Data",
         "",
-        f"`{data.path}`, split by {data.split}. Fingerprint of the data: {_recorded(fingerprint)}.",
+        f"`{data.path}`, split by {data.split}. Fingerprint of the data: {recorded(fingerprint)}.",
         "",
     ]
 
 
-def _recorded(fingerprint: str | None) -> str:
+def recorded(fingerprint: str | None) -> str:
+    """A fingerprint as a card shows it."""
     if fingerprint:
         return f"`{fingerprint}`"
     return "not recorded by the version that trained this run"

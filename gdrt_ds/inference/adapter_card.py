@@ -1,0 +1,300 @@
+"""The README.md of an adapter that is published: base, data, objective, group figures and limits.
+
+It states what the run folder records, and nothing about the machine that the run was made on: paths are cut
+to their last part. The front matter is that of the Hugging Face hub, figures included.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gdrt_ds.config import RunConfig
+from gdrt_ds.inference.model_card import (
+    NF4_LOADING,
+    PLAIN_LOADING,
+    own_evaluation,
+    read_json,
+    recorded,
+    trained_dtype,
+)
+from gdrt_ds.models.quantization import get_quantization, storage_dtype
+from gdrt_ds.models.source import dtype_name
+
+IN_INDEX = ("ndcg@10", "hr@10", "mrr", "nll", "mgu@10", "dgu@10")
+"""Metrics that the hub shows beside the model; the card has all of them."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a card says about an adapter.
+
+    Attributes:
+        run: the run folder.
+        config: its resolved config.
+        base: the base as others name it: on the hub, or the last part of its folder.
+        name: the adapter as others name it: on the hub, or the run's name.
+    """
+
+    run: Path
+    config: RunConfig
+    base: str
+    name: str
+
+
+def adapter_card(about: Adapter) -> str:
+    """Returns the text of README.md."""
+    summary = read_json(about.run / "summary.json")
+    results = own_evaluation(about.run) or {}
+    lines = [
+        front_matter(about, results),
+        *_what_it_is(about),
+        *_loading(about, summary),
+        *_data(about, summary, results),
+        *_objective(about),
+        *_groups(about, summary, results),
+        *_metrics(results),
+        *_limits(about, results),
+        *_settings(about, summary),
+    ]
+    return "\n".join(lines)
+
+
+def front_matter(about: Adapter, results: dict[str, Any]) -> str:
+    """Returns the YAML that the hub reads, between its lines of dashes."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    figures = []
+    for name in IN_INDEX:
+        value = (results.get("metrics") or {}).get(name, {}).get("value")
+        if value is not None:
+            figures.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type="recommendation",
+                    dataset_name=_short(about.config.data.path),
+                    dataset_split=results.get("split"),
+                    metric_type=name,
+                    metric_value=round(float(value), 6),
+                )
+            )
+    data = ModelCardData(
+        base_model=about.base,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["recommendation", "gdrt", "lora", about.config.objective],
+        model_name=about.name,
+        eval_results=figures or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _what_it_is(about: Adapter) -> list[str]:
+    return [
+        f"# {about.name}: a {about.config.objective} recommender on {about.base}",
+        "",
+        f"A LoRA adapter (PEFT) for `{about.base}`, trained by gdrt_ds with the objective "
+        f"`{about.config.objective}`. Asked with a user's history, the model answers with the title "
+        "of the next "
+        "item of its catalogue.",
+        "",
+        "| file | what it is |",
+        "|---|---|",
+        "| `adapter_model.safetensors`, `adapter_config.json` | the adapter |",
+        "| `tokenizer*` | the tokenizer of training |",
+        "| `prompt.json` | the prompt; other prompts were not trained |",
+        "| `catalogue.jsonl`, `catalogue_trie.safetensors` | the titles, and their tokens as a tree |",
+        "",
+    ]
+
+
+def _loading(about: Adapter, summary: dict[str, Any]) -> list[str]:
+    model = about.config.model
+    dtype = trained_dtype(model, summary)
+    form = get_quantization(model.quantization).describe(model, dtype).removeprefix("base: ")
+    revision = f", revision `{model.revision}`" if model.revision else ""
+    place = repr(about.base) + (f", revision={model.revision!r}" if model.revision else "")
+    names = {"base": place, "adapter": repr(about.name), "dtype": dtype_name(dtype)}
+    if model.quantization == "nf4":
+        storage = dtype_name(storage_dtype(model))
+        code = NF4_LOADING.format(**names, double_quant=model.double_quant, storage=storage)
+    else:
+        code = PLAIN_LOADING.format(**names)
+    return [
+        "## Base",
+        "",
+        f"Trained on `{about.base}`{revision}, held as {form}. Fingerprint of this base: "
+        f"{recorded(summary.get('base_fingerprint'))}.",
+        "",
+        "```python",
+        code.rstrip(),
+        "```",
+        "",
+    ]
+
+
+def _data(about: Adapter, summary: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    data = about.config.data
+    key = results.get("scoring_key") or {}
+    fingerprint = summary.get("data_fingerprint") or key.get("corpus")
+    samples = f" {summary['samples']} samples were read in training." if summary.get("samples") else ""
+    return [
+        "## Data",
+        "",
+        f"`{_short(data.path)}`, split by {data.split}. Fingerprint of the data: "
+        f"{recorded(fingerprint)}.{samples} "
+        "This folder holds the titles of the catalogue, and nothing about users.",
+        "",
+    ]
+
+
+def _objective(about: Adapter) -> list[str]:
+    config = about.config
+    text = f"`{config.objective}`"
+    if "dro" in config.objective or "gdrt" in config.objective:
+        text += f", tau {config.dro.tau:g}: groups of tokens with a larger loss weigh more"
+    return [
+        "## Objective",
+        "",
+        f"{text}. {config.train.max_steps or 'All'} steps, seed {config.train.seed}.",
+        "",
+    ]
+
+
+def _groups(about: Adapter, summary: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """Loss of each group of training, and the slices of the evaluation by the same groups."""
+    groups = read_json(about.run / "groups.json")
+    lines = ["## Groups", ""]
+    names = groups.get("names")
+    if not names:
+        lines += ["The run records no groups.", ""]
+    else:
+        losses = _group_losses(about.run, summary)
+        lines += [
+            f"Target tokens are grouped by {groups.get('by')}. Losses are means per target token of "
+            "the validation "
+            "split, in nats, at the step of this adapter.",
+            "",
+            "| group | target tokens in train | validation loss |",
+            "|---|---|---|",
+        ]
+        for place, name in enumerate(names):
+            count = groups["counts"][place]
+            lines.append(f"| {name} | {count:,} | {_number(losses[place] if losses else None)} |")
+        lines.append("")
+    slices = ((results.get("breakdowns") or {}).get("relevance_group") or {}).get("groups") or {}
+    if slices:
+        lines += [
+            "Test samples by the relevance of their target (0 is least tied to the prompt):",
+            "",
+            "| relevance group | n | NDCG@10 | NLL |",
+            "|---|---|---|---|",
+        ]
+        for name, figures in slices.items():
+            ndcg = figures.get("ndcg@10") or {}
+            nll = (figures.get("nll") or {}).get("value")
+            lines.append(f"| {name} | {ndcg.get('n', '')} | {_number(ndcg.get('value'))} | {_number(nll)} |")
+        lines.append("")
+    return lines
+
+
+def _group_losses(run: Path, summary: dict[str, Any]) -> list[float | None] | None:
+    """Losses of the groups at the validation whose weights the adapter holds; None if there is none."""
+    file = run / "validation.jsonl"
+    if not file.is_file():
+        return None
+    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    step = summary.get("adapter_step")
+    chosen = [row for row in found if row.get("step") == step]
+    if not chosen:
+        return None
+    return chosen[-1].get("group_loss")
+
+
+def _metrics(results: dict[str, Any]) -> list[str]:
+    if not results:
+        return ["## Metrics", "", "This adapter was not evaluated as a whole.", ""]
+    lines = [
+        "## Metrics",
+        "",
+        f"Split {results.get('split')}, {results.get('num_samples')} samples, "
+        f"{results.get('num_items')} titles, all "
+        "of them scored. Intervals are 95 % over users.",
+        "",
+        "| metric | value | interval | n |",
+        "|---|---|---|---|",
+    ]
+    for name, entry in results["metrics"].items():
+        if entry.get("value") is None or entry.get("ci_low") is None:
+            continue
+        interval = f"{entry['ci_low']:.4f} .. {entry['ci_high']:.4f}"
+        lines.append(f"| {name} | {entry['value']:.4f} | {interval} | {entry['n']} |")
+    return [*lines, ""]
+
+
+def _limits(about: Adapter, results: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Limits",
+        "",
+        "- It recommends titles of its catalogue, asked with the prompt of `prompt.json`. Other "
+        "titles, prompts and "
+        "languages were neither trained nor measured.",
+        "- The figures are of one run with one seed, on the data named above. They say nothing about "
+        "other users.",
+        "- Groups are groups of *tokens*. The objective makes no promise about groups of people; "
+        "where the data name "
+        "such groups, the evaluation's breakdowns measure them.",
+        "- Recommendations can follow popularity, genre and the base model's own knowledge of "
+        "titles. The audits of "
+        "gdrt_ds measure that.",
+        "- The licence and the limits of the base model apply.",
+    ]
+    kind = about.config.model.quantization.upper()
+    if kind != "NONE":
+        lines.append(
+            f"- The adapter was fitted to the {kind} weights of the base, rounding errors included. "
+            "On unquantised "
+            "weights its scores are other ones."
+        )
+    audits = results.get("audits") or {}
+    for audit in audits.values():
+        if audit.get("finding"):
+            lines.append(f"- Audit, {audit.get('title', '')}: {audit['finding']}")
+    if results and not audits:
+        lines.append("- No audit was made with this evaluation.")
+    return [*lines, ""]
+
+
+def _settings(about: Adapter, summary: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in (summary.get("versions") or {}).items())
+    text = yaml.safe_dump(public_settings(about.config.model_dump(mode="json")), sort_keys=False)
+    lines = ["## Settings", ""]
+    if versions:
+        lines += [versions, ""]
+    return [*lines, "```yaml", text.rstrip(), "```", ""]
+
+
+def public_settings(value: Any) -> Any:
+    """Returns settings in which every path is cut to its last part."""
+    if isinstance(value, dict):
+        return {key: public_settings(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [public_settings(item) for item in value]
+    if isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or Path(value).exists()):
+        return _short(value)
+    return value
+
+
+def _short(path: str) -> str:
+    """The last part of a path; a name stays as it is."""
+    if path.startswith(("/", "~", ".")) or Path(path).exists():
+        return Path(path).name or path
+    return path
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

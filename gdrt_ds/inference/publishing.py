@@ -1,0 +1,198 @@
+"""An adapter as others can use it: a folder with its card, catalogue and prompt, and its way to the hub.
+
+`write_adapter` makes the folder, and `push_to_hub` uploads it with huggingface_hub. What stands in the way of
+an upload (name, token, a network that is switched off) is looked at before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gdrt_ds.config import RunConfig, load_config
+from gdrt_ds.errors import UserError
+from gdrt_ds.files import replacing, write_json
+from gdrt_ds.inference.adapter_card import Adapter, adapter_card
+from gdrt_ds.inference.catalogue_files import write_catalogue
+
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+
+
+def write_adapter(
+    run: str | Path, output: str | Path, base_name: str | None = None, name: str | None = None
+) -> dict[str, Any]:
+    """Writes the adapter of a run as a folder of its own.
+
+    Args:
+        run: run folder of a finished training.
+        output: new or empty folder.
+        base_name: the base as others name it, e.g. `owner/name` on the hub; None = as the run names it.
+        name: the adapter as others name it; None = the run's name.
+
+    Returns:
+        {"folder", "base", "catalogue"}: where it is, the base that it names, and what was written of the
+        catalogue, in words.
+
+    Raises:
+        UserError: no adapter, or one that changes nothing or is not finite; an output folder in use.
+    """
+    run = Path(run)
+    output = Path(output)
+    config = _open(run)
+    check_weights(run / "adapter" / "adapter_model.safetensors")
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"--output {output} is not empty", "choose another folder")
+    base = base_name or config.model.path
+    about = Adapter(run, config, base, name or run.resolve().name)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output) as scratch:
+            shutil.copytree(run / "adapter", scratch, ignore=shutil.ignore_patterns("README.md"))
+            _name_base(scratch / "adapter_config.json", base, config.model.revision)
+            catalogue = write_catalogue(run, scratch, config.model)
+            (scratch / "README.md").write_text(adapter_card(about), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--output {output} cannot be written ({error.strerror or error})",
+            "free disk space or choose another folder",
+        ) from None
+    return {"folder": str(output), "base": base, "catalogue": catalogue}
+
+
+def base_of(run: str | Path) -> str:
+    """The base as the run names it.
+
+    Raises:
+        UserError: this is no run folder with an adapter.
+    """
+    return _open(Path(run)).model.path
+
+
+def _open(run: Path) -> RunConfig:
+    if not (run / "config.yaml").is_file():
+        raise UserError(
+            f"--run {run} is not a run folder (no config.yaml)", "give the run.dir of a finished run"
+        )
+    if not (run / "adapter" / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"--run {run} has no adapter/ yet", "let the run finish, or resume it with resume=auto"
+        )
+    return load_config(run / "config.yaml")
+
+
+def check_weights(file: Path) -> None:
+    """Refuses an adapter whose lora_B are all zero, which changes nothing, or that is not finite.
+
+    Raises:
+        UserError: see above.
+    """
+    from safetensors import safe_open
+
+    changes = False
+    with safe_open(str(file), "pt") as stored:
+        for name in stored.keys():
+            values = stored.get_tensor(name)
+            if not bool(values.isfinite().all()):
+                raise UserError(f"{file}: {name} is not finite", "use an earlier checkpoint of the run")
+            changes = changes or ("lora_B" in name or "lora_" not in name) and bool(values.any())
+    if not changes:
+        raise UserError(
+            f"{file}: all lora_B matrices are zero, so the adapter changes nothing",
+            "it was saved before training; let the run finish",
+        )
+
+
+def _name_base(file: Path, base: str, revision: str | None) -> None:
+    """Writes the base's public name into adapter_config.json, which names a folder of this machine."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = base
+    settings["revision"] = revision
+    write_json(file, settings, indent=2)
+
+
+# -- the hub ---------------------------------------------------------------------------------------
+def check_upload(repository: str, base: str) -> None:
+    """Looks at what an upload needs, before the folder is made. Nothing is sent.
+
+    Args:
+        repository: `owner/name`.
+        base: the base that the adapter names.
+
+    Raises:
+        UserError: a name that the hub does not take, a base that others cannot load, no token, or
+            HF_HUB_OFFLINE.
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    for flag, value in (("--push", repository), ("--base-name", base)):
+        try:
+            validate_repo_id(value)
+            bad = value.count("/") != 1
+        except HFValidationError:
+            bad = True
+        if bad and flag == "--push":
+            raise UserError(f"--push {value} is no name of the hub", "give owner/name")
+        if bad:
+            raise UserError(
+                f"the adapter's base is {value}, which is no name of the hub: others could not load it",
+                "give --base-name owner/name, the model on the hub with the same weights",
+            )
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"--push {repository}: HF_HUB_OFFLINE forbids the network",
+            "unset HF_HUB_OFFLINE, or leave --push out and upload the folder elsewhere",
+        )
+    if not get_token():
+        raise UserError(f"--push {repository}: there is no token of the hub", LOG_IN)
+
+
+def push_to_hub(folder: Path, repository: str, public: bool) -> str:
+    """Uploads a folder that `write_adapter` made; returns its address.
+
+    Args:
+        folder: what is uploaded, all of it.
+        repository: `owner/name`; it is made if it does not exist.
+        public: whether a new repository is public.
+
+    Raises:
+        UserError: the hub is not reached or refuses; the folder stays.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Adapter trained by gdrt_ds")
+    except HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        fix = LOG_IN if status in (401, 403) else "try again later; the folder is complete"
+        raise UserError(f"--push {repository}: the hub answered {_first_line(error)}", fix) from None
+    except OSError as error:  # connections that fail are among them
+        raise _not_reached(api, repository, folder, error) from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in (
+            "httpx",
+            "httpcore",
+            "httpx2",
+            "httpcore2",
+            "requests",
+        ):
+            raise
+        raise _not_reached(api, repository, folder, error) from None
+    return str(address)
+
+
+def _not_reached(api: Any, repository: str, folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"--push {repository}: {api.endpoint} is not reached ({_first_line(error)})",
+        f"the folder is complete; push it from a machine with a network: hf upload {repository} {folder}",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,215 @@
+"""An adapter for the hub: its folder is complete, its card is right, and what hinders an upload is said."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from gdrt_ds.data.trie_file import load_trie
+from gdrt_ds.errors import UserError
+from gdrt_ds.export import main
+from gdrt_ds.files import sha256_of
+from gdrt_ds.inference.publishing import check_upload, write_adapter
+from gdrt_ds.inference.recommender import open_run
+from gdrt_ds.runtime import Runtime
+from tests.eval.run_folders import make_run
+
+BASE = "HuggingFaceTB/SmolLM2-135M"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with the records of a training and of an evaluation, as docs/file-formats.md has them."""
+    folder = make_run(tmp_path_factory.mktemp("publishing") / "run", ["objective=gdrt", "dro.tau=0.3"])
+    groups = {"by": "relevance", "counts": [70, 90], "names": ["r in [-inf, -3)", "r in [-3, inf)"]}
+    (folder / "groups.json").write_text(json.dumps(groups))
+    validation = [
+        {"step": 10, "group_loss": [4.0, 3.0]},
+        {"step": 20, "group_loss": [2.25, None]},
+        {"step": 30, "group_loss": [9.0, 9.0]},
+    ]
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in validation))
+    summary = {
+        "adapter_step": 20,
+        "data_fingerprint": "da7a",
+        "base_fingerprint": "ba5e",
+        "dtype": "float32",
+        "samples": 640,
+        "versions": {"torch": "2.13.0"},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    figure = {"value": 0.25, "ci_low": 0.2, "ci_high": 0.3, "n": 40}
+    results = {
+        "metrics": {"ndcg@10": figure, "nll": figure | {"value": 3.5}, "mrr": figure | {"value": None}},
+        "breakdowns": {
+            "relevance_group": {"groups": {"0": {"ndcg@10": figure, "nll": figure | {"value": 4.5}}}}
+        },
+        "audits": {"popularity": {"title": "Popularity", "finding": "Lists are twice as popular."}},
+        "split": "test",
+        "num_samples": 40,
+        "num_items": 24,
+        "scoring_key": {
+            "limit": None,
+            "adapter": sha256_of(folder / "adapter" / "adapter_model.safetensors"),
+        },
+    }
+    (folder / "eval").mkdir()
+    (folder / "eval" / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(run):
+    folder = run.parent / "published"
+    done = write_adapter(run, folder, BASE, "owner/films")
+    assert done["base"] == BASE and done["catalogue"].startswith("catalogue of 24 titles")
+    return folder
+
+
+def test_the_folder_is_complete_and_peft_loads_it(run, published):
+    names = {path.name for path in published.iterdir()}
+    assert names == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "catalogue.jsonl",
+        "catalogue_trie.safetensors",
+        "prompt.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    opened = open_run(run, Runtime(), merge=False)
+    base = open_run(run, Runtime(), base=True).loaded.model
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(base, published).eval()(input_ids=ids).logits
+        assert torch.equal(found, opened.loaded.model(input_ids=ids).logits)
+    assert load_trie(published).num_nodes == opened.trie.num_nodes
+
+
+def test_the_front_matter_says_base_task_and_figures_as_the_hub_reads_them(published):
+    data = ModelCard.load(published / "README.md").data
+    assert data.base_model == BASE and data.library_name == "peft"
+    assert {"recommendation", "gdrt"} <= set(data.tags)
+    figures = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert figures == {"ndcg@10": 0.25, "nll": 3.5}
+    assert json.loads((published / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
+
+
+def test_the_card_says_base_data_objective_groups_and_limits(published):
+    text = ModelCard.load(published / "README.md").text
+    assert "Fingerprint of this base: `ba5e`" in text and "Fingerprint of the data: `da7a`" in text
+    assert "`gdrt`, tau 0.3" in text
+    # The losses of the groups are those of the step whose weights the adapter holds.
+    assert "| r in [-inf, -3) | 70 | 2.2500 |" in text and "| r in [-3, inf) | 90 |  |" in text
+    assert "| 0 | 40 | 0.2500 | 4.5000 |" in text
+    assert "| ndcg@10 | 0.2500 | 0.2000 .. 0.3000 | 40 |" in text
+    assert "## Limits" in text and "Audit, Popularity: Lists are twice as popular." in text
+
+
+def test_the_folder_names_no_path_of_this_machine(run, published):
+    for name in ("README.md", "adapter_config.json", "prompt.json"):
+        text = (published / name).read_text()
+        assert str(run.parent) not in text and not re.search(r"(?<![\w/:.])/(root|home|tmp|work)/", text), (
+            name
+        )
+
+
+def test_a_run_that_was_not_evaluated_says_so(run, tmp_path):
+    for name in ("adapter", "config.yaml", "prompt.json", "catalogue.jsonl"):
+        (tmp_path / name).symlink_to(run / name)
+    write_adapter(tmp_path, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "This adapter was not evaluated as a whole" in card and "The run records no groups" in card
+
+
+def test_adapters_that_change_nothing_or_are_not_finite_are_refused(run, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "config.yaml").symlink_to(run / "config.yaml")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    save_file({n: t * ("lora_A" in n) for n, t in weights.items()}, file)
+    with pytest.raises(UserError, match="lora_B matrices are zero"):
+        write_adapter(tmp_path, tmp_path / "out")
+    save_file({n: t * float("nan") for n, t in weights.items()}, file)
+    with pytest.raises(UserError, match="is not finite"):
+        write_adapter(tmp_path, tmp_path / "out")
+    file.unlink()
+    with pytest.raises(UserError, match="no adapter"):
+        write_adapter(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "repository, base, words",
+    [
+        ("no owner", BASE, "no name of the hub"),
+        ("films", BASE, "no name of the hub"),
+        ("a/b/c", BASE, "no name of the hub"),
+        ("owner/films", "tiny-random", "others could not load it"),
+        ("owner/films", "/models/llama", "others could not load it"),
+    ],
+)
+def test_names_that_the_hub_does_not_take_are_refused(repository, base, words):
+    with pytest.raises(UserError, match=words) as error:
+        check_upload(repository, base)
+    assert "owner/name" in error.value.fix
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Sets what huggingface_hub read from the environment when it was imported."""
+
+    def set_variables(token: str, offline: bool):
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    "token, offline, words",
+    [("", False, "there is no token of the hub"), ("hf_x", True, "forbids the network")],
+)
+def test_a_missing_token_and_a_forbidden_network_are_said_before_anything_is_written(
+    run, tmp_path, hub, capsys, token, offline, words
+):
+    hub(token, offline)
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        main([*command(run, output), "--push", "owner/films", "--base-name", BASE])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and words in said and "fix: " in said
+    assert not output.exists()
+
+
+def test_a_hub_that_is_not_reached_is_said_and_the_folder_stays(run, tmp_path, hub, capsys):
+    hub("hf_x", offline=False)
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        main([*command(run, output), "--push", "owner/films", "--base-name", BASE])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "http://127.0.0.1:9 is not reached" in said
+    assert f"hf upload owner/films {output}" in said
+    assert (output / "README.md").is_file()
+
+
+def command(run, output) -> list[str]:
+    return ["--run", str(run), "--output", str(output), "--adapter-only"]
+
+
+def test_the_command_writes_the_folder_and_refuses_to_push_merged_models(run, tmp_path, capsys):
+    assert main(command(run, tmp_path / "out")) == 0
+    assert "adapter for tiny-random; catalogue of 24 titles" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*command(run, tmp_path / "merged")[:-1], "--push", "owner/films"])
+    assert "--push uploads adapters" in capsys.readouterr().err
