@@ -31,7 +31,10 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             "data.format=sft, or give one data set as data.path"
         )
     if data.format == "sft" and data.windows == "growing":
-        yield "data.windows = growing makes windows of interactions, and data.format = sft has none"
+        yield (
+            "data.windows = growing makes windows of interactions, and data.format = sft has none; set "
+            "data.windows=sliding, or take a config without it"
+        )
     elif data.windows == "growing":
         yield from _growing_contradictions(config)
     yield from _tiny_contradictions(config)

@@ -33,6 +33,39 @@ OTHER_KINDS = {
     "none_required",
 }
 
+NAMES_ELSEWHERE = {
+    "attn_implementation": "model.attention",
+    "batch_size": "train.global_batch",
+    "bf16": "model.dtype",
+    "cutoff_len": "prompt.max_length",
+    "dataset": "data.path",
+    "eval_steps": "train.eval_every",
+    "fp16": "model.dtype",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "learning_rate": "train.lr",
+    "load_in_4bit": "model.quantization",
+    "logging_steps": "train.log_every",
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    "lora_r": "model.lora.r",
+    "max_grad_norm": "train.grad_clip",
+    "max_seq_length": "prompt.max_length",
+    "model_name_or_path": "model.path",
+    "num_epochs": "train.epochs",
+    "num_groups": "groups.num",
+    "num_train_epochs": "train.epochs",
+    "output_dir": "run.dir",
+    "per_device_train_batch_size": "train.micro_batch",
+    "report_to": "log.wandb",
+    "save_steps": "train.save_every",
+    "save_total_limit": "train.keep_checkpoints",
+    "target_modules": "model.lora.targets",
+    "temperature": "dro.tau",
+    "train_batch_size": "train.global_batch",
+    "warmup_ratio": "train.warmup_steps",
+}
+"""Names in transformers, PEFT and other trainers -> the key that means it here."""
+
 
 # -- keys
 def fields_of(model: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, FieldInfo]:
@@ -53,12 +86,15 @@ def is_section(field: FieldInfo) -> bool:
 def nearest_key(key: str) -> str | None:
     """The known key that was probably meant.
 
-    A key that ends as a known one does (`seed`, `train.tau`) means that one. Otherwise the whole name and its
-    last part are compared, and the more similar one wins.
+    A name of another trainer means the key that stands for it here. A key that ends as a known one does
+    (`seed`, `train.tau`) means that one. Otherwise the whole name and its last part are compared, and the
+    more similar one wins.
     """
     known = list(fields_of())
     leaf_of = {name: name.rpartition(".")[2] for name in known}
     leaf = key.rpartition(".")[2]
+    if leaf in NAMES_ELSEWHERE:
+        return NAMES_ELSEWHERE[leaf]
     same_leaf = [name for name in known if leaf_of[name] == leaf]
     if same_leaf:
         return max(same_leaf, key=lambda name: similarity(key, name))
@@ -154,7 +190,7 @@ def refuse(errors: list[Any], tree: Mapping[str, Any], file: str, overridden: Co
             key = _whole_name(tree, key)
             hint = nearest_key(key)
             problems.append(f"{origin}: unknown key `{key}`" + (f"; did you mean `{hint}`?" if hint else ""))
-            fixes.append(REFERENCE)
+            fixes.append(_keys_beside(key))
         elif key:
             problems.append(f"{origin}: {key} = {_given(tree, key)!r}: {message}")
             fixes.append(_fix(key))
@@ -162,6 +198,16 @@ def refuse(errors: list[Any], tree: Mapping[str, Any], file: str, overridden: Co
             problems.append(f"{origin}: {message}")
             fixes.append(REFERENCE)
     return UserError("; ".join(problems), "; ".join(dict.fromkeys(fixes)))
+
+
+def _keys_beside(key: str) -> str:
+    """What the section of an unknown key holds; the sections, where there is no such section."""
+    parent = key.rpartition(".")[0]
+    known = list(fields_of())
+    while parent and parent not in known:
+        parent = parent.rpartition(".")[0]
+    beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    return f"{parent or 'the first level'} has {', '.join(beside)}; {REFERENCE}"
 
 
 def _key_of(error: Mapping[str, Any]) -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.corpus import reader_of, readers
-from gdrt_ds.data.readers import table
+from gdrt_ds.data.readers import sft, table
 from gdrt_ds.data.readers._rows import header_of, pick_column
 from gdrt_ds.data.readers.base import guess_domain
+from gdrt_ds.data.text_rows import ROLES
 from gdrt_ds.errors import UserError
 
 EVENT_ROLES = {
@@ -38,6 +39,7 @@ class Seen:
         lacking: needed roles for which no column is known -> the columns there are.
         unused: columns of the interactions that play no role, e.g. one of times under an unknown name.
         domain: what an item is called in the prompt.
+        groups_by: of rows of prompt and completion, the groups that their columns allow; None for logs.
     """
 
     format: str
@@ -47,25 +49,36 @@ class Seen:
     lacking: dict[str, list[str]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     domain: str = "item"
+    groups_by: str | None = None
 
 
 def look_at(path: str, items: str | None = None) -> Seen:
     """Recognises the data at a path, or an embedded set by its name.
 
     Raises:
-        UserError: there is nothing, a table without an item table, or rows of prompt and completion.
+        UserError: there is nothing, or a table without an item table.
     """
     data = DataSection(path=path, items=items)
     reader = reader_of(data)
     if reader.supervised:
-        raise UserError(
-            f"{path}: rows of prompt and completion, and gdrt-init writes configs for interaction data",
-            "docs/other-domains.md has the commands for such data (data.format=sft)",
-        )
+        return _look_at_rows(path)
     name = next(name for name, known in readers().items() if known is reader)
     if name != "table":
         return Seen(name, path, items, domain=guess_domain(Path(path).name))
     return _look_at_table(data)
+
+
+def _look_at_rows(path: str) -> Seen:
+    """Relevance needs the prompt without its evidence; without it a label serves, else the position."""
+    there = sft.columns_of(Path(path))
+    groups_by = "position"
+    if "auxiliary_prompt" in there:
+        groups_by = "relevance"
+    elif "group" in there:
+        groups_by = "label"
+    roles = {role: role for role in ROLES if role in there}
+    unused = [name for name in there if name not in roles]
+    return Seen("sft", path, columns=roles, unused=unused, groups_by=groups_by)
 
 
 def _look_at_table(data: DataSection) -> Seen:

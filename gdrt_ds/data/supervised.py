@@ -164,7 +164,9 @@ class Supervised:
                 f"row {row.sample_id + 1} of its split has no auxiliary_prompt, the prompt without its "
                 "evidence, on which relevance is scored (groups.by = relevance or random, objective cft, "
                 "prompt.history = mask)",
-                "give every row an auxiliary_prompt, or set groups.by to label, column, position or length",
+                "give every row an auxiliary_prompt, or set groups.by=position, which every row allows; "
+                "label, column and length are the other choices. objective=sft uses groups only to report "
+                "losses",
             )
         if isinstance(row.auxiliary, str) and not isinstance(row.prompt, str):
             last = max(place for place, turn in enumerate(row.prompt) if turn.role != "assistant")

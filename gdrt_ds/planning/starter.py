@@ -42,11 +42,7 @@ def starter_config(seen: Seen, file: str, model: str) -> str:
         "data:",
         *_data_lines(seen),
         "prompt:",
-        _line(
-            "template", template, "alpaca, plain, chat (the tokenizer's own), or a JSON file of your wording"
-        ),
-        _line("domain", seen.domain, "what an item is called in the prompt"),
-        _line("max_length", 512, "tokens of a whole example; longer ones lose their oldest history"),
+        *_prompt_lines(seen, template),
         "model:",
         _line(
             "path",
@@ -60,11 +56,39 @@ def starter_config(seen: Seen, file: str, model: str) -> str:
         "dro:",
         _line("tau", 1.0, "temperature: large = plain mean, small = worst group; docs/choosing.md"),
         "groups:",
-        _line("num", 8, "groups of target tokens, by how well the prompt alone predicts them"),
-        *reference,
+        *_group_lines(seen, reference),
         _line("deepspeed", "ds_configs/zero3_qlora.json", "a preset, or a file of yours", depth=0),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _prompt_lines(seen: Seen, template: str) -> list[str]:
+    length = _line(
+        "max_length", 512, "tokens of a whole example; longer ones lose the beginning of the prompt"
+    )
+    if seen.groups_by is not None:
+        return [length]  # rows bring their own wording
+    return [
+        _line(
+            "template", template, "alpaca, plain, chat (the tokenizer's own), or a JSON file of your wording"
+        ),
+        _line("domain", seen.domain, "what an item is called in the prompt"),
+        length.replace("the beginning of the prompt", "their oldest history"),
+    ]
+
+
+def _group_lines(seen: Seen, reference: list[str]) -> list[str]:
+    """Groups of a log come from relevance; those of rows from what their columns allow."""
+    why = {
+        "relevance": "how well auxiliary_prompt, the prompt without its evidence, predicts a token",
+        "label": "the column group",
+        "position": "place in the completion; relevance needs auxiliary_prompt, label a column group",
+    }
+    if seen.groups_by in (None, "relevance"):
+        number = _line("num", 8, "groups of target tokens, by how well the prompt alone predicts them")
+        by = [] if seen.groups_by is None else [_line("by", seen.groups_by, why[seen.groups_by])]
+        return [number, *by, *reference]
+    return [_line("num", 8, "at most so many groups"), _line("by", seen.groups_by, why[seen.groups_by])]
 
 
 def _pretrained_lines() -> list[str]:
@@ -106,6 +130,8 @@ def _data_lines(seen: Seen) -> list[str]:
         _line("path", seen.path, "what was looked at"),
         _line("format", seen.format, "the reader that recognised it"),
     ]
+    if seen.groups_by is not None:
+        return [*lines, *_reading_lines()]
     if seen.items is not None:
         lines.append(_line("items", seen.items, "the table with item ids and titles"))
     if seen.columns or seen.lacking:
@@ -124,10 +150,16 @@ def _data_lines(seen: Seen) -> list[str]:
             )
     lines += [
         _line("history_length", 10, "items of history per window, the newest"),
-        _line("on_bad_row", "error", "skip = leave bad rows out and count them"),
-        _line("limit_test", 1000, "test windows that an evaluation scores; remove it for all"),
+        *_reading_lines(),
     ]
     return lines
+
+
+def _reading_lines() -> list[str]:
+    return [
+        _line("on_bad_row", "error", "skip = leave bad rows out and count them"),
+        _line("limit_test", 1000, "test samples that an evaluation scores; remove it for all"),
+    ]
 
 
 def _line(key: str, value: object, comment: str, depth: int = 1) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
@@ -103,6 +104,8 @@ def report_user_errors(**fixes: str) -> Iterator[None]:
     Args:
         fixes: passed on to `explain`.
     """
+    # bitsandbytes advises, when it is imported, to install a kernel for inference that training does not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         yield
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ import importlib.util
 import numpy as np
 
 from gdrt_ds.config import RunConfig
+from gdrt_ds.data.corpus import reader_of
 from gdrt_ds.dro import relevance
 from gdrt_ds.dro.groups import apply_groups, fit_groups
 from gdrt_ds.errors import UserError
@@ -30,9 +31,11 @@ def check_settings(config: RunConfig) -> None:
     """Refuses what the settings name and what is not there.
 
     Raises:
-        UserError: an adapter, a run or a checkpoint that is missing; a package that is not installed; frozen
-        weights of an objective that has no weights.
+        UserError: data, an adapter, a run or a checkpoint that is missing; a package that is not installed;
+        frozen weights of an objective that has no weights.
     """
+    if not config.data.mixture:
+        reader_of(config.data)
     reference_adapters(config)
     checkpoint.check_resume(config.run.dir, config.resume)
     objective = get_objective(config.objective)

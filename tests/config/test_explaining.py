@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from gdrt_ds.config import load_config
-from gdrt_ds.config.explaining import example_of, fields_of, is_section, nearest_key
+from gdrt_ds.config.explaining import NAMES_ELSEWHERE, example_of, fields_of, is_section, nearest_key
 from gdrt_ds.errors import UserError
 
 
@@ -69,6 +69,19 @@ def test_a_key_that_ends_as_a_known_one_means_that_one(key, meant):
     told = refusal([f"{key}=3"]).problem
     assert f"unknown key `{key}`" in told
     assert ("did you mean" in told) == (meant is not None)
+
+
+def test_names_of_other_trainers_are_understood_and_each_means_a_key_that_there_is():
+    assert set(NAMES_ELSEWHERE.values()) <= set(fields_of())
+    assert not set(NAMES_ELSEWHERE) & {key.rpartition(".")[2] for key in fields_of()}
+    assert nearest_key("train.learning_rate") == "train.lr"
+    assert nearest_key("per_device_train_batch_size") == "train.micro_batch"
+
+
+def test_the_fix_of_an_unknown_key_lists_what_stands_beside_it():
+    assert refusal(["dro.zzzz=1"]).fix.startswith("dro has tau, estimate")
+    assert refusal(["model.lora.zzzz=1"]).fix.startswith("model.lora has r, alpha")
+    assert refusal(["zzzz=1"]).fix.startswith("the first level has run, data")
 
 
 @pytest.mark.parametrize("weights", ["[-3, 1, 1, 2]", "[.nan, 1]", "[.inf, 1]", "[0, 0]"])

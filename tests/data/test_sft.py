@@ -256,10 +256,3 @@ def test_controls_take_the_auxiliary_prompt_or_another_row_s_prompt(tmp_path):
     assert masked.stores["valid"].fingerprint == plain.stores["valid"].fingerprint
     assert shuffled.stores["train"].fingerprint != plain.stores["train"].fingerprint
     assert (shuffled.stores["train"].num_target == plain.stores["train"].num_target).all()
-
-
-def test_gdrt_init_says_where_the_commands_for_rows_stand(tmp_path):
-    from gdrt_ds.data.looking import look_at
-
-    with pytest.raises(UserError, match="gdrt-init writes configs for interaction data"):
-        look_at(str(write_splits(tmp_path, (4, 2, 2))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 
@@ -10,6 +12,7 @@ from gdrt_ds.config import load_config
 from gdrt_ds.data.corpus import load_corpus
 from gdrt_ds.data.looking import look_at
 from gdrt_ds.data.readers.movielens import READER as MOVIELENS
+from gdrt_ds.data.sources import read_source
 from gdrt_ds.errors import UserError
 from gdrt_ds.objectives import get_objective
 
@@ -114,3 +117,26 @@ def test_data_without_titles_are_refused_with_what_is_missing(folder):
     write_table(folder / "log.csv", "user,item", ["1,2"])
     with pytest.raises(UserError, match="no column of titles"):
         look_at("log.csv")
+
+
+ROWS = {
+    "relevance": {"auxiliary_prompt": "Team: "},
+    "label": {"group": "urgent"},
+    "position": {"channel": "mail"},
+}
+
+
+@pytest.mark.parametrize("by", ROWS)
+def test_rows_of_prompt_and_completion_get_the_groups_that_their_columns_allow(folder, capsys, by):
+    rows = [{"prompt": f"Ticket {i}. Team: ", "completion": f"team {i % 3}", **ROWS[by]} for i in range(20)]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    assert init.main(["rows.jsonl", "--model", "tiny-random"]) == 0
+    assert "recognised as `sft`" in capsys.readouterr().out
+    config = load_config("gdrt.yaml")
+    assert config.data.format == "sft" and config.groups.by == by
+    keys = [line for line in (folder / "gdrt.yaml").read_text().splitlines() if ":" in line]
+    assert all("#" in line for line in keys if not line.rstrip().endswith(":")), "every key has a comment"
+    source = read_source(config)
+    assert sum(map(len, source.rows.splits.values())) == 20
+    if by == "relevance":
+        assert all(row.auxiliary for row in source.rows.splits["train"])

@@ -135,3 +135,10 @@ def test_fewer_labels_a_single_group_and_settings_without_effect_are_told(tmp_pa
     assert "groups.reference_adapter = /nope is not used" in told
     print_plan(load_config(None, [*given, "groups.num=1"]), 1, full=True)
     assert "groups.num = 1: objective = gdrt with one group is the plain mean" in capsys.readouterr().out
+
+
+def test_a_wrong_path_is_told_before_the_resolved_settings_fill_the_screen(tmp_path, capsys):
+    config = load_config(None, [*TINY, f"run.dir={tmp_path / 'run'}", "data.path=/nope"])
+    with pytest.raises(UserError, match="data.path=/nope: no such file or folder"):
+        print_plan(config, 1, full=False)
+    assert "resolved config" not in capsys.readouterr().out

@@ -162,15 +162,23 @@ def _limited(rows: list[TextRow], name: str, limit: int | None, seed: int, notes
     return [rows[index] for index in sorted(chosen.tolist())]
 
 
+def columns_of(path: Path) -> list[str]:
+    """The columns of the file, or of the folder's train file; none where they are not looked up.
+
+    Raises:
+        UserError: a folder without a train file, or a file that cannot be read.
+    """
+    file = _split_files(path)["train"] if path.is_dir() else path
+    if not file.is_file() or suffix_of(file) not in (".jsonl", ".csv", ".tsv", ".parquet"):
+        return []
+    return header_of(file)
+
+
 def detect(data: DataSection) -> bool:
     """Whether the file, or the folder's train file, has the columns of rows."""
-    path = Path(data.path)
     try:
-        file = _split_files(path)["train"] if path.is_dir() else path
-        if not file.is_file() or suffix_of(file) not in (".jsonl", ".csv", ".tsv", ".parquet"):
-            return False
         columns = Columns({role: name for role, name in data.columns.items() if role in ROLES})
-        return columns.are_rows(header_of(file))
+        return columns.are_rows(columns_of(Path(data.path)))
     except UserError:
         return False
 
