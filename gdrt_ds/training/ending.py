@@ -11,7 +11,7 @@ from gdrt_ds.training.adapter import save_adapter
 from gdrt_ds.training.job import Job
 from gdrt_ds.training.loading import Loaded
 from gdrt_ds.training.loop import Result
-from gdrt_ds.training.memory_use import format_bytes
+from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
 from gdrt_ds.training.preparation import Prepared
 from gdrt_ds.training.step import NonFiniteLoss
 from gdrt_ds.training.telemetry import duration
@@ -26,7 +26,10 @@ def end(job: Job, prepared: Prepared, loaded: Loaded, result: Result) -> int:
         _refuse_without_a_sound_checkpoint(job, result)
     adapter_step = _publish_adapter(job, prepared, loaded, result)
     peak = loaded.memory.largest()
-    job.say(f"memory per rank: peak {format_bytes(peak)}; --plan predicts it")
+    kept = ""
+    if job.runtime.device.type == "cpu" and cpu_allocator() == "glibc":
+        kept = ", and glibc keeps freed memory beside them"
+    job.say(f"memory per rank: peak {format_bytes(peak)}; --plan predicts its tensors{kept}")
     seconds = time.time() - job.started
     if job.runtime.is_main:
         run_folder.write_summary(
