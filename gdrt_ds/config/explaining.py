@@ -158,6 +158,20 @@ def example_of(key: str, field: FieldInfo) -> str | None:
     return f"{key}={written(value)}"
 
 
+def changed_settings(config: RunConfig) -> list[str]:
+    """`key=value` of every key that differs from its default, in the order of the sections."""
+    found = []
+    for key, field in fields_of().items():
+        if is_section(field):
+            continue
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value != field.get_default(call_default_factory=True):
+            found.append(f"{key}={written(value)}")
+    return found
+
+
 def written(value: Any) -> str:
     """A value as it is written in YAML."""
     if value is None:

@@ -13,6 +13,7 @@ import torch
 
 from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import RunConfig, dump_config
+from gdrt_ds.config.explaining import changed_settings
 from gdrt_ds.models.inventory import take_inventory
 from gdrt_ds.models.packing import choose_packing
 from gdrt_ds.models.scoring_choice import scoring_line
@@ -33,16 +34,20 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
     Args:
         config: settings of the run.
         world: number of ranks.
-        full: prints also what needs the data: token counts and memory.
+        full: prints every setting, and what needs the data: token counts and memory. Otherwise only the
+            settings that are not the defaults.
         quiet: checks only, for ranks other than 0.
     """
     say = _silent if quiet else _print_now
     get_objective(config.objective)
     check_combination(config, read_deepspeed_config(config.deepspeed))
     check_settings(config)
-    say("--- resolved config\n" + dump_config(config).rstrip() + "\n---")
     if full:
+        say("--- resolved config\n" + dump_config(config).rstrip() + "\n---")
         _print_data_and_memory(config, world, say)
+        return
+    changed = "\n".join(f"  {line}" for line in changed_settings(config))
+    say(f"settings that are not the defaults (all of them: {config.run.dir}/config.yaml)\n{changed}")
 
 
 def _print_data_and_memory(config: RunConfig, world: int, say: Callable[[str], None]) -> None:

@@ -141,4 +141,15 @@ def test_a_wrong_path_is_told_before_the_resolved_settings_fill_the_screen(tmp_p
     config = load_config(None, [*TINY, f"run.dir={tmp_path / 'run'}", "data.path=/nope"])
     with pytest.raises(UserError, match="data.path=/nope: no such file or folder"):
         print_plan(config, 1, full=False)
-    assert "resolved config" not in capsys.readouterr().out
+    assert "settings" not in capsys.readouterr().out
+
+
+def test_a_training_prints_the_settings_that_were_changed_and_a_plan_prints_all(tmp_path, capsys):
+    config = load_config(None, [*TINY, f"run.dir={tmp_path / 'run'}", "data.path=planted", PLANTED])
+    print_plan(config, 1, full=False)
+    told = capsys.readouterr().out
+    assert "  groups.num=4\n" in told and "dro.tau" not in told
+    changed = [line.strip() for line in told.splitlines()[1:]]
+    assert load_config(None, changed) == config
+    print_plan(config, 1, full=True)
+    assert "tau: 1.0" in capsys.readouterr().out
