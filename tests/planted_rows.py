@@ -1,4 +1,4 @@
-"""Planted errors in what handles rows of prompt and completion: (what, test, changes) of each."""
+"""Planted errors in rows of prompt and completion, and in texts of items: (what, test, changes) of each."""
 
 from __future__ import annotations
 
@@ -47,6 +47,52 @@ PLANTED = [
                 "users = list(dict.fromkeys(row.user_id for row in rows))",
                 "rows = [replace(row, user_id=str(place)) for place, row in enumerate(rows)]\n"
                 "    users = list(dict.fromkeys(row.user_id for row in rows))",
+            ),
+        ),
+    ),
+    (
+        "rows: a mixture forgets the part of a weight below one",
+        "data/test_mixture.py::test_weights_are_about_train_and_every_row_says_where_it_comes_from",
+        (("data/mixture.py", "weighted", "rest = round((weight - whole) * len(rows))", "rest = 0"),),
+    ),
+    (
+        "rows: users of two data sets are one",
+        "data/test_mixture.py::test_users_of_two_data_sets_are_two",
+        (("data/mixture.py", "_labelled", 'f"{name}/{row.user_id}"', "row.user_id"),),
+    ),
+    (
+        "rows: a study takes the best value of a label for the worst",
+        "studies/test_study_rows.py::test_the_worst_value_of_a_label_is_that_of_the_evaluation",
+        (
+            (
+                "eval/study/rows_of_text.py",
+                "statistics_of_rows",
+                'shown[f"{measure} worst {label}"] = summary["worst"]',
+                'shown[f"{measure} worst {label}"] = summary["best"]',
+            ),
+        ),
+    ),
+    (
+        "item texts: the text of an item is its title whatever column is named",
+        "data/test_item_text.py::test_a_column_of_the_item_table_is_the_text_and_the_title_stays_the_name",
+        (
+            (
+                "data/readers/table.py",
+                "text_columns",
+                "return data.item_text, title_column",
+                "return title_column or data.item_text, title_column",
+            ),
+        ),
+    ),
+    (
+        "item texts: all new tokens begin in the same row",
+        "data/test_item_text.py::test_a_base_with_new_tokens_has_the_old_rows_and_drawn_ones",
+        (
+            (
+                "models/new_tokens.py",
+                "_with_rows",
+                "rows_VH.mean(0) + rows_VH.std(0) * noise_nH",
+                "rows_VH.mean(0) + 0.0 * noise_nH",
             ),
         ),
     ),
