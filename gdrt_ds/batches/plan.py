@@ -19,8 +19,12 @@ from gdrt_ds.errors import UserError
 
 @functools.lru_cache(maxsize=2)  # a step at the turn of an epoch needs two
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Returns int64[count], the order of an epoch. It is kept: the steps of an epoch share it."""
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+    """Returns int32 or int64[count], the order of an epoch. It is kept: the steps of an epoch share it.
+
+    `Generator.permutation(count)` shuffles int64 in the same way and takes twice the memory.
+    """
+    order = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+    np.random.Generator(np.random.PCG64([seed, epoch])).shuffle(order)
     order.flags.writeable = False
     return order
 
@@ -66,7 +70,7 @@ class BatchPlan:
             take = min(stop - position, count - offset)
             parts.append(order[offset : offset + take])
             position += take
-        return np.sort(np.concatenate(parts))
+        return np.sort(np.concatenate(parts).astype(np.int64))
 
     def _order(self, epoch: int, count: int) -> np.ndarray:
         """All samples of an epoch: in the order of the data where windows grow, else a seeded permutation."""

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.columns import InteractionColumns, WindowTable
+from gdrt_ds.data.columns import WindowTable
 from gdrt_ds.data.interactions import make_windows
 from gdrt_ds.data.popularity import count_items
-from gdrt_ds.data.readers.base import BadRows, Interactions, Item, Reader, Sample, Windows
+from gdrt_ds.data.readers.base import BadRows, InteractionColumns, Interactions, Item, Reader, Sample, Windows
 from gdrt_ds.data.window_facts import add_record, add_windows, also_in_train
 from gdrt_ds.errors import UserError, nearest
 from gdrt_ds.registry import parts

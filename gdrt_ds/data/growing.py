@@ -30,6 +30,7 @@ import numpy as np
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import Sample
 from gdrt_ds.data.prompts import PromptEncoder, TokenStore
+from gdrt_ds.data.window_store import WindowStore
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,6 @@ def _continues(items: list[str], history: tuple[str, ...]) -> bool:
     return items[len(items) - len(history) :] == list(history)
 
 
-@dataclass
 class GrowingStore(TokenStore):
     """A train split whose prompts depend on the epoch.
 
@@ -143,37 +143,34 @@ class GrowingStore(TokenStore):
     targets only.
     """
 
-    windows: GrowingWindows | None = None
-    encoder: PromptEncoder | None = None
-    catalogue: Catalogue | None = None
-    targets: tuple[str, ...] = ()
-
-    def __post_init__(self):
+    def __init__(
+        self, sliding: WindowStore, windows: GrowingWindows, encoder: PromptEncoder, catalogue: Catalogue
+    ):
+        """Args: sliding: the split, tokenised with sliding windows."""
+        self.sliding = sliding
+        self.windows = windows
+        self.encoder = encoder
+        self.catalogue = catalogue
+        self.num_target = sliding.num_target
+        self.target_offsets = sliding.target_offsets
         self._starts: dict[int, np.ndarray] = {}
         self._orders: dict[int, np.ndarray] = {}
 
-    @classmethod
-    def of(
-        cls,
-        store: TokenStore,
-        windows: GrowingWindows,
-        encoder: PromptEncoder,
-        catalogue: Catalogue,
-        samples: Sequence[Sample],
-    ) -> GrowingStore:
-        """Returns the growing windows of a split that is tokenised with sliding ones."""
-        targets = tuple(sample.target for sample in samples)
-        return cls(
-            store.input_ids,
-            store.offsets,
-            store.segments,
-            store.num_target,
-            store.target_offsets,
-            windows,
-            encoder,
-            catalogue,
-            targets,
-        )
+    @property
+    def input_ids(self) -> np.ndarray:
+        return self.sliding.input_ids
+
+    @property
+    def segments(self) -> np.ndarray:
+        return self.sliding.segments
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return self.sliding.offsets
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.sliding.lengths
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns int64[n]: the rows of an epoch in the order in which training takes them."""
@@ -188,7 +185,8 @@ class GrowingStore(TokenStore):
         epoch, index = divmod(int(sample), len(self))
         start = int(self._starts_of(epoch)[index])
         titles = [self.catalogue.text_of(item) for item in self.windows.history(index, start)]
-        return self.encoder.encode(titles, self.catalogue.text_of(self.targets[index])).input_ids
+        target = self.catalogue.entries[self.sliding.windows.targets[index]].text
+        return self.encoder.encode(titles, target).input_ids
 
     def _starts_of(self, epoch: int) -> np.ndarray:
         return _kept(self._starts, epoch, self.windows.starts)
@@ -197,7 +195,7 @@ class GrowingStore(TokenStore):
     def fingerprint(self) -> str:
         """SHA-256 of the sliding windows and of what makes these of them."""
         windows = self.windows
-        text = f"{super().fingerprint} growing {windows.block} {windows.min_history} {windows.seed}"
+        text = f"{self.sliding.fingerprint} growing {windows.block} {windows.min_history} {windows.seed}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.columns import EventTable, InteractionColumns, WindowTable
-from gdrt_ds.data.readers.base import RATINGS_UNUSED, Interactions, Windows
+from gdrt_ds.data.columns import EventTable, WindowTable
+from gdrt_ds.data.readers.base import RATINGS_UNUSED, InteractionColumns, Interactions, Windows
 from gdrt_ds.errors import UserError
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from gdrt_ds.data.catalogue import Catalogue
-from gdrt_ds.data.corpus import Sample
 from gdrt_ds.data.templates import PromptTemplate
 from gdrt_ds.errors import UserError
 
@@ -33,6 +32,27 @@ class EncodedPrompt:
     item_slot: np.ndarray  # int16[T]: which history item (0 = oldest kept), -1 elsewhere
     num_target: int
     num_dropped: int  # history items left out for length, oldest first
+
+
+@dataclass(frozen=True)
+class PromptPieces:
+    """What the samples of a catalogue are put together from; lists of token ids.
+
+    Attributes:
+        start: everything before the first history token. start_segments: their segments.
+        separator: between two items of a history.
+        after: what stands behind the history.
+        items, targets: each title as a history item, and as a target with its terminator.
+        room: tokens that a history may take, its separators included.
+    """
+
+    start: list[int]
+    start_segments: list[int]
+    separator: list[int]
+    after: list[int]
+    items: list[list[int]]
+    targets: list[list[int]]
+    room: int
 
 
 class PromptEncoder:
@@ -133,6 +153,21 @@ class PromptEncoder:
             self.warm([title])
         return self._targets[title]
 
+    def pieces_of(self, titles: list[str]) -> PromptPieces:
+        """Returns what `encode` lays together, for prompts over these titles; call `reserve_for` before."""
+        self.warm(titles)
+        before = self._bos + self._before_instruction
+        segments = [TEMPLATE] * len(before) + [INSTRUCTION] * len(self._instruction)
+        return PromptPieces(
+            self.prefix_ids,
+            segments + [TEMPLATE] * len(self._before_history),
+            self._separator,
+            self._after_history,
+            [self._items[title] for title in titles],
+            [self._targets[title] for title in titles],
+            self._room(0),
+        )
+
     def encode(
         self,
         history_titles: list[str] | tuple[str, ...],
@@ -190,9 +225,7 @@ class PromptEncoder:
 
     def _first_kept(self, titles: tuple[str, ...], num_target: int) -> int:
         """Index of the oldest title that still fits; titles before it are left out."""
-        # The full instruction counts even when blanked, so that the audits compare the same history.
-        fixed = len(self.prefix_ids) + len(self._after_history)
-        room = self.max_length - fixed - max(num_target, self._reserved)
+        room = self._room(num_target)
         first = len(titles)
         while first > 0:
             cost = len(self._items[titles[first - 1]])
@@ -203,6 +236,12 @@ class PromptEncoder:
             room -= cost
             first -= 1
         return first
+
+    def _room(self, num_target: int) -> int:
+        """Tokens that a history may take before a target of so many tokens."""
+        # The full instruction counts even when blanked, so that the audits compare the same history.
+        fixed = len(self.prefix_ids) + len(self._after_history)
+        return self.max_length - fixed - max(num_target, self._reserved)
 
     def pieces(self, encoded: EncodedPrompt) -> list[tuple[str, int, str]]:
         """Returns (segment name, item slot or -1, text) of each run of tokens, for audits and reports."""
@@ -311,6 +350,9 @@ def common_head(store: TokenStore) -> int:
     The last prompt token predicts the first target token, so each sample has its own copy of it. The prompts
     of a catalogue's titles are all the same, so there the head is the whole prompt but its last token.
     """
+    constant = getattr(store, "constant_prompt", None)
+    if constant is not None:
+        return constant - 1
     prompts = store.lengths - store.num_target
     first = store.row(0)[: int(prompts.min()) - 1]
     common = len(first)
@@ -319,33 +361,6 @@ def common_head(store: TokenStore) -> int:
         if len(differs):
             common = int(differs[0])
     return common
-
-
-def tokenise_split(
-    encoder: PromptEncoder, catalogue: Catalogue, samples: list[Sample], mask_history: bool = False
-) -> tuple[TokenStore, list[str]]:
-    """Tokenises samples with their targets.
-
-    Returns:
-        the store, and notes that count what had to be left out for length.
-
-    Raises:
-        UserError: a catalogue title does not fit into prompt.max_length.
-    """
-    encoder.reserve_for(catalogue)
-    encoded = []
-    for sample in samples:
-        titles = [catalogue.text_of(item) for item in sample.history]
-        encoded.append(encoder.encode(titles, catalogue.text_of(sample.target), mask_history))
-    store = store_of(encoded)
-    cut = [e.num_dropped for e in encoded if e.num_dropped]
-    notes = []
-    if cut:
-        notes.append(
-            f"{len(cut)} of {len(samples)} samples exceed prompt.max_length={encoder.max_length}: "
-            f"their {sum(cut)} oldest history items are left out"
-        )
-    return store, notes
 
 
 def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:

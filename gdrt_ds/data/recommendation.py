@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +12,14 @@ import numpy as np
 
 from gdrt_ds.config import GroupsSection, RunConfig
 from gdrt_ds.data.catalogue import Catalogue
+from gdrt_ds.data.coded_windows import CodedWindows
+from gdrt_ds.data.columns import WindowTable
 from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
 from gdrt_ds.data.growing import GrowingStore, stitch
-from gdrt_ds.data.prompts import PromptEncoder, TokenStore, store_of, tokenise_split
+from gdrt_ds.data.prompts import PromptEncoder, TokenStore, store_of
 from gdrt_ds.data.templates import PromptTemplate, template_texts
 from gdrt_ds.data.training_data import Auxiliary, GroupValues
+from gdrt_ds.data.window_store import tokenise_split
 from gdrt_ds.errors import UserError
 
 UNKNOWN = "(unknown)"
@@ -51,20 +55,20 @@ class RecommendationSource:
             if split == "valid" and not corpus.splits.get("valid"):
                 data.notes.append("no validation split: no early stopping, the last checkpoint is the best")
                 continue
-            samples = corpus.split(split)
+            windows = data.windows(split)
             if split == "train":
-                samples = control_history(samples, config.prompt.history, config.train.seed)
-            mask = split == "train" and config.prompt.history == "mask"
-            data.stores[split], lines = tokenise_split(encoder, catalogue, samples, mask_history=mask)
+                windows = windows.controlled(config.prompt.history, config.train.seed)
+            data.stores[split], lines = tokenise_split(encoder, catalogue, windows)
             data.notes += [f"{split}: {line}" for line in lines]
             if split == "train" and config.data.windows == "growing":
+                samples = control_history(corpus.split(split), config.prompt.history, config.train.seed)
                 data.stores[split], line = _growing(config, data, samples)
                 data.notes.append(line)
         return data
 
 
-def control_history(samples: list[Sample], mode: str, seed: int) -> list[Sample]:
-    """Applies a training control: mask leaves the history out, shuffle takes that of another sample."""
+def control_history(samples: Sequence[Sample], mode: str, seed: int) -> Sequence[Sample]:
+    """Applies a training control as `CodedWindows.controlled` does, to samples."""
     if mode == "keep":
         return samples
     if mode == "mask":
@@ -73,7 +77,7 @@ def control_history(samples: list[Sample], mode: str, seed: int) -> list[Sample]
     return [replace(s, history=samples[other].history) for s, other in zip(samples, order)]
 
 
-def _growing(config: RunConfig, data: Recommendation, samples: list[Sample]) -> tuple[GrowingStore, str]:
+def _growing(config: RunConfig, data: Recommendation, samples: Sequence[Sample]) -> tuple[GrowingStore, str]:
     """The train split with windows that grow, and the line to announce."""
     section = config.data
     block = block_samples(config)
@@ -82,7 +86,7 @@ def _growing(config: RunConfig, data: Recommendation, samples: list[Sample]) -> 
         f"train: windows grow: {len(samples):,} targets in {len(windows.runs):,} runs, blocks of {block} "
         f"targets, histories of {section.min_history} to {section.min_history + block - 1} items"
     )
-    store = GrowingStore.of(data.stores["train"], windows, data.encoder, data.catalogue, samples)
+    store = GrowingStore(data.stores["train"], windows, data.encoder, data.catalogue)
     return store, line
 
 
@@ -102,6 +106,7 @@ class Recommendation:
     encoder: PromptEncoder
     stores: dict[str, TokenStore] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    _windows: dict[str, CodedWindows] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -139,41 +144,56 @@ class Recommendation:
         store = store_of([self.encoder.encode([], text, mask_history=True) for text in texts])
         return Auxiliary(store, {split: self.targets(split) for split in self.stores}, "titles")
 
+    def windows(self, split: str) -> CodedWindows:
+        """The windows of a split with catalogue entries for items, histories as the data have them."""
+        if split not in self._windows:
+            self._windows[split] = CodedWindows.of(self.corpus.split(split), self.catalogue)
+        return self._windows[split]
+
     def targets(self, split: str) -> np.ndarray:
-        """int64[n]: the catalogue entry that each sample has as its target."""
-        index_of = self.catalogue.index_of
-        return np.array([index_of[sample.target] for sample in self.corpus.split(split)], dtype=np.int64)
+        """int32[n]: the catalogue entry that each sample has as its target."""
+        return self.windows(split).targets
 
     def target_counts(self) -> np.ndarray:
         counts = np.array([entry.train_count for entry in self.catalogue.entries])
         return counts[self.targets("train")]
 
     def group_values(self, section: GroupsSection, split: str) -> GroupValues:
-        samples = self.corpus.splits[split]
         lengths = self.stores[split].num_target
+        entries = self.catalogue.entries
         if section.by == "item_popularity":
-            counts = np.array([entry.train_count for entry in self.catalogue.entries], dtype=np.float64)
-            return GroupValues(counts[self.targets(split)], lengths)
+            counts = np.array([entry.train_count for entry in entries], dtype=np.float64)
+            return GroupValues(counts, lengths, self.targets(split))
         if section.by == "length":
-            return GroupValues(lengths.astype(np.float64), lengths)
+            return GroupValues(np.arange(lengths.max() + 1, dtype=np.float64), lengths, lengths)
+        if section.by == "provider":
+            names = [str(entry.provider or UNKNOWN) for entry in entries]
+            return GroupValues(names, lengths, self.targets(split))
         if section.by == "label":
             raise UserError(
                 "groups.by = label: windows over a catalogue have no labels of their own",
                 "set groups.by=column with groups.column, or give rows with a `group` (data.format=sft)",
             )
+        samples = self.corpus.splits[split]
+        if section.by == "user_attribute" and isinstance(samples, WindowTable):
+            users, case_of = np.unique(samples.users, return_inverse=True)
+            names = samples.events.user_names
+            labels = [self._attribute(section, names[user]) for user in users.tolist()]
+            return GroupValues(labels, lengths, case_of)
         return GroupValues([self._label(section, sample) for sample in samples], lengths)
+
+    def _attribute(self, section: GroupsSection, user_id: str) -> str:
+        user = self.corpus.users.get(user_id, {})
+        if section.column not in user:
+            raise UserError(
+                f"groups.column = {section.column!r}: user {user_id} has no such attribute",
+                f"available: {', '.join(sorted(user)) or 'none (the data set has no user table)'}",
+            )
+        return str(user[section.column])
 
     def _label(self, section: GroupsSection, sample: Sample) -> str:
         if section.by == "user_attribute":
-            user = self.corpus.users.get(sample.user_id, {})
-            if section.column not in user:
-                raise UserError(
-                    f"groups.column = {section.column!r}: user {sample.user_id} has no such attribute",
-                    f"available: {', '.join(sorted(user)) or 'none (the data set has no user table)'}",
-                )
-            return str(user[section.column])
-        if section.by == "provider":
-            return str(self.catalogue.entries[self.catalogue.index_of[sample.target]].provider or UNKNOWN)
+            return self._attribute(section, sample.user_id)
         if section.column not in sample.labels:
             raise UserError(
                 f"groups.column = {section.column!r}: sample {sample.sample_id} has no such label",
@@ -182,8 +202,8 @@ class Recommendation:
         return str(sample.labels[section.column])
 
     def without_evidence(self) -> TokenStore:
-        samples = self.corpus.split("train")
-        return tokenise_split(self.encoder, self.catalogue, samples, mask_history=True)[0]
+        windows = self.windows("train").without_histories()
+        return tokenise_split(self.encoder, self.catalogue, windows)[0]
 
     def save(self, folder: Path) -> None:
         """Writes catalogue.jsonl and prompt.json."""

@@ -12,6 +12,7 @@ Shapes: n samples of a split, T tokens of a sample.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ import numpy as np
 from gdrt_ds.config import GroupsSection, RunConfig
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.data.token_facts import ByEntry, BySample, counted
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Auxiliary:
 
     Attributes:
         store: one sample per entry; its offsets say which target tokens are whose.
-        entry_of: split -> int64[n], the entry of each sample.
+        entry_of: split -> integers[n], the entry of each sample.
         what: what an entry is, in the plural, e.g. `titles`.
     """
 
@@ -39,18 +41,20 @@ class Auxiliary:
 
     def train_counts(self) -> np.ndarray:
         """int64[entries]: train samples that have this entry."""
-        return np.bincount(self.entry_of["train"], minlength=len(self.store))
+        return counted(self.entry_of["train"], len(self.store))
 
-    def per_token(self, values: np.ndarray, split: str, store: TokenStore) -> np.ndarray:
+    def facts(self, values: np.ndarray, split: str, store: TokenStore) -> ByEntry:
         """Values of the target tokens of a split, looked up by entry and place.
 
         Args:
             values: [target tokens of all entries].
             store: the tokenised split.
         """
-        starts = self.store.target_offsets[self.entry_of[split]]
-        index = np.repeat(starts - store.target_offsets[:-1], store.num_target)
-        return values[index + np.arange(store.target_offsets[-1])]
+        return ByEntry(values, store, self.store.target_offsets, self.entry_of[split])
+
+    def per_token(self, values: np.ndarray, split: str, store: TokenStore) -> np.ndarray:
+        """[target tokens of the split]: the same as an array."""
+        return self.facts(values, split, store).whole()
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,29 @@ class GroupValues:
     Attributes:
         values: float64 where `groups.by` is a number, else a list of labels.
         lengths: int64, target tokens of each run; together they are the tokens of the split.
+        case_of: where many samples share a value, integers[n]: the value of each sample. Runs are then the
+            samples' targets, and there are as many values as different cases.
     """
 
     values: np.ndarray | list[str]
     lengths: np.ndarray
+    case_of: np.ndarray | None = None
 
-    def per_token(self, values: np.ndarray) -> np.ndarray:
-        """Repeats one value per run over the run's tokens."""
+    def facts(self, values: np.ndarray, store: TokenStore) -> np.ndarray | BySample:
+        """Gives every target token of the split what `values` has for its run."""
+        if self.case_of is not None:
+            return BySample(values, store, self.case_of)
         return np.repeat(values, self.lengths)
+
+    def frequencies(self) -> Counter:
+        """How many runs of the split have each value."""
+        if self.case_of is None:
+            return Counter(self.values)
+        found: Counter = Counter()
+        for value, count in zip(self.values, counted(self.case_of, len(self.values)).tolist(), strict=True):
+            if count:
+                found[value] += count
+        return found
 
 
 class TrainingData(Protocol):

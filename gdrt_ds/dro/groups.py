@@ -7,7 +7,6 @@ evaluation use the same edges and the same labels. It is saved as groups.json.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from gdrt_ds.config import GroupsSection
 from gdrt_ds.data.recommendation import UNKNOWN
+from gdrt_ds.data.token_facts import ByPlace, TokenFacts, distinct, group_counts, quantiles, whole
 from gdrt_ds.data.training_data import TrainingData
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import write_text
@@ -65,6 +65,10 @@ class GroupPlan:
         suffix = " (shuffled)" if self.by == "random" else ""
         return [f"{what} in [{low}, {high}){suffix}" for low, high in zip(cuts, cuts[1:])]
 
+    def bin_of(self, values: np.ndarray) -> np.ndarray:
+        """int16[...]: the group of each value under `edges`."""
+        return np.searchsorted(np.asarray(self.edges), values, side="right").astype(np.int16)
+
     def save(self, path: Path) -> None:
         """Writes groups.json."""
         text = json.dumps({**asdict(self), "names": self.names()}, indent=1, ensure_ascii=False)
@@ -78,22 +82,22 @@ class GroupPlan:
         return cls(**data)
 
 
-def bin_edges(values: np.ndarray, num: int, binning: str) -> list[float]:
+def bin_edges(values: np.ndarray | TokenFacts, num: int, binning: str) -> list[float]:
     """Returns G-1 inner edges.
 
     `quantile` gives equal shares of `values`. `uniform` gives equal widths between the 0.1 % and
     99.9 % points.
     """
     if binning == "quantile":
-        return [float(edge) for edge in np.quantile(values, np.arange(1, num) / num)]
-    low, high = np.quantile(values, [0.001, 0.999])
+        return [float(edge) for edge in quantiles(values, np.arange(1, num) / num)]
+    low, high = quantiles(values, np.array([0.001, 0.999]))
     return [float(edge) for edge in np.linspace(low, high, num + 1)[1:-1]]
 
 
 def fit_groups(
     section: GroupsSection,
     data: TrainingData,
-    relevance: np.ndarray | None,
+    relevance: np.ndarray | TokenFacts | None,
     seed: int,
     fingerprint: str = "",
 ) -> GroupPlan:
@@ -121,17 +125,17 @@ def fit_groups(
             plan.reference = section.reference
         else:
             found = data.group_values(section, "train")
-            values = found.per_token(np.asarray(found.values))
+            values = found.facts(np.asarray(found.values), data.stores["train"])
         plan.edges = bin_edges(values, section.num, section.binning)
         if len(set(plan.edges)) < len(plan.edges):
             raise UserError(
                 f"groups.num = {section.num} with groups.binning = {section.binning}: the {num_tokens} "
-                f"target tokens have only {len(np.unique(values))} distinct values of "
+                f"target tokens have only {distinct(values)} distinct values of "
                 f"{NUMBERS[section.by]} and some bins would be empty",
                 "lower groups.num, or set groups.binning=uniform",
             )
     elif section.by != "position":
-        frequent = Counter(data.group_values(section, "train").values).most_common()
+        frequent = data.group_values(section, "train").frequencies().most_common()
         frequent.sort(key=lambda pair: (-pair[1], pair[0]))
         names = [name for name, _ in frequent]
         _refuse_one_label(section, names)
@@ -140,7 +144,7 @@ def fit_groups(
         plan.labels = names
         plan.num = len(plan.labels)
     groups = apply_groups(plan, section, data, relevance, "train")
-    plan.counts = np.bincount(groups, minlength=plan.num).tolist()
+    plan.counts = group_counts(groups, plan.num).tolist()
     return plan
 
 
@@ -164,23 +168,29 @@ def _refuse_one_label(section: GroupsSection, names: list[str]) -> None:
 
 
 def apply_groups(
-    plan: GroupPlan, section: GroupsSection, data: TrainingData, relevance: np.ndarray | None, split: str
-) -> np.ndarray:
+    plan: GroupPlan,
+    section: GroupsSection,
+    data: TrainingData,
+    relevance: np.ndarray | TokenFacts | None,
+    split: str,
+) -> np.ndarray | TokenFacts:
     """Returns the group of every target token of the split, int16."""
     store = data.stores[split]
     if plan.by == "position":
-        place = np.arange(store.target_offsets[-1]) - np.repeat(store.target_offsets[:-1], store.num_target)
-        return np.minimum(place, plan.num - 1).astype(np.int16)
+        place = np.arange(int(store.num_target.max(initial=0)))
+        return ByPlace(np.minimum(place, plan.num - 1).astype(np.int16), store)
     if plan.edges is not None:
         values = relevance
         if plan.by not in ("relevance", "random"):
             found = data.group_values(section, split)
-            values = found.per_token(np.asarray(found.values))
-        groups = np.searchsorted(np.asarray(plan.edges), values, side="right").astype(np.int16)
+            values = found.facts(np.asarray(found.values), store)
+        if plan.by != "random" and isinstance(values, TokenFacts):
+            return values.map(plan.bin_of)
+        groups = plan.bin_of(whole(values))
         if plan.by == "random":  # the same sizes, no meaning
             np.random.Generator(np.random.PCG64([plan.seed, len(split), 77])).shuffle(groups)
         return groups
     index = {name: g for g, name in enumerate(plan.labels)}
     other = index.get(OTHER, 0)
     found = data.group_values(section, split)
-    return found.per_token(np.array([index.get(value, other) for value in found.values], dtype=np.int16))
+    return found.facts(np.array([index.get(value, other) for value in found.values], dtype=np.int16), store)

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from gdrt_ds.batches import MicroBatch
 from gdrt_ds.data.prompts import TokenStore
+from gdrt_ds.data.token_facts import TokenFacts, whole
 from gdrt_ds.data.training_data import Auxiliary
 from gdrt_ds.dro import relevance
 from gdrt_ds.dro.groups import GroupPlan, apply_groups, fit_groups
@@ -57,15 +58,15 @@ class Grouped:
 
     Attributes:
         plan: bin edges or labels, fitted on train.
-        groups: split -> int16[target tokens of the split].
+        groups: split -> int16[target tokens of the split], an array or `TokenFacts`.
         scores: what the bins are over; None where groups come from labels, counts or places.
-        train_relevance: float32[train target tokens], or None likewise.
+        train_relevance: float32[train target tokens] by entry, or None likewise.
     """
 
     plan: GroupPlan
-    groups: dict[str, np.ndarray]
+    groups: dict[str, np.ndarray | TokenFacts]
     scores: Relevance | None
-    train_relevance: np.ndarray | None
+    train_relevance: TokenFacts | None
 
     @property
     def relevance(self) -> np.ndarray | None:
@@ -116,11 +117,11 @@ def group_tokens(
     return Grouped(plan, groups, scores, train_relevance)
 
 
-def _relevance_of(prepared: Prepared, scores: Relevance | None, split: str) -> np.ndarray | None:
+def _relevance_of(prepared: Prepared, scores: Relevance | None, split: str) -> TokenFacts | None:
     """float32[target tokens of the split], or None."""
     if scores is None:
         return None
-    return scores.auxiliary.per_token(scores.values, split, prepared.stores[split])
+    return scores.auxiliary.facts(scores.values, split, prepared.stores[split])
 
 
 def score_relevance(
@@ -239,10 +240,10 @@ def _write_groups(job: Job, prepared: Prepared, grouped: Grouped) -> None:
     tensors = {
         "sample_offsets": store.offsets,
         "token_offsets": store.target_offsets,
-        "group": grouped.groups["train"],
+        "group": whole(grouped.groups["train"]),
     }
     if grouped.scores is not None:
-        tensors["r"] = grouped.train_relevance
+        tensors["r"] = whole(grouped.train_relevance)
         tensors["entry_offsets"] = grouped.scores.store.target_offsets
         tensors["entry_r"] = grouped.scores.values
     with replacing(job.folder / "groups.safetensors") as scratch:

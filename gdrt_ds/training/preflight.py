@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 
-import numpy as np
-
 from gdrt_ds.config import RunConfig
 from gdrt_ds.data.corpus import reader_of
+from gdrt_ds.data.token_facts import TokenFacts
 from gdrt_ds.dro import relevance
 from gdrt_ds.dro.groups import apply_groups, fit_groups
 from gdrt_ds.errors import UserError
@@ -135,7 +134,7 @@ def _check_groups(config: RunConfig, prepared: Prepared) -> int:
     if by_model:
         _refuse_too_many_groups(section.num, prepared)
         return section.num
-    values: dict[str, np.ndarray | None] = dict.fromkeys(prepared.stores)
+    values: dict[str, TokenFacts | None] = dict.fromkeys(prepared.stores)
     if section.by in ("relevance", "random"):
         values = _corpus_relevance(prepared)
     plan = fit_groups(section, prepared.data, values["train"], config.train.seed)
@@ -160,11 +159,11 @@ def _refuse_too_many_groups(num: int, prepared: Prepared) -> None:
         )
 
 
-def _corpus_relevance(prepared: Prepared) -> dict[str, np.ndarray | None]:
+def _corpus_relevance(prepared: Prepared) -> dict[str, TokenFacts | None]:
     """split -> float32[target tokens of the split] under groups.reference=corpus, which needs no model."""
     auxiliary = prepared.data.auxiliary()
     scores = relevance.corpus_scores(auxiliary.store, auxiliary.train_counts())
-    return {split: auxiliary.per_token(scores, split, store) for split, store in prepared.stores.items()}
+    return {split: auxiliary.facts(scores, split, store) for split, store in prepared.stores.items()}
 
 
 def _check_objective(config: RunConfig, prepared: Prepared) -> None:

@@ -18,6 +18,7 @@ from gdrt_ds.batches import MicroBatch
 from gdrt_ds.config import ObjectiveOptions
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.data.recommendation import Recommendation
+from gdrt_ds.data.token_facts import ByEntry, TokenFacts
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
 from gdrt_ds.objectives import Objective, TokenTable, TokenView
@@ -29,8 +30,9 @@ LAST_STEPS = 20  # of a run whose final weights are taken: their mean, so that o
 
 @dataclass(frozen=True)
 class TrainTokens:
-    """Facts of every target token of the train split. Arrays have one entry per target token unless said
-    otherwise.
+    """Facts of every target token of the train split.
+
+    They are arrays with one value per target token, or `TokenFacts` that are asked like one.
 
     Attributes:
         store: the tokenised samples.
@@ -44,11 +46,11 @@ class TrainTokens:
     """
 
     store: TokenStore
-    groups: np.ndarray
+    groups: np.ndarray | TokenFacts
     num_groups: int
     weights: np.ndarray | None = None
     reference: np.ndarray | None = None
-    trie_node: np.ndarray | None = None
+    trie_node: np.ndarray | TokenFacts | None = None
     trie_offsets: Tensor | None = None
     trie_tokens: Tensor | None = None
     history_free: TokenStore | None = None
@@ -89,11 +91,11 @@ class InTrie:
 
     Attributes:
         trie: of the catalogue's titles.
-        node: int32[train target tokens], the node at which each target token is chosen.
+        node: int32[train target tokens] by entry, the node at which each target token is chosen.
     """
 
     trie: TokenTrie
-    node: np.ndarray
+    node: ByEntry
 
     @classmethod
     def of(cls, prepared: Prepared) -> InTrie:
@@ -103,10 +105,9 @@ class InTrie:
         texts = [entry.text for entry in data.catalogue.entries]
         ids = [data.encoder.target_ids(text) for text in texts]
         trie = TokenTrie.build(ids, texts)
-        walks = [trie.walk(target) for target in ids]
-        lengths = data.stores["train"].num_target
-        pairs = zip(data.targets("train").tolist(), lengths, strict=True)
-        return cls(trie, np.concatenate([np.asarray(walks[e][:n], dtype=np.int32) for e, n in pairs]))
+        nodes = np.concatenate([np.asarray(trie.walk(target), dtype=np.int32) for target in ids])
+        offsets = np.concatenate([[0], np.cumsum([len(target) for target in ids])]).astype(np.int64)
+        return cls(trie, ByEntry(nodes, data.stores["train"], offsets, data.targets("train")))
 
 
 def next_tokens(trie: TokenTrie) -> tuple[Tensor, Tensor]:
@@ -125,7 +126,7 @@ def token_weights(
     if in_trie is None:
         table = TokenTable(train_count, None, None, None, options)
         return np.asarray(objective.token_weights(table), dtype=np.float64)
-    trie, node = in_trie.trie, in_trie.node
+    trie, node = in_trie.trie, in_trie.node.whole()
     leaves_before = np.concatenate([[0], np.cumsum(np.asarray(trie.entry) >= 0)])
     items_below = leaves_before[np.asarray(trie.end)] - leaves_before[np.arange(len(trie.end))]
     after = items_below[np.concatenate([node[1:], [0]])]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from gdrt_ds import dro
+from gdrt_ds.data.token_facts import whole
 from gdrt_ds.loss import group_sums
 from gdrt_ds.training.grouping import Grouped
 from gdrt_ds.training.job import Job
@@ -69,7 +70,7 @@ def validate(
     loaded.engine.eval()
     losses = torch.from_numpy(split_losses(job, prepared, loaded, "valid", beat=beat))
     loaded.engine.train()
-    groups = torch.from_numpy(grouped.groups["valid"].astype(np.int64))
+    groups = torch.from_numpy(whole(grouped.groups["valid"]).astype(np.int64))
     counts = torch.bincount(groups, minlength=grouped.plan.num).double()
     group_loss = group_sums(losses, groups, grouped.plan.num) / counts.clamp_min(1)
     group_loss[counts == 0] = float("nan")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.columns import InteractionColumns, Names, WindowTable
+from gdrt_ds.data.columns import WindowTable
 from gdrt_ds.data.corpus import Corpus, load_corpus, reader_of, train_popularity
-from gdrt_ds.data.readers.base import BadRows, Interactions, Item
+from gdrt_ds.data.readers.base import BadRows, InteractionColumns, Interactions, Item, Names
 from gdrt_ds.errors import UserError
 from tests.data import reference_windows
 from tests.data.reference_windows import reference_corpus

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gdrt_ds.config import PromptSection
 from gdrt_ds.data.catalogue import Catalogue
+from gdrt_ds.data.coded_windows import CodedWindows
 from gdrt_ds.data.corpus import Corpus, Item, Sample
 from gdrt_ds.data.prompts import (
     HISTORY,
@@ -20,10 +21,10 @@ from gdrt_ds.data.prompts import (
     TARGET,
     TEMPLATE,
     PromptEncoder,
-    tokenise_split,
 )
 from gdrt_ds.data.templates import PromptTemplate
 from gdrt_ds.data.trie import TokenTrie
+from gdrt_ds.data.window_store import tokenise_split
 from gdrt_ds.errors import UserError
 
 TITLES = ["Toy Story (1995)", "Toy Story", 'The 12" Ruler', "Toy Story 2 (1999)", "Amélie", "Heat (1995)"]
@@ -197,6 +198,13 @@ def test_too_long_histories_lose_their_oldest_items_and_never_the_target(bpe):
         encoder_of(bpe, max_length=20)
 
 
+def tokenised(encoder, catalogue, samples, mask_history=False):
+    windows = CodedWindows.of(samples, catalogue)
+    if mask_history:
+        windows = windows.without_histories()
+    return tokenise_split(encoder, catalogue, windows)
+
+
 def corpus_of_titles(histories):
     items = {str(i): Item(str(i), title) for i, title in enumerate(TITLES)}
     samples = [Sample(i, str(i), tuple(map(str, h[:-1])), str(h[-1])) for i, h in enumerate(histories)]
@@ -206,7 +214,7 @@ def corpus_of_titles(histories):
 def test_a_token_store_is_the_encoded_samples_laid_end_to_end(bpe):
     corpus = corpus_of_titles([(0, 1, 2), (3, 4), (5, 4, 3, 2, 1)])
     catalogue, encoder = Catalogue.build(corpus), encoder_of(bpe)
-    store, notes = tokenise_split(encoder, catalogue, corpus.split("train"))
+    store, notes = tokenised(encoder, catalogue, corpus.split("train"))
     assert len(store) == 3 and notes == []
     for i, sample in enumerate(corpus.split("train")):
         expected = encoder.encode(
@@ -226,12 +234,12 @@ def test_a_token_store_is_the_encoded_samples_laid_end_to_end(bpe):
         np.int64,
         np.int32,
     )
-    masked, _ = tokenise_split(encoder, catalogue, corpus.split("train"), mask_history=True)
+    masked, _ = tokenised(encoder, catalogue, corpus.split("train"), mask_history=True)
     assert not (masked.segments == HISTORY).any() and masked.num_target.tolist() == store.num_target.tolist()
     assert (
         masked.fingerprint
         != store.fingerprint
-        == tokenise_split(encoder, catalogue, corpus.split("train"))[0].fingerprint
+        == tokenised(encoder, catalogue, corpus.split("train"))[0].fingerprint
     )
 
 
@@ -242,7 +250,7 @@ def test_histories_are_cut_alike_whatever_the_target_and_the_cut_is_noted(bpe):
     longest = max(len(roomy.target_ids(t)) for t in TITLES)
     limit = len(roomy.encode([TITLES[2], TITLES[4]]).input_ids) + longest
     encoder = encoder_of(bpe, max_length=limit)
-    store, notes = tokenise_split(encoder, catalogue, corpus.split("train"))
+    store, notes = tokenised(encoder, catalogue, corpus.split("train"))
     assert notes == [
         f"1 of 3 samples exceed prompt.max_length={limit}: their 2 oldest history items are left out"
     ]
@@ -259,9 +267,7 @@ def test_histories_are_cut_alike_whatever_the_target_and_the_cut_is_noted(bpe):
         and store.lengths.max() <= limit
     )
     with pytest.raises(UserError, match="prompt.max_length"):
-        tokenise_split(
-            encoder_of(bpe, max_length=len(roomy.prefix_ids) + 14), catalogue, corpus.split("train")
-        )
+        tokenised(encoder_of(bpe, max_length=len(roomy.prefix_ids) + 14), catalogue, corpus.split("train"))
 
 
 def test_titles_that_spell_special_tokens_stay_ordinary_text(bpe):

@@ -180,7 +180,7 @@ def test_a_row_is_its_prompt_then_its_completion_and_the_end_of_text(tmp_path):
 def test_a_token_has_the_label_of_its_span_and_the_end_of_text_is_outside(tmp_path):
     data, config = encoded(write_splits(tmp_path, (8, 4, 4)))
     found = data.group_values(config.groups, "train")
-    labels = found.per_token(np.array(found.values, dtype=object))
+    labels = found.facts(np.array(found.values, dtype=object), data.stores["train"])
     assert len(labels) == data.stores["train"].target_offsets[-1]
     own = labels[: data.stores["train"].num_target[0]].tolist()
     texts = [data.encoder.tokenizer.decode([i]) for i in data.stores["train"].row(0)[-len(own) :]]

@@ -16,6 +16,7 @@ from gdrt_ds.config import GroupsSection
 from gdrt_ds.data.corpus import Sample
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.data.recommendation import Recommendation
+from gdrt_ds.data.token_facts import whole
 from gdrt_ds.data.training_data import Auxiliary
 from gdrt_ds.dro.groups import GroupPlan, apply_groups, bin_edges, fit_groups
 from gdrt_ds.errors import UserError
@@ -57,7 +58,7 @@ def fit(world, **settings):
     section = GroupsSection(**settings)
     data = Recommendation(corpus, catalogue, None, None, {"train": store})
     plan = fit_groups(section, data, relevance, 0)
-    return plan, apply_groups(plan, section, data, relevance, "train")
+    return plan, whole(apply_groups(plan, section, data, relevance, "train"))
 
 
 def test_quantile_bins_of_relevance_are_even_and_ordered(world):

@@ -37,7 +37,7 @@ def rows_of_file(path: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]
     """
     options: dict[str, Any] = {}
     if BUILDERS[suffix] == "csv":
-        options = _texts_only(path, "\t" if suffix == ".tsv" else ",")
+        options = texts_only(path, "\t" if suffix == ".tsv" else ",")
     fix = "check that the file is complete, and that all its rows have the columns of its header"
     with _words(f"{path}: cannot be read", fix):
         table = _load(BUILDERS[suffix], data_files=str(path), split="train", **options)
@@ -46,7 +46,7 @@ def rows_of_file(path: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]
             yield number, {k: v for k, v in row.items() if v is not None and v not in gaps}
 
 
-def _texts_only(path: Path, separator: str) -> dict[str, Any]:
+def texts_only(path: Path, separator: str) -> dict[str, Any]:
     """Options of the CSV builder under which texts stay texts: "007" is no number and "NA" is no gap."""
     from datasets import Features, Value
 
@@ -77,15 +77,22 @@ def rows_of_hub(name: str, revision: str | None) -> Iterator[tuple[str, int, dic
 
 
 def _load(*given: Any, **options: Any) -> Any:
+    with quietly() as datasets:
+        return datasets.load_dataset(*given, cache_dir=str(cache_folder() / "datasets"), **options)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[Any]:
+    """Gives the library, which says nothing meanwhile: what goes wrong is told in our words."""
     import datasets
 
-    quiet = datasets.utils.logging.get_verbosity()
+    before = datasets.utils.logging.get_verbosity()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(*given, cache_dir=str(cache_folder() / "datasets"), **options)
+        yield datasets
     finally:
-        datasets.utils.logging.set_verbosity(quiet)
+        datasets.utils.logging.set_verbosity(before)
 
 
 @contextlib.contextmanager

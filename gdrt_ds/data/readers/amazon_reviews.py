@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.readers._rows import header_of, require_file
-from gdrt_ds.data.readers.base import BadRows, Interactions, Reader, guess_domain
+from gdrt_ds.data.readers.base import BadRows, InteractionColumns, Reader, guess_domain
 from gdrt_ds.data.readers.table import read_events, read_item_table, read_user_table
 from gdrt_ds.errors import UserError
 
@@ -28,7 +28,7 @@ def is_amazon_reviews(path: Path) -> bool:
     return _reviews_file(path) is not None
 
 
-def read_amazon_reviews(data: DataSection, bad: BadRows) -> Interactions:
+def read_amazon_reviews(data: DataSection, bad: BadRows) -> InteractionColumns:
     """Reads reviews and metadata.
 
     Raises:

@@ -1,8 +1,8 @@
 """What every reader shares: the records of a corpus, the account of bad rows, and the reading of values.
 
-A reader returns `Windows` (history and target already cut, as in the MSL/LBR/BIGRec files) or `Interactions`
-(one row per event; `gdrt_ds.data.interactions` makes the windows). Both end as `Sample`s of a
-`gdrt_ds.data.corpus.Corpus`.
+A reader returns `Windows` (history and target already cut, as in the MSL/LBR/BIGRec files), or `Interactions`
+or `InteractionColumns` (one row per event, as lists or as arrays; `gdrt_ds.data.interactions` makes the
+windows). All end as `Sample`s of a `gdrt_ds.data.corpus.Corpus`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gdrt_ds.config import DataSection
 from gdrt_ds.errors import UserError
@@ -83,6 +85,88 @@ class Interactions:
     users: dict[str, dict[str, str]] = field(default_factory=dict)
     domain: str = "item"
     notes: list[str] = field(default_factory=list)
+
+
+class Names(Sequence[str]):
+    """Texts behind each other in one buffer; a list of them would take five times the memory.
+
+    Attributes:
+        data: uint8, UTF-8 of all texts.
+        offsets: int64[number + 1], where each text begins.
+    """
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray):
+        self.data = data
+        self.offsets = offsets
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> Names:
+        parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+        offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+        return cls(np.frombuffer(b"".join(parts), np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index):
+        return self.bytes_of(index).decode("utf-8", "surrogatepass")
+
+    def bytes_of(self, index: int) -> bytes:
+        """UTF-8 of one text."""
+        return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
+
+
+@dataclass
+class InteractionColumns:
+    """What a reader found: `Interactions` as arrays, in file order.
+
+    Attributes:
+        users_of: int32[R], number of the user in `user_names`.
+        items_of: int32[R], place of the item in `items`.
+        times: float64[R], or None where the files have none.
+        ratings: float64[R], or None likewise.
+        user_names: user ids by number.
+        items: item id -> Item; their order gives the numbers.
+        users, domain, notes: as in `Interactions`.
+    """
+
+    users_of: np.ndarray
+    items_of: np.ndarray
+    times: np.ndarray | None
+    ratings: np.ndarray | None
+    user_names: Names
+    items: dict[str, Item]
+    users: dict[str, dict[str, str]] = field(default_factory=dict)
+    domain: str = "item"
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, events: Interactions) -> InteractionColumns:
+        """Returns the columns of a reader's lists.
+
+        Raises:
+            UserError: an interaction names an item that the reader's item table does not have.
+        """
+        number: dict[str, int] = {}
+        users = [number.setdefault(user, len(number)) for user in events.users_of]
+        place = {item: index for index, item in enumerate(events.items)}
+        try:
+            items = [place[item] for item in events.items_of]
+        except KeyError as missing:
+            raise UserError(
+                f"item id {missing.args[0]} has no title", "give every item of the interactions a title"
+            ) from None
+        return cls(
+            np.array(users, np.int32),
+            np.array(items, np.int32),
+            None if events.timestamps is None else np.array(events.timestamps, np.float64),
+            None if events.ratings is None else np.array(events.ratings, np.float64),
+            Names.of(list(number)),
+            events.items,
+            events.users,
+            events.domain,
+            list(events.notes),
+        )
 
 
 class BadRows:

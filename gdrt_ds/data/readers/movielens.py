@@ -16,8 +16,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
+from gdrt_ds.data.readers._columns import LogBuilder
 from gdrt_ds.data.readers._rows import open_text, require_file
-from gdrt_ds.data.readers.base import BadRows, Interactions, Item, Reader, clean_title, parse_number
+from gdrt_ds.data.readers.base import BadRows, InteractionColumns, Item, Reader, clean_title, parse_number
 from gdrt_ds.errors import UserError, nearest
 
 DIRECTED_BY = "film.film.directed_by"
@@ -77,7 +78,7 @@ def is_movielens(folder: Path) -> bool:
     )
 
 
-def read_movielens(data: DataSection, bad: BadRows) -> Interactions:
+def read_movielens(data: DataSection, bad: BadRows) -> InteractionColumns:
     """Reads a MovieLens folder.
 
     Raises:
@@ -96,7 +97,7 @@ def read_movielens(data: DataSection, bad: BadRows) -> Interactions:
     )
 
 
-def read_embedded_ml100k(data: DataSection, bad: BadRows) -> Interactions:
+def read_embedded_ml100k(data: DataSection, bad: BadRows) -> InteractionColumns:
     """Reads ml-100k out of the installed recbole wheel.
 
     Raises:
@@ -181,8 +182,8 @@ def _providers(folder: Path, relation: str) -> dict[str, str]:
 
 def _collect(
     path: Path, rows, items: dict[str, Item], users: dict[str, dict[str, str]], bad: BadRows
-) -> Interactions:
-    events = Interactions([], [], [], [], items, users, "movie")
+) -> InteractionColumns:
+    builder = LogBuilder(items, has_times=True, has_ratings=True)
     for line, user, item, rating, timestamp in rows:
         try:
             field = "rating"
@@ -195,10 +196,10 @@ def _collect(
         if item not in items:
             bad.report(path, line, "item", f"item id {item} has no title", "item id without a title")
             continue
-        events.users_of.append(user)
-        events.items_of.append(item)
-        events.ratings.append(rating)
-        events.timestamps.append(timestamp)
+        builder.add(user, item, timestamp, rating)
+    events = builder.columns([])
+    events.users = users
+    events.domain = "movie"
     return events
 
 
@@ -220,7 +221,7 @@ def _split_lines(path: Path, separator: str, num_fields: int, bad: BadRows, enco
             yield line, fields
 
 
-def _read_100k(folder: Path, bad: BadRows) -> Interactions:
+def _read_100k(folder: Path, bad: BadRows) -> InteractionColumns:
     items = {}
     for _, fields in _split_lines(folder / "u.item", "|", 5, bad):
         title = clean_title(fields[1])
@@ -238,7 +239,7 @@ def _read_100k(folder: Path, bad: BadRows) -> Interactions:
     return _collect(folder / "u.data", rows, items, users, bad)
 
 
-def _read_1m(folder: Path, bad: BadRows) -> Interactions:
+def _read_1m(folder: Path, bad: BadRows) -> InteractionColumns:
     items = {}
     for _, fields in _split_lines(folder / "movies.dat", "::", 2, bad):
         title = clean_title(fields[1])
@@ -258,7 +259,7 @@ def _read_1m(folder: Path, bad: BadRows) -> Interactions:
     return _collect(folder / "ratings.dat", rows, items, users, bad)
 
 
-def _read_latest(folder: Path, data: DataSection, bad: BadRows) -> Interactions:
+def _read_latest(folder: Path, data: DataSection, bad: BadRows) -> InteractionColumns:
     from gdrt_ds.data.readers.table import read_events, read_item_table, read_user_table
 
     items_path = require_file(Path(data.items) if data.items else folder / "movies.csv", "data.items")
@@ -282,7 +283,7 @@ def _detect(data: DataSection) -> bool:
     return _is_embedded(data) or (path.is_dir() and is_movielens(path))
 
 
-def _read(data: DataSection, bad: BadRows) -> Interactions:
+def _read(data: DataSection, bad: BadRows) -> InteractionColumns:
     if _is_embedded(data):
         return read_embedded_ml100k(data, bad)
     return read_movielens(data, bad)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
+from gdrt_ds.data.readers import _columns
 from gdrt_ds.data.readers._rows import (
     TABLE_SUFFIXES,
     header_of,
@@ -22,7 +23,7 @@ from gdrt_ds.data.readers._rows import (
 from gdrt_ds.data.readers.base import (
     RATINGS_UNUSED,
     BadRows,
-    Interactions,
+    InteractionColumns,
     Item,
     Reader,
     as_id,
@@ -58,7 +59,7 @@ def find_table(folder: Path, names: tuple[str, ...]) -> Path | None:
     )
 
 
-def read_table(data: DataSection, bad: BadRows) -> Interactions:
+def read_table(data: DataSection, bad: BadRows) -> InteractionColumns:
     """Reads interactions, items and users.
 
     Raises:
@@ -91,8 +92,31 @@ def read_table(data: DataSection, bad: BadRows) -> Interactions:
 
 def read_events(
     path: Path, data: DataSection, bad: BadRows, items: dict[str, Item], items_path: Path
-) -> Interactions:
-    """Reads the interactions of one file; rows whose item has no title are bad rows."""
+) -> InteractionColumns:
+    """Reads the interactions of one file; rows whose item has no title are bad rows.
+
+    Large files are read as columns. Where a row of them is not in order, the file is read row by row, which
+    names the row or counts it.
+    """
+    columns, notes = _columns_of(path, data)
+    if path.stat().st_size >= _columns.SMALLEST_BYTES:
+        try:
+            builder = _columns.LogBuilder(items, columns.time is not None, columns.rating is not None)
+            _columns.read_columns(path, columns, builder)
+            return builder.columns(notes)
+        except _columns.NotPlain as reason:
+            notes = [*notes, f"{path.name} is read row by row: {reason}"]
+    builder = _columns.LogBuilder(items, columns.time is not None, columns.rating is not None)
+    _read_rows(path, columns, builder, bad, items_path)
+    return builder.columns(notes)
+
+
+def _columns_of(path: Path, data: DataSection) -> tuple[_columns.LogColumns, list[str]]:
+    """Which columns are what, and a note where ratings are there and not used.
+
+    Raises:
+        UserError: a column is missing.
+    """
     header = header_of(path)
     needed = {"user": USER, "item": ITEM}
     if data.split == "time":
@@ -100,25 +124,23 @@ def read_events(
     if data.min_rating is not None:
         needed["rating"] = RATING
     require_columns(path, header, needed, data.columns)
-    user_column = pick_column(path, header, "user", USER, data.columns)
-    item_column = pick_column(path, header, "item", ITEM, data.columns)
-    time_column = pick_column(
-        path, header, "timestamp", TIMESTAMP, data.columns, required=data.split == "time"
-    )
-    rating_column = pick_column(
-        path, header, "rating", RATING, data.columns, required=data.min_rating is not None
-    )
+    user = pick_column(path, header, "user", USER, data.columns)
+    item = pick_column(path, header, "item", ITEM, data.columns)
+    time = pick_column(path, header, "timestamp", TIMESTAMP, data.columns, required=data.split == "time")
+    rating = pick_column(path, header, "rating", RATING, data.columns, required=data.min_rating is not None)
     notes = []
-    if rating_column is not None and data.min_rating is None:
+    if rating is not None and data.min_rating is None:
         notes.append(RATINGS_UNUSED)
-        rating_column = None
-    users_of = []
-    items_of = []
-    timestamps = []
-    ratings = []
+        rating = None
+    return _columns.LogColumns(user, item, time, rating), notes
+
+
+def _read_rows(
+    path: Path, columns: _columns.LogColumns, builder: _columns.LogBuilder, bad: BadRows, items_path: Path
+) -> None:
     for line, row in read_rows(path, bad):
         values = []
-        for column in (user_column, item_column):
+        for column in (columns.user, columns.item):
             value = row.get(column)
             if value is None or value == "":
                 bad.report(path, line, column, "empty id")
@@ -127,34 +149,23 @@ def read_events(
         if len(values) < 2:
             continue
         try:
-            field = time_column
-            timestamp = parse_number(row.get(time_column)) if time_column else None
-            field = rating_column
-            rating = parse_number(row.get(rating_column)) if rating_column else None
+            field = columns.time
+            timestamp = parse_number(row.get(columns.time)) if columns.time else None
+            field = columns.rating
+            rating = parse_number(row.get(columns.rating)) if columns.rating else None
         except ValueError as error:
             bad.report(path, line, field, str(error))
             continue
-        if values[1] not in items:
+        if values[1] not in builder.items:
             bad.report(
                 path,
                 line,
-                item_column,
+                columns.item,
                 f"item id {values[1]} has no title in {items_path.name}",
                 "item id without a title",
             )
             continue
-        users_of.append(values[0])
-        items_of.append(values[1])
-        timestamps.append(timestamp)
-        ratings.append(rating)
-    return Interactions(
-        users_of,
-        items_of,
-        timestamps if time_column else None,
-        ratings if data.min_rating is not None else None,
-        items,
-        notes=notes,
-    )
+        builder.add(values[0], values[1], timestamp, rating)
 
 
 def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, Item]:

@@ -1,0 +1,189 @@
+"""Large logs are read as columns: what they give is what reading row by row gives, and so are the errors."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from gdrt_ds.config import DataSection
+from gdrt_ds.data.readers import _columns
+from gdrt_ds.data.readers.base import BadRows
+from gdrt_ds.data.readers.table import read_table
+from gdrt_ds.errors import UserError
+
+ITEMS = "item_id,title\n" + "".join(f"{k},Title {k}\n" for k in range(9)) + '"a b",Quoted\né,Accent\n'
+
+
+@pytest.fixture(autouse=True)
+def _quiet_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_columns, "BATCH", 7)
+
+
+def read(path, monkeypatch, by_columns: bool, **settings):
+    """(columns or error text, notes, whether the row reader was asked) of one way of reading."""
+    asked = []
+    monkeypatch.setattr(_columns, "SMALLEST_BYTES", 0 if by_columns else 1 << 60)
+    from gdrt_ds.data.readers import table
+
+    original = table._read_rows
+    monkeypatch.setattr(table, "_read_rows", lambda *given: asked.append(1) or original(*given))
+    bad = BadRows(skip=settings.pop("skip", False))
+    try:
+        found = read_table(DataSection(path=str(path), **settings), bad)
+    except UserError as error:
+        return str(error), bad.notes(), bool(asked)
+    finally:
+        monkeypatch.setattr(table, "_read_rows", original)
+    users = [found.user_names[user] for user in found.users_of.tolist()]
+    names = list(found.items)
+    items = [names[item] for item in found.items_of.tolist()]
+    times = None if found.times is None else found.times.tolist()
+    ratings = None if found.ratings is None else found.ratings.tolist()
+    notes = [note for note in found.notes if "read row by row" not in note]
+    return (users, items, times, ratings), [*bad.notes(), *notes], bool(asked)
+
+
+def both(path, monkeypatch, **settings) -> bool:
+    """Compares both ways of reading; returns whether the columns were used."""
+    wanted, wanted_notes, _ = read(path, monkeypatch, False, **settings)
+    found, notes, asked = read(path, monkeypatch, True, **settings)
+    assert found == wanted
+    assert notes == wanted_notes
+    return not asked
+
+
+def write(tmp_path, text: str, name: str = "interactions.csv"):
+    path = tmp_path / name
+    data = text.encode("utf-8")
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (tmp_path / "items.csv").write_text(ITEMS, encoding="utf-8")
+    return path
+
+
+HEADER = "user,item,timestamp,rating\n"
+GOOD = {
+    "numbers": "1,2,100,4\n1,3,200.5,5\n07,8,-3,1\n1.0,4,1e3,2\n",
+    "quotes": '"x, y",2,1,4\n"say ""no""","a b",2,5\nNA,3,3,1\nnull,4,4,1\n',
+    "spaces and blank lines": " u ,2,1,4\n\nü,é, 2 ,5\n",
+    "dates": "u,2,2024-05-01,4\nv,3,2024-05-01T10:00:00Z,5\nw,4,2024-05-01 10:00:00.25,5\n",
+    "windows line ends": "u,2,1,4\r\nv,3,2,5\r\n",
+    "a newline in a field": '"two\nlines",2,1,4\nv,3,2,5\n',
+    "no last newline": "u,2,1,4\nv,3,2,5",
+}
+BAD = {
+    "an empty id": "u,2,1,4\n,3,2,5\nw,4,3,5\n",
+    "an unknown item": "u,2,1,4\nv,77,2,5\n",
+    "a time that is no number": "u,2,1,4\nv,3,soon,5\n",
+    "an infinite time": "u,2,1,4\nv,3,inf,5\n",
+    "a missing time": "u,2,1,4\nv,3,,5\n",
+    "a short row": "u,2,1,4\nv,3,2\nw,4,3,5\n",
+    "a long row": "u,2,1,4\nv,3,2,5,6\n",
+    "only long rows": "u,2,1,4,9\nv,3,2,5,6\n",
+    "a short row without the unused column": "u,2,1\n",
+    "a quote that never ends": 'u,2,1,4\n"v,3,2,5\nw,4,3,5\n',
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_csv_in_order_is_read_as_columns(tmp_path, monkeypatch, case):
+    path = write(tmp_path, HEADER + GOOD[case])
+    assert both(path, monkeypatch)
+    both(path, monkeypatch, min_rating=3, split="leave_one_out")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_is_named_or_counted_in_the_same_words(tmp_path, monkeypatch, case):
+    path = write(tmp_path, HEADER + "a,1,1,1\n" * 20 + BAD[case])
+    assert not both(path, monkeypatch)
+    both(path, monkeypatch, skip=True)
+
+
+@pytest.mark.parametrize("name", ["interactions.csv.gz", "interactions.tsv", "interactions.tsv.gz"])
+def test_other_endings_are_read_as_columns(tmp_path, monkeypatch, name):
+    text = HEADER + GOOD["numbers"]
+    if ".tsv" in name:
+        text = text.replace(",", "\t")
+    assert both(write(tmp_path, text, name), monkeypatch)
+
+
+def test_a_byte_order_mark_and_repeated_columns_give_what_rows_give(tmp_path, monkeypatch):
+    both(write(tmp_path, "\ufeff" + HEADER + GOOD["numbers"]), monkeypatch)
+    both(write(tmp_path, "user,item,timestamp,item\nu,1,1,2\n"), monkeypatch)
+    both(write(tmp_path, " user , item,timestamp\nu,1,1\n"), monkeypatch)
+
+
+ROWS = [
+    [{"user": "u", "item": 2, "timestamp": 1}, {"user": "v", "item": 3, "timestamp": 2.5}],
+    [{"user": 1, "item": "2", "timestamp": "1"}, {"user": 2, "item": "3", "timestamp": "2"}],
+    [{"user": "2024-01-01", "item": "2", "timestamp": "2024-01-01"}],
+    [{"user": "u", "item": 2, "timestamp": 1}, {"user": "v", "item": 3}],
+    [{"user": "u", "item": 2, "timestamp": 1}, {"user": None, "item": 3, "timestamp": 3}],
+    [{"user": "u", "item": 2, "timestamp": 1}, {"user": 7, "item": 3, "timestamp": 3}],
+    [{"user": "u", "item": 2, "timestamp": True}, {"user": "v", "item": 2, "timestamp": 1}],
+    [{"user": ["u"], "item": 2, "timestamp": 1}],
+    [
+        {"user": "u", "item": 2, "timestamp": 1, "x": {"y": 1}},
+        {"user": "v", "item": 3, "timestamp": 1, "x": 2},
+    ],
+]
+
+
+@pytest.mark.parametrize("case", range(len(ROWS)))
+def test_json_lines_give_what_rows_give(tmp_path, monkeypatch, case):
+    text = "".join(json.dumps(row) + "\n" for row in ROWS[case])
+    path = write(tmp_path, text, "interactions.jsonl")
+    assert both(path, monkeypatch) == (case in (0, 1, 8))
+    both(path, monkeypatch, skip=True, split="leave_one_out")
+
+
+def test_a_torn_last_line_is_named(tmp_path, monkeypatch):
+    whole = "".join(json.dumps(row) + "\n" for row in ROWS[0] * 20)
+    path = write(tmp_path, whole[:-9], "interactions.jsonl")
+    assert not both(path, monkeypatch)
+    assert "interactions.jsonl, line 40, field `(row)`: not valid JSON" in read(path, monkeypatch, True)[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_parquet_gives_what_rows_give_whatever_its_types(tmp_path, monkeypatch, seed):
+    import pyarrow
+    import pyarrow.parquet
+
+    rng = np.random.default_rng(seed)
+    users, items = rng.integers(0, 5, 40), rng.integers(0, 9, 40)
+    times = rng.integers(0, 10**9, 40)
+    kinds = (
+        (pyarrow.array(users), pyarrow.array(items, pyarrow.int32()), pyarrow.array(times)),
+        (pyarrow.array(users.astype(float)), pyarrow.array(items), pyarrow.array(times / 7)),
+        (
+            pyarrow.array(users.astype(str)).dictionary_encode(),
+            pyarrow.array(items.astype(str), pyarrow.large_string()),
+            pyarrow.array(times, pyarrow.timestamp("s")),
+        ),
+        (
+            pyarrow.array([None, *users[1:].tolist()]),
+            pyarrow.array(items),
+            pyarrow.array(times.astype("M8[ms]")),
+        ),
+    )
+    path = write(tmp_path, "", "interactions.parquet")
+    table = pyarrow.table(dict(zip(("user", "item", "timestamp"), kinds[seed], strict=True)))
+    pyarrow.parquet.write_table(table, path)
+    assert both(path, monkeypatch) == (seed < 3)
+
+
+def test_a_mutilated_parquet_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = write(tmp_path, "", "interactions.parquet")
+    columns = {"user": [1] * 5000, "item": [2] * 5000, "timestamp": list(range(5000))}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    data = bytearray(path.read_bytes())
+    data[200:600] = b"\0" * 400
+    path.write_bytes(bytes(data))
+    found, _, _ = read(path, monkeypatch, True)
+    assert "interactions.parquet: cannot be read as parquet" in found
