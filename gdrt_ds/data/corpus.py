@@ -18,6 +18,7 @@ import numpy as np
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.columns import WindowTable
 from gdrt_ds.data.interactions import make_windows
+from gdrt_ds.data.log_cache import kept_log
 from gdrt_ds.data.popularity import count_items
 from gdrt_ds.data.readers.base import BadRows, InteractionColumns, Interactions, Item, Reader, Sample, Windows
 from gdrt_ds.data.window_facts import add_record, add_windows, also_in_train
@@ -43,6 +44,7 @@ class Corpus:
         users: user id -> attributes; empty where the data has none.
         notes: what was skipped, dropped or carved, with counts.
         fingerprint: SHA-256 of items, users and splits.
+        train_counts: interactions of each item in train, where they are known already.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Corpus:
     users: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
+    train_counts: Counter[str] | None = None
 
     def split(self, name: str) -> Sequence[Sample]:
         """Returns the samples of a split.
@@ -83,7 +86,6 @@ def load_corpus(data: DataSection) -> Corpus:
             "catalogue",
             "give interaction data, or use the commands that docs/other-domains.md names",
         )
-    bad = BadRows(skip=data.on_bad_row == "skip")
     known = ("user", "item", "timestamp", "rating", "title", "provider", "genres")
     for role in data.columns:
         if role not in known:
@@ -93,6 +95,14 @@ def load_corpus(data: DataSection) -> Corpus:
             f"data.item_text={data.item_text}: the format of {data.path} has no item table",
             "write the data as a table of interactions and one of items (data.format=table)",
         )
+    if data.path in embedded_names():
+        return _built(reader, data)
+    return Corpus(**kept_log(data, lambda: vars(_built(reader, data))))
+
+
+def _built(reader: Reader, data: DataSection) -> Corpus:
+    """Reads and cuts; what the cache spares where it has the result."""
+    bad = BadRows(skip=data.on_bad_row == "skip")
     found = reader.read(data, bad)
     notes: list[str] = []
     if isinstance(found, (Interactions, InteractionColumns)):
@@ -243,6 +253,8 @@ def _carve_valid(
 
 def train_popularity(corpus: Corpus) -> Counter[str]:
     """Counts the interactions per item in train, each once although sliding windows repeat it."""
+    if corpus.train_counts is not None:
+        return corpus.train_counts
     return count_items(corpus.splits["train"])
 
 

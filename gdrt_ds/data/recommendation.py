@@ -56,9 +56,11 @@ class RecommendationSource:
                 data.notes.append("no validation split: no early stopping, the last checkpoint is the best")
                 continue
             windows = data.windows(split)
+            key = f"{corpus.fingerprint} {split}"
             if split == "train":
                 windows = windows.controlled(config.prompt.history, config.train.seed)
-            data.stores[split], lines = tokenise_split(encoder, catalogue, windows)
+                key += f" {config.prompt.history} {config.train.seed}"
+            data.stores[split], lines = tokenise_split(encoder, catalogue, windows, key)
             data.notes += [f"{split}: {line}" for line in lines]
             if split == "train" and config.data.windows == "growing":
                 samples = control_history(corpus.split(split), config.prompt.history, config.train.seed)
@@ -203,7 +205,8 @@ class Recommendation:
 
     def without_evidence(self) -> TokenStore:
         windows = self.windows("train").without_histories()
-        return tokenise_split(self.encoder, self.catalogue, windows)[0]
+        key = f"{self.corpus.fingerprint} without evidence"
+        return tokenise_split(self.encoder, self.catalogue, windows, key)[0]
 
     def save(self, folder: Path) -> None:
         """Writes catalogue.jsonl and prompt.json."""

@@ -10,19 +10,29 @@ Shapes: T tokens of one sample, n samples, H items of the longest history, E cat
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.coded_windows import CodedWindows
+from gdrt_ds.data.kept import digest_of, kept_folder, mapped, save_arrays
 from gdrt_ds.data.prompts import HISTORY, TARGET, TEMPLATE, PromptEncoder, PromptPieces, TokenStore
+from gdrt_ds.files import write_json
 
 CHUNK_TOKENS = 1 << 22
 """Tokens that are laid together at once where a whole split is wanted."""
 CHUNK = 1 << 18
 """Windows whose lengths are computed at once."""
+SMALLEST_KEPT = 1 << 19
+"""Splits with fewer windows are not kept in the cache."""
+VERSION = 1
+"""Of the kept arrays; another number finds no folder of this one."""
+ARRAYS = ("kept", "lengths", "num_target", "target_offsets")
 
 
 class Pieces:
@@ -45,6 +55,7 @@ class Pieces:
         segments += [[TEMPLATE] * len(separator) + [HISTORY] * len(item) for item in oldest]
         segments += [[TARGET] * len(item) for item in target]
         self.num_entries = len(oldest)
+        self.digest = hashlib.sha256(json.dumps([ids, pieces.start_segments]).encode()).hexdigest()
         self.ids = pyarrow.array([np.array(piece, np.int32).tobytes() for piece in ids], pyarrow.binary())
         self.segments = pyarrow.array(
             [np.array(piece, np.int8).tobytes() for piece in segments], pyarrow.binary()
@@ -88,21 +99,27 @@ class WindowStore(TokenStore):
         target_offsets: int64[n + 1].
     """
 
-    def __init__(self, windows: CodedWindows, pieces: PromptPieces):
+    def __init__(self, windows: CodedWindows, pieces: PromptPieces, key: str = ""):
+        """Args: key: fingerprint of the windows, under which a large split is kept for other processes."""
         self.windows = windows
         self._pieces = Pieces(pieces)
         self._fingerprint: str | None = None
         self._constant = len(pieces.start) + len(pieces.after)
-        target_lengths = np.array([len(target) for target in pieces.targets], dtype=np.int32)
-        self.num_target = target_lengths[windows.targets]
-        self.target_offsets = np.zeros(len(windows) + 1, dtype=np.int64)
-        np.cumsum(self.num_target, out=self.target_offsets[1:])
-        self.kept = np.zeros_like(windows.lengths)
-        self._lengths = self.num_target + np.int32(self._constant)
-        for start in range(0, len(windows), CHUNK):
-            span = slice(start, start + CHUNK)
-            self.kept[span], tokens = _fitting(windows, span, pieces)
-            self._lengths[span] += tokens
+        self._folder: Path | None = None
+        arrays: dict[str, np.ndarray] = {}
+        if key and len(windows) >= SMALLEST_KEPT:
+            key = digest_of(VERSION, key, self._pieces.digest, pieces.room)
+            self._folder, _ = kept_folder(
+                "tokens", key, lambda folder: save_arrays(folder, _measure(windows, pieces, self._constant))
+            )
+        if self._folder is not None:
+            arrays = {name: mapped(self._folder, name) for name in ARRAYS}
+        else:
+            arrays = _measure(windows, pieces, self._constant)
+        self.kept = arrays["kept"]
+        self._lengths = arrays["lengths"]
+        self.num_target = arrays["num_target"]
+        self.target_offsets = arrays["target_offsets"]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -146,6 +163,9 @@ class WindowStore(TokenStore):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of tokens, segments and target lengths: the same as of a flat store of these samples."""
+        kept = None if self._folder is None else self._folder / "fingerprint.json"
+        if self._fingerprint is None and kept is not None and kept.is_file():
+            self._fingerprint = json.loads(kept.read_text(encoding="ascii"))
         if self._fingerprint is None:
             digest = hashlib.sha256()
             for part in self._all(self._pieces.ids, np.int32):
@@ -155,12 +175,34 @@ class WindowStore(TokenStore):
                 digest.update(part)
             digest.update(np.ascontiguousarray(self.num_target))
             self._fingerprint = digest.hexdigest()
+            if kept is not None:
+                with contextlib.suppress(OSError):  # another process will compute it again
+                    write_json(kept, self._fingerprint)
         return self._fingerprint
 
     @property
     def constant_prompt(self) -> int | None:
         """Tokens of the prompt where all samples have the same one, because no history has an item."""
         return None if self.kept.any() else self._constant
+
+
+def _measure(windows: CodedWindows, pieces: PromptPieces, constant: int) -> dict[str, np.ndarray]:
+    """The arrays of `ARRAYS`.
+
+    Args:
+        constant: tokens that all prompts have beside their history.
+    """
+    target_lengths = np.array([len(target) for target in pieces.targets], dtype=np.int32)
+    num_target = target_lengths[windows.targets]
+    target_offsets = np.zeros(len(windows) + 1, dtype=np.int64)
+    np.cumsum(num_target, out=target_offsets[1:])
+    kept = np.zeros(len(windows), dtype=windows.lengths.dtype)
+    lengths = num_target + np.int32(constant)
+    for start in range(0, len(windows), CHUNK):
+        span = slice(start, start + CHUNK)
+        kept[span], tokens = _fitting(windows, span, pieces)
+        lengths[span] += tokens
+    return {"kept": kept, "lengths": lengths, "num_target": num_target, "target_offsets": target_offsets}
 
 
 def _fitting(windows: CodedWindows, span: slice, pieces: PromptPieces) -> tuple[np.ndarray, np.ndarray]:
@@ -185,9 +227,12 @@ def _fitting(windows: CodedWindows, span: slice, pieces: PromptPieces) -> tuple[
 
 
 def tokenise_split(
-    encoder: PromptEncoder, catalogue: Catalogue, windows: CodedWindows
+    encoder: PromptEncoder, catalogue: Catalogue, windows: CodedWindows, key: str = ""
 ) -> tuple[WindowStore, list[str]]:
     """Tokenises windows with their targets.
+
+    Args:
+        key: fingerprint of the windows; a large split is kept under it. Empty: it is not kept.
 
     Returns:
         the store, and notes that count what had to be left out for length.
@@ -196,7 +241,7 @@ def tokenise_split(
         UserError: a catalogue title does not fit into prompt.max_length.
     """
     encoder.reserve_for(catalogue)
-    store = WindowStore(windows, encoder.pieces_of([entry.text for entry in catalogue.entries]))
+    store = WindowStore(windows, encoder.pieces_of([entry.text for entry in catalogue.entries]), key)
     dropped = windows.lengths - store.kept
     num_cut = int(np.count_nonzero(dropped))
     notes = []

@@ -31,6 +31,9 @@ from gdrt_ds.training.losses import token_losses
 from gdrt_ds.training.preparation import Prepared
 from gdrt_ds.training.telemetry import duration
 
+MOST_TOKENS_WRITTEN = 50_000_000
+"""Target tokens of train up to which groups.safetensors lists them one by one; 22 bytes and more each."""
+
 
 @dataclass(frozen=True)
 class Relevance:
@@ -227,6 +230,8 @@ def _score_with_model(
 def save_groups(job: Job, prepared: Prepared, grouped: Grouped) -> None:
     """Writes groups.json and groups.safetensors into the run folder. Every rank calls it, rank 0 writes.
 
+    Of a very large train split, groups.safetensors has what there is for each title, and no list of tokens.
+
     Raises:
         StorageError: on every rank, if they could not be written.
     """
@@ -237,13 +242,14 @@ def save_groups(job: Job, prepared: Prepared, grouped: Grouped) -> None:
 def _write_groups(job: Job, prepared: Prepared, grouped: Grouped) -> None:
     grouped.plan.save(job.folder / "groups.json")
     store = prepared.stores["train"]
-    tensors = {
-        "sample_offsets": store.offsets,
-        "token_offsets": store.target_offsets,
-        "group": whole(grouped.groups["train"]),
-    }
+    tensors = {}
+    if int(store.target_offsets[-1]) <= MOST_TOKENS_WRITTEN:
+        tensors["sample_offsets"] = store.offsets
+        tensors["token_offsets"] = store.target_offsets
+        tensors["group"] = whole(grouped.groups["train"])
+        if grouped.scores is not None:
+            tensors["r"] = whole(grouped.train_relevance)
     if grouped.scores is not None:
-        tensors["r"] = whole(grouped.train_relevance)
         tensors["entry_offsets"] = grouped.scores.store.target_offsets
         tensors["entry_r"] = grouped.scores.values
     with replacing(job.folder / "groups.safetensors") as scratch:

@@ -11,6 +11,7 @@ from gdrt_ds.data.corpus import Corpus, load_corpus, reader_of, train_popularity
 from gdrt_ds.data.readers.base import BadRows, InteractionColumns, Interactions, Item, Names
 from gdrt_ds.errors import UserError
 from tests.data import reference_windows
+from tests.data.as_lists import as_lists
 from tests.data.reference_windows import reference_corpus
 
 NAMES = ("a", "Ü", "日本", "x\x1fy", "-", "🦊", "\ud800", "é", "0", "00")
@@ -135,23 +136,6 @@ def test_movielens_100k_has_the_windows_and_the_fingerprint_of_the_reference(set
     assert train_popularity(found) == reference_windows.train_popularity(wanted)
     for split in ("train", "valid", "test"):
         assert list(found.splits[split]) == wanted.splits[split]
-
-
-def as_lists(events: Interactions | InteractionColumns) -> Interactions:
-    """A reader's columns as the lists that the reference takes."""
-    if isinstance(events, Interactions):
-        return events
-    names = list(events.items)
-    return Interactions(
-        [events.user_names[user] for user in events.users_of.tolist()],
-        [names[item] for item in events.items_of.tolist()],
-        None if events.times is None else events.times.tolist(),
-        None if events.ratings is None else events.ratings.tolist(),
-        events.items,
-        events.users,
-        events.domain,
-        list(events.notes),
-    )
 
 
 def test_a_table_of_windows_is_used_like_the_list_that_it_stands_for():
