@@ -1,16 +1,27 @@
 #!/usr/bin/env bash
 # One rank of a job step: srun starts it once per rank, with the command to run as arguments.
-# It derives the rank variables from Slurm's and leaves the rank's exit status in $GDRT_RANK_LOGS/rank_N.exit (status, time, node).
+# It derives the rank variables from Slurm's and leaves the rank's exit status in
+# $GDRT_RANK_LOGS/rank_N.exit (status, time, node).
 set -u
-if [ "${GDRT_SIGNALS:-}" = caught ]; then trap '' USR1 TERM; fi # the trainer installs its own handlers; until then a signal must not end it
+if [ "${GDRT_SIGNALS:-}" = caught ]; then
+  # The trainer installs its own handlers; until then a signal must not end it.
+  trap '' USR1 TERM
+fi
 
 tasks_here() { # number of ranks on this node, from "2(x3),1" and the node's index
   local part count times index=0
   for part in ${SLURM_STEP_TASKS_PER_NODE//,/ }; do
-    count=${part%%(*} times=1
-    [[ $part == *x* ]] && { times=${part##*x}; times=${times%)}; }
+    count=${part%%(*}
+    times=1
+    if [[ $part == *x* ]]; then
+      times=${part##*x}
+      times=${times%)}
+    fi
     index=$((index + times))
-    if [ "$SLURM_NODEID" -lt "$index" ]; then echo "$count"; return; fi
+    if [ "$SLURM_NODEID" -lt "$index" ]; then
+      echo "$count"
+      return
+    fi
   done
 }
 
