@@ -24,6 +24,24 @@ class CannotStream(Exception):
     """Why a model's forward is not computed layer by layer; the text is announced."""
 
 
+class NotFilled(RuntimeError):
+    """A module computed with the weight of another one, which is empty at that time."""
+
+
+class EmptyWeight(torch.Tensor):
+    """Stands where a weight is not filled: its shape can be asked for, computing with it is an error.
+
+    Computing with a plain tensor on the meta device is no error everywhere: some operations of CPUs take it
+    and give anything.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in ("__get__", "size", "dim", "numel", "is_floating_point"):
+            return super().__torch_function__(function, types, args, kwargs or {})
+        raise NotFilled(getattr(function, "__name__", str(function)))
+
+
 def logits_layer_by_layer(
     places: dict[str, Place], whole: Callable[[str], Tensor], model: nn.Module, input_ids: Tensor
 ) -> Tensor:
@@ -44,11 +62,8 @@ def logits_layer_by_layer(
         try:
             with _filled_on_demand(places, whole, model, whole_layers), torch.no_grad():
                 return model(input_ids=input_ids, use_cache=False).logits
-        except (NotImplementedError, RuntimeError) as error:
-            # torch refuses to compute with a weight that has no storage. Everything else is a mistake.
-            if "meta" not in str(error):
-                raise
-            reason = str(error).splitlines()[0]
+        except NotFilled as error:
+            reason = str(error)
     raise CannotStream(f"its modules read each other's weights ({reason})")
 
 
@@ -57,13 +72,19 @@ def _filled_on_demand(
     places: dict[str, Place], whole: Callable[[str], Tensor], model: nn.Module, whole_layers: bool
 ) -> Iterator[None]:
     handles = []
+    units = [
+        (unit, {name: places[name] for name in names}) for unit, names in _units(places, model, whole_layers)
+    ]
     try:
-        for unit, names in _units(places, model, whole_layers):
-            here = {name: places[name] for name in names}
-            handles.append(unit.register_forward_pre_hook(_fill(here, whole)))
-            handles.append(unit.register_forward_hook(_empty(here), always_call=True))
+        for unit, here in units:
+            _empty(here)
+            handles.append(unit.register_forward_pre_hook(_filling(here, whole)))
+            handles.append(unit.register_forward_hook(_emptying(here), always_call=True))
         yield
     finally:
+        for _, here in units:
+            for place in here.values():
+                place.module._parameters[place.leaf] = place.tensor
         for handle in handles:
             handle.remove()
 
@@ -91,7 +112,12 @@ def _units(
     return list(found.values())
 
 
-def _fill(places: dict[str, Place], whole: Callable[[str], Tensor]):
+def _empty(places: dict[str, Place]) -> None:
+    for place in places.values():
+        place.module._parameters[place.leaf] = torch.Tensor._make_subclass(EmptyWeight, place.tensor)
+
+
+def _filling(places: dict[str, Place], whole: Callable[[str], Tensor]):
     def hook(module, inputs) -> None:
         for name, place in places.items():
             place.module._parameters[place.leaf] = nn.Parameter(whole(name), requires_grad=False)
@@ -99,9 +125,8 @@ def _fill(places: dict[str, Place], whole: Callable[[str], Tensor]):
     return hook
 
 
-def _empty(places: dict[str, Place]):
+def _emptying(places: dict[str, Place]):
     def hook(module, inputs, output) -> None:
-        for place in places.values():
-            place.module._parameters[place.leaf] = place.tensor
+        _empty(places)
 
     return hook

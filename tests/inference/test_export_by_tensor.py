@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from gdrt_ds.config import RunConfig, dump_config
+from gdrt_ds.inference import layer_by_layer
 from gdrt_ds.inference.exporting import export
+from gdrt_ds.inference.layer_by_layer import CannotStream, logits_layer_by_layer
+from gdrt_ds.models.base_values import Place
 from gdrt_ds.models.weight_writer import TensorShape, write_file
 from tests.distributed.scenario_sharded import store_in_four_bit
 from tests.models.family_models import make_family
@@ -61,6 +65,8 @@ def assert_same_model(run, output, base, dtype="auto"):
     return done
 
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "nf4": {},
     "single": {"double_quant": False},
@@ -96,7 +102,21 @@ def test_stored_dtypes_are_rounded_as_the_merge_in_memory_does(tmp_path, dtype):
     assert_same_model(run, tmp_path, "trained", dtype)
 
 
-TENSOR_BY_TENSOR = ["qwen3", "gemma2", "gemma3", "phi", "phi3", "gpt2", "granite", "cohere"]
+TENSOR_BY_TENSOR = [
+    "mistral_window",
+    "lfm2",
+    "qwen3_5",
+    "falcon_h1",
+    "gpt_oss",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "phi3",
+    "gpt2",
+    "granite",
+    "cohere",
+]
 
 
 @pytest.mark.parametrize("family", TENSOR_BY_TENSOR)
@@ -113,6 +133,30 @@ def test_families_whose_stored_tensors_are_converted_are_merged_in_memory_and_it
     done = export(run, tmp_path / "out")
     assert done["merged"].startswith("in memory, because transformers converts the stored weights")
     assert done["check"] == "loaded by transformers"
+
+
+class ReadsTheOther(torch.nn.Module):
+    """Computes with the weight of a module beside it, past that module's forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 3, bias=False)
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=torch.nn.functional.linear(input_ids.float(), self.inner.weight))
+
+
+def test_a_weight_that_is_read_past_its_module_is_never_computed_with_while_it_is_empty(monkeypatch):
+    with torch.device("meta"):
+        model = ReadsTheOther()
+    places = {"inner.weight": Place(model.inner, "weight", model.inner.weight)}
+    monkeypatch.setattr(layer_by_layer, "decoder_layers", lambda model: [])
+    with pytest.raises(CannotStream, match="linear"):
+        logits_layer_by_layer(places, lambda name: torch.eye(3), model, torch.ones(1, 3))
+    assert model.inner.weight is places["inner.weight"].tensor
+    monkeypatch.setattr(layer_by_layer, "decoder_layers", lambda model: [model])
+    found = logits_layer_by_layer(places, lambda name: 2 * torch.eye(3), model, torch.ones(1, 3))
+    assert torch.equal(found, torch.full((1, 3), 2.0))
 
 
 def test_files_are_those_that_safetensors_writes(tmp_path):
