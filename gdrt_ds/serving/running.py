@@ -12,6 +12,8 @@ from gdrt_ds.errors import UserError
 
 MAX_CONNECTIONS = 1024
 """Connections beyond this are answered with 503 by uvicorn."""
+MAX_ENDING_S = 120
+"""Seconds after which the end of the service does not wait any longer for clients that do not read."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -42,7 +44,12 @@ def run_service(app, place: socket.socket, tell: Callable[[str], None]) -> None:
         tell: called with one line when requests are answered, and one when that ends.
     """
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, limit_concurrency=MAX_CONNECTIONS, server_header=False
+        app,
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=MAX_ENDING_S,
+        server_header=False,
     )
     host, port = place.getsockname()[:2]
     server = AnnouncingServer(config, lambda: tell(f"ready: http://{host}:{port}"))
