@@ -1,6 +1,7 @@
 #!/bin/sh
-# Installs gdrt_ds into the Python of an image; both recipes beside this file run it in the folder of the sources.
-# TORCH_INDEX: index of torch, e.g. https://download.pytorch.org/whl/cpu for an image without CUDA (several GB less).
+# Installs gdrt_ds into the Python of an image. Both recipes beside this file run it in the folder
+# of the sources.
+# TORCH_INDEX: index of torch, e.g. https://download.pytorch.org/whl/cpu for an image without CUDA.
 set -eu
 
 # torch alone and first: unpinned, other packages would pull another build of it.
