@@ -17,6 +17,8 @@ from eval.rows import metrics as row_metrics
 from eval.rows.inputs import RowInputs, build_row_inputs
 from gdrt_ds.errors import UserError
 
+OWN_GROUPS = "token groups differ"
+"""How the note about runs that were trained with other groups begins."""
 MAY_DIFFER = ("scoring", "mode", "dtype")  # keys of results.json whose differences are noted, not refused
 
 
@@ -103,7 +105,7 @@ def check_same(runs: Sequence[Run]) -> list[str]:
         _refuse_other_data(first, run)
         if first.is_about_rows and first.results["group_names"] != run.results["group_names"]:
             notes.append(
-                f"token groups differ: {first.label} and {run.label} were trained with other groups, so "
+                f"{OWN_GROUPS}: {first.label} and {run.label} were trained with other groups, so "
                 "figures of the worst group and the gap are over each run's own groups"
             )
         for key in MAY_DIFFER:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.compare.runs import Run, check_same, load_run, with_predictions
+from eval.compare.runs import OWN_GROUPS, Run, check_same, load_run, with_predictions
 from eval.intervals import Comparison, Resampled, compare_family, resample
 from eval.metrics import table
 from eval.rows.inputs import RowInputs
@@ -137,7 +137,9 @@ def _check(setting: str, runs: Runs, base: str) -> list[str]:
     for seed in sorted({seed for found in runs.values() for seed in found}):
         beside = [found[seed] for found in runs.values() if seed in found]
         first_of_seed.append(beside[0])
-        notes += check_same([runs[base].get(seed, beside[0]), *beside])
+        found = check_same([runs[base].get(seed, beside[0]), *beside])
+        # The page shows no figure over a run's own groups, only those over the study's labels.
+        notes += [note for note in found if not note.startswith(OWN_GROUPS)]
     if not _same_samples(first_of_seed):
         notes.append(
             f"{setting}: seeds differ in their test users, so users are drawn by their place in the test "
