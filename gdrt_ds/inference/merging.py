@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -30,11 +30,14 @@ from gdrt_ds.inference.export_checks import (
 from gdrt_ds.inference.layer_by_layer import logits_layer_by_layer
 from gdrt_ds.inference.recommender import check_adapter
 from gdrt_ds.models.adapters import load_adapter
-from gdrt_ds.models.base_values import BaseValues, open_base, open_folder
+from gdrt_ds.models.base_values import BaseValues, blocks_of, open_base, open_folder
 from gdrt_ds.models.sharded_loading import CannotShard
 from gdrt_ds.models.source import load_tokenizer, read_model_config, tokenizer_source
 from gdrt_ds.models.weight_writer import TensorShape, write_weights
 from gdrt_ds.runtime.large_blocks import map_large_blocks
+
+MERGED_AT_ONCE = 1 << 21
+"""Values of a weight that are merged at once where rows are; PEFT works on three float32 copies of them."""
 
 
 def write_by_tensor(
@@ -72,15 +75,15 @@ def write_by_tensor(
     model.eval()
     tokenizer = load_tokenizer(tokenizer_source(section, base), trust_remote_code=section.trust_remote_code)
     input_ids = probe_ids(tokenizer)
-    probe = Probe(input_ids, logits_layer_by_layer(values.places, values.whole, model, input_ids))
+    probe = Probe(input_ids, logits_layer_by_layer(values.places, values.pieces, model, input_ids))
     merged = MergedValues(values, model)
     merged.write(folder, dtype, shard_size)
     tokenizer.save_pretrained(folder)
     written_config = read_model_config(folder, trust_remote_code=section.trust_remote_code)
     written = open_folder(folder, written_config, section)
-    logits = logits_layer_by_layer(written.places, merged.whole, written.model, input_ids)
+    logits = logits_layer_by_layer(written.places, merged.values, written.model, input_ids)
     check_merged(probe.difference_of(logits), probe)
-    logits = logits_layer_by_layer(written.places, written.whole, written.model, input_ids)
+    logits = logits_layer_by_layer(written.places, written.pieces, written.model, input_ids)
     difference = probe.difference_of(logits)
     check_difference(difference, probe, dtype)
     if not loaded:
@@ -135,19 +138,21 @@ class MergedValues:
         places = [self.base.places[name] for name in self.tensors(torch.float32)]
         return sum(place.tensor.numel() for place in places if isinstance(place.tensor, nn.Parameter))
 
-    def whole(self, name: str) -> Tensor:
-        """Returns the merged values in float32, in the shape of the plain model."""
+    def values(self, name: str) -> Iterator[Tensor]:
+        """Yields the merged values of a tensor in order, flat; floats in float32."""
+        place = self.base.places[name]
         layer = self._layer_of(name)
-        if layer is None or self.base.places[name].leaf != "weight":
-            return self.base.whole(name)
-        return merged_weight(layer, self.base.whole(name))
+        if layer is None or place.leaf != "weight":
+            yield from self.base.pieces(name)
+        elif merges_by_rows(layer):
+            columns = place.tensor.shape[1]
+            yield from merged_rows(layer, self.base.pieces(name), columns)
+        else:
+            yield merged_weight(layer, self.base.whole(name)).reshape(-1)
 
-    def values(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yields the merged values of a tensor in order, flat; floats in `dtype`."""
-        if self._layer_of(name) is not None and self.base.places[name].leaf == "weight":
-            yield self.whole(name).to(dtype).reshape(-1)
-            return
-        for piece in self.base.pieces(name):
+    def stored(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The same as they are written: floats in `dtype`."""
+        for piece in self.values(name):
             yield piece.to(dtype) if piece.is_floating_point() else piece
 
     def write(self, folder: Path, dtype: torch.dtype, shard_size: str) -> list[str]:
@@ -172,7 +177,7 @@ class MergedValues:
         return write_weights(
             folder,
             self.tensors(dtype),
-            lambda name: self.values(name, dtype),
+            lambda name: self.stored(name, dtype),
             shard_size,
             self.num_parameters(),
         )
@@ -235,6 +240,38 @@ def adapted_layers(peft_model: nn.Module) -> dict[int, BaseTunerLayer]:
             raise CannotShard(f"{name} has two adapters")
         found[id(inner)] = module
     return found
+
+
+def merges_by_rows(layer: BaseTunerLayer) -> bool:
+    """Whether rows of the weight are merged without the others: a plain LoRA on an nn.Linear.
+
+    DoRA reads whole rows of base and adapter too, but keeps more beside them; PEFT merges those at once.
+    """
+    plain = type(layer) is Linear and type(layer.base_layer) is nn.Linear
+    return plain and not layer.fan_in_fan_out and not any(layer.lora_variant.values())
+
+
+def merged_rows(layer: Linear, pieces: Iterator[Tensor], columns: int) -> Iterator[Tensor]:
+    """Yields a weight with its adapter, flat, some rows at a time: PEFT's layer merges each block.
+
+    Args:
+        layer: PEFT's layer around a layer without storage.
+        pieces: the base's values in order, float32.
+        columns: of the weight.
+    """
+    name = layer.active_adapters[0]
+    whole = layer.lora_B[name].weight
+    rows = max(1, MERGED_AT_ONCE // columns)
+    start = 0
+    for block in blocks_of(pieces, rows * columns):
+        block = block.view(-1, columns)
+        part = whole.detach()[start : start + len(block)]
+        start += len(block)
+        layer.lora_B[name].weight = nn.Parameter(part, requires_grad=False)
+        try:
+            yield merged_weight(layer, block).view(-1)
+        finally:
+            layer.lora_B[name].weight = whole
 
 
 def merged_weight(layer: BaseTunerLayer, weight: Tensor) -> Tensor:

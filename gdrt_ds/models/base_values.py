@@ -9,7 +9,7 @@ Values are float32 in the shape of the skeleton's parameters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,17 +79,7 @@ class BaseValues:
 
     def whole(self, name: str) -> Tensor:
         """Returns the values in the shape that the skeleton has."""
-        shape = self.places[name].tensor.shape
-        values = None
-        place = 0
-        for piece in self.pieces(name):
-            if values is None:
-                values = torch.empty(shape.numel(), dtype=piece.dtype)
-            values[place : place + len(piece)] = piece
-            place += len(piece)
-        if values is None:
-            values = torch.empty(0)
-        return values.view(shape)
+        return gather(self.pieces(name), self.places[name].tensor.shape)
 
     def _dequantised(self, source: str, name: str) -> Iterator[Tensor]:
         shape = self.places[name].tensor.shape
@@ -122,6 +112,38 @@ class BaseValues:
 
         packed, absmax = quantize_range(read, 0, shape.numel(), torch.float32, CPU)
         return packed, quant_state_of(absmax, shape, self.double_quant, torch.float32, CPU)
+
+
+def gather(pieces: Iterable[Tensor], shape: torch.Size) -> Tensor:
+    """Returns flat pieces as one tensor; beside it, one piece is in memory at a time."""
+    values = torch.empty(0)
+    place = 0
+    for piece in pieces:
+        if place == 0:
+            values = torch.empty(shape.numel(), dtype=piece.dtype)
+        values[place : place + len(piece)] = piece
+        place += len(piece)
+    return values.view(shape)
+
+
+def blocks_of(pieces: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Yields flat pieces of any lengths again as blocks of `size` values; the last one may be shorter."""
+    block = None
+    filled = 0
+    for piece in pieces:
+        while len(piece):
+            if block is None:
+                block = torch.empty(size, dtype=piece.dtype)
+            part = piece[: size - filled]
+            block[filled : filled + len(part)] = part
+            filled += len(part)
+            piece = piece[len(part) :]
+            if filled == size:
+                yield block
+                block = None
+                filled = 0
+    if block is not None:
+        yield block[:filled]
 
 
 def open_base(path: Path, config, section: ModelSection) -> BaseValues:

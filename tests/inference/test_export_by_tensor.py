@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gdrt_ds.config import RunConfig, dump_config
-from gdrt_ds.inference import layer_by_layer
+from gdrt_ds.inference import layer_by_layer, merging
 from gdrt_ds.inference.exporting import export
 from gdrt_ds.inference.layer_by_layer import CannotStream, logits_layer_by_layer
+from gdrt_ds.models import base_values
 from gdrt_ds.models.base_values import Place
 from gdrt_ds.models.weight_writer import TensorShape, write_file
 from tests.distributed.scenario_sharded import store_in_four_bit
@@ -152,11 +153,24 @@ def test_a_weight_that_is_read_past_its_module_is_never_computed_with_while_it_i
     places = {"inner.weight": Place(model.inner, "weight", model.inner.weight)}
     monkeypatch.setattr(layer_by_layer, "decoder_layers", lambda model: [])
     with pytest.raises(CannotStream, match="linear"):
-        logits_layer_by_layer(places, lambda name: torch.eye(3), model, torch.ones(1, 3))
+        logits_layer_by_layer(places, lambda name: iter(torch.eye(3)), model, torch.ones(1, 3))
     assert model.inner.weight is places["inner.weight"].tensor
     monkeypatch.setattr(layer_by_layer, "decoder_layers", lambda model: [model])
-    found = logits_layer_by_layer(places, lambda name: 2 * torch.eye(3), model, torch.ones(1, 3))
+    found = logits_layer_by_layer(places, lambda name: iter(2 * torch.eye(3)), model, torch.ones(1, 3))
     assert torch.equal(found, torch.full((1, 3), 2.0))
+
+
+def test_large_matrices_are_merged_and_multiplied_in_blocks_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "MERGED_AT_ONCE", 320)
+    monkeypatch.setattr(layer_by_layer, "AT_ONCE", 320)
+    monkeypatch.setattr(base_values, "PIECE", 448)
+    run = make_run(make_family("llama", tmp_path), tmp_path / "run", lora={"targets": "all-linear"})
+    done = export(run, tmp_path / "blocks", "float32", "trained")
+    export(run, tmp_path / "memory", "float32", "trained", in_memory=True)
+    ours, _ = weights(tmp_path / "blocks")
+    for name, tensor in weights(tmp_path / "memory")[0].items():
+        assert torch.allclose(ours[name], tensor, rtol=1e-6, atol=1e-7), name
+    assert done["max_difference"] < 1e-4
 
 
 def test_files_are_those_that_safetensors_writes(tmp_path):
