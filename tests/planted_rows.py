@@ -20,10 +20,10 @@ PLANTED = [
         "dro/test_groups.py::test_relevance_of_a_token_is_looked_up_by_entry_and_place",
         (
             (
-                "data/training_data.py",
-                "Auxiliary.per_token",
-                "index = np.repeat(starts - store.target_offsets[:-1], store.num_target)",
-                "index = np.repeat(starts, store.num_target) - np.arange(store.target_offsets[-1])",
+                "data/token_facts.py",
+                "ByEntry._cases",
+                "self.offsets[self.entry_of[owner]] + place",
+                "self.offsets[self.entry_of[owner]]",
             ),
         ),
     ),
