@@ -21,7 +21,9 @@ import numpy as np
 from eval.precision import Precision, compare, in_training
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.data.catalogue import Catalogue
+from gdrt_ds.data.coded_windows import target_entries
 from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
+from gdrt_ds.data.popularity import count_in_histories
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.recommender import (
     Recommender,
@@ -53,7 +55,7 @@ class Subject:
     name: str
     recommender: Recommender
     corpus: Corpus
-    samples: list[Sample]
+    samples: Sequence[Sample]
     split: str
     limit: int | None
     run: Path | None = None
@@ -71,9 +73,7 @@ class Subject:
 
     def train_history_counts(self) -> Counter[str]:
         """Occurrences in train histories by representative item id: the GH of MGU and DGU."""
-        counts: Counter[str] = Counter()
-        for sample in self.corpus.splits["train"]:
-            counts.update(sample.history)
+        counts = count_in_histories(self.corpus.splits["train"])
         merged: Counter[str] = Counter()
         for item, count in counts.items():
             merged[self.catalogue.entries[self.catalogue.index_of[item]].item_id] += count
@@ -154,10 +154,8 @@ def relevance_groups(run: Path, corpus: Corpus, catalogue: Catalogue) -> np.ndar
     num = int(json.loads((run / "groups.json").read_text(encoding="utf-8"))["num"])
     offsets = table["entry_offsets"]
     mean = np.add.reduceat(table["entry_r"].astype(np.float64), offsets[:-1]) / np.diff(offsets)
-    targets = np.array(
-        [catalogue.index_of[s.target] for s in corpus.splits["train"] if s.target in catalogue.index_of]
-    )
-    edges = np.quantile(mean[targets], np.arange(1, num) / num)
+    targets = target_entries(corpus.splits["train"], catalogue)
+    edges = np.quantile(mean[targets[targets >= 0]], np.arange(1, num) / num)
     return np.digitize(mean, edges)
 
 

@@ -69,6 +69,13 @@ class CodedWindows:
         return replace(self, lengths=np.zeros(len(self), dtype=np.uint8))
 
 
+def target_entries(samples: Sequence[Sample], catalogue: Catalogue) -> np.ndarray:
+    """int32[n]: the catalogue entry of each window's target; -1 where the catalogue does not have it."""
+    if isinstance(samples, WindowTable):
+        return entries_of(samples.events.item_ids, catalogue)[samples.targets]
+    return entries_of([sample.target for sample in samples], catalogue)
+
+
 def entries_of(item_ids: Sequence[str], catalogue: Catalogue) -> np.ndarray:
-    """int32[number of ids]: the catalogue entry of each item; -1 for items that are in no window."""
+    """int32[number of ids]: the catalogue entry of each item; -1 where the catalogue does not have it."""
     return np.array([catalogue.index_of.get(item, -1) for item in item_ids], dtype=np.int32)

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gdrt_ds.data.catalogue import Catalogue
+from gdrt_ds.data.columns import WindowTable
 from gdrt_ds.data.corpus import Sample
 from gdrt_ds.data.prompts import PromptEncoder, TokenStore
 from gdrt_ds.data.window_store import WindowStore
@@ -46,6 +47,45 @@ class Run:
     first: int
 
 
+@dataclass(frozen=True, eq=False)
+class Runs(Sequence[Run]):
+    """All runs, as stretches of one array of items.
+
+    Attributes:
+        items: integers, numbers of items in `names`.
+        names: item ids by number.
+        starts, stops: int64[runs], where each run's items are.
+        first: int64[runs], see `Run`.
+    """
+
+    items: np.ndarray
+    names: Sequence[str]
+    starts: np.ndarray
+    stops: np.ndarray
+    first: np.ndarray
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> Runs:
+        """Returns runs that are a list."""
+        number: dict[str, int] = {}
+        items = [number.setdefault(item, len(number)) for run in runs for item in run.items]
+        stops = np.cumsum([len(run.items) for run in runs])
+        first = np.array([run.first for run in runs], dtype=np.int64)
+        starts = np.concatenate([[0], stops[:-1]])
+        return cls(np.array(items, dtype=np.int32), list(number), starts, stops, first)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index):
+        items = self.items[self.starts[index] : self.stops[index]]
+        return Run(self.named(items), int(self.first[index]))
+
+    def named(self, items: np.ndarray) -> tuple[str, ...]:
+        """The ids of numbered items."""
+        return tuple(self.names[item] for item in items.tolist())
+
+
 @dataclass(frozen=True)
 class GrowingWindows:
     """Which items each sample's history holds in each epoch.
@@ -59,7 +99,7 @@ class GrowingWindows:
         seed: of the order and of the starts.
     """
 
-    runs: tuple[Run, ...]
+    runs: Runs
     run_of: np.ndarray
     place_of: np.ndarray
     block: int
@@ -70,7 +110,7 @@ class GrowingWindows:
         """Of each sample: the number of its block in its run, and the place of the block's first target."""
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch, 1]))
         offset = generator.integers(0, self.block, len(self.runs))[self.run_of]
-        first = np.array([run.first for run in self.runs], dtype=np.int64)[self.run_of]
+        first = self.runs.first[self.run_of]
         number = (self.place_of - first + offset) // self.block
         return number, first + np.maximum(0, number * self.block - offset)
 
@@ -91,7 +131,8 @@ class GrowingWindows:
 
     def history(self, sample: int, start: int) -> tuple[str, ...]:
         """Returns the items from `start` to the sample's target, without it."""
-        return self.runs[self.run_of[sample]].items[start : self.place_of[sample]]
+        begin = self.runs.starts[self.run_of[sample]]
+        return self.runs.named(self.runs.items[begin + start : begin + self.place_of[sample]])
 
 
 def stitch(samples: Sequence[Sample], block: int, min_history: int, seed: int) -> GrowingWindows:
@@ -101,6 +142,16 @@ def stitch(samples: Sequence[Sample], block: int, min_history: int, seed: int) -
         samples: the train windows; each user's are taken in time order.
         block, min_history, seed: see `GrowingWindows`.
     """
+    found = None
+    if isinstance(samples, WindowTable):
+        found = _runs_of_log(samples)
+    if found is None:
+        found = _runs_of(samples)
+    return GrowingWindows(*found, block, min_history, seed)
+
+
+def _runs_of(samples: Sequence[Sample]) -> tuple[Runs, np.ndarray, np.ndarray]:
+    """(runs, the run of each sample, the place of its target), from any windows, one after the other."""
     runs: list[Run] = []
     run_of = np.zeros(len(samples), dtype=np.int64)
     place_of = np.zeros(len(samples), dtype=np.int64)
@@ -123,7 +174,58 @@ def stitch(samples: Sequence[Sample], block: int, min_history: int, seed: int) -
             place_of[index] = len(items)
             items.append(samples[index].target)
         runs.append(Run(tuple(items), first))
-    return GrowingWindows(tuple(runs), run_of, place_of, block, min_history, seed)
+    return Runs.of(runs), run_of, place_of
+
+
+def _runs_of_log(samples: WindowTable) -> tuple[Runs, np.ndarray, np.ndarray] | None:
+    """The same from windows over a log: a run is a stretch of events whose windows are all there.
+
+    None where a window continues a run behind a gap, because its items are those at the end of the run by
+    chance. Only the comparison of items decides that, so all windows are then stitched one by one.
+    """
+    events = samples.events
+    order = np.argsort(samples.ends, kind="stable")  # a user's windows together, in time order
+    ends = samples.ends[order].astype(np.int64)
+    lengths = samples.lengths[order].astype(np.int64)
+    users = events.users[ends]
+    is_new_user = np.concatenate([[True], users[1:] != users[:-1]])
+    opens = is_new_user | np.concatenate([[True], ends[1:] != ends[:-1] + 1])
+    run = np.cumsum(opens) - 1
+    first = np.flatnonzero(opens)
+    starts = (ends - lengths)[first]
+    if _continues_by_chance(events.items, ends, lengths, starts[run], np.flatnonzero(opens & ~is_new_user)):
+        return None
+    # Runs are numbered in the order in which their users come in the split.
+    user_of_run = np.cumsum(is_new_user)[first] - 1
+    numbered = np.argsort(order[np.flatnonzero(is_new_user)][user_of_run], kind="stable")
+    number = np.empty(len(first), dtype=np.int64)
+    number[numbered] = np.arange(len(first))
+    run_of = np.empty(len(ends), dtype=np.int64)
+    place_of = np.empty(len(ends), dtype=np.int64)
+    run_of[order] = number[run]
+    place_of[order] = ends - starts[run]
+    stops = ends[np.append(first[1:], len(ends)) - 1] + 1
+    columns = (starts[numbered], stops[numbered], lengths[first][numbered])
+    return Runs(events.items, events.item_ids, *columns), run_of, place_of
+
+
+def _continues_by_chance(
+    items: np.ndarray, ends: np.ndarray, lengths: np.ndarray, start: np.ndarray, behind_gap: np.ndarray
+) -> bool:
+    """Whether the history of a window behind a gap is equal to the end of the run before the gap.
+
+    Args:
+        start: the first event of each window's run.
+        behind_gap: windows that follow a gap.
+    """
+    last = ends[behind_gap - 1]
+    alive = lengths[behind_gap] <= last + 1 - start[behind_gap - 1]
+    window, last = behind_gap[alive], last[alive]
+    for back in range(int(lengths.max(initial=0))):
+        compared = back < lengths[window]
+        same = items[last - back * compared] == items[ends[window] - 1 - back * compared]
+        window, last = window[same | ~compared], last[same | ~compared]
+    return bool(len(window))
 
 
 def _continues(items: list[str], history: tuple[str, ...]) -> bool:

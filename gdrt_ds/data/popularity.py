@@ -35,6 +35,22 @@ def count_items(samples: Sequence[Sample]) -> Counter[str]:
     return counts
 
 
+def count_in_histories(samples: Sequence[Sample]) -> Counter[str]:
+    """Returns item id -> how often it stands in a history; windows that slide over it count each."""
+    if not isinstance(samples, WindowTable):
+        counts: Counter[str] = Counter()
+        for sample in samples:
+            counts.update(sample.history)
+        return counts
+    events = samples.events
+    num = len(events.items)
+    # A history covers the events from its start to its end: plus one at the start, minus one at the end.
+    edges = np.bincount(samples.ends - samples.lengths.astype(np.int64), minlength=num)
+    edges -= np.bincount(samples.ends, minlength=num)
+    of_item = np.bincount(events.items, np.cumsum(edges[:num]), len(events.item_ids)).astype(np.int64)
+    return Counter({events.item_ids[item]: int(of_item[item]) for item in np.flatnonzero(of_item).tolist()})
+
+
 def _stitched(windows: Iterable[list[Any]]) -> Counter[Any]:
     """Counts the elements of one user's windows, which come in time order."""
     pieces: list[list[Any]] = []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.columns import WindowTable
 from gdrt_ds.data.corpus import Corpus, load_corpus, reader_of, train_popularity
+from gdrt_ds.data.popularity import count_in_histories
 from gdrt_ds.data.readers.base import BadRows, InteractionColumns, Interactions, Item, Names
 from gdrt_ds.errors import UserError
 from tests.data import reference_windows
@@ -83,6 +86,8 @@ def assert_equal(found: Corpus, wanted: Corpus) -> None:
         assert [found.splits[split][k] for k in range(len(samples))] == samples
     assert found.fingerprint == wanted.fingerprint
     assert train_popularity(found) == reference_windows.train_popularity(wanted)
+    train = found.splits["train"]
+    assert count_in_histories(train) == Counter(item for sample in train for item in sample.history)
 
 
 @pytest.mark.parametrize("start", range(0, 600, 100))

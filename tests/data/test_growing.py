@@ -14,12 +14,12 @@ from gdrt_ds.training.preflight import check_settings
 from gdrt_ds.training.preparation import plan_batches, prepare
 
 
-def table(folder, num_users=9, seed=0):
+def table(folder, num_users=9, seed=0, num_items=30):
     """A log whose users have 3 to 14 interactions, with the item table beside it."""
     rng = np.random.default_rng(seed)
     rows = ["user,item,timestamp"]
     for user in range(num_users):
-        for item in rng.integers(0, 30, rng.integers(3, 15)):
+        for item in rng.integers(0, num_items, rng.integers(3, 15)):
             rows.append(f"u{user},i{item},{rng.integers(0, 10**6)}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "interactions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -76,6 +76,21 @@ def test_every_target_is_there_once_an_epoch_behind_items_that_came_before_it(
             assert min_history <= len(history) < min_history + block
             shared = min(len(history), len(sample.history))
             assert history[len(history) - shared :] == sample.history[len(sample.history) - shared :]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("limits", [{}, {"limit_train": 25}, {"history_length": 2, "limit_train": 40}])
+@pytest.mark.parametrize("num_items", [3, 30])
+def test_windows_over_a_log_give_the_runs_that_stitching_them_one_by_one_gives(
+    tmp_path, seed, limits, num_items
+):
+    samples = train_samples(table(tmp_path, seed=seed, num_items=num_items), **limits)
+    found = stitch(samples, 4, 1, seed=3)
+    wanted = stitch(list(samples), 4, 1, seed=3)
+    assert list(found.runs) == list(wanted.runs)
+    assert np.array_equal(found.run_of, wanted.run_of) and np.array_equal(found.place_of, wanted.place_of)
+    assert np.array_equal(found.order(2), wanted.order(2))
+    assert all(found.history(k, 0) == wanted.history(k, 0) for k in range(len(samples)))
 
 
 def test_a_block_begins_at_one_item_and_stands_together(folder):

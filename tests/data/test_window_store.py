@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from gdrt_ds.batches import BatchPlan, build_micro_batch
 from gdrt_ds.batches.plan import permutation
 from gdrt_ds.config import DataSection, load_config
 from gdrt_ds.data.catalogue import Catalogue
@@ -12,7 +15,7 @@ from gdrt_ds.data.coded_windows import CodedWindows
 from gdrt_ds.data.corpus import Corpus
 from gdrt_ds.data.interactions import make_windows
 from gdrt_ds.data.prompts import PromptEncoder, TokenStore, common_head
-from gdrt_ds.data.readers.base import Interactions, Item
+from gdrt_ds.data.readers.base import InteractionColumns, Interactions, Item, Names
 from gdrt_ds.data.recommendation import control_history
 from gdrt_ds.data.templates import PromptTemplate
 from gdrt_ds.data.token_facts import ByEntry, ByPlace, BySample, distinct, group_counts, quantiles
@@ -141,3 +144,42 @@ def test_the_order_of_an_epoch_is_numpy_s_permutation_in_half_the_memory(count):
     order = permutation(5, 3, count)
     wanted = np.random.Generator(np.random.PCG64([5, 3])).permutation(count)
     assert np.array_equal(order, wanted) and order.dtype == np.int32
+
+
+def test_a_step_allocates_as_much_for_a_large_log_as_for_a_small_one(tokenizer):
+    """Of the order of an epoch, which the steps share, only the batch is looked at."""
+    sizes = [bytes_of_a_step(num, tokenizer) for num in (2_000, 400_000)]
+    assert sizes[1] < 1.5 * sizes[0] < 10_000_000
+
+
+def bytes_of_a_step(num_events: int, tokenizer) -> int:
+    rng = np.random.default_rng(0)
+    items = {f"i{k}": Item(f"i{k}", f"{WORDS[k % 11]} {WORDS[k // 11]}") for k in range(99)}
+    users = rng.integers(0, num_events // 20, num_events).astype(np.int32)
+    log = InteractionColumns(
+        users,
+        rng.integers(0, 99, num_events).astype(np.int32),
+        rng.integers(0, 10**9, num_events).astype(np.float64),
+        None,
+        Names.of([f"u{k}" for k in range(num_events // 20)]),
+        items,
+    )
+    windows, _ = make_windows(log, DataSection(path="log"))
+    catalogue = Catalogue.build(Corpus("log", "item", windows.items, windows.splits))
+    config = load_config(None, ["prompt.template=plain"])
+    template = PromptTemplate.from_config(config.prompt, "item", tokenizer)
+    encoder = PromptEncoder(template, tokenizer, 1024)
+    coded = CodedWindows.of(windows.splits["train"], catalogue)
+    store, _ = tokenise_split(encoder, catalogue, coded)
+    lengths = [len(encoder.target_ids(entry.text)) for entry in catalogue.entries]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    groups = ByEntry(np.zeros(offsets[-1], np.int16), store, offsets, coded.targets)
+    plan = BatchPlan(store.lengths, 32, 8, 2, 0)
+    plan.step(0)
+    tracemalloc.start()
+    for slots in plan.step(1):
+        micro = build_micro_batch(store, slots[0], "packed", 0, 0)
+        assert len(groups[micro.token_index]) == len(micro.labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
