@@ -95,7 +95,7 @@ def load_corpus(data: DataSection) -> Corpus:
             f"data.item_text={data.item_text}: the format of {data.path} has no item table",
             "write the data as a table of interactions and one of items (data.format=table)",
         )
-    if data.path in embedded_names():
+    if data.path in embedded_names() or reader is readers()["windows"]:
         return _built(reader, data)
     return Corpus(**kept_log(data, lambda: vars(_built(reader, data))))
 

@@ -20,6 +20,7 @@ import numpy as np
 from gdrt_ds.data.readers._datasets import BUILDERS, quietly, texts_only
 from gdrt_ds.data.readers._rows import header_of, open_text, suffix_of
 from gdrt_ds.data.readers.base import InteractionColumns, Item, Names, as_id, parse_number
+from gdrt_ds.files import cache_folder
 
 BATCH = 200_000
 """Rows of a batch."""
@@ -155,7 +156,12 @@ def _batches(path: Path) -> Iterator[Any]:
         options = {**texts_only(path, separator), "chunksize": BATCH}
     with quietly() as datasets:
         found = datasets.load_dataset(
-            builder, data_files=str(path.absolute()), split="train", streaming=True, **options
+            builder,
+            data_files=str(path.absolute()),
+            split="train",
+            streaming=True,
+            cache_dir=str(cache_folder() / "datasets"),
+            **options,
         )
         yield from found.with_format("arrow").iter(batch_size=BATCH)
 
