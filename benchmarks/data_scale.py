@@ -120,7 +120,7 @@ def work(arguments: list[str], old: bool) -> None:
         result = take_step(runner, *given)
         found.setdefault("first_step_s", time.perf_counter() - started)
         found.setdefault("first_step_cpu_s", time.process_time())
-        found.setdefault("first_step_mib", _peak_mib())
+        found.setdefault("first_step_mib", max(found["data_mib"], _peak_mib()))
         found["step_s"].append(time.perf_counter() - before)
         found["step_cpu_s"].append(time.process_time() - cpu_before)
         return result
@@ -130,7 +130,7 @@ def work(arguments: list[str], old: bool) -> None:
 
     status = main(arguments)
     found["whole_s"] = time.perf_counter() - started
-    found["peak_mib"] = _peak_mib()
+    found["peak_mib"] = max(found["first_step_mib"], _peak_mib())
     found["cpu_s"] = time.process_time()
     for name in ("step_s", "step_cpu_s"):
         found[name] = statistics.median(found[name][2:])
@@ -140,12 +140,7 @@ def work(arguments: list[str], old: bool) -> None:
 
 
 def _peak_mib() -> float:
-    """The largest resident set so far. Some kernels forget in getrusage what was freed, and not here."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        found = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        if "VmHWM" in found:
-            return int(found["VmHWM"].split()[0]) / 1024
+    """The largest resident set since the run last reset it (gdrt_ds/training/memory_use.py does)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
 
 
