@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gdrt_ds import __version__
+from gdrt_ds.completion import offer_completion
 from gdrt_ds.invocation import command_name
 
 
@@ -108,6 +109,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings of the run's config to override"
     )
+    offer_completion(parser)
     return parser.parse_intermixed_args(arguments)
 
 

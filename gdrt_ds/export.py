@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gdrt_ds.completion import offer_completion
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.exporting import export
 from gdrt_ds.inference.publishing import base_of, check_upload, push_to_hub, write_adapter
@@ -58,6 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the adapter to this repository")
     parser.add_argument("--public", action="store_true", help="a new repository is public")
     parser.add_argument("--base-name", metavar="OWNER/NAME", help="the base as the hub names it")
+    offer_completion(parser)
     return parser.parse_args(argv)
 
 

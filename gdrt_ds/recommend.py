@@ -14,6 +14,7 @@ import json
 import sys
 from typing import Any
 
+from gdrt_ds.completion import offer_completion
 from gdrt_ds.inference.recommending import (
     parse_history,
     read_histories,
@@ -41,6 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings of the run's config to override"
     )
+    offer_completion(parser)
     return parser.parse_intermixed_args(argv)
 
 

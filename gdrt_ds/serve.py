@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from gdrt_ds.completion import offer_completion
 from gdrt_ds.invocation import command_name
 
 
@@ -36,6 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings of the run's config to override"
     )
+    offer_completion(parser)
     return parser.parse_intermixed_args(argv)
 
 

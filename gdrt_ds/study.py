@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 
+from gdrt_ds.completion import offer_completion
 from gdrt_ds.invocation import command_name
 from gdrt_ds.runtime import report_user_errors
 from gdrt_ds.studies.runner import run_study
@@ -47,6 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--report", action="store_true", help="write the page from what is evaluated, and exit"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of all cells")
+    offer_completion(parser)
     return parser.parse_intermixed_args(argv)
 
 

@@ -20,6 +20,7 @@ _here = Path(__file__).resolve().parent
 if __name__ == "__main__" and not __package__:
     sys.path[:] = [str(_here.parent), *(p for p in sys.path if p and Path(p).resolve() != _here)]
 
+from gdrt_ds.completion import offer_completion  # noqa: E402 - found by the lines above
 from gdrt_ds.invocation import command_name, put_own_packages_first  # noqa: E402 - found by the lines above
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -48,6 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's"
     )
+    offer_completion(parser)
     return parser.parse_intermixed_args(argv)
 
 

@@ -25,6 +25,7 @@ from eval.compare.slices import compare_slices
 from eval.compare.terminal import terminal_tables
 from eval.folders import labels_of
 from eval.report import write_page
+from gdrt_ds.completion import offer_completion
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import write_json
 from gdrt_ds.invocation import command_name
@@ -59,6 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="paired bootstrap replicates (default: 2000)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap draws (default: 0)")
+    offer_completion(parser)
     return parser.parse_args(arguments)
 
 

