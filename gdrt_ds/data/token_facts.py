@@ -11,6 +11,7 @@ Shapes: n samples, N target tokens of the split, E entries.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,7 +22,7 @@ CHUNK = 1 << 18
 """Samples that are looked at at once where all target tokens are wanted."""
 
 
-class TokenFacts:
+class TokenFacts(ABC):
     """Values of target tokens that are read from a table.
 
     Attributes:
@@ -49,17 +50,17 @@ class TokenFacts:
         owner = np.searchsorted(self.target_offsets, tokens, side="right") - 1
         return self.table[self._cases(owner, tokens - self.target_offsets[owner])]
 
+    @abstractmethod
     def _cases(self, owner: np.ndarray, place: np.ndarray) -> np.ndarray:
         """Where in the table the tokens' values stand.
 
         Args:
             owner: the sample of each token. place: where in the sample's target it stands.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def counts(self) -> np.ndarray:
         """int64[table]: target tokens of the split that have each of the values."""
-        raise NotImplementedError
 
     def map(self, change: Callable[[np.ndarray], np.ndarray]) -> TokenFacts:
         """Returns the facts with a changed table of the same length."""
