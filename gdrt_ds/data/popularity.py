@@ -108,8 +108,8 @@ def _count_in_log(windows: WindowTable) -> Counter[str]:
     bounds = np.append(first, len(ends))
     for user in np.flatnonzero(doubtful).tolist():
         own = range(bounds[user], bounds[user + 1])
-        stitched = _stitched(events.items[ends[w] - lengths[w] : ends[w] + 1].tolist() for w in own)
-        for item, count in stitched.items():
+        of_items = _stitched(events.items[ends[w] - lengths[w] : ends[w] + 1].tolist() for w in own)
+        for item, count in of_items.items():
             counts[item] += count
     return Counter({events.item_ids[item]: int(counts[item]) for item in np.flatnonzero(counts).tolist()})
 

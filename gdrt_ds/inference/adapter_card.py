@@ -17,6 +17,7 @@ from gdrt_ds.config import RunConfig
 from gdrt_ds.inference.model_card import (
     NF4_LOADING,
     PLAIN_LOADING,
+    metric_table,
     own_evaluation,
     read_json,
     recorded,
@@ -225,15 +226,8 @@ def _metrics(results: dict[str, Any]) -> list[str]:
         f"{results.get('num_items')} titles, all "
         "of them scored. Intervals are 95 % over users.",
         "",
-        "| metric | value | interval | n |",
-        "|---|---|---|---|",
     ]
-    for name, entry in results["metrics"].items():
-        if entry.get("value") is None or entry.get("ci_low") is None:
-            continue
-        interval = f"{entry['ci_low']:.4f} .. {entry['ci_high']:.4f}"
-        lines.append(f"| {name} | {entry['value']:.4f} | {interval} | {entry['n']} |")
-    return [*lines, ""]
+    return [*lines, *metric_table(results), ""]
 
 
 def _limits(about: Adapter, results: dict[str, Any]) -> list[str]:

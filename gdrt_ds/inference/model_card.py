@@ -262,15 +262,18 @@ def _metrics(about: Export, results: dict[str, Any]) -> list[str]:
         f"Measured on base + adapter as trained: split {results.get('split')}, "
         f"{results.get('num_samples')} samples, {results.get('num_items')} items.",
         "",
-        "| metric | value | 95 % interval | n |",
-        "|---|---|---|---|",
     ]
+    return [*lines, *metric_table(results), ""]
+
+
+def metric_table(results: dict[str, Any]) -> list[str]:
+    """Every metric of an evaluation that has an interval, as a table of Markdown."""
+    lines = ["| metric | value | 95 % interval | n |", "|---|---|---|---|"]
     for name, entry in results["metrics"].items():
         if entry.get("ci_low") is None or entry.get("value") is None:
             continue
         interval = f"{entry['ci_low']:.4f} .. {entry['ci_high']:.4f}"
         lines.append(f"| {name} | {entry['value']:.4f} | {interval} | {entry['n']} |")
-    lines.append("")
     return lines
 
 

