@@ -20,7 +20,10 @@ from gdrt_ds.config import PromptSection
 from gdrt_ds.errors import UserError, nearest
 from gdrt_ds.files import preset_names, preset_path, write_json
 
-STYLES = ("alpaca", "plain", "chat")
+WORDED = ("alpaca", "plain", "list")
+"""Styles whose wording is ours."""
+
+STYLES = (*WORDED, "chat")
 REQUIRED = (
     "style",
     "domain",
@@ -37,7 +40,7 @@ class PromptTemplate:
     """The literal pieces of a prompt. `{title}` stands for the title in `item_format` and `target_format`.
 
     Attributes:
-        style: `alpaca`, `plain`, `chat` or `file`.
+        style: `alpaca`, `plain`, `list`, `chat` or `file`.
         domain: what is recommended, e.g. `movie`.
         bos: the sequence begins with the tokenizer's BOS token. It is true where the tokenizer itself adds
             BOS to plain text.
@@ -71,7 +74,7 @@ class PromptTemplate:
             )
         domain = prompt.domain or domain
         bos = adds_bos(tokenizer)
-        if prompt.template in ("alpaca", "plain"):
+        if prompt.template in WORDED:
             return cls(prompt.template, domain, **_wording(prompt.template, domain), bos=bos)
         if prompt.template == "chat":
             return _chat_template(domain, tokenizer)
@@ -149,11 +152,23 @@ def _check_piece(path: str | Path, name: str, value: Any, known: list[str]) -> N
 
 
 def _wording(style: str, domain: str) -> dict[str, str]:
-    """Our own wording of a style.
+    """Our own pieces of a style.
 
     Pieces end at line ends and colons, where byte-level tokenizers break anyway. Of a whole text they would
     merge only a title's closing quote with the comma after it.
     """
+    if style == "list":
+        # An item, the separator and the target are the same tokens wherever they stand. So a target is
+        # already the next sample's history, and growing windows compute each title once (docs/windows.md).
+        return {
+            "before_instruction": "",
+            "instruction": f"Continue the list with the title of the {domain} that this user will choose next.",
+            "before_history": f"\n\nThe user's {domain} history, oldest first:\n",
+            "after_history": "\n",
+            "item_format": "{title}",
+            "separator": "\n",
+            "target_format": "{title}",
+        }
     if style == "plain":
         return {
             "before_instruction": "",
@@ -240,5 +255,5 @@ def template_texts(prompt: PromptSection, domain: str) -> list[str]:
             template.after_history,
             template.separator,
         ]
-    style = prompt.template if prompt.template in STYLES else "alpaca"
-    return list(_wording(style, domain).values())
+    style = prompt.template if prompt.template in WORDED else "alpaca"
+    return [text for text in _wording(style, domain).values() if "{title}" not in text]

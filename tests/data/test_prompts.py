@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from gdrt_ds.batches.prefix_tree import merge_prefixes
 from gdrt_ds.config import PromptSection
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.coded_windows import CodedWindows
@@ -120,7 +121,19 @@ def test_segments_hold_exactly_their_text(bpe, style):
     }
 
 
-@pytest.mark.parametrize("style", ["alpaca", "plain"])
+def test_in_a_list_every_sample_without_its_end_begins_the_next_one(bpe):
+    """What the style is for: as a tree, a user's samples are their titles once."""
+    encoder = encoder_of(bpe, "list")
+    rows = [encoder.encode(TITLES[:k], TITLES[k]).input_ids for k in range(1, len(TITLES))]
+    for row, longer in zip(rows, rows[1:]):
+        assert row[:-1].tolist() == longer[: len(row) - 1].tolist() and row[-1] == bpe.eos_token_id
+    tree = merge_prefixes([row[:-1] for row in rows])
+    assert len(tree.chains) == 1 and len(tree.tokens) == len(rows[-1]) - 1
+    whole = bpe.decode(rows[-1].tolist())
+    assert whole.endswith("oldest first:\n" + "\n".join(TITLES) + "</s>") and "movie" in whole
+
+
+@pytest.mark.parametrize("style", ["alpaca", "plain", "list"])
 def test_head_is_the_same_for_every_sample_also_without_history(bpe, words, style):
     for tokenizer in (bpe, words):
         encoder = encoder_of(tokenizer, style)
