@@ -162,7 +162,9 @@ def _wording(style: str, domain: str) -> dict[str, str]:
         # already the next sample's history, and growing windows compute each title once (docs/windows.md).
         return {
             "before_instruction": "",
-            "instruction": f"Continue the list with the title of the {domain} that this user will choose next.",
+            "instruction": (
+                f"Continue the list with the title of the {domain} that this user will choose next."
+            ),
             "before_history": f"\n\nThe user's {domain} history, oldest first:\n",
             "after_history": "\n",
             "item_format": "{title}",
