@@ -166,8 +166,9 @@ class PromptSection(Section):
     template: str = Field(
         "alpaca",
         description="`alpaca`, `plain`, `list` (a title per line, the target is the next line; with growing "
-        "windows the fewest tokens per target), `chat` (the tokenizer's own chat template), or a JSON file of a "
-        "template. Rows of prompt and completion are taken as they are, or as a conversation with `chat`.",
+        "windows the fewest tokens per target), `chat` (the tokenizer's own chat template), or a JSON file "
+        "of a template. Rows of prompt and completion are taken as they are, or as a conversation with "
+        "`chat`.",
     )
     domain: str | None = Field(
         None,
