@@ -36,8 +36,8 @@ class DataSection(Section):
     path: str = Field(
         "planted",
         description="Folder or file of interactions, or the name of an embedded data set: `planted` "
-        "(generated) or `ml-100k` (MovieLens-100k from the package recbole). With `data.format=sft`, also a "
-        "data set of the Hugging Face hub: `owner/name` or `owner/name:config`.",
+        "(generated) or `ml-100k` (MovieLens-100k from the package recbole), or a data set of the Hugging "
+        "Face hub: `owner/name` or `owner/name:config`.",
     )
     mixture: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(
         default_factory=dict,
@@ -59,13 +59,13 @@ class DataSection(Section):
     )
     items: str | None = Field(
         None,
-        description="Item table with id, title and optionally provider and genres. Empty: it is looked for "
-        "beside the interactions.",
+        description="Item table with id, title and optionally provider and genres: a file, or a data set of "
+        "the hub. Empty: it is looked for beside the interactions.",
     )
     users: str | None = Field(
         None,
-        description="User table with the user id and attributes. Empty: it is looked for beside the "
-        "interactions.",
+        description="User table with the user id and attributes: a file, or a data set of the hub. Empty: it "
+        "is looked for beside the interactions.",
     )
     item_text: str | None = Field(
         None,

@@ -20,6 +20,7 @@ from gdrt_ds.data.columns import WindowTable
 from gdrt_ds.data.interactions import make_windows
 from gdrt_ds.data.log_cache import kept_log
 from gdrt_ds.data.popularity import count_items
+from gdrt_ds.data.readers._hub import on_this_machine
 from gdrt_ds.data.readers.base import BadRows, InteractionColumns, Interactions, Item, Reader, Sample, Windows
 from gdrt_ds.data.window_facts import add_record, add_windows, also_in_train
 from gdrt_ds.errors import UserError, nearest
@@ -79,6 +80,7 @@ def load_corpus(data: DataSection) -> Corpus:
         UserError: missing file or column, malformed row (file, line, field), item id without title, or an
             empty train or test split.
     """
+    given, data = data, on_this_machine(data)
     reader = reader_of(data)
     if reader.supervised:
         raise UserError(
@@ -96,12 +98,16 @@ def load_corpus(data: DataSection) -> Corpus:
             "write the data as a table of interactions and one of items (data.format=table)",
         )
     if data.path in embedded_names() or reader is readers()["windows"]:
-        return _built(reader, data)
-    return Corpus(**kept_log(data, lambda: vars(_built(reader, data))))
+        return _built(reader, data, given)
+    return Corpus(**kept_log(data, lambda: vars(_built(reader, data, given))))
 
 
-def _built(reader: Reader, data: DataSection) -> Corpus:
-    """Reads and cuts; what the cache spares where it has the result."""
+def _built(reader: Reader, data: DataSection, given: DataSection) -> Corpus:
+    """Reads and cuts; what the cache spares where it has the result.
+
+    Args:
+        given: the section before names of the hub became files.
+    """
     bad = BadRows(skip=data.on_bad_row == "skip")
     found = reader.read(data, bad)
     notes: list[str] = []
@@ -114,7 +120,8 @@ def _built(reader: Reader, data: DataSection) -> Corpus:
         notes.append(f"data.train_file = {data.train_file} is not used: only the format `windows` has it")
     splits = _finish_splits(windows, data, notes)
     notes += _trained_on(splits)
-    name = data.path if data.path in embedded_names() else Path(data.path).resolve().name
+    embedded = data.path in embedded_names() or given.path != data.path
+    name = given.path if embedded else Path(data.path).resolve().name
     corpus = Corpus(name, windows.domain, windows.items, splits, windows.users, notes)
     corpus.split("train")
     corpus.split("test")
@@ -157,6 +164,7 @@ def reader_of(data: DataSection) -> Reader:
         UserError: there is nothing at that path.
     """
     known = readers()
+    data = on_this_machine(data)
     if data.format != "auto" and known[data.format].supervised:
         return known[data.format]
     needs_no_file = data.path in embedded_names() or (
@@ -165,8 +173,8 @@ def reader_of(data: DataSection) -> Reader:
     if not Path(data.path).exists() and not needs_no_file:
         raise UserError(
             f"data.path={data.path}: no such file or folder",
-            f"give a path, or an embedded set: {', '.join(embedded_names())}; a data set of the hub needs "
-            "data.format=sft",
+            f"give a path, an embedded set ({', '.join(embedded_names())}), or a data set of the hub as "
+            "owner/name or owner/name:config",
         )
     if data.format != "auto":
         return known[data.format]

@@ -5,12 +5,13 @@ The readers' own detection and names are asked, so what is found here is what a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.corpus import reader_of, readers
 from gdrt_ds.data.readers import sft, table
+from gdrt_ds.data.readers._hub import on_this_machine
 from gdrt_ds.data.readers._rows import header_of, pick_column
 from gdrt_ds.data.readers.base import guess_domain
 from gdrt_ds.data.text_rows import ROLES
@@ -58,14 +59,19 @@ def look_at(path: str, items: str | None = None) -> Seen:
     Raises:
         UserError: there is nothing, or a table without an item table.
     """
-    data = DataSection(path=path, items=items)
+    given = DataSection(path=path, items=items)
+    data = on_this_machine(given)
     reader = reader_of(data)
     if reader.supervised:
-        return _look_at_rows(path)
-    name = next(name for name, known in readers().items() if known is reader)
-    if name != "table":
-        return Seen(name, path, items, domain=guess_domain(Path(path).name))
-    return _look_at_table(data)
+        seen = _look_at_rows(data.path)
+    elif reader is not readers()["table"]:
+        name = next(name for name, known in readers().items() if known is reader)
+        seen = Seen(name, path, items, domain=guess_domain(Path(path).name))
+    else:
+        seen = _look_at_table(data)
+    # A config names a data set of the hub as it was given, not by its files on this machine.
+    as_given = {data.items: items, data.path: path}
+    return replace(seen, path=path, items=as_given.get(seen.items, seen.items))
 
 
 def _look_at_rows(path: str) -> Seen:

@@ -22,6 +22,7 @@ from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import reader_of
 from gdrt_ds.data.mixture import read_mixture
 from gdrt_ds.data.prompts import EncodedPrompt, TokenStore, common_head, store_of
+from gdrt_ds.data.readers._hub import on_this_machine
 from gdrt_ds.data.readers.base import BadRows
 from gdrt_ds.data.recommendation import UNKNOWN
 from gdrt_ds.data.row_prompts import RowEncoder
@@ -50,7 +51,7 @@ class SupervisedSource:
         if config.data.mixture:
             return cls(read_mixture(config.data))
         bad = BadRows(skip=config.data.on_bad_row == "skip")
-        return cls(reader_of(config.data).read(config.data, bad))
+        return cls(reader_of(config.data).read(on_this_machine(config.data), bad))
 
     def texts(self, config: RunConfig) -> list[str]:
         """Prompts, completions and choices."""

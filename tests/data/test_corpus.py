@@ -188,7 +188,7 @@ def test_unreadable_files_are_clear_errors(tmp_path):
     with pytest.raises(UserError, match="reviews.jsonl.gz: cannot be read"):
         load_corpus(section(broken, format="table", items=str(write_table(tmp_path) / "items.csv")))
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match="cannot be read as parquet"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_corpus(section(tmp_path / "bad.parquet", items=str(tmp_path / "items.csv")))
 
 

@@ -23,12 +23,18 @@ def _quiet_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(_columns, "BATCH", 7)
 
 
+def leave_it_to_the_rows(*given):
+    raise _columns.NotPlain("the other way of reading is asked for")
+
+
 def read(path, monkeypatch, by_columns: bool, **settings):
     """(columns or error text, notes, whether the row reader was asked) of one way of reading."""
     asked = []
-    monkeypatch.setattr(_columns, "SMALLEST_BYTES", 0 if by_columns else 1 << 60)
     from gdrt_ds.data.readers import table
 
+    columns_reader = _columns.read_columns
+    if not by_columns:
+        monkeypatch.setattr(_columns, "read_columns", leave_it_to_the_rows)
     original = table._read_rows
     monkeypatch.setattr(table, "_read_rows", lambda *given: asked.append(1) or original(*given))
     bad = BadRows(skip=settings.pop("skip", False))
@@ -38,6 +44,7 @@ def read(path, monkeypatch, by_columns: bool, **settings):
         return str(error), bad.notes(), bool(asked)
     finally:
         monkeypatch.setattr(table, "_read_rows", original)
+        monkeypatch.setattr(_columns, "read_columns", columns_reader)
     users = [found.user_names[user] for user in found.users_of.tolist()]
     names = list(found.items)
     items = [names[item] for item in found.items_of.tolist()]
@@ -186,4 +193,4 @@ def test_a_mutilated_parquet_is_an_error_that_names_the_file(tmp_path, monkeypat
     data[200:600] = b"\0" * 400
     path.write_bytes(bytes(data))
     found, _, _ = read(path, monkeypatch, True)
-    assert "interactions.parquet: cannot be read as parquet" in found
+    assert "interactions.parquet: cannot be read" in found

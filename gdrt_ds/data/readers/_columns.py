@@ -24,8 +24,6 @@ from gdrt_ds.files import cache_folder
 
 BATCH = 200_000
 """Rows of a batch."""
-SMALLEST_BYTES = 8 << 20
-"""Smaller files are read row by row: loading the library takes longer than that."""
 
 
 class NotPlain(Exception):
@@ -153,7 +151,7 @@ def _batches(path: Path) -> Iterator[Any]:
         header = header_of(path, separator)
         if len(set(header)) < len(header):
             raise NotPlain("two columns have the same name")
-        options = {**texts_only(path, separator), "chunksize": BATCH}
+        options = {**texts_only(header, separator), "chunksize": BATCH}
     with quietly() as datasets:
         found = datasets.load_dataset(
             builder,

@@ -1,82 +1,73 @@
-"""Rows of parquet, CSV and Arrow files and of data sets of the hub, read by the library `datasets`.
+"""Rows of parquet, CSV and Arrow files, read by the library `datasets`.
 
-A row number counts the rows of one file, or of one split of a data set, from 1. JSON Lines are read line by
-line (_rows.py), because a broken line can then be named and left out.
+A row number counts the rows of one file from 1. JSON Lines are read line by line (_rows.py), because a broken
+line can then be named and left out. Data sets of the hub stand in _hub.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gdrt_ds.data.readers._rows import header_of
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import cache_folder
 
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
 """Suffix of a file -> the builder of `datasets` that reads it."""
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
-def is_hub_name(path: str) -> bool:
-    """Whether `data.path` reads like `owner/name` or `owner/name:config`."""
-    return HUB_NAME.fullmatch(path) is not None
-
-
-def rows_of_file(path: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (row number, row) of a local file.
+def rows_of_file(
+    path: Path, suffix: str, header: list[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (row number, row) of a local file, without a copy of it on disk.
 
     Args:
         suffix: of the file without `.gz`.
+        header: names of the columns of a CSV file.
 
     Raises:
         UserError: the file cannot be read.
     """
-    options: dict[str, Any] = {}
-    if BUILDERS[suffix] == "csv":
-        options = texts_only(path, "\t" if suffix == ".tsv" else ",")
+    options = texts_only(header, "\t" if suffix == ".tsv" else ",") if header else {}
     fix = "check that the file is complete, and that all its rows have the columns of its header"
-    with _words(f"{path}: cannot be read", fix):
-        table = _load(BUILDERS[suffix], data_files=str(path), split="train", **options)
-        for number, row in enumerate(table, start=1):
-            gaps = ("",) if options else ()  # an empty cell of a CSV file is no value
-            yield number, {k: v for k, v in row.items() if v is not None and v not in gaps}
+    number = 0
+    with words(f"{path}: cannot be read", fix):
+        table = _streamed(BUILDERS[suffix], path, **options)
+        for batch in table.with_format("arrow").iter(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                # An empty cell of a CSV file is no value.
+                yield number, {k: None if options and v == "" else v for k, v in row.items()}
 
 
-def texts_only(path: Path, separator: str) -> dict[str, Any]:
+def columns_of_file(path: Path, suffix: str) -> list[str]:
+    """Returns the names of the columns of a parquet or Arrow file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with words(f"{path}: cannot be read", "check that the file is complete"):
+        first = next(_streamed(BUILDERS[suffix], path).with_format("arrow").iter(batch_size=1), None)
+    if first is None:
+        raise UserError(f"{path}: the file holds no row", "at least one row is expected")
+    return list(first.column_names)
+
+
+def _streamed(builder: str, path: Path, **options: Any) -> Any:
+    return load(builder, data_files=str(path.absolute()), split="train", streaming=True, **options)
+
+
+def texts_only(header: list[str], separator: str) -> dict[str, Any]:
     """Options of the CSV builder under which texts stay texts: "007" is no number and "NA" is no gap."""
     from datasets import Features, Value
 
-    features = Features({name: Value("string") for name in header_of(path, separator)})
+    features = Features({name: Value("string") for name in header})
     return {"features": features, "keep_default_na": False, "sep": separator}
 
 
-def rows_of_hub(name: str, revision: str | None) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Yields (split, row number, row) of a data set of the hub.
-
-    Args:
-        name: owner/name, or owner/name:config.
-        revision: branch, tag or commit; None is the newest.
-
-    Raises:
-        UserError: there is no such data set, or no network.
-    """
-    repository, _, part = name.partition(":")
-    fix = (
-        "check the name and the network (HF_HUB_OFFLINE=1 forbids it), or download the data set and give its "
-        "folder as data.path"
-    )
-    with _words(f"data.path={name}: no such file or folder, and the hub does not give it", fix):
-        splits = _load(repository, part or None, revision=revision)
-        for split, table in splits.items():
-            for number, row in enumerate(table, start=1):
-                yield str(split), number, {key: value for key, value in row.items() if value is not None}
-
-
-def _load(*given: Any, **options: Any) -> Any:
+def load(*given: Any, **options: Any) -> Any:
     with quietly() as datasets:
         return datasets.load_dataset(*given, cache_dir=str(cache_folder() / "datasets"), **options)
 
@@ -96,7 +87,7 @@ def quietly() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _words(problem: str, fix: str) -> Iterator[None]:
+def words(problem: str, fix: str) -> Iterator[None]:
     """Turns whatever the library raises into a UserError with the first line of its cause."""
     try:
         yield

@@ -1,7 +1,8 @@
 """Rows of a file as dictionaries, with their line numbers.
 
-CSV, TSV, JSONL, JSON and parquet are read, and gzip where the name ends in .gz. Every reader uses it, so that
-a broken row is named by file and line in the same words everywhere.
+CSV, TSV, JSONL and JSON are read line by line here, because a broken line can then be named and left out;
+gzip where the name ends in .gz. Parquet and Arrow have no lines: the library `datasets` reads them
+(_datasets.py). Every reader uses this file, so that a broken row is named in the same words everywhere.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gdrt_ds.data.readers._datasets import columns_of_file, rows_of_file
 from gdrt_ds.data.readers.base import BadRows
 from gdrt_ds.errors import UserError, nearest
 
@@ -24,6 +26,7 @@ TABLE_SUFFIXES = (
     ".jsonl",
     ".json",
     ".parquet",
+    ".arrow",
     ".csv.gz",
     ".tsv.gz",
     ".jsonl.gz",
@@ -84,8 +87,8 @@ def read_rows(path: Path, bad: BadRows, delimiter: str | None = None) -> Iterato
         yield from _read_json_lines(path, bad)
     elif suffix == ".json":
         yield from _read_json(path, bad)
-    elif suffix == ".parquet":
-        yield from _read_parquet(path)
+    elif suffix in (".parquet", ".arrow"):
+        yield from rows_of_file(path, suffix)
     else:
         raise UserError(
             f"{path}: unknown table format `{path.suffix}`", f"use one of {', '.join(TABLE_SUFFIXES)}"
@@ -176,36 +179,11 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[int, dict]]:
         yield number, row
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in table.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read as parquet: {error}", "check that the file is complete"
-        ) from None
-
-
 def header_of(path: Path, delimiter: str | None = None) -> list[str]:
     """Returns the column names of a table file; of JSON those of its first row."""
     require_file(path, "data.path")
-    if suffix_of(path) == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return list(pyarrow.parquet.read_schema(path).names)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(
-                f"{path}: cannot be read as parquet: {error}", "check that the file is complete"
-            ) from None
+    if suffix_of(path) in (".parquet", ".arrow"):
+        return columns_of_file(path, suffix_of(path))
     if suffix_of(path) in (".csv", ".tsv") or delimiter:
         with open_text(path) as stream:
             header = next(

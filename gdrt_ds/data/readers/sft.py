@@ -1,7 +1,7 @@
 """Reader of rows for supervised fine-tuning: prompt and completion, or messages, with groups beside them.
 
 `data.path` is a file (JSONL, JSON, parquet, CSV, Arrow), a folder whose files are named train, valid and
-test, or a data set of the hub (owner/name[:config], `data.revision`). Splits come from the files' names, from
+test. A data set of the hub has become such a folder before (_hub.py). Splits come from the files' names, from
 a column `split`, or are seeded shares (`data.split_ratio`, `data.sample_seed`). What a row may hold stands in
 text_rows.py.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.readers._datasets import BUILDERS, is_hub_name, rows_of_file, rows_of_hub
+from gdrt_ds.data.readers._datasets import BUILDERS, rows_of_file
 from gdrt_ds.data.readers._rows import header_of, read_rows, suffix_of
 from gdrt_ds.data.readers.base import BadRows, Reader
 from gdrt_ds.data.text_rows import ROLES, BadField, Columns, TextRow, TextRows, row_of
@@ -77,15 +77,10 @@ def _files(data: DataSection, bad: BadRows) -> Iterator[tuple[str, str | None, N
     if path.is_file():
         yield path.name, None, _rows_of(path, bad)
         return
-    if not is_hub_name(data.path):
-        raise UserError(
-            f"data.path={data.path}: no such file or folder",
-            "give a file or folder, or a data set of the hub as owner/name or owner/name:config",
-        )
-    for split, number, values in rows_of_hub(data.path, data.revision):
-        own = SPLIT_NAMES.get(split)
-        if own is not None:
-            yield f"{data.path} ({split})", own, iter([(number, values)])
+    raise UserError(
+        f"data.path={data.path}: no such file or folder",
+        "give a file or folder, or a data set of the hub as owner/name or owner/name:config",
+    )
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
@@ -118,7 +113,11 @@ def _rows_of(file: Path, bad: BadRows) -> Numbered:
     if suffix in LINES:
         return read_rows(file, bad)
     if suffix in BUILDERS:
-        return rows_of_file(file, suffix)
+        header = header_of(file) if BUILDERS[suffix] == "csv" else None
+        return (
+            (number, {name: value for name, value in row.items() if value is not None})
+            for number, row in rows_of_file(file, suffix, header)
+        )
     raise UserError(f"{file}: unknown format `{file.suffix}`", f"use one of {', '.join(SUFFIXES)}")
 
 

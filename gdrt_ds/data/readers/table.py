@@ -95,17 +95,16 @@ def read_events(
 ) -> InteractionColumns:
     """Reads the interactions of one file; rows whose item has no title are bad rows.
 
-    Large files are read as columns. Where a row of them is not in order, the file is read row by row, which
-    names the row or counts it.
+    The file is read as columns. Where a row is not in order, it is read again row by row, which names the row
+    or counts it.
     """
     columns, notes = _columns_of(path, data)
-    if path.stat().st_size >= _columns.SMALLEST_BYTES:
-        try:
-            builder = _columns.LogBuilder(items, columns.time is not None, columns.rating is not None)
-            _columns.read_columns(path, columns, builder)
-            return builder.columns(notes)
-        except _columns.NotPlain as reason:
-            notes = [*notes, f"{path.name} is read row by row: {reason}"]
+    try:
+        builder = _columns.LogBuilder(items, columns.time is not None, columns.rating is not None)
+        _columns.read_columns(path, columns, builder)
+        return builder.columns(notes)
+    except _columns.NotPlain as reason:
+        notes = [*notes, f"{path.name} is read row by row: {reason}"]
     builder = _columns.LogBuilder(items, columns.time is not None, columns.rating is not None)
     _read_rows(path, columns, builder, bad, items_path)
     return builder.columns(notes)

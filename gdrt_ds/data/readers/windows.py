@@ -1,10 +1,10 @@
-"""Reader of ready-made windows: the CSV family of MSL, LBR and BIGRec.
+"""Reader of ready-made windows: the family of MSL, LBR and BIGRec.
 
-MSL/LBR: train.csv, valid.csv, test.csv with `user_id,item_ids,timestamp` (`item_ids` is a list literal,
-its last id the target) and id2name4Rec.json (item id -> title). BIGRec and its descendants: the history
-and the target in separate columns (`history_item_id`, `item_id`) and often their titles
-(`history_item_title`, `item_title`), from which the item table is made when no other is given. Any other
-column becomes a label of the sample.
+The files are CSV, or any other table that _rows.py reads. MSL and LBR: train.csv, valid.csv, test.csv with
+`user_id,item_ids,timestamp` (`item_ids` is a list literal, its last id the target) and id2name4Rec.json
+(item id -> title). BIGRec and its descendants: the history and the target in separate columns
+(`history_item_id`, `item_id`) and often their titles (`history_item_title`, `item_title`), from which the
+item table is made when no other is given. Any other column becomes a label of the sample.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gdrt_ds.data.readers.base import (
     parse_list,
     parse_number,
 )
-from gdrt_ds.data.readers.table import read_item_table, read_user_table
+from gdrt_ds.data.readers.table import find_table, read_item_table, read_user_table
 from gdrt_ds.errors import UserError
 
 ITEM_NAME_FILES = ("id2name4Rec.json", "id2name.json")
@@ -57,7 +57,9 @@ def read_windows(data: DataSection, bad: BadRows) -> Windows:
     folder = Path(data.path)
     if folder.is_file():
         raise _no_folder(folder)
-    paths = {"train": folder / (data.train_file or "train.csv"), **_held_out(folder)}
+    paths = {split: _split_file(folder, split) for split in ("train", "valid", "test")}
+    if data.train_file:
+        paths["train"] = folder / data.train_file
     _require_train(paths["train"], data)
     require_file(paths["test"], "data.path")
     for split in ("valid", "test"):
@@ -75,8 +77,9 @@ def read_windows(data: DataSection, bad: BadRows) -> Windows:
     return Windows(splits, items, read_user_table(data, folder, bad), guess_domain(folder.resolve().name))
 
 
-def _held_out(folder: Path) -> dict[str, Path]:
-    return {"valid": folder / "valid.csv", "test": folder / "test.csv"}
+def _split_file(folder: Path, split: str) -> Path:
+    """The file of a split's windows; the name that it should have where there is none."""
+    return find_table(folder, (split,)) or folder / f"{split}.csv"
 
 
 def _no_folder(file: Path) -> UserError:
@@ -274,8 +277,10 @@ def _has_windows(data: DataSection) -> bool:
     if path.is_file():
         beside = any((path.parent / name).is_file() for name in ITEM_NAME_FILES)
         return beside and data.items is None and path.name.startswith(("train", "valid", "test"))
-    names = (data.train_file or "train.csv", "test.csv")
-    return path.is_dir() and any((path / name).is_file() for name in names)
+    names = [data.train_file] if data.train_file else []
+    return path.is_dir() and (
+        any((path / name).is_file() for name in names) or find_table(path, ("train", "test")) is not None
+    )
 
 
 READER = Reader(_has_windows, read_windows, order=20, item_table=True)

@@ -1,0 +1,126 @@
+"""Draws docs/figures/convergence.png: what validation and attribution do while a model learns real data.
+
+    python docs/figures/convergence.py [--studies small_transformer_ml100k real_ml100k]
+
+One row of panels per study, from its kept cells in docs/studies/cells/STUDY (`gdrt_ds.study --keep`): the
+validation loss, the attribution ratio and the history sensitivity, over the targets that were trained on. The
+last two are those of the audit `drift`. Thin lines are single seeds, thick ones their mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zipfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+FOLDER = Path(__file__).parent
+CELLS = FOLDER.parent / "studies" / "cells"
+TITLES = {
+    "small_transformer_ml100k": "a small transformer from scratch",
+    "real_ml100k": "SmolLM2-135M",
+}
+COLOURS = {"sft": "#7a7a7a", "gdrt": "#b2182b", "msl": "#2166ac"}
+PANELS = (
+    ("nll", "validation NLL, nats per token", "lower is better"),
+    ("log2 auxiliary:interaction", "attribution, log2 prompt : history", "lower leans more on the history"),
+    ("history sensitivity", "another user's history costs, nats", "0: the history is not read"),
+)
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: its row in the study and, by panel, (targets seen, values)."""
+
+    row: str
+    curves: dict[str, Curve]
+
+
+def read_cell(path: Path) -> Cell:
+    """Reads a kept cell."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        settings = yaml.safe_load(archive.read("config.yaml"))
+        validation = [json.loads(line) for line in archive.read("validation.jsonl").splitlines()]
+        found = next(name for name in names if name.startswith("eval/") and name.endswith("/results.json"))
+        audits = json.loads(archive.read(found))["audits"]
+    batch = settings["train"]["global_batch"]
+    curves = {"nll": curve([(line["step"] * batch, line["nll"]) for line in validation])}
+    for name, _, _ in PANELS[1:]:
+        curves[name] = drift_curve(audits["drift"], name, batch)
+    return Cell(path.stem.rsplit("-seed", 1)[0], curves)
+
+
+def curve(points: list[tuple[float, float]]) -> Curve:
+    x, y = np.array(points, dtype=float).T
+    return x, y
+
+
+def drift_curve(audit: dict[str, Any], name: str, batch: int) -> Curve:
+    """A column of the audit's table. Step 0 is the base model, which does not know the task."""
+    columns = audit["table"]["columns"]
+    place = columns.index(name)
+    return curve([(row[0] * batch, row[place]) for row in audit["table"]["rows"] if row[0] > 0])
+
+
+def mean_curve(curves: list[Curve]) -> Curve:
+    """Mean over the seeds, as far as all of them trained."""
+    length = min(len(x) for x, _ in curves)
+    return curves[0][0][:length], np.mean([y[:length] for _, y in curves], axis=0)
+
+
+def draw(axes, cells: list[Cell], panel: str) -> None:
+    by_row: dict[str, list[Curve]] = defaultdict(list)
+    for cell in cells:
+        if cell.row in COLOURS:
+            by_row[cell.row].append(cell.curves[panel])
+    for row in COLOURS:
+        if row not in by_row:
+            continue
+        for x, y in by_row[row] if len(by_row[row]) > 1 else []:
+            axes.plot(x / 1000, y, color=COLOURS[row], linewidth=0.6, alpha=0.6)
+        x, y = mean_curve(by_row[row])
+        seeds = len(by_row[row])
+        label = f"{row.upper()}, {seeds} seed{'s' if seeds > 1 else ''}"
+        axes.plot(x / 1000, y, color=COLOURS[row], linewidth=2, label=label)
+    axes.spines[["right", "top"]].set_visible(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--studies", nargs="+", default=list(TITLES))
+    options = parser.parse_args()
+    found = {
+        study: [read_cell(path) for path in sorted((CELLS / study).glob("*.zip"))]
+        for study in options.studies
+    }
+    found = {study: cells for study, cells in found.items() if cells}
+    figure, grid = plt.subplots(len(found), 3, figsize=(12, 3.4 * len(found)), dpi=150, squeeze=False)
+    for row, (study, cells) in zip(grid, found.items()):
+        for axes, (panel, label, hint) in zip(row, PANELS):
+            draw(axes, cells, panel)
+            axes.set_ylabel(label)
+            axes.set_title(hint, loc="left", fontsize=9)
+            axes.set_xlabel("thousand targets seen")
+        row[0].set_title(f"{TITLES.get(study, study)}: lower is better", loc="left", fontsize=9)
+        row[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(FOLDER / "convergence.png")
+    print(f"wrote {FOLDER / 'convergence.png'} from {sum(map(len, found.values()))} cells")
+
+
+if __name__ == "__main__":
+    main()
