@@ -1,7 +1,7 @@
 """Samples per second of a training step: ours, and per cause, against transformers.Trainer and TRL.
 
     python benchmarks/train_step.py [--data ml-100k|FOLDER] [--model smollm2-135m] [--steps 3]
-    python benchmarks/train_step.py --windows growing --batch 80 --dtype bfloat16 --quantization none
+    python benchmarks/train_step.py --windows growing --batch 80 --template list --quantization none
     ... [--json] [--quick]
 
 One process for each row, with the same base, LoRA initialisation, DeepSpeed ZeRO-3, samples per step and
@@ -70,6 +70,7 @@ class Bench:
             f"train.micro_batch={options.batch}",
             f"data.history_length={options.history}",
             f"data.windows={windows}",
+            f"prompt.template={options.template}",
             f"model.dtype={options.dtype}",
             f"model.lora.targets={options.targets}",
             "train.warmup_steps=0",
@@ -340,6 +341,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--data", default="ml-100k")
     parser.add_argument("--windows", default="sliding", choices=("sliding", "growing"))
+    parser.add_argument("--template", default="alpaca", help="prompt.template of all rows, e.g. list")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--targets", default="[q_proj, v_proj]", help="model.lora.targets")
@@ -386,7 +388,8 @@ def main() -> None:
         if options.shape:
             options.model = make_7b(folder, options.data)
         print(
-            f"# {options.data}, {options.windows} windows, history {options.history}; batch {options.batch}; "
+            f"# {options.data}, {options.windows} windows, history {options.history}, {options.template}; "
+            f"batch {options.batch}; "
             f"{options.model}, {options.quantization}, {options.dtype}; "
             f"{machine()}{', CPU seconds' if options.cpu_time else ''}"
         )
@@ -419,6 +422,7 @@ def main() -> None:
                     "model": options.model,
                     "data": options.data,
                     "windows": options.windows,
+                    "template": options.template,
                     "history": options.history,
                     "batch": options.batch,
                     "dtype": options.dtype,

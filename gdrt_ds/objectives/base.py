@@ -83,9 +83,14 @@ class TokenView:
 
 @dataclass
 class TokenTable:
-    """Fixed facts of every target token of the train split, for `token_weights`; arrays of length num_tokens.
+    """Fixed facts of the target tokens of the train split, for `token_weights`.
+
+    Tokens with the same facts stand there once: with a catalogue, there is a row for every token of every
+    title, however often train has it; without one, a row for every target token. An average over the target
+    tokens takes `counts` as its weights.
 
     Attributes:
+        counts: int64, target tokens of train that have these facts. It may be 0.
         train_count: popularity of the target item; in data without a catalogue, train samples with the same
             completion.
         branching: bool, whether there is more than one valid next token at this place of the trie.
@@ -94,6 +99,7 @@ class TokenTable:
             These three are None in data without a catalogue (see `Objective.needs_catalogue`).
     """
 
+    counts: np.ndarray
     train_count: np.ndarray
     branching: np.ndarray | None
     valid_before: np.ndarray | None

@@ -10,7 +10,7 @@ from gdrt_ds.objectives.base import Objective, TokenTable
 
 def inverse_popularity(table: TokenTable) -> np.ndarray:
     weights = np.maximum(table.train_count, 1).astype(np.float64) ** -table.options.reweight_power
-    return weights / weights.mean()
+    return weights / np.average(weights, weights=table.counts)
 
 
 OBJECTIVE = Objective(

@@ -48,7 +48,7 @@ class TrainTokens:
     store: TokenStore
     groups: np.ndarray | TokenFacts
     num_groups: int
-    weights: np.ndarray | None = None
+    weights: np.ndarray | TokenFacts | None = None
     reference: np.ndarray | None = None
     trie_node: np.ndarray | TokenFacts | None = None
     trie_offsets: Tensor | None = None
@@ -119,26 +119,34 @@ def next_tokens(trie: TokenTrie) -> tuple[Tensor, Tensor]:
 
 def token_weights(
     prepared: Prepared, in_trie: InTrie | None, objective: Objective, options: ObjectiveOptions
-) -> np.ndarray:
-    """float64[train target tokens]: the objective's fixed weights. `in_trie`: None without a catalogue."""
-    store = prepared.stores["train"]
-    train_count = np.repeat(prepared.data.target_counts(), store.num_target)
+) -> np.ndarray | TokenFacts:
+    """The objective's fixed weights of the train target tokens, float64.
+
+    Args:
+        in_trie: None without a catalogue. With one, the weights are kept once for each token of a title.
+    """
+    data = prepared.data
     if in_trie is None:
-        table = TokenTable(train_count, None, None, None, options)
+        train_count = np.repeat(data.target_counts(), prepared.stores["train"].num_target)
+        table = TokenTable(np.ones(len(train_count), np.int64), train_count, None, None, None, options)
         return np.asarray(objective.token_weights(table), dtype=np.float64)
-    trie, node = in_trie.trie, in_trie.node.whole()
+    assert isinstance(data, Recommendation)
+    trie, node, offsets = in_trie.trie, in_trie.node.table, in_trie.node.offsets
+    train_count = np.array([entry.train_count for entry in data.catalogue.entries])
     leaves_before = np.concatenate([[0], np.cumsum(np.asarray(trie.entry) >= 0)])
     items_below = leaves_before[np.asarray(trie.end)] - leaves_before[np.arange(len(trie.end))]
     after = items_below[np.concatenate([node[1:], [0]])]
-    after[store.target_offsets[1:] - 1] = 1  # the last token of a title leaves one item
+    after[offsets[1:] - 1] = 1  # the last token of a title leaves one item
     table = TokenTable(
-        train_count=train_count,
+        counts=in_trie.node.counts(),
+        train_count=np.repeat(train_count, np.diff(offsets)),
         branching=np.asarray(trie.branching)[node],
         valid_before=items_below[node],
         valid_after=after,
         options=options,
     )
-    return np.asarray(objective.token_weights(table), dtype=np.float64)
+    weights = np.asarray(objective.token_weights(table), dtype=np.float64)
+    return in_trie.node.map(lambda _: weights)
 
 
 def frozen_weights(given: list[float] | str | None, num_groups: int, device: torch.device) -> Tensor | None:

@@ -65,6 +65,7 @@ def value_of(name: str, section=None, **options) -> float:
 
 def table(options) -> TokenTable:
     return TokenTable(
+        counts=np.ones(N, dtype=np.int64),
         train_count=np.arange(N) // 4 + 1,
         branching=np.arange(N) % 3 == 0,
         valid_before=np.full(N, 5),

@@ -2,11 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
+from gdrt_ds.config import load_config
+from gdrt_ds.data.token_facts import TokenFacts
 from gdrt_ds.errors import UserError
-from gdrt_ds.training.step_inputs import frozen_weights
+from gdrt_ds.objectives import get_objective
+from gdrt_ds.training.preparation import prepare
+from gdrt_ds.training.step_inputs import InTrie, frozen_weights, token_weights
 
 CPU = torch.device("cpu")
 
@@ -37,3 +42,40 @@ def test_a_listed_weight_of_zero_leaves_its_group_out():
 def test_frozen_weights_that_do_not_fit_are_refused(given, word):
     with pytest.raises(UserError, match=word):
         frozen_weights(given, 3, CPU)
+
+
+def weights_one_by_one(config, prepared, name):
+    """igd and reweight by their definitions, from the titles alone: one target token after the other."""
+    data, titles = prepared.data, [entry.text for entry in prepared.data.catalogue.entries]
+    ids = [tuple(data.encoder.target_ids(title)) for title in titles]
+    found = []
+    for entry in data.targets("train").tolist():
+        for place in range(len(ids[entry])):
+            if name == "igd":
+                next_ones = {other[place] for other in ids if other[:place] == ids[entry][:place]}
+                found.append(1.0 if len(next_ones) > 1 else config.options.igd_beta)
+            else:
+                count = max(1, data.catalogue.entries[entry].train_count)
+                found.append(count**-config.options.reweight_power)
+    found = np.array(found)
+    return found / found.mean() if name == "reweight" else found
+
+
+@pytest.mark.parametrize("name", ["igd", "reweight"])
+def test_fixed_weights_are_kept_once_per_title_and_are_those_of_every_target_token(name, tmp_path):
+    config = load_config(
+        None,
+        [
+            f"run.dir={tmp_path}",
+            "data.path=planted",
+            "data.planted={num_train: 200, num_items: 12}",
+            "model.path=tiny-random",
+            f"objective={name}",
+        ],
+    )
+    prepared = prepare(config)
+    found = token_weights(prepared, InTrie.of(prepared), get_objective(name), config.options)
+    titles = sum(len(prepared.data.encoder.target_ids(e.text)) for e in prepared.data.catalogue.entries)
+    assert isinstance(found, TokenFacts) and len(found.table) == titles < len(found)
+    np.testing.assert_allclose(found.whole(), weights_one_by_one(config, prepared, name), rtol=1e-12)
+    assert len(set(found.whole().tolist())) > 1
