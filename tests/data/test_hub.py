@@ -25,7 +25,6 @@ ITEMS = {"parent_asin": [f"i{n}" for n in range(11)], "title": [f"Item {n}" for 
 def hub(tmp_path, monkeypatch):
     """Puts data sets where the library keeps those that it has loaded from the hub."""
     monkeypatch.setenv("GDRT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     _hub._files.cache_clear()
 
     def publish(name: str, config: str = "default", **splits: dict) -> None:
@@ -133,3 +132,11 @@ def test_init_names_the_data_set_as_it_was_given(hub):
     hub("shop/reviews", train={**EVENTS, "title": [f"T {item}" for item in EVENTS["parent_asin"]]})
     seen = look_at("shop/reviews")
     assert (seen.format, seen.path, seen.items) == ("table", "shop/reviews", "shop/reviews")
+
+
+def test_a_misspelt_path_into_a_folder_of_this_machine_asks_no_hub(hub, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_hub, "load", None)
+    with pytest.raises(UserError, match="data.path=data/shoop: no such file or folder\n"):
+        corpus.load_corpus(DataSection(path="data/shoop"))

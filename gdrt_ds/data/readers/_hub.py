@@ -32,8 +32,11 @@ FIX = (
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a path reads like `owner/name` or `owner/name:config`, and nothing lies there."""
-    return HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
+    """Whether a path reads like `owner/name` or `owner/name:config`, and there is no folder `owner` here.
+
+    With such a folder it is a path of this machine, perhaps a misspelt one, and nobody waits for the network.
+    """
+    return HUB_NAME.fullmatch(path) is not None and not Path(path).parent.is_dir()
 
 
 def on_this_machine(data: DataSection) -> DataSection:
