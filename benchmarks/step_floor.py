@@ -121,6 +121,7 @@ def make_runner(options, folder: Path):
             f"run.dir={folder}",
             f"data.path={options.data}",
             "data.windows=growing",
+            f"prompt.template={options.template}",
             f"data.limit_train={options.limit}",
             f"model.path={options.model}",
             f"model.quantization={options.quantization}",
@@ -219,6 +220,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="ml-100k")
+    parser.add_argument("--template", default="alpaca", help="prompt.template, e.g. list")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quantization", default="none", choices=("none", "nf4"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
