@@ -3,8 +3,9 @@
     python docs/figures/convergence.py [--studies small_transformer_ml100k real_ml100k]
 
 One row of panels per study, from its kept cells in docs/studies/cells/STUDY (`gdrt_ds.study --keep`): the
-validation loss, the attribution ratio and the history sensitivity, over the targets that were trained on. The
-last two are those of the audit `drift`. Thin lines are single seeds, thick ones their mean.
+loss of the target among the catalogue's titles, the attribution ratio and the history sensitivity, over the
+targets that were trained on. The last two are those of the audit `drift`, whose users also give the first
+where the run's validation did not measure it. Thin lines are single seeds, thick ones their mean.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TITLES = {
 }
 COLOURS = {"sft": "#7a7a7a", "gdrt": "#b2182b", "msl": "#2166ac"}
 PANELS = (
-    ("nll", "validation NLL, nats per token", "lower is better"),
+    ("validation", "validation NLL of the title, nats", "lower is better"),
     ("log2 auxiliary:interaction", "attribution, log2 prompt : history", "lower leans more on the history"),
     ("history sensitivity", "another user's history costs, nats", "0: the history is not read"),
 )
@@ -56,9 +57,10 @@ def read_cell(path: Path) -> Cell:
         found = next(name for name in names if name.startswith("eval/") and name.endswith("/results.json"))
         audits = json.loads(archive.read(found))["audits"]
     batch = settings["train"]["global_batch"]
-    curves = {"nll": curve([(line["step"] * batch, line["nll"]) for line in validation])}
-    for name, _, _ in PANELS[1:]:
-        curves[name] = drift_curve(audits["drift"], name, batch)
+    curves = {name: drift_curve(audits["drift"], name, batch) for name, _, _ in PANELS[1:]}
+    curves["validation"] = drift_curve(audits["drift"], "target NLL", batch)
+    if "catalogue_nll" in validation[0]:
+        curves["validation"] = curve([(line["step"] * batch, line["catalogue_nll"]) for line in validation])
     return Cell(path.stem.rsplit("-seed", 1)[0], curves)
 
 

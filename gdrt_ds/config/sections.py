@@ -260,8 +260,11 @@ class TrainSection(Section):
         examples=[3],
         description="Stops after this many validations without improvement. Empty: never stops early.",
     )
-    select_by: Literal["nll", "worst_group", "objective"] = Field(
-        "nll", description="The validation figure that picks the best checkpoint."
+    select_by: Literal["nll", "worst_group", "objective", "catalogue_nll"] = Field(
+        "nll",
+        description="The validation figure that picks the best checkpoint. `catalogue_nll` is the loss of "
+        "the target among the catalogue's titles, which is what a ranking sees; it costs a second pass over "
+        "the validation split.",
     )
     save_every: int | None = Field(
         None, ge=1, examples=[100], description="Steps between checkpoints. Empty: only the last."

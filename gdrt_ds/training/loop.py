@@ -17,7 +17,7 @@ from gdrt_ds.training.preparation import Prepared
 from gdrt_ds.training.resuming import Resumed, client_state
 from gdrt_ds.training.step import NonFiniteLoss, StepResult, StepRunner
 from gdrt_ds.training.telemetry import Telemetry
-from gdrt_ds.training.validation import Best, Validation, validate
+from gdrt_ds.training.validation import Best, TitleLosses, Validation, validate
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def train(
         training_flops_per_token(loaded.base.model),
     )
     with telemetry:
-        loop = _Loop(job, prepared, loaded, telemetry, watchdog)
+        loop = _Loop(job, prepared, loaded, telemetry, watchdog, TitleLosses.of(job, prepared))
         result = Result(resumed.first_step, resumed.best)
         while result.step < loaded.total_steps and not (result.interrupted or result.stopped_early):
             if _groups_are_due(job, result.step):
@@ -96,6 +96,7 @@ class _Loop:
     loaded: Loaded
     telemetry: Telemetry
     watchdog: Watchdog
+    titles: TitleLosses | None
 
     def advance(self, before: Result, runner: StepRunner, grouped: Grouped) -> Result:
         """One optimizer step, and the validation and checkpoint that follow it where they are due."""
@@ -158,13 +159,16 @@ class _Loop:
     def _validate(self, result: Result, grouped: Grouped) -> tuple[Result, bool]:
         """(the result with its new best, whether this validation is the best)."""
         train = self.job.config.train
-        found = validate(self.job, self.prepared, self.loaded, grouped, result.step, self.watchdog.beat)
+        found = validate(
+            self.job, self.prepared, self.loaded, grouped, result.step, self.watchdog.beat, self.titles
+        )
         self._tell_not_finite(found)
         is_best = result.best.is_beaten_by(found, train.select_by)
         best = result.best.after(found, train.select_by)
         self.telemetry.validation({"step": result.step, **found.figures(), "group_loss": found.group_loss})
         self.telemetry.note(
             f"validation at step {result.step}: nll {found.nll:.4f}  worst group {found.worst_group:.4f}"
+            + ("" if found.catalogue_nll is None else f"  among titles {found.catalogue_nll:.4f}")
             + ("  (best so far)" if is_best else "")
         )
         stopped_early = train.patience is not None and best.later >= train.patience

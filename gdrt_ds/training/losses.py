@@ -9,16 +9,23 @@ import torch
 import torch.distributed as dist
 
 from gdrt_ds.batches import BatchPlan, MicroBatch, build_micro_batch
+from gdrt_ds.loss import AllowedTokens
 from gdrt_ds.training.job import Job
 from gdrt_ds.training.loading import Loaded
 from gdrt_ds.training.preparation import Prepared
 
 
-def token_losses(engine, micro: MicroBatch, device: torch.device) -> torch.Tensor:
-    """Returns float[N], the loss of every target token of a micro-batch under the active adapter."""
+def token_losses(
+    engine, micro: MicroBatch, device: torch.device, allowed: AllowedTokens | None = None
+) -> torch.Tensor:
+    """Returns float[N], the loss of every target token of a micro-batch under the active adapter.
+
+    Args:
+        allowed: the tokens that each may be; None is the whole vocabulary.
+    """
     with torch.no_grad():
         one_group = torch.zeros(len(micro.token_index), dtype=torch.long, device=device)
-        return engine(micro, one_group, 1)[1]
+        return engine(micro, one_group, 1, 1.0, allowed)[1]
 
 
 def split_losses(
@@ -30,6 +37,7 @@ def split_losses(
     beat: Callable[[], None],
     samples: np.ndarray | None = None,
     announce: str | None = None,
+    allowed_of: Callable[[MicroBatch], AllowedTokens] | None = None,
 ) -> np.ndarray:
     """float64[target tokens of the split], the same on every rank; the caller puts the engine into
     evaluation mode.
@@ -38,6 +46,7 @@ def split_losses(
         beat: called after every micro-batch, so that the watchdog sees progress.
         samples: score these only; the tokens of all others are 0.
         announce: what to call the work in a line before it and four lines during it; None says nothing.
+        allowed_of: the tokens that each target token may be; None is the whole vocabulary.
     """
     store, runtime = prepared.stores[split], job.runtime
     chosen = np.arange(len(store)) if samples is None else samples
@@ -62,7 +71,9 @@ def split_losses(
             prepared.tokenizer.pad_token_id,
             runtime.device,
         )
-        losses[micro.token_index] = token_losses(loaded.engine, micro, runtime.device).double().cpu()
+        allowed = None if allowed_of is None else allowed_of(micro)
+        found = token_losses(loaded.engine, micro, runtime.device, allowed)
+        losses[micro.token_index] = found.double().cpu()
         beat()
         if announce and (index + 1) % max(1, len(rounds) // 4) == 0:
             job.say(f"{announce}: {index + 1}/{len(rounds)} micro-batches")

@@ -176,5 +176,11 @@ def _check_objective(config: RunConfig, prepared: Prepared) -> None:
             "data of prompts and completions, which has none",
             f"set objective to one of {', '.join(sorted(usable))}",
         )
+    if prepared.data.catalogue is None and config.train.select_by == "catalogue_nll":
+        raise UserError(
+            f"train.select_by = catalogue_nll, and {config.data.path} is data of prompts and completions, "
+            "which has no catalogue",
+            "set train.select_by=nll, worst_group or objective",
+        )
     if objective.history_free_pass:
         prepared.data.auxiliary()

@@ -87,18 +87,18 @@ class TrainTokens:
 
 @dataclass(frozen=True)
 class InTrie:
-    """Where the train targets stand in the token trie of the catalogue.
+    """Where the targets of a split stand in the token trie of the catalogue.
 
     Attributes:
         trie: of the catalogue's titles.
-        node: int32[train target tokens] by entry, the node at which each target token is chosen.
+        node: int32[target tokens of the split] by entry, the node at which each target token is chosen.
     """
 
     trie: TokenTrie
     node: ByEntry
 
     @classmethod
-    def of(cls, prepared: Prepared) -> InTrie:
+    def of(cls, prepared: Prepared, split: str = "train") -> InTrie:
         """Builds the trie and walks it. The data must have a catalogue."""
         data = prepared.data
         assert isinstance(data, Recommendation)
@@ -107,7 +107,7 @@ class InTrie:
         trie = TokenTrie.build(ids, texts)
         nodes = np.concatenate([np.asarray(trie.walk(target), dtype=np.int32) for target in ids])
         offsets = np.concatenate([[0], np.cumsum([len(target) for target in ids])]).astype(np.int64)
-        return cls(trie, ByEntry(nodes, data.stores["train"], offsets, data.targets("train")))
+        return cls(trie, ByEntry(nodes, data.stores[split], offsets, data.targets(split)))
 
 
 def next_tokens(trie: TokenTrie) -> tuple[Tensor, Tensor]:
