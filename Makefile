@@ -29,7 +29,7 @@ help:
 	@echo "make test-faults     kills, torn files, NaN, hangs: the fault table"
 	@echo "make test-slurm      the SLURM templates on a real cluster of namespaces (root)"
 	@echo "make benchmarks      every script of benchmarks/ with --quick"
-	@echo "make docs            build the documentation as a site into build/site"
+	@echo "make docs            build the documentation as a site into build/site; run the tutorials' commands"
 	@echo "make wheel           build the wheel into dist/, install it elsewhere and run its commands there"
 	@echo "make gpu-check       everything that needs a GPU, on one (10 minutes); status 2 without"
 
@@ -83,7 +83,7 @@ format: install
 # because half of a start is one process that imports. The simulated cluster is one for all its tests: they
 # come last, one by one.
 ALONE = distributed or slurm
-LATER = faults or exactness
+LATER = faults or exactness or tutorials
 SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 IN_PAIRS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -135,7 +135,7 @@ $(VENV)/.docs: $(VENV)/.installed
 # Not --quiet: mkdocs does not count warnings that it does not show, so a dead link would pass.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	$(BIN)/python -m pytest tests/docs/test_site.py
+	$(BIN)/python -m pytest tests/docs/test_site.py tests/docs/test_tutorials.py
 	@echo "[docs] open build/site/index.html"
 
 # The tests build the same wheel from a copy of the sources.

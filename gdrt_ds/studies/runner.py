@@ -204,17 +204,13 @@ def work(study: Study, folder: Path, cells: list[Cell], kept: Path | None = None
 
 
 def shares(cells: list[Cell], workers: int) -> list[list[Cell]]:
-    """Cells for each worker.
-
-    Cells of one setting and seed stay together and in order, and so does a cell with those whose run folders
-    it reads.
-    """
-    block_of = {cell.name: (cell.setting, cell.seed) for cell in cells}
+    """Cells for each worker, in order; a cell stays with those whose run folders it reads."""
+    block_of = {cell.name: cell.name for cell in cells}
     for cell in cells:
         for needed in filter(block_of.__contains__, cell.needs):
             merged, into = block_of[cell.name], block_of[needed]
             block_of = {name: into if block == merged else block for name, block in block_of.items()}
-    blocks: dict[tuple[str, int], list[Cell]] = {}
+    blocks: dict[str, list[Cell]] = {}
     for cell in cells:
         blocks.setdefault(block_of[cell.name], []).append(cell)
     parts: list[list[Cell]] = [[] for _ in range(workers)]

@@ -1,4 +1,7 @@
-"""The commands of each tutorial work: they are read from the page and run in order, in an empty folder."""
+"""The commands of each tutorial work: they are read from the page and run in order, in an empty folder.
+
+They train for minutes, so `make docs` runs them, and `make test` only checks that no block is left out.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,8 @@ TUTORIALS = REPOSITORY / "docs" / "tutorials"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"bash", "console"}  # run here; needs a cluster
 
-MARKS = {"cluster": pytest.mark.distributed}
 PAGES = [
-    pytest.param(page, id=page.stem, marks=MARKS.get(page.stem, pytest.mark.slow))
-    for page in sorted(TUTORIALS.glob("*.md"))
+    pytest.param(page, id=page.stem, marks=pytest.mark.tutorials) for page in sorted(TUTORIALS.glob("*.md"))
 ]
 
 
