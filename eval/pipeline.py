@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.floors import AUTO, Choice, choose, fit_floors, floor_predictions
+from eval.floors import AUTO, Choice, choose, fit_floors, floor_predictions, minus_floor
 from eval.folders import FORMAT
 from eval.loading import Subject
 from eval.metrics import evaluate, evaluate_targets
+from eval.metrics.inputs import build_inputs
 from eval.output import default_folder, with_earlier_audits, write_evaluation
 from eval.predictions import (
     Exactness,
@@ -139,6 +140,8 @@ def measure(
     counts = subject.train_history_counts()
     results = evaluate(predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap)
     found: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
+    inputs = build_inputs(predictions, entries, counts)
     fitted, floor_notes = fit_floors(subject, floors)
     order = item_order(subject)
     for name, floor in fitted.items():
@@ -146,6 +149,7 @@ def measure(
         found[name] = evaluate(
             rows, entries, history_item_counts=counts, num_bootstrap=num_bootstrap, breakdowns=False
         )["metrics"]
+        differences[name] = minus_floor(inputs, rows, entries, num_bootstrap)
     found["targets"] = evaluate_targets(
         predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap
     )
@@ -173,6 +177,7 @@ def measure(
         "limit": subject.limit,
         "dtype": str(subject.recommender.reader.mask_dtype).removeprefix("torch."),
         "floors": found,
+        "minus_floors": differences,
         "config": subject.recommender.config.model_dump(mode="json"),
         "versions": versions(),
         "git_hash": git_hash(),

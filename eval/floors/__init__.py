@@ -5,7 +5,7 @@
     sasrec        a transformer over item ids, tuned on the valid split
 
 All give probabilities over the whole catalogue, so every metric, target NLL included, is computed for them as
-for a model, with the same rules for ties.
+for a model, with the same rules for ties. _beside.py has the paired differences.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.floors._beside import minus_floor
 from eval.floors.base import FittedFloor, Floor, LeftOut
 from eval.loading import Subject
 from eval.metrics.calibration import nll_curve
@@ -23,7 +24,17 @@ from gdrt_ds.data.corpus import Corpus
 from gdrt_ds.errors import UserError, nearest
 from gdrt_ds.registry import parts
 
-__all__ = ["AUTO", "FittedFloor", "Floor", "LeftOut", "Choice", "choose", "fit_floors", "floor_predictions"]
+__all__ = [
+    "AUTO",
+    "Choice",
+    "FittedFloor",
+    "Floor",
+    "LeftOut",
+    "choose",
+    "fit_floors",
+    "floor_predictions",
+    "minus_floor",
+]
 
 AUTO = "auto"
 NONE = "none"

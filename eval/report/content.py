@@ -144,7 +144,27 @@ def _headline(results: Mapping[str, Any], num_samples: int, num_users: int, num_
                 figure.get("ci_high"),
             )
         )
-    return Section("In short", [_sentence(metrics, floors, num_samples, num_users, num_items)], cards)
+    tables = _minus_floors(results)
+    return Section("In short", [_sentence(metrics, floors, num_samples, num_users, num_items)], cards, tables)
+
+
+def _minus_floors(results: Mapping[str, Any]) -> list[Table]:
+    """The paired differences to each floor; none where an evaluation of an earlier version has none."""
+    differences = results.get("minus_floors") or {}
+    names = list(dict.fromkeys(name for found in differences.values() for name in found))
+    if not names:
+        return []
+    rows = []
+    for name in names:
+        found = [own.get(name) for own in differences.values()]
+        direction_of = next(figure["higher_is_better"] for figure in found if figure)
+        cells = ["–" if figure is None else f"{number(figure['value'])} ({span(figure)})" for figure in found]
+        rows.append([f"{label(name)} {arrow(direction_of)}", *cells])
+    title = (
+        "This run minus each floor over the same users, with the 95 % interval of the difference. Where it "
+        "spans 0, no difference is shown."
+    )
+    return [Table(["metric", *(f"minus {floor}" for floor in differences)], rows, title)]
 
 
 def _sentence(

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from eval.floors import choose, fit_floors, floor_predictions, sasrec
+from eval.floors import choose, fit_floors, floor_predictions, minus_floor, sasrec
 from eval.loading import load_subject
+from eval.metrics.inputs import build_inputs
 from eval.predictions import item_order
 from eval.run import main
 from gdrt_ds.errors import UserError
@@ -44,15 +45,44 @@ def test_an_evaluation_shows_sasrec_beside_popularity_and_markov_and_loads_it_th
     own, popular = results["floors"]["sasrec"], results["floors"]["popularity"]
     assert own.keys() == popular.keys() and {"ndcg@10", "nll", "nll_calibrated", "mgu@5"} < own.keys()
     assert own["nll"]["value"] < popular["nll"]["value"]  # a fifth of the targets follow from the last item
+    for name in ALL:
+        for metric in ("ndcg@10", "hr@10", "nll", "nll_calibrated"):
+            difference = results["minus_floors"][name][metric]
+            both = results["metrics"][metric]["value"], results["floors"][name][metric]["value"]
+            assert difference["value"] == pytest.approx(both[0] - both[1])
+            assert difference["ci_low"] <= difference["value"] <= difference["ci_high"]
     note = next(note for note in results["notes"] if note.startswith("floor sasrec: hidden "))
     report = (tmp_path / "out" / "report.md").read_text()
-    assert note in report and "sasrec" in report.split(note)[0]
+    assert "minus markov" in report and note in report and "sasrec" in report.split(note)[0]
     assert "sasrec" in (tmp_path / "out" / "report.html").read_text()
 
     main([*arguments, "--floors", "auto"])
     assert "trained once" not in capsys.readouterr().out
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert again["floors"]["sasrec"] == own
+
+
+def test_the_difference_to_a_floor_pairs_users(subject):
+    """Against the plain bootstrap over users, of the differences themselves."""
+    fitted, _ = fit_floors(subject, choose("popularity,markov", subject.corpus))
+    rows = {
+        name: floor_predictions(subject, floor, item_order(subject), 10) for name, floor in fitted.items()
+    }
+    entries = subject.catalogue.entries
+    markov = build_inputs(rows["markov"], entries)
+    same = minus_floor(markov, rows["markov"], entries, 200)
+    assert {(row["value"], row["ci_low"], row["ci_high"]) for row in same.values()} == {(0.0, 0.0, 0.0)}
+    found = minus_floor(markov, rows["popularity"], entries, 2000)["nll"]
+    pairs = zip(rows["markov"], rows["popularity"], strict=True)
+    by_user: dict[str, list[float]] = {}
+    for own, floor in pairs:
+        by_user.setdefault(own["user_id"], []).append(own["target_nll"] - floor["target_nll"])
+    sums, counts = (np.array([f(values) for values in by_user.values()]) for f in (sum, len))
+    draws = np.random.default_rng(1).integers(0, len(sums), size=(4000, len(sums)))
+    low, high = np.quantile(sums[draws].sum(axis=1) / counts[draws].sum(axis=1), [0.025, 0.975])
+    assert found["value"] == pytest.approx(sums.sum() / counts.sum())
+    assert found["ci_low"] == pytest.approx(low, abs=0.15 * (high - low))
+    assert found["ci_high"] == pytest.approx(high, abs=0.15 * (high - low))
 
 
 def test_sasrec_is_left_out_where_nobody_asked_and_training_takes_long(subject, monkeypatch, capsys):
