@@ -33,7 +33,7 @@ TITLES = {
 }
 COLOURS = {"sft": "#7a7a7a", "gdrt": "#b2182b", "msl": "#2166ac"}
 PANELS = (
-    ("validation", "validation NLL of the title, nats", "lower is better"),
+    ("validation", "NLL of the title, nats", "lower is better"),
     ("log2 auxiliary:interaction", "attribution, log2 prompt : history", "lower leans more on the history"),
     ("history sensitivity", "another user's history costs, nats", "0: the history is not read"),
 )
@@ -52,7 +52,8 @@ def read_cell(path: Path) -> Cell:
     """Reads a kept cell."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        settings = yaml.safe_load(archive.read("config.yaml"))
+        text = archive.read("config.yaml").decode("utf-8")
+        settings = yaml.safe_load(text.replace("{study}", "study"))  # a word for the folder that it was in
         validation = [json.loads(line) for line in archive.read("validation.jsonl").splitlines()]
         found = next(name for name in names if name.startswith("eval/") and name.endswith("/results.json"))
         audits = json.loads(archive.read(found))["audits"]
