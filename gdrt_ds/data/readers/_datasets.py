@@ -7,6 +7,7 @@ line can then be named and left out. Data sets of the hub stand in _hub.py.
 from __future__ import annotations
 
 import contextlib
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,31 @@ def rows_of_file(
                 number += 1
                 # An empty cell of a CSV file is no value.
                 yield number, {k: None if options and v == "" else v for k, v in row.items()}
+
+
+def rows_in_order(path: Path, suffix: str, header: list[str]) -> list[tuple[int, dict[str, Any]]] | None:
+    """Returns (line number, row) of a CSV file whose rows are one line each, with a value in the last column.
+
+    None where it is not so: the library fills a row that is too short, and counts no lines, so a closer look
+    is needed to name a row.
+    """
+    if len(set(header)) < len(header):
+        return None
+    try:
+        rows = [row for _, row in rows_of_file(path, suffix, header)]
+    except UserError:
+        return None
+    lines = sum(1 for _ in _lines(path))
+    if len(rows) + 1 != lines or any(row[header[-1]] is None for row in rows):
+        return None
+    found = enumerate(rows, start=2)
+    return [(line, {k: "" if v is None else v for k, v in row.items()}) for line, row in found]
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    opened = gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")
+    with opened as stream:
+        yield from stream
 
 
 def columns_of_file(path: Path, suffix: str) -> list[str]:

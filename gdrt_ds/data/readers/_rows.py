@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gdrt_ds.data.readers._datasets import columns_of_file, rows_of_file
+from gdrt_ds.data.readers._datasets import columns_of_file, rows_in_order, rows_of_file
 from gdrt_ds.data.readers.base import BadRows
 from gdrt_ds.errors import UserError, nearest
 
@@ -93,6 +93,13 @@ def read_rows(path: Path, bad: BadRows, delimiter: str | None = None) -> Iterato
         raise UserError(
             f"{path}: unknown table format `{path.suffix}`", f"use one of {', '.join(TABLE_SUFFIXES)}"
         )
+
+
+def rows_of_table(path: Path, bad: BadRows) -> Iterator[tuple[int, dict]]:
+    """`read_rows`, by the library `datasets` where the file is in order: the same rows and line numbers."""
+    suffix = suffix_of(path)
+    rows = rows_in_order(path, suffix, header_of(path)) if suffix in (".csv", ".tsv") else None
+    return read_rows(path, bad) if rows is None else iter(rows)
 
 
 def _read_delimited(path: Path, bad: BadRows, delimiter: str) -> Iterator[tuple[int, dict]]:

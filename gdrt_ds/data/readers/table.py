@@ -19,6 +19,7 @@ from gdrt_ds.data.readers._rows import (
     read_rows,
     require_columns,
     require_file,
+    rows_of_table,
 )
 from gdrt_ds.data.readers.base import (
     RATINGS_UNUSED,
@@ -188,7 +189,7 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
         path, header, "genres", GENRES, data.columns, required="genres" in data.columns
     )
     items: dict[str, Item] = {}
-    for line, row in read_rows(path, bad):
+    for line, row in rows_of_table(path, bad):
         value = row.get(item_column)
         if value is None or value == "":
             bad.report(path, line, item_column, "empty id")
@@ -253,7 +254,7 @@ def read_user_table(data: DataSection, folder: Path, bad: BadRows) -> dict[str, 
         path, header, "user", USER + ("id",), {k: v for k, v in data.columns.items() if v in header}
     )
     users = {}
-    for line, row in read_rows(path, bad):
+    for line, row in rows_of_table(path, bad):
         if row.get(column) in (None, ""):
             bad.report(path, line, column, "empty id")
             continue

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.readers._rows import header_of, open_text, pick_column, read_rows, require_file
+from gdrt_ds.data.readers._rows import header_of, open_text, pick_column, require_file, rows_of_table
 from gdrt_ds.data.readers.base import (
     BadRows,
     Item,
@@ -137,7 +137,7 @@ def _read_split(
         and not name.lower().startswith(("history", "unnamed"))
     ]
     samples: list[tuple[int, Sample]] = []
-    for line, row in read_rows(path, bad):
+    for line, row in rows_of_table(path, bad):
         field = window or history_column
         try:
             sequence = [as_id(value) for value in parse_list(row[field])]
