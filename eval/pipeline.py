@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.floors import AUTO, Choice, choose, fit_floors, floor_predictions, minus_floor
+from eval.floors import AUTO, Choice, choose, fit_floors, floor_predictions, minus_floors
 from eval.folders import FORMAT
 from eval.loading import Subject
 from eval.metrics import evaluate, evaluate_targets
-from eval.metrics.inputs import build_inputs
 from eval.output import default_folder, with_earlier_audits, write_evaluation
 from eval.predictions import (
     Exactness,
@@ -140,16 +139,14 @@ def measure(
     counts = subject.train_history_counts()
     results = evaluate(predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap)
     found: dict[str, Any] = {}
-    differences: dict[str, Any] = {}
-    inputs = build_inputs(predictions, entries, counts)
     fitted, floor_notes = fit_floors(subject, floors)
     order = item_order(subject)
+    floor_rows: dict[str, list[dict[str, Any]]] = {}
     for name, floor in fitted.items():
-        rows = floor_predictions(subject, floor, order, options.k)
+        rows = floor_rows[name] = floor_predictions(subject, floor, order, options.k)
         found[name] = evaluate(
             rows, entries, history_item_counts=counts, num_bootstrap=num_bootstrap, breakdowns=False
         )["metrics"]
-        differences[name] = minus_floor(inputs, rows, entries, num_bootstrap)
     found["targets"] = evaluate_targets(
         predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap
     )
@@ -177,7 +174,7 @@ def measure(
         "limit": subject.limit,
         "dtype": str(subject.recommender.reader.mask_dtype).removeprefix("torch."),
         "floors": found,
-        "minus_floors": differences,
+        "minus_floors": minus_floors(predictions, floor_rows, entries, num_bootstrap),
         "config": subject.recommender.config.model_dump(mode="json"),
         "versions": versions(),
         "git_hash": git_hash(),

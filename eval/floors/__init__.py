@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.floors._beside import minus_floor
+from eval.floors._beside import minus_floors
 from eval.floors.base import FittedFloor, Floor, LeftOut
 from eval.loading import Subject
 from eval.metrics.calibration import nll_curve
@@ -33,7 +33,7 @@ __all__ = [
     "choose",
     "fit_floors",
     "floor_predictions",
-    "minus_floor",
+    "minus_floors",
 ]
 
 AUTO = "auto"

@@ -6,49 +6,61 @@ model and for the floor. The same draws of users go through both, so that this c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.intervals import compare, resample
+from eval.intervals import Resampled, compare, resample
 from eval.metrics import table
-from eval.metrics.inputs import Inputs, build_inputs
+from eval.metrics.base import Metric
+from eval.metrics.inputs import build_inputs
 from gdrt_ds.files import finite
 
 CUT_OFF = 10
 METRICS = (f"ndcg@{CUT_OFF}", f"hr@{CUT_OFF}", "nll", "nll_calibrated")
+Rows = list[dict[str, Any]]
 
 
-def minus_floor(
-    model: Inputs, floor_rows: list[dict[str, Any]], entries: Sequence[Any], num_bootstrap: int, seed: int = 0
-) -> dict[str, dict[str, Any]]:
-    """Returns, for each of METRICS that both have, the figures of model - floor.
+def minus_floors(
+    predictions: Rows, floors: Mapping[str, Rows], entries: Sequence[Any], num_bootstrap: int, seed: int = 0
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns by floor, for each of METRICS that both have, the figures of model - floor.
 
     Args:
-        model: of the model's predictions. floor_rows: predictions of the floor for the same samples.
+        predictions: of the model, as in predictions.jsonl.
+        floors: by name, predictions for the same samples.
     """
-    samples = []
-    kinds: dict[str, table.Metric] = {}
-    for inputs in (model, build_inputs(floor_rows, entries)):
-        statistics, found, _ = table.statistics(inputs, (CUT_OFF,))
-        kinds |= found
-        asked = {name: statistics[name] for name in METRICS if name in statistics}
-        samples.append(resample(asked, inputs.user_of_sample, num_bootstrap, seed))
-    own, floor = samples
-    differences = {}
-    for name in METRICS:
-        if name not in own or name not in floor:
-            continue
-        row = compare(floor[name], own[name], len(model.user_ids))
-        numbers = {
-            "value": row.difference,
-            "ci_low": row.ci_low,
-            "ci_high": row.ci_high,
-            "p_value": row.p_value,
-            "minimum_detectable": row.minimum_detectable,
-        }
-        differences[name] = {
-            **finite(numbers),
-            "n": row.n,
-            "higher_is_better": kinds[name].higher_is_better,
+    num_users = len({row["user_id"] for row in predictions})
+    own, metrics = _resampled(predictions, entries, num_bootstrap, seed)
+    differences: dict[str, dict[str, dict[str, Any]]] = {}
+    for floor, rows in floors.items():
+        found, _ = _resampled(rows, entries, num_bootstrap, seed)
+        differences[floor] = {
+            name: _figure(found[name], own[name], num_users, metrics[name].higher_is_better)
+            for name in METRICS
+            if name in own and name in found
         }
     return differences
+
+
+def _resampled(
+    rows: Rows, entries: Sequence[Any], num_bootstrap: int, seed: int
+) -> tuple[dict[str, Resampled], dict[str, Metric]]:
+    """METRICS of predictions with their draws of users."""
+    inputs = build_inputs(rows, entries)
+    statistics, metrics, _ = table.statistics(inputs, (CUT_OFF,))
+    asked = {name: statistics[name] for name in METRICS if name in statistics}
+    return resample(asked, inputs.user_of_sample, num_bootstrap, seed), metrics
+
+
+def _figure(
+    floor: Resampled, model: Resampled, num_users: int, higher_is_better: bool | None
+) -> dict[str, Any]:
+    row = compare(floor, model, num_users)
+    numbers = {
+        "value": row.difference,
+        "ci_low": row.ci_low,
+        "ci_high": row.ci_high,
+        "p_value": row.p_value,
+        "minimum_detectable": row.minimum_detectable,
+    }
+    return {**finite(numbers), "n": row.n, "higher_is_better": higher_is_better}

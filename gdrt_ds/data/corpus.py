@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -120,8 +121,8 @@ def _built(reader: Reader, data: DataSection, given: DataSection) -> Corpus:
         notes.append(f"data.train_file = {data.train_file} is not used: only the format `windows` has it")
     splits = _finish_splits(windows, data, notes)
     notes += _trained_on(splits)
-    embedded = data.path in embedded_names() or given.path != data.path
-    name = given.path if embedded else Path(data.path).resolve().name
+    is_name = given.path in embedded_names() or given.path != data.path
+    name = given.path if is_name else Path(data.path).resolve().name
     corpus = Corpus(name, windows.domain, windows.items, splits, windows.users, notes)
     corpus.split("train")
     corpus.split("test")
@@ -155,6 +156,11 @@ def embedded_names() -> list[str]:
 def in_order() -> list[Reader]:
     """Returns every reader, in the order in which they are asked."""
     return sorted(readers().values(), key=lambda reader: reader.order)
+
+
+def read(data: DataSection, bad: BadRows) -> Any:
+    """What the reader of `data` finds, wherever the data lie."""
+    return reader_of(data).read(on_this_machine(data), bad)
 
 
 def reader_of(data: DataSection) -> Reader:

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gdrt_ds.config import DataSection
-from gdrt_ds.data.corpus import reader_of
-from gdrt_ds.data.readers._hub import on_this_machine
+from gdrt_ds.data.corpus import read
 from gdrt_ds.data.readers.base import BadRows
 from gdrt_ds.data.text_rows import TextRow, TextRows
 from gdrt_ds.errors import UserError
@@ -37,7 +36,7 @@ def read_mixture(data: DataSection) -> TextRows:
     for place, (path, weight) in enumerate(data.mixture.items()):
         name = names[path]
         section = data.model_copy(update={"path": path, "mixture": {}})
-        found = reader_of(section).read(on_this_machine(section), BadRows(skip=data.on_bad_row == "skip"))
+        found = read(section, BadRows(skip=data.on_bad_row == "skip"))
         notes += [f"{name}: {line}" for line in found.notes]
         for split, rows in found.splits.items():
             labelled = [_labelled(row, name) for row in rows]

@@ -64,7 +64,8 @@ class PromptEncoder:
         max_length: tokens of a whole example.
 
     Raises:
-        UserError: the tokenizer has no EOS, or the template alone is longer than max_length.
+        UserError: the tokenizer has no EOS or drops the separator, or the template alone is longer than
+            max_length.
     """
 
     def __init__(self, template: PromptTemplate, tokenizer, max_length: int):
@@ -89,6 +90,12 @@ class PromptEncoder:
         self._instruction = self._piece(template.instruction)
         self._before_history = self._piece(template.before_history)
         self._separator = self._piece(template.separator)
+        if template.separator and not self._separator:
+            raise UserError(
+                f"the tokenizer has no token for the separator {template.separator!r} of the prompt "
+                "template, so the titles of a history would run together",
+                "use a template with another separator, e.g. prompt.template=configs/prompts/short_list.json",
+            )
         self._after_history = self._piece(template.after_history)
         self._terminator = _terminator_of(template, tokenizer)
         length = len(self.prefix_ids) + len(self._after_history)

@@ -19,10 +19,9 @@ import numpy as np
 
 from gdrt_ds.config import GroupsSection, RunConfig
 from gdrt_ds.data.catalogue import Catalogue
-from gdrt_ds.data.corpus import reader_of
+from gdrt_ds.data.corpus import read
 from gdrt_ds.data.mixture import read_mixture
 from gdrt_ds.data.prompts import EncodedPrompt, TokenStore, common_head, store_of
-from gdrt_ds.data.readers._hub import on_this_machine
 from gdrt_ds.data.readers.base import BadRows
 from gdrt_ds.data.recommendation import UNKNOWN
 from gdrt_ds.data.row_prompts import RowEncoder
@@ -51,7 +50,7 @@ class SupervisedSource:
         if config.data.mixture:
             return cls(read_mixture(config.data))
         bad = BadRows(skip=config.data.on_bad_row == "skip")
-        return cls(reader_of(config.data).read(on_this_machine(config.data), bad))
+        return cls(read(config.data, bad))
 
     def texts(self, config: RunConfig) -> list[str]:
         """Prompts, completions and choices."""

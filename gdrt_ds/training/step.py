@@ -33,7 +33,7 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens, group_sums
 from gdrt_ds.objectives import GroupView, Objective
 from gdrt_ds.runtime import Runtime, to_device
-from gdrt_ds.training.step_inputs import TrainTokens
+from gdrt_ds.training.step_inputs import TrainTokens, allowed_tokens
 
 SMALLEST_COUNT = 1e-300  # stands in for a count of 0 under a division whose numerator is 0 too
 
@@ -344,10 +344,10 @@ class StepRunner:
 
     def _allowed_tokens(self, micro: MicroBatch) -> AllowedTokens | None:
         """The catalogue's valid next tokens at each target token, for objectives with a masked softmax."""
-        if self.tokens.trie_node is None:
+        tokens = self.tokens
+        if tokens.trie_node is None:
             return None
-        node = torch.from_numpy(self.tokens.trie_node[micro.token_index].astype(np.int64))
-        return AllowedTokens(node, self.tokens.trie_offsets, self.tokens.trie_tokens)
+        return allowed_tokens(tokens.trie_node, tokens.trie_offsets, tokens.trie_tokens, micro)
 
     # -- measuring
     def _measure(self, found: Forward, buffer: dro.StepBuffer, slots: Tensor | None = None) -> None:

@@ -21,6 +21,7 @@ from gdrt_ds.data.recommendation import Recommendation
 from gdrt_ds.data.token_facts import ByEntry, TokenFacts
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
+from gdrt_ds.loss import AllowedTokens
 from gdrt_ds.objectives import Objective, TokenTable, TokenView
 from gdrt_ds.runtime import to_device
 from gdrt_ds.training.preparation import Prepared
@@ -115,6 +116,18 @@ def next_tokens(trie: TokenTrie) -> tuple[Tensor, Tensor]:
     offsets = torch.from_numpy(np.asarray(trie.child_offsets, dtype=np.int64))
     tokens = torch.from_numpy(np.asarray(trie.token)[np.asarray(trie.child_nodes)].astype(np.int64))
     return offsets, tokens
+
+
+def allowed_tokens(
+    node: np.ndarray | TokenFacts, offsets: Tensor, tokens: Tensor, micro: MicroBatch
+) -> AllowedTokens:
+    """The catalogue's valid next tokens at each target token of a micro-batch.
+
+    Args:
+        node: the trie node at which each target token of the split is chosen.
+        offsets, tokens: what `next_tokens` gives.
+    """
+    return AllowedTokens(torch.from_numpy(node[micro.token_index].astype(np.int64)), offsets, tokens)
 
 
 def token_weights(

@@ -20,7 +20,7 @@ from gdrt_ds.training.job import Job
 from gdrt_ds.training.loading import Loaded
 from gdrt_ds.training.losses import split_losses
 from gdrt_ds.training.preparation import Prepared
-from gdrt_ds.training.step_inputs import InTrie, next_tokens
+from gdrt_ds.training.step_inputs import InTrie, allowed_tokens, next_tokens
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ class TitleLosses:
         return cls(prepared)
 
     def allowed(self, micro: MicroBatch) -> AllowedTokens:
-        node = torch.from_numpy(self.node[micro.token_index].astype(np.int64))
-        return AllowedTokens(node, self.offsets, self.tokens)
+        return allowed_tokens(self.node, self.offsets, self.tokens, micro)
 
     def mean(self, job: Job, prepared: Prepared, loaded: Loaded, beat: Callable[[], None]) -> float:
         """Nats per title."""

@@ -25,7 +25,10 @@ SETS = ["amazon_office", "amazon_books"]
 def section(request):
     folder = FOLDER / request.param
     if not (folder / "train.csv").is_file():
-        pytest.skip(f"{folder} is not there")
+        pytest.skip(
+            f"{folder} is not there: the published windows are not ours to pass on; README.md, Your own "
+            "data, says where they are, and GDRT_PUBLISHED_WINDOWS names the folder that holds them"
+        )
     return DataSection(path=str(folder), on_bad_row="skip")
 
 

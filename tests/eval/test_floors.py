@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from eval.floors import choose, fit_floors, floor_predictions, minus_floor, sasrec
+from eval.floors import choose, fit_floors, floor_predictions, minus_floors, sasrec
 from eval.loading import load_subject
-from eval.metrics.inputs import build_inputs
 from eval.predictions import item_order
 from eval.run import main
 from gdrt_ds.errors import UserError
@@ -69,10 +68,9 @@ def test_the_difference_to_a_floor_pairs_users(subject):
         name: floor_predictions(subject, floor, item_order(subject), 10) for name, floor in fitted.items()
     }
     entries = subject.catalogue.entries
-    markov = build_inputs(rows["markov"], entries)
-    same = minus_floor(markov, rows["markov"], entries, 200)
+    same = minus_floors(rows["markov"], {"markov": rows["markov"]}, entries, 200)["markov"]
     assert {(row["value"], row["ci_low"], row["ci_high"]) for row in same.values()} == {(0.0, 0.0, 0.0)}
-    found = minus_floor(markov, rows["popularity"], entries, 2000)["nll"]
+    found = minus_floors(rows["markov"], rows, entries, 2000)["popularity"]["nll"]
     pairs = zip(rows["markov"], rows["popularity"], strict=True)
     by_user: dict[str, list[float]] = {}
     for own, floor in pairs:
