@@ -113,10 +113,12 @@ def test_a_bad_row_names_the_data_set_and_the_row(hub):
         corpus.load_corpus(DataSection(path="shop/reviews", items="shop/products"))
 
 
-def test_what_the_hub_does_not_give_is_a_clear_error(hub):
+def test_what_the_hub_does_not_give_is_a_clear_error(hub, capsys):
     for section in (DataSection(path="nobody/nothing"), DataSection(path="nobody/nothing", format="sft")):
         with pytest.raises(UserError, match="data.path=nobody/nothing: no such file or folder, and the hub"):
             corpus.load_corpus(section)
+    said = capsys.readouterr().out
+    assert "data.path=nobody/nothing: no path of this machine, so the Hugging Face hub is asked" in said
     hub("shop/reviews", train=EVENTS)
     with pytest.raises(UserError, match="data.items=nobody/items: no such file"):
         corpus.load_corpus(DataSection(path="shop/reviews", items="nobody/items"))

@@ -63,6 +63,10 @@ def _divided(data: DataSection) -> bool | None:
 @functools.lru_cache(maxsize=8)
 def _files(setting: str, name: str, revision: str | None, divided: bool | None) -> Path:
     """The folder of the splits' files, or the one file of a table."""
+    from gdrt_ds.runtime import detect_rank
+
+    if detect_rank()["rank"] == 0:  # without a network the library gives up after half a minute only
+        print(f"{setting}={name}: no path of this machine, so the Hugging Face hub is asked", flush=True)
     repository, _, part = name.partition(":")
     with words(f"{setting}={name}: no such file or folder, and the hub does not give it", FIX):
         splits = load(repository, part or None, revision=revision)
