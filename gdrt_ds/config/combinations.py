@@ -19,6 +19,16 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     needs_adapter = groups.reference == "auxiliary_sft" and groups.by in ("relevance", "random")
     if needs_adapter and not groups.reference_adapter:
         yield "groups.reference=auxiliary_sft needs groups.reference_adapter (a PEFT folder)"
+    if config.dro.excess == "relevance" and groups.by not in ("relevance", "random"):
+        yield (
+            f"dro.excess = relevance subtracts what groups.by=relevance is made of, and groups.by is "
+            f"{groups.by}: set groups.by=relevance, or dro.excess to false, true or a folder"
+        )
+    if config.dro.excess == "relevance" and groups.reference == "live":
+        yield (
+            "dro.excess = relevance needs a reference that stays, and groups.reference = live is the model "
+            "in training: set groups.reference to base, auxiliary_sft or corpus"
+        )
     if data.min_history > data.history_length:
         yield (
             f"data.min_history = {data.min_history} is more than data.history_length = "
@@ -66,10 +76,11 @@ def _growing_contradictions(config: RunConfig) -> Iterator[str]:
     data = config.data
     if config.prompt.history != "keep":
         yield f"prompt.history = {config.prompt.history} leaves no history to share; set data.windows=sliding"
-    if config.dro.excess:
+    if config.dro.excess not in (False, "relevance"):
         yield (
             f"dro.excess = {config.dro.excess} compares with losses of fixed histories, and those of "
-            "data.windows = growing change with the epoch; set data.windows=sliding"
+            "data.windows = growing change with the epoch; set dro.excess=relevance, whose losses have no "
+            "history, or data.windows=sliding"
         )
     most = data.history_length - data.min_history + 1
     block = config.train.block_samples

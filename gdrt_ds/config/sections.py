@@ -363,8 +363,10 @@ class DroSection(Section):
     )
     excess: bool | str = Field(
         False,
-        description="Weighs groups by their loss above a reference's loss with the history, as DoReMi "
-        "does. `true` takes the base; a PEFT or run folder takes that adapter.",
+        description="Weighs groups by their loss above a reference's loss. `relevance`: the loss of the "
+        "prompt alone under `groups.reference`, so that the group that gains least from its histories "
+        "weighs most. With the history, as DoReMi does: `true` takes the base; a PEFT or run folder takes "
+        "that adapter.",
     )
     eta: float = Field(
         0.1, gt=0, le=1_000_000, description="Objective group_dro: step size of the exponentiated gradient."
@@ -387,6 +389,11 @@ class DroSection(Section):
         "last weights are taken. They are scaled to sum to 1; a group of weight 0 is not trained on. "
         "Empty: weights adapt.",
     )
+
+    @property
+    def excess_adapter(self) -> str | None:
+        """The folder of the adapter whose losses `excess` subtracts, if it names one."""
+        return self.excess if isinstance(self.excess, str) and self.excess != "relevance" else None
 
     @field_validator("frozen_weights")
     @classmethod

@@ -41,8 +41,8 @@ def reference_adapters(config: RunConfig) -> dict[str, Path]:
     wanted = {}
     if config.groups.reference == "auxiliary_sft" and config.groups.by in ("relevance", "random"):
         wanted[AUXILIARY] = adapter_folder(config.groups.reference_adapter, "groups.reference_adapter")
-    if isinstance(config.dro.excess, str):
-        wanted[EXCESS] = adapter_folder(config.dro.excess, "dro.excess")
+    if config.dro.excess_adapter:
+        wanted[EXCESS] = adapter_folder(config.dro.excess_adapter, "dro.excess")
     return wanted
 
 

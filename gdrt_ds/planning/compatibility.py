@@ -59,12 +59,12 @@ def _token_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
             "set model.train_head=false: lm_head learns the rows of these tokens",
         )
     if model.lora.trainable_tokens and (
-        config.groups.reference == "auxiliary_sft" or isinstance(config.dro.excess, str)
+        config.groups.reference == "auxiliary_sft" or config.dro.excess_adapter
     ):
         yield (
             "model.lora.trainable_tokens with a reference adapter (groups.reference=auxiliary_sft or "
             "dro.excess=FOLDER): the trained rows would stay in the reference",
-            "set groups.reference to base or live, and dro.excess to false or true",
+            "set groups.reference to base, corpus or live, and dro.excess to false, true or relevance",
         )
 
 

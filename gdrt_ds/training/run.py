@@ -146,7 +146,9 @@ def train_tokens(
         facts["weights"] = token_weights(prepared, in_trie, objective, job.config.options)
     if objective.history_free_pass:
         facts["history_free"] = prepared.data.without_evidence()
-    if job.config.dro.excess:
+    if job.config.dro.excess == "relevance":
+        facts["reference"] = grouped.train_relevance.map(lambda relevance: -relevance.astype(np.float64))
+    elif job.config.dro.excess:
         facts["reference"] = losses_to_exceed(job, prepared, loaded, resumed.first_step, beat)
     return TrainTokens(prepared.stores["train"], grouped.groups["train"], grouped.plan.num, **facts)
 
@@ -154,7 +156,7 @@ def train_tokens(
 def losses_to_exceed(
     job: Job, prepared: Prepared, loaded: Loaded, first_step: int, beat: Callable[[], None]
 ) -> np.ndarray:
-    """float64[train target tokens]: the reference's losses with the history (dro.excess).
+    """float64[train target tokens]: the losses of a reference that sees the history (dro.excess).
 
     NaN in samples that no step will use, so that a use that was not foreseen cannot pass unnoticed.
     """
@@ -163,9 +165,8 @@ def losses_to_exceed(
     last_step = min(loaded.total_steps, first_step + steps_per_epoch + 1)
     steps = [loaded.plan.samples(step) for step in range(first_step, last_step)]
     used = np.unique(np.concatenate(steps or [[]])).astype(np.int64)
-    excess = job.config.dro.excess
     loaded.engine.eval()
-    with reference(loaded.base.model, EXCESS if isinstance(excess, str) else None):
+    with reference(loaded.base.model, EXCESS if job.config.dro.excess_adapter else None):
         losses = split_losses(
             job,
             prepared,

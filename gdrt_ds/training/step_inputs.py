@@ -39,7 +39,7 @@ class TrainTokens:
         store: the tokenised samples.
         groups: int16, in 0 .. num_groups - 1.
         weights: float64 fixed weights; None where the objective has none, which means 1.
-        reference: float64 losses of the reference model with history (dro.excess), or None.
+        reference: float64 losses of the reference (dro.excess), or None.
         trie_node: int32 node of the catalogue trie at which the token is chosen (masked softmax), or None.
         trie_offsets, trie_tokens: Long[nodes + 1], Long[edges]: the tokens that may follow each node of
         the trie.
@@ -50,7 +50,7 @@ class TrainTokens:
     groups: np.ndarray | TokenFacts
     num_groups: int
     weights: np.ndarray | TokenFacts | None = None
-    reference: np.ndarray | None = None
+    reference: np.ndarray | TokenFacts | None = None
     trie_node: np.ndarray | TokenFacts | None = None
     trie_offsets: Tensor | None = None
     trie_tokens: Tensor | None = None

@@ -204,6 +204,7 @@ def test_the_fingerprint_tells_growing_from_sliding(folder, tmp_path):
     [
         ("prompt.history=mask", "prompt.history = mask leaves no history"),
         ("dro.excess=true", "dro.excess = True compares"),
+        ("dro.excess=runs/sft", "dro.excess = runs/sft compares"),
         ("train.block_samples=11", "train.block_samples = 11 gives histories of up to 11 items"),
     ],
 )
