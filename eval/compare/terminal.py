@@ -23,6 +23,8 @@ SHORT_VERDICTS = {
     "interval spans zero after Holm's correction": "spans 0 (Holm)",
 }
 NUMBERS = ("value", "difference", "95 % interval")
+READABLE = 10
+"""Characters below which a column of words is not narrowed."""
 
 
 def terminal_tables(found: Comparisons) -> Group:
@@ -80,9 +82,17 @@ def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", title=Text(title)
     )
     for place, column in enumerate(columns):
-        # Only the first column wraps: numbers and names of runs stay whole.
+        # Metrics and names of runs wrap where they must; numbers stay whole.
         justify = "right" if column in NUMBERS else "left"
-        shown.add_column(Text(column), justify=justify, no_wrap=place > 0)
+        wraps = place == 0 or column == "run"
+        widest = max(len(line[place]) for line in lines)
+        shown.add_column(
+            Text(column),
+            justify=justify,
+            no_wrap=not wraps,
+            overflow="fold",
+            min_width=min(widest, READABLE) if wraps else None,
+        )
     for line in lines:
         words = [_short(cell) for cell in line]
         shown.add_row(*[Text(word, style=COLOURS.get(word, "")) for word in words])

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 from examples import world
@@ -18,6 +19,7 @@ from examples import world
 from eval.compare import compare_runs, load_run
 from eval.compare.__main__ import main
 from eval.compare.audits import audit_rows
+from eval.compare.terminal import _table
 from eval.folders import FORMAT, labels_of
 from eval.metrics import evaluate
 from eval.report import write_catalogue
@@ -139,6 +141,29 @@ def test_the_command_writes_page_table_and_json(folders, tmp_path, capsys):
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "Accuracy against disparity" in page and "<script" not in page and "sft against base" in page
     assert "| NDCG@10 ↑ |" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_a_long_name_of_a_run_takes_no_words_from_the_other_columns_at_80_characters(capsys):
+    name = "gdrt-gain-tau-0.3-seed0"
+    lines = [
+        ["NDCG@10 \u2191", "sft", "0.0380", "", "", ""],
+        [
+            "",
+            name,
+            "0.0320",
+            "-0.0060",
+            "-0.01082 to -0.00115",
+            "interval spans zero after Holm's correction",
+        ],
+    ]
+    columns = ["metric", "run", "value", "difference", "95 % interval", "verdict"]
+    Console(width=80).print(_table("against sft", columns, lines))
+    printed = capsys.readouterr().out
+    for words in ("metric", "NDCG@10 \u2191", "0.0320", "-0.0060", "-0.01082 to -0.00115", "spans 0 (Holm)"):
+        assert words in printed
+    header = next(line for line in printed.splitlines() if "metric" in line)
+    folded = [line[header.index("run") :].split(" ")[0] for line in printed.splitlines()]
+    assert name in "".join(folded)
 
 
 def test_the_baseline_can_be_any_of_the_folders(folders, tmp_path):
