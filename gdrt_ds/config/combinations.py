@@ -29,6 +29,11 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             "dro.excess = relevance needs a reference that stays, and groups.reference = live is the model "
             "in training: set groups.reference to base, auxiliary_sft or corpus"
         )
+    if config.dro.excess == "markov" and data.format == "sft":
+        yield (
+            "dro.excess = markov counts which item follows which, and rows of data.format = sft have no "
+            "items; set dro.excess to relevance, true or a folder"
+        )
     if data.min_history > data.history_length:
         yield (
             f"data.min_history = {data.min_history} is more than data.history_length = "
@@ -76,11 +81,11 @@ def _growing_contradictions(config: RunConfig) -> Iterator[str]:
     data = config.data
     if config.prompt.history != "keep":
         yield f"prompt.history = {config.prompt.history} leaves no history to share; set data.windows=sliding"
-    if config.dro.excess not in (False, "relevance"):
+    if config.dro.excess is True or config.dro.excess_adapter:
         yield (
             f"dro.excess = {config.dro.excess} compares with losses of fixed histories, and those of "
-            "data.windows = growing change with the epoch; set dro.excess=relevance, whose losses have no "
-            "history, or data.windows=sliding"
+            "data.windows = growing change with the epoch; set dro.excess to relevance or markov, or "
+            "data.windows=sliding"
         )
     most = data.history_length - data.min_history + 1
     block = config.train.block_samples

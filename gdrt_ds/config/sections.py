@@ -337,6 +337,10 @@ class GroupsSection(Section):
     )
 
 
+COUNTED = ("relevance", "markov")
+"""Values of `dro.excess` that name no adapter and hang on no history that changes from epoch to epoch."""
+
+
 class DroSection(Section):
     """How group losses become group weights q."""
 
@@ -365,8 +369,9 @@ class DroSection(Section):
         False,
         description="Weighs groups by their loss above a reference's loss. `relevance`: the loss of the "
         "prompt alone under `groups.reference`, so that the group that gains least from its histories "
-        "weighs most. With the history, as DoReMi does: `true` takes the base; a PEFT or run folder takes "
-        "that adapter.",
+        "weighs most. `markov`: the loss of counting which item follows which, so that the group that is "
+        "furthest behind what can be learned weighs most. With the history, as DoReMi does: `true` takes "
+        "the base; a PEFT or run folder takes that adapter.",
     )
     eta: float = Field(
         0.1, gt=0, le=1_000_000, description="Objective group_dro: step size of the exponentiated gradient."
@@ -393,7 +398,7 @@ class DroSection(Section):
     @property
     def excess_adapter(self) -> str | None:
         """The folder of the adapter whose losses `excess` subtracts, if it names one."""
-        return self.excess if isinstance(self.excess, str) and self.excess != "relevance" else None
+        return self.excess if isinstance(self.excess, str) and self.excess not in COUNTED else None
 
     @field_validator("frozen_weights")
     @classmethod

@@ -35,7 +35,14 @@ from gdrt_ds.training.preflight import check_data, check_settings
 from gdrt_ds.training.preparation import Prepared, prepare
 from gdrt_ds.training.resuming import Resumed, resume
 from gdrt_ds.training.step import StepRunner
-from gdrt_ds.training.step_inputs import InTrie, TrainTokens, frozen_weights, next_tokens, token_weights
+from gdrt_ds.training.step_inputs import (
+    InTrie,
+    TrainTokens,
+    frozen_weights,
+    markov_losses,
+    next_tokens,
+    token_weights,
+)
 from gdrt_ds.training.telemetry import say
 
 SETUP_TIMEOUT_S = 600  # relevance scoring beats once per micro-batch, and the first one may take this long
@@ -137,7 +144,10 @@ def train_tokens(
     """Groups, and what this objective asks for beside losses."""
     facts = {}
     in_trie = None
-    if prepared.data.catalogue is not None and (objective.masked_softmax or objective.token_weights):
+    excess = job.config.dro.excess
+    if prepared.data.catalogue is not None and (
+        objective.masked_softmax or objective.token_weights or excess == "markov"
+    ):
         in_trie = InTrie.of(prepared)
     if objective.masked_softmax:
         facts["trie_node"] = in_trie.node
@@ -146,9 +156,12 @@ def train_tokens(
         facts["weights"] = token_weights(prepared, in_trie, objective, job.config.options)
     if objective.history_free_pass:
         facts["history_free"] = prepared.data.without_evidence()
-    if job.config.dro.excess == "relevance":
+    if excess == "relevance":
         facts["reference"] = grouped.train_relevance.map(lambda relevance: -relevance.astype(np.float64))
-    elif job.config.dro.excess:
+    elif excess == "markov":
+        facts["reference"] = markov_losses(prepared, in_trie, job.config)
+        job.say(facts["reference"].describe())
+    elif excess:
         facts["reference"] = losses_to_exceed(job, prepared, loaded, resumed.first_step, beat)
     return TrainTokens(prepared.stores["train"], grouped.groups["train"], grouped.plan.num, **facts)
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from gdrt_ds.batches import MicroBatch
-from gdrt_ds.config import ObjectiveOptions
+from gdrt_ds.config import ObjectiveOptions, RunConfig
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.data.recommendation import Recommendation
 from gdrt_ds.data.token_facts import ByEntry, TokenFacts
 from gdrt_ds.data.trie import TokenTrie
+from gdrt_ds.dro.markov import NO_HISTORY, MarkovLosses
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens
 from gdrt_ds.objectives import Objective, TokenTable, TokenView
@@ -50,7 +51,7 @@ class TrainTokens:
     groups: np.ndarray | TokenFacts
     num_groups: int
     weights: np.ndarray | TokenFacts | None = None
-    reference: np.ndarray | TokenFacts | None = None
+    reference: np.ndarray | TokenFacts | MarkovLosses | None = None
     trie_node: np.ndarray | TokenFacts | None = None
     trie_offsets: Tensor | None = None
     trie_tokens: Tensor | None = None
@@ -160,6 +161,19 @@ def token_weights(
     )
     weights = np.asarray(objective.token_weights(table), dtype=np.float64)
     return in_trie.node.map(lambda _: weights)
+
+
+def markov_losses(prepared: Prepared, in_trie: InTrie, config: RunConfig) -> MarkovLosses:
+    """The losses that `dro.excess=markov` subtracts: of the histories that the model is given."""
+    data = prepared.data
+    assert isinstance(data, Recommendation)
+    windows = data.windows("train").controlled(config.prompt.history, config.train.seed)
+    last = np.full(len(windows), NO_HISTORY, dtype=np.int32)
+    has = windows.lengths > 0
+    last[has] = windows.entries[windows.ends[has] - 1]
+    node = in_trie.node
+    offsets = prepared.stores["train"].target_offsets
+    return MarkovLosses(in_trie.trie, node.table, node.offsets, last, windows.targets, offsets)
 
 
 def frozen_weights(given: list[float] | str | None, num_groups: int, device: torch.device) -> Tensor | None:

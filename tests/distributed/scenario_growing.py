@@ -32,7 +32,7 @@ def train(rank, world, data, folder, stop, *overrides):
             "data.windows=growing",
             "objective=gdrt",
             "groups.num=3",
-            "dro.excess=relevance",
+            "dro.excess=markov",
             "model.lora={r: 4, alpha: 8, dropout: 0.0, targets: all-linear}",
             "train.global_batch=24",
             "train.micro_batch=6",
