@@ -5,7 +5,8 @@
 One row of panels per study, from its kept cells in docs/studies/cells/STUDY (`gdrt_ds.study --keep`): the
 loss of the target among the catalogue's titles, the attribution ratio and the history sensitivity, over the
 targets that were trained on. The last two are those of the audit `drift`, whose users also give the first
-where the run's validation did not measure it. Thin lines are single seeds, thick ones their mean.
+where not every run of the study measured it in its validation. Thin lines are single seeds, thick ones their
+mean.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: its row in the study and, by panel, (targets seen, values)."""
+    """One run: its row in the study and, by panel, (targets seen, values).
+
+    "audited" is the first panel from the audit, which every cell has.
+    """
 
     row: str
     curves: dict[str, Curve]
@@ -59,7 +63,7 @@ def read_cell(path: Path) -> Cell:
         audits = json.loads(archive.read(found))["audits"]
     batch = settings["train"]["global_batch"]
     curves = {name: drift_curve(audits["drift"], name, batch) for name, _, _ in PANELS[1:]}
-    curves["validation"] = drift_curve(audits["drift"], "target NLL", batch)
+    curves["audited"] = drift_curve(audits["drift"], "target NLL", batch)
     if "catalogue_nll" in validation[0]:
         curves["validation"] = curve([(line["step"] * batch, line["catalogue_nll"]) for line in validation])
     return Cell(path.stem.rsplit("-seed", 1)[0], curves)
@@ -113,8 +117,9 @@ def main() -> None:
     found = {study: cells for study, cells in found.items() if cells}
     figure, grid = plt.subplots(len(found), 3, figsize=(12, 3.4 * len(found)), dpi=150, squeeze=False)
     for row, (study, cells) in zip(grid, found.items()):
+        validated = all("validation" in cell.curves for cell in cells)
         for axes, (panel, label, hint) in zip(row, PANELS):
-            draw(axes, cells, panel)
+            draw(axes, cells, "audited" if panel == "validation" and not validated else panel)
             axes.set_ylabel(label)
             axes.set_title(hint, loc="left", fontsize=9)
             axes.set_xlabel("thousand targets seen")
