@@ -2,7 +2,8 @@
 
 The way of a token: `relevance` scores it, `groups` gives it a group, `buffer` sums the losses of
 its group over all ranks in the one all-reduce of a step, `weights` turns group losses into weights,
-and `state` remembers between steps.
+and `state` remembers between steps. `markov` has the losses of counting which title follows which, which
+`dro.excess=markov` takes off before the weights.
 """
 
 from gdrt_ds.dro.buffer import StepBuffer, assert_equal_on_all_ranks
