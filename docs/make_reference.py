@@ -21,8 +21,8 @@ PAGE = Path(__file__).with_name("config-reference.md")
 
 HEAD = """# Every setting
 
-This page is written by `python docs/make_reference.py` from gdrt_ds/config/sections.py and
-gdrt_ds/config/model_section.py. A test fails if it is stale.
+This page is written by `python docs/make_reference.py` from the sections in gdrt_ds/config/. A test fails if
+it is stale.
 
 A run config is a YAML file of sections. Any key can also be given on the command line as `section.key=value`,
 e.g. `dro.tau=0.3` or `model.lora.r=16`; the command line wins. Every key has a default. An unknown key is an

@@ -85,7 +85,7 @@ def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -
         # Metrics and names of runs wrap where they must; numbers stay whole.
         justify = "right" if column in NUMBERS else "left"
         wraps = place == 0 or column == "run"
-        widest = max(len(line[place]) for line in lines)
+        widest = max((len(line[place]) for line in lines), default=0)
         shown.add_column(
             Text(column),
             justify=justify,

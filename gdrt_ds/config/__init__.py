@@ -3,12 +3,10 @@
 from gdrt_ds.config.base import PartName, Section
 from gdrt_ds.config.loading import dump_config, known_keys, load_config
 from gdrt_ds.config.model_section import LoraSection, ModelSection, TinySection
+from gdrt_ds.config.objective_sections import DroSection, GroupsSection, ObjectiveOptions
 from gdrt_ds.config.sections import (
     DataSection,
-    DroSection,
-    GroupsSection,
     LogSection,
-    ObjectiveOptions,
     PromptSection,
     RunConfig,
     RunSection,

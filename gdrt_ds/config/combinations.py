@@ -22,7 +22,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     if config.dro.excess == "relevance" and groups.by not in ("relevance", "random"):
         yield (
             f"dro.excess = relevance subtracts what groups.by=relevance is made of, and groups.by is "
-            f"{groups.by}: set groups.by=relevance, or dro.excess to false, true or a folder"
+            f"{groups.by}: set groups.by=relevance, or dro.excess to false, markov, true or a folder"
         )
     if config.dro.excess == "relevance" and groups.reference == "live":
         yield (

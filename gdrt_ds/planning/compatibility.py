@@ -64,7 +64,7 @@ def _token_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield (
             "model.lora.trainable_tokens with a reference adapter (groups.reference=auxiliary_sft or "
             "dro.excess=FOLDER): the trained rows would stay in the reference",
-            "set groups.reference to base, corpus or live, and dro.excess to false, true or relevance",
+            "set groups.reference to base, corpus or live, and dro.excess to anything but a folder",
         )
 
 
