@@ -8,6 +8,8 @@
     python -m gdrt_ds.study FILE --keep FOLDER   each finished cell as one small file; another machine goes
                                              on from them
 
+    python -m gdrt_ds.study FILE --piece NAME run.max_minutes=40   saves and ends when 40 minutes are over
+
 Started again it goes on: a completed run is not trained again, an interrupted one resumes, and an evaluation
 that exists is kept. The keys of a study file are described in gdrt_ds/studies/grid.py.
 """

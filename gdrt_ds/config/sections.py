@@ -30,6 +30,13 @@ class RunSection(Section):
         description="Allows a run folder that holds a finished or a foreign run. That folder is emptied "
         "first.",
     )
+    max_minutes: Annotated[float, Field(gt=0, le=525_600)] | None = Field(
+        None,
+        description="The run saves a checkpoint and ends with status 75 when its process is this old, after "
+        "at least one step. `resume=auto` goes on from there, to the bit. For machines that are lent by the "
+        "hour. Empty: no limit. A study takes it for each of its commands: `python -m gdrt_ds.study FILE "
+        "run.max_minutes=40`, and the same command goes on.",
+    )
 
 
 class DataSection(Section):

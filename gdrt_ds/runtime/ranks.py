@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+PROCESS_STARTED = time.monotonic()
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Runtime:
         life: how often the job was restarted; an older life may not write any more.
         threads: its CPU threads.
         stop_signal: the last signal that asked for a checkpoint, if one came.
+        max_minutes: how old the process may become before it saves and ends (run.max_minutes).
     """
 
     rank: int = 0
@@ -36,11 +40,17 @@ class Runtime:
     life: int = 0
     threads: int = 1
     stop_signal: int | None = None
+    max_minutes: float | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
+
+    @property
+    def time_is_up(self) -> bool:
+        """Whether this process is older than run.max_minutes."""
+        return self.max_minutes is not None and time.monotonic() - PROCESS_STARTED >= 60 * self.max_minutes
 
     def barrier(self) -> None:
         """Waits for all ranks; returns at once where there is no process group."""

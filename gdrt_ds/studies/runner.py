@@ -94,7 +94,7 @@ def train_in_process(study: Study, folder: Path, cells: list[Cell]) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         problem, status = "", 1
         with (
-            open(log, "w", encoding="utf-8") as stream,
+            open(log, "a", encoding="utf-8") as stream,
             contextlib.redirect_stdout(stream),
             contextlib.redirect_stderr(stream),
         ):
@@ -141,7 +141,7 @@ def train_under_launcher(study: Study, folder: Path, cells: list[Cell]) -> int:
         log = folder / "logs" / f"{cell.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.time()
-        with open(log, "w", encoding="utf-8") as stream:
+        with open(log, "a", encoding="utf-8") as stream:
             path_variable = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
             status = subprocess.call(
                 command,

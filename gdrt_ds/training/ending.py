@@ -94,7 +94,8 @@ def _interrupted(job: Job, loaded: Loaded, result: Result) -> int:
         run_folder.write_summary(
             job.folder, "interrupted", step=result.step, total_steps=loaded.total_steps, life=job.life
         )
-    job.say(f"interrupted by a signal: all ranks saved step {result.step}; go on with resume=auto")
+    cause = "run.max_minutes" if job.runtime.time_is_up else "a signal"
+    job.say(f"interrupted by {cause}: all ranks saved step {result.step}; go on with resume=auto")
     job.runtime.barrier()
     return EXIT_INTERRUPTED
 

@@ -62,6 +62,7 @@ def run_training(config: RunConfig, runtime: Runtime, *, keep_engine: bool = Tru
         return 0
     objective = get_objective(config.objective)
     check_settings(config)
+    runtime.max_minutes = config.run.max_minutes
     job = open_job(config, runtime)
     with last_word(job), contextlib.ExitStack() as cleanup:
         prepared = prepare_data(job)

@@ -170,7 +170,7 @@ class StepRunner:
         buffer = dro.StepBuffer(
             self.tokens.num_groups, self.runtime.device, len(facts.groups) if self.per_token else 0
         )
-        if self.runtime.stop_signal is not None:
+        if self.runtime.stop_signal is not None or self.runtime.time_is_up:
             buffer.request_stop()
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = lr

@@ -21,7 +21,7 @@ import pytest
 from eval.study.__main__ import main as eval_study
 from eval.study.blocks import audit_value
 from eval.study.reading import Grid
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import EXIT_INTERRUPTED, UserError
 from gdrt_ds.studies.grid import cells_of, choose_cells, load_study
 from gdrt_ds.studies.keeping import keep_cell, restore_cell
 from gdrt_ds.studies.runner import config_of, evaluation_of, run_of, shares, state_of
@@ -349,6 +349,27 @@ def test_kept_cells_are_done_on_another_machine(finished, tmp_path):
     after = json.loads((elsewhere / "study.json").read_text())
     assert after["settings"] == before["settings"]
     assert after["totals"] == before["totals"]
+
+
+def test_a_command_that_may_run_for_so_long_ends_with_a_checkpoint_and_goes_on(finished, tmp_path):
+    """The time is up before the first step: each command takes one step, and the last one takes the rest."""
+    path, folder, _ = finished
+    first = cells_of(load_study(path), tmp_path)[0]
+    for step in (1, 2):
+        ran = start(path, tmp_path, "--cell", "0", "run.max_minutes=0.0001")
+        assert ran.returncode == EXIT_INTERRUPTED, ran.stdout + ran.stderr
+        summary = json.loads((run_of(tmp_path, first) / "summary.json").read_text())
+        assert summary["status"] == "interrupted" and summary["step"] == step
+    ran = start(path, tmp_path, "--cell", "0")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    log = (tmp_path / "logs" / f"{first.name}.log").read_text()
+    assert "interrupted by run.max_minutes: all ranks saved step 1" in log
+
+    def losses(run: Path) -> list[list]:
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [[s["step"], s["loss"], s["grad_norm"]] for s in steps]
+
+    assert losses(run_of(tmp_path, first)) == losses(run_of(folder, first))
 
 
 def test_a_cell_is_kept_as_soon_as_it_is_evaluated(tmp_path):
