@@ -5,7 +5,7 @@ files of its run and of its evaluation: settings, losses, metrics, predictions. 
 that finds a kept cell counts it as done, so a grid can be continued where the runs themselves are gone.
 
 Kept cells are shared, so they name no folder of the machine that made them: words stand for the study's
-folder, the checkout and the home folder.
+folder, the checkout, the home folder, and for data and models that a setting takes from a folder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import REPOSITORY, replacing
 
@@ -23,34 +24,41 @@ STAMP = (1980, 1, 1, 0, 0, 0)
 """Time of every entry: the same files give the same zip."""
 
 
-def keep_cell(run: Path, evaluation: Path, kept: Path) -> Path:
+def keep_cell(run: Path, config: RunConfig, evaluation: Path, kept: Path) -> Path:
     """Writes `kept`/NAME.zip for the run folder NAME; returns its path.
 
     Args:
         run: folder of a completed run.
+        config: its settings.
         evaluation: its evaluation, a folder below `run`.
         kept: folder of the kept cells.
     """
     target = kept / f"{run.name}.zip"
     kept.mkdir(parents=True, exist_ok=True)
     files = [*_text_files(run), *_text_files(evaluation)]
+    places = _places(run, config)
     with replacing(target) as scratch, zipfile.ZipFile(scratch, "w") as archive:
         for file in files:
             entry = zipfile.ZipInfo(file.relative_to(run).as_posix(), STAMP)
             entry.compress_type = zipfile.ZIP_LZMA  # a quarter smaller than deflate, and these files are kept
-            archive.writestr(entry, _without_places(file.read_text(encoding="utf-8"), run))
+            archive.writestr(entry, _without_places(file.read_text(encoding="utf-8"), places))
     return target
 
 
-def restore_cell(kept: Path, run: Path) -> bool:
+def restore_cell(kept: Path, run: Path, config: RunConfig) -> bool:
     """Unpacks `kept`/NAME.zip into the run folder NAME; returns False where there is none.
 
+    Args:
+        kept: folder of the kept cells.
+        run: where the run folder shall be.
+        config: the settings that the cell has here; their folders stand where the maker's did.
     Raises:
         UserError: the file is no kept cell.
     """
     source = kept / f"{run.name}.zip"
     if not source.is_file():
         return False
+    places = _places(run, config)
     try:
         with zipfile.ZipFile(source) as archive:
             for entry in archive.infolist():
@@ -59,7 +67,7 @@ def restore_cell(kept: Path, run: Path) -> bool:
                 target = run / entry.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
                 text = archive.read(entry).decode("utf-8")
-                target.write_text(_with_places(text, run), encoding="utf-8")
+                target.write_text(_with_places(text, places), encoding="utf-8")
     except (zipfile.BadZipFile, ValueError) as problem:
         raise UserError(
             f"{source} is no kept cell of a study ({problem})", "remove it; the cell is then trained again"
@@ -67,20 +75,31 @@ def restore_cell(kept: Path, run: Path) -> bool:
     return True
 
 
-def _places(run: Path) -> list[tuple[str, str]]:
-    """Folders of this machine, the longest first where one may hold the other, and the words for them."""
+def _places(run: Path, config: RunConfig) -> list[tuple[str, str]]:
+    """Folders of this machine and the words for them; one that can hold another comes after it."""
     study = run.absolute().parent.parent
-    return [(str(study), "{study}"), (str(REPOSITORY), "{repository}"), (str(Path.home()), "{home}")]
+    settings = {
+        "data.path": config.data.path,
+        "data.items": config.data.items,
+        "model.path": config.model.path,
+    }
+    named = [(path, f"{{{key}}}") for key, path in settings.items() if path and "/" in path]
+    return [
+        *sorted(named, key=lambda pair: -len(pair[0])),
+        (str(study), "{study}"),
+        (str(REPOSITORY), "{repository}"),
+        (str(Path.home()), "{home}"),
+    ]
 
 
-def _without_places(text: str, run: Path) -> str:
-    for place, word in _places(run):
+def _without_places(text: str, places: list[tuple[str, str]]) -> str:
+    for place, word in places:
         text = text.replace(place, word)
     return text
 
 
-def _with_places(text: str, run: Path) -> str:
-    for place, word in _places(run):
+def _with_places(text: str, places: list[tuple[str, str]]) -> str:
+    for place, word in places:
         text = text.replace(word, place)
     return text
 

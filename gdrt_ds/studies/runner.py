@@ -37,13 +37,18 @@ def evaluation_of(folder: Path, cell: Cell) -> Path:
     return run_of(folder, cell) / "eval" / EVALUATION
 
 
+def settings_of(study: Study, folder: Path, cell: Cell) -> RunConfig:
+    """The run config of a cell; resume=auto, so that an interrupted run goes on and a fresh one starts."""
+    return load_config(study.config, [*cell.overrides, f"run.dir={run_of(folder, cell)}", "resume=auto"])
+
+
 def config_of(study: Study, folder: Path, cell: Cell) -> RunConfig:
-    """The run config of a cell; resume=auto, so that an interrupted run goes on and a fresh one starts.
+    """The same, if the run folder was not trained with other settings.
 
     Raises:
         UserError: wrong settings; a run folder that was trained with others.
     """
-    config = load_config(study.config, [*cell.overrides, f"run.dir={run_of(folder, cell)}", "resume=auto"])
+    config = settings_of(study, folder, cell)
     changed = run_folder.changed_settings(run_of(folder, cell), config)
     if changed:
         raise UserError(
@@ -174,12 +179,14 @@ def report(folder: Path) -> int:
     return subprocess.call([*module_command("eval.study"), str(folder)], env=safe_environment())
 
 
-def restore(folder: Path, kept: Path | None, cells: list[Cell]) -> None:
+def restore(study: Study, folder: Path, kept: Path | None, cells: list[Cell]) -> None:
     """Puts kept cells that this folder does not have into it: they count as done."""
     if kept is None:
         return
     for cell in cells:
-        if state_of(folder, cell) == "new" and restore_cell(kept, run_of(folder, cell)):
+        if state_of(folder, cell) != "new":
+            continue
+        if restore_cell(kept, run_of(folder, cell), settings_of(study, folder, cell)):
             print(f"{cell.name}: taken from {kept}", flush=True)
 
 
@@ -199,7 +206,8 @@ def work(study: Study, folder: Path, cells: list[Cell], kept: Path | None = None
         worst = max(worst, status, min(evaluate(study, folder, batch), 64))
         for cell in batch:
             if kept is not None and state_of(folder, cell) == "done":
-                keep_cell(run_of(folder, cell), evaluation_of(folder, cell), kept)
+                settings = settings_of(study, folder, cell)
+                keep_cell(run_of(folder, cell), settings, evaluation_of(folder, cell), kept)
     return worst
 
 
@@ -274,7 +282,7 @@ def run_study(options: argparse.Namespace) -> int:
     everything = cells_of(study, folder)
     cells = choose_cells(study, everything, options.piece)
     kept = Path(options.keep) if options.keep else None
-    restore(folder, kept, everything)
+    restore(study, folder, kept, everything)
     if options.list:
         for cell in cells:
             print(

@@ -21,10 +21,11 @@ import pytest
 from eval.study.__main__ import main as eval_study
 from eval.study.blocks import audit_value
 from eval.study.reading import Grid
+from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import EXIT_INTERRUPTED, UserError
 from gdrt_ds.studies.grid import cells_of, choose_cells, load_study
 from gdrt_ds.studies.keeping import keep_cell, restore_cell
-from gdrt_ds.studies.runner import config_of, evaluation_of, run_of, shares, state_of
+from gdrt_ds.studies.runner import config_of, evaluation_of, run_of, settings_of, shares, state_of
 
 pytestmark = pytest.mark.slow
 
@@ -337,7 +338,8 @@ def test_kept_cells_are_done_on_another_machine(finished, tmp_path):
     study = load_study(path)
     kept = tmp_path / "kept"
     for cell in cells_of(study, folder):
-        packed = keep_cell(run_of(folder, cell), evaluation_of(folder, cell), kept)
+        settings = settings_of(study, folder, cell)
+        packed = keep_cell(run_of(folder, cell), settings, evaluation_of(folder, cell), kept)
         assert packed.stat().st_size < 200_000
         assert str(folder).encode() not in b"".join(_entries(packed))
     elsewhere = tmp_path / "elsewhere"
@@ -349,6 +351,25 @@ def test_kept_cells_are_done_on_another_machine(finished, tmp_path):
     after = json.loads((elsewhere / "study.json").read_text())
     assert after["settings"] == before["settings"]
     assert after["totals"] == before["totals"]
+
+
+def test_a_kept_cell_names_the_data_folder_of_whoever_reads_it(tmp_path):
+    """Otherwise it tells its maker's folders, and elsewhere counts as trained with other settings."""
+    mine, theirs = RunConfig(), RunConfig()
+    mine.data.path, theirs.data.path = str(tmp_path / "my data"), "../their/data"
+    run = tmp_path / "study" / "runs" / "cell"
+    evaluation = run / "eval" / "test"
+    evaluation.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"data: {{path: {mine.data.path}}}\n")
+    (evaluation / "results.json").write_text(json.dumps({"config": {"data.path": mine.data.path}}))
+    packed = keep_cell(run, mine, evaluation, tmp_path / "kept")
+    assert b"my data" not in b"".join(_entries(packed))
+
+    elsewhere = tmp_path / "elsewhere" / "runs" / "cell"
+    assert restore_cell(tmp_path / "kept", elsewhere, theirs)
+    assert (elsewhere / "config.yaml").read_text() == "data: {path: ../their/data}\n"
+    found = json.loads((elsewhere / "eval" / "test" / "results.json").read_text())
+    assert found == {"config": {"data.path": "../their/data"}}
 
 
 def test_a_command_that_may_run_for_so_long_ends_with_a_checkpoint_and_goes_on(finished, tmp_path):
@@ -386,7 +407,7 @@ def test_a_zip_that_is_no_kept_cell_is_refused(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "cell.zip", "w") as archive:
         archive.writestr(name, "{}")
     with pytest.raises(UserError, match="no kept cell"):
-        restore_cell(tmp_path, tmp_path / "runs" / "cell")
+        restore_cell(tmp_path, tmp_path / "runs" / "cell", RunConfig())
     assert not (tmp_path / "runs").exists()
 
 
