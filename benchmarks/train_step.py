@@ -19,6 +19,9 @@ checked equal before anything is compared. Rows, each with the cause that it add
     trainer_sliding  with --windows growing: transformers.Trainer on the sliding windows of the same targets,
                      which is what a user of Trainer has today
 
+A row of ours can be changed behind an @: `prefix_tree@block2` cuts blocks of two targets, which are other
+samples and so another loss; `prefix_tree@bfloat16` computes in that dtype.
+
 With --windows growing all rows but the last train the same growing windows. Peers take the micro-batch of
 --peer-micro that is fastest; it is printed. --cpu-time counts CPU seconds of the process instead of the wall
 clock, for a machine that is shared. On a GPU the same command reports peak memory too; --shape 7b takes a
@@ -46,13 +49,14 @@ from machine_line import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("trainer", "trl", "trl_packed", "trainer_sliding")
+DTYPES = ("float32", "bfloat16", "float16")
 SHAPE_7B = dict(num_layers=32, hidden=4096, num_heads=32, num_key_value_heads=8, intermediate=14336)
 
 
 class Bench:
     """Prepared data and a way to build a fresh engine for each row."""
 
-    def __init__(self, options, folder: Path, windows: str = "sliding"):
+    def __init__(self, options, folder: Path, windows: str, block: int | None):
         from gdrt_ds.config import load_config
         from gdrt_ds.runtime import start_runtime
         from gdrt_ds.training.preparation import prepare
@@ -76,6 +80,8 @@ class Bench:
             "train.warmup_steps=0",
             f"train.max_steps={options.steps + 1}",
         ]
+        if block is not None:
+            base.append(f"train.block_samples={block}")
         if options.model == "tiny-random":
             base.append("prompt.max_length=512")
         self.config = load_config(None, base)
@@ -273,12 +279,29 @@ class Bench:
         return path
 
 
+def changed_row(row: str, dtype: str) -> tuple[str, int | None, str]:
+    """Splits `ROW@CHANGE` into the row, its targets per block (None: as many as fit) and its dtype.
+
+    Raises:
+        SystemExit: an unknown change.
+    """
+    row, _, change = row.partition("@")
+    if not change:
+        return row, None, dtype
+    if change in DTYPES:
+        return row, None, change
+    if change.startswith("block") and change[5:].isdigit():
+        return row, int(change[5:]), dtype
+    raise SystemExit(f"{row}@{change}: allowed are @blockN and @{', @'.join(DTYPES)}")
+
+
 def measure(options, folder: str, row: str, micro: int, queue) -> None:
     """One row in a process of its own: what earlier rows leave behind would slow the later ones."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    row, block, options.dtype = changed_row(row, options.dtype)
     windows = "sliding" if row == "trainer_sliding" else options.windows
-    bench = Bench(options, Path(folder), windows)
+    bench = Bench(options, Path(folder), windows, block)
     objective = "gdrt" if row == "gdrt" else "sft"
     if row in PEERS:
         result = bench.peer(row, micro)
@@ -343,7 +366,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", default="sliding", choices=("sliding", "growing"))
     parser.add_argument("--template", default="alpaca", help="prompt.template of all rows, e.g. list")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--targets", default="[q_proj, v_proj]", help="model.lora.targets")
     parser.add_argument("--history", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
@@ -400,12 +423,13 @@ def main() -> None:
             (seconds, first, _, memory, mean_tokens), micro = measure_row(options, folder, row)
             found[row] = min(seconds)
             tokens_of[row] = mean_tokens
-            if row != "trainer_sliding":  # other samples, so another loss
+            name, block, dtype = changed_row(row, options.dtype)
+            if name != "trainer_sliding" and block is None:  # else other samples, so another loss
                 reference = first if reference is None else reference
-                check_loss(row, first, reference, options.dtype)
+                check_loss(row, first, reference, dtype)
             peak = f"  peak {memory / 2**30:.2f} GiB" if memory else ""
             print(
-                f"{row:<16} {options.batch / found[row]:8.2f} samples/s   first loss {first:.5f}   "
+                f"{row:<20} {options.batch / found[row]:8.2f} samples/s   first loss {first:.5f}   "
                 f"{mean_tokens:.0f} tokens a sample, micro-batch {micro}{peak}",
                 flush=True,
             )
