@@ -283,9 +283,11 @@ def changed_row(row: str, dtype: str) -> tuple[str, int | None, str]:
     """Splits `ROW@CHANGE` into the row, its targets per block (None: as many as fit) and its dtype.
 
     Raises:
-        SystemExit: an unknown change.
+        SystemExit: an unknown change, or one of a peer.
     """
     row, _, change = row.partition("@")
+    if change and row in PEERS:
+        raise SystemExit(f"{row}@{change}: only rows of ours can be changed")
     if not change:
         return row, None, dtype
     if change in DTYPES:
@@ -387,6 +389,8 @@ def parse() -> argparse.Namespace:
         options.rows = "trainer,trl,padded,packed,shared_prefix,prefix_tree,gdrt"
         if options.windows == "growing":
             options.rows = "trainer,trl_packed,padded,packed,shared_prefix,prefix_tree,gdrt,trainer_sliding"
+    for row in options.rows.split(","):
+        changed_row(row, options.dtype)  # a mistake ends here, before minutes of other rows
     return options
 
 

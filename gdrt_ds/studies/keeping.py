@@ -33,7 +33,7 @@ def keep_cell(run: Path, config: RunConfig, evaluation: Path, kept: Path) -> Pat
         evaluation: its evaluation, a folder below `run`.
         kept: folder of the kept cells.
     """
-    target = kept / f"{run.name}.zip"
+    target = packed_path(kept, run.name)
     kept.mkdir(parents=True, exist_ok=True)
     files = [*_text_files(run), *_text_files(evaluation)]
     places = _places(run, config)
@@ -45,19 +45,21 @@ def keep_cell(run: Path, config: RunConfig, evaluation: Path, kept: Path) -> Pat
     return target
 
 
-def restore_cell(kept: Path, run: Path, config: RunConfig) -> bool:
-    """Unpacks `kept`/NAME.zip into the run folder NAME; returns False where there is none.
+def packed_path(kept: Path, name: str) -> Path:
+    """Where the folder `kept` has, or would have, the cell of this name."""
+    return kept / f"{name}.zip"
+
+
+def restore_cell(source: Path, run: Path, config: RunConfig) -> None:
+    """Unpacks a kept cell into a run folder.
 
     Args:
-        kept: folder of the kept cells.
+        source: the cell's file.
         run: where the run folder shall be.
         config: the settings that the cell has here; their folders stand where the maker's did.
     Raises:
         UserError: the file is no kept cell.
     """
-    source = kept / f"{run.name}.zip"
-    if not source.is_file():
-        return False
     places = _places(run, config)
     try:
         with zipfile.ZipFile(source) as archive:
@@ -72,24 +74,22 @@ def restore_cell(kept: Path, run: Path, config: RunConfig) -> bool:
         raise UserError(
             f"{source} is no kept cell of a study ({problem})", "remove it; the cell is then trained again"
         ) from None
-    return True
 
 
 def _places(run: Path, config: RunConfig) -> list[tuple[str, str]]:
-    """Folders of this machine and the words for them; one that can hold another comes after it."""
-    study = run.absolute().parent.parent
+    """Folders of this machine, the longest first because it may lie in another, and the words for them."""
     settings = {
         "data.path": config.data.path,
         "data.items": config.data.items,
         "model.path": config.model.path,
     }
-    named = [(path, f"{{{key}}}") for key, path in settings.items() if path and "/" in path]
-    return [
-        *sorted(named, key=lambda pair: -len(pair[0])),
-        (str(study), "{study}"),
+    places = [(path, f"{{{key}}}") for key, path in settings.items() if path and "/" in path]
+    places += [
+        (str(run.absolute().parent.parent), "{study}"),
         (str(REPOSITORY), "{repository}"),
         (str(Path.home()), "{home}"),
     ]
+    return sorted(places, key=lambda pair: len(pair[0]), reverse=True)
 
 
 def _without_places(text: str, places: list[tuple[str, str]]) -> str:

@@ -23,7 +23,7 @@ from gdrt_ds.files import REPOSITORY, write_json
 from gdrt_ds.invocation import module_command, safe_environment
 from gdrt_ds.runtime import EXIT_INTERRUPTED, free_port
 from gdrt_ds.studies.grid import Cell, Study, cells_of, choose_cells, load_study
-from gdrt_ds.studies.keeping import keep_cell, restore_cell
+from gdrt_ds.studies.keeping import keep_cell, packed_path, restore_cell
 from gdrt_ds.training import run_folder
 
 EVALUATION = "test-renormalised"
@@ -184,9 +184,9 @@ def restore(study: Study, folder: Path, kept: Path | None, cells: list[Cell]) ->
     if kept is None:
         return
     for cell in cells:
-        if state_of(folder, cell) != "new":
-            continue
-        if restore_cell(kept, run_of(folder, cell), settings_of(study, folder, cell)):
+        packed = packed_path(kept, cell.name)
+        if packed.is_file() and state_of(folder, cell) == "new":
+            restore_cell(packed, run_of(folder, cell), settings_of(study, folder, cell))
             print(f"{cell.name}: taken from {kept}", flush=True)
 
 

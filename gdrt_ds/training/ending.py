@@ -94,7 +94,11 @@ def _interrupted(job: Job, loaded: Loaded, result: Result) -> int:
         run_folder.write_summary(
             job.folder, "interrupted", step=result.step, total_steps=loaded.total_steps, life=job.life
         )
-    cause = "run.max_minutes" if job.runtime.time_is_up else "a signal"
+    cause = "a request of another rank"
+    if job.runtime.stop_signal is not None:
+        cause = "a signal"
+    elif job.runtime.time_is_up:
+        cause = "run.max_minutes"
     job.say(f"interrupted by {cause}: all ranks saved step {result.step}; go on with resume=auto")
     job.runtime.barrier()
     return EXIT_INTERRUPTED

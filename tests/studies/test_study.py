@@ -357,17 +357,19 @@ def test_a_kept_cell_names_the_data_folder_of_whoever_reads_it(tmp_path):
     """Otherwise it tells its maker's folders, and elsewhere counts as trained with other settings."""
     mine, theirs = RunConfig(), RunConfig()
     mine.data.path, theirs.data.path = str(tmp_path / "my data"), "../their/data"
-    run = tmp_path / "study" / "runs" / "cell"
+    run = tmp_path / "my data" / "study" / "runs" / "cell"
     evaluation = run / "eval" / "test"
     evaluation.mkdir(parents=True)
-    (run / "config.yaml").write_text(f"data: {{path: {mine.data.path}}}\n")
+    text = "data: {path: DATA}\nrun: {dir: RUN}\n"  # the study lies in the data's folder, as it may
+    (run / "config.yaml").write_text(text.replace("DATA", mine.data.path).replace("RUN", str(run)))
     (evaluation / "results.json").write_text(json.dumps({"config": {"data.path": mine.data.path}}))
     packed = keep_cell(run, mine, evaluation, tmp_path / "kept")
     assert b"my data" not in b"".join(_entries(packed))
 
     elsewhere = tmp_path / "elsewhere" / "runs" / "cell"
-    assert restore_cell(tmp_path / "kept", elsewhere, theirs)
-    assert (elsewhere / "config.yaml").read_text() == "data: {path: ../their/data}\n"
+    restore_cell(packed, elsewhere, theirs)
+    there = text.replace("DATA", "../their/data").replace("RUN", str(elsewhere))
+    assert (elsewhere / "config.yaml").read_text() == there
     found = json.loads((elsewhere / "eval" / "test" / "results.json").read_text())
     assert found == {"config": {"data.path": "../their/data"}}
 
@@ -407,7 +409,7 @@ def test_a_zip_that_is_no_kept_cell_is_refused(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "cell.zip", "w") as archive:
         archive.writestr(name, "{}")
     with pytest.raises(UserError, match="no kept cell"):
-        restore_cell(tmp_path, tmp_path / "runs" / "cell", RunConfig())
+        restore_cell(tmp_path / "cell.zip", tmp_path / "runs" / "cell", RunConfig())
     assert not (tmp_path / "runs").exists()
 
 
