@@ -18,8 +18,8 @@ import argparse
 import json
 import math
 
-# One collective step on a data-centre network; the ring of n ranks takes about log2(n) of them for small
-# messages
+# One collective step on a data-centre network; the ring of n ranks takes about log2(n) of
+# them for small messages
 LATENCY_S = 20e-6
 
 

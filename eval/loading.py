@@ -1,11 +1,11 @@
 """What is evaluated: a run folder, its base model, or a model trained elsewhere; always with data, prompt and
 catalogue that belong together (`gdrt_ds.inference.recommender` refuses those that do not).
 
-    load_subject(run=FOLDER)                         the run's base + adapter, its prompt.json and
-    catalogue.jsonl
-    load_subject(run=FOLDER, base=True)              its base model under the same prompt
-    load_subject(model=M, adapter=A, prompt=P, data=D)   any causal LM, any PEFT adapter, a template file (or
-    alpaca, plain, chat)
+    load_subject(run=FOLDER)              the run's base + adapter, its prompt.json and catalogue.jsonl
+    load_subject(run=FOLDER, base=True)   its base model under the same prompt
+    load_subject(model=M, adapter=A, prompt=P, data=D)
+                                          any causal LM, any PEFT adapter, a template file (or the name of one
+                                          that comes with the package)
 """
 
 from __future__ import annotations

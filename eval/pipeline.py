@@ -64,8 +64,7 @@ def run_evaluation(
         floors: names of eval.floors with commas between them, `auto` or `none`; see `eval.floors.choose`.
         num_bootstrap: draws of users for the intervals.
         audits: names of eval.audit, or all. They run after the scores are safe on disk. Audits that an
-            earlier call
-            left in the same output stay.
+            earlier call left in the same output stay.
         audit_options: `AuditOptions` of eval.audit.
     Returns:
         the content of results.json on rank 0, None elsewhere.

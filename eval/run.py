@@ -8,6 +8,7 @@ Computes exact scores, metrics with intervals, floors and a report. A run on row
     python -m eval.run --model PATH [--adapter PATH] --prompt FILE --data PATH
     torchrun --nproc_per_node 2 -m eval.run --run-dir RUN_DIR
                                                   users are split over ranks (deepspeed and srun likewise)
+
 torchrun takes --run for an abbreviation of its own --run-path, hence --run-dir. MODE is renormalised, full,
 best_first or beam. Settings of the run can be overridden with key.sub=value, e.g. model.dtype=float32.
 Started again, it goes on where it ended.

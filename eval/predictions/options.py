@@ -16,9 +16,8 @@ class ScoringOptions:
 
     Attributes:
         mode: `renormalised` or `full` scores the whole catalogue exactly, with probabilities over the
-            catalogue's
-            tokens or over the whole vocabulary; `best_first` finds a certified exact top-k; `beam` is
-            constrained beam search.
+            catalogue's tokens or over the whole vocabulary; `best_first` finds a certified exact top-k;
+            `beam` is constrained beam search.
         scoring: `renormalised` or `full` for best_first and beam. In the exact modes it is the mode.
         k: length of the lists.
         batch_size: users scored at once.

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from eval.report.page import Card, Page, Section, Table
-from eval.report.page_style import STYLE
 from eval.report.plots import draw
 from eval.report.words import number
+
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def render_html(page: Page) -> str:

@@ -1,7 +1,7 @@
 """Searches expand chosen trie nodes behind a batch of prompts; their keys and values are kept.
 
 A node of the trie is a prefix, and two prefixes share their ancestors, so beams and frontiers need no cache
-    reordering: an expanded node sees the prompt and those cached nodes whose subtree interval contains it.
+reordering: an expanded node sees the prompt and those cached nodes whose subtree interval contains it.
 
 Shapes: B users, T nodes expanded now (padded), N nodes expanded before (padded), H hidden.
 """

@@ -1,9 +1,8 @@
 """From scores to ranks and lists: ties, NaN and order, in one place.
 
 A tie shares its places: the rank is the expected one under random order (1 + better + equal others / 2), so
-    that a
-constant scorer scores like chance. Scores closer than `TIE` count as equal: they are sums of the same
-    log-probabilities in another order. NaN is the worst rank, and counted by the caller.
+that a constant scorer scores like chance. Scores closer than `TIE` count as equal: they are sums of the same
+log-probabilities in another order. NaN is the worst rank, and counted by the caller.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Intervals over users and seeds.
 
 One row of a study is the same training with several seeds, evaluated on the same users. Two things vary:
-    which users
-were asked, and which seed trained the model. A replicate draws both with replacement: the users once for all
-    rows and seeds (`eval.intervals.resample`, paired), the seeds once for all rows. With v[s, b] the metric
-    of seed s on the b-th draw of users, m[b] its mean over all S seeds and d[b] its mean over the drawn ones,
-    the replicate is
+which users were asked, and which seed trained the model. A replicate draws both with replacement: the users
+once for all rows and seeds (`eval.intervals.resample`, paired), the seeds once for all rows. With v[s, b] the
+metric of seed s on the b-th draw of users, m[b] its mean over all S seeds and d[b] its mean over the drawn
+ones, the replicate is
 
     m[b] + sqrt(S / (S - 1)) * (d[b] - m[b])
 
@@ -40,8 +39,7 @@ def combine(seeds: Sequence[Resampled], seed: int = 0) -> Resampled:
 
     Args:
         seeds: one statistic of each seed, in the same order for every row of a study. Each has replicates [B]
-            from
-            the same draws of users.
+            from the same draws of users.
         seed: of the draws of seeds, the same for every row.
     """
     values = np.stack([s.replicates for s in seeds], axis=1)  # [B, S]

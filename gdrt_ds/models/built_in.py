@@ -130,8 +130,7 @@ def _word_tokenizer(texts: list[str], vocab_size: int):
         pieces = pieces[:vocab_size]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     # A WordLevel vocabulary turns rare words into <unk>; two titles must never become equal, so unknown words
-    # are
-    # spelled in bytes by a BPE model whose only merges build the known words whole (ignore_merges).
+    # are spelled in bytes by a BPE model whose only merges build the known words whole (ignore_merges).
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
     return PreTrainedTokenizerFast(

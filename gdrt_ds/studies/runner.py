@@ -1,8 +1,7 @@
 """Trains and evaluates the cells of a study, in this process, in workers or under a launcher.
 
 With `ranks: 1` every worker process trains many cells, so that imports are paid once. Evaluation and page
-are made by
-`python -m eval.study`, which is started and not imported: eval stands after gdrt_ds.
+are made by `python -m eval.study`, which is started and not imported: eval stands after gdrt_ds.
 """
 
 from __future__ import annotations

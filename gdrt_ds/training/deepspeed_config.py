@@ -86,8 +86,7 @@ def fill_deepspeed_config(
     Args:
         hidden_size: of the model.
         layer_elements: storage elements of one layer's linear weights (`Inventory.layer_elements`), from
-        which
-            ZeRO-3's limits follow; None = those of a dense layer with unquantised weights.
+            which ZeRO-3's limits follow; None = those of a dense layer with unquantised weights.
 
     Raises:
         UserError: a batch size, clipping, precision or optimizer that contradicts the run config.

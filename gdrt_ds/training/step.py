@@ -6,9 +6,8 @@ What the weights need decides the order (method.md). Each order is one method of
   _late_order      Weights need this batch's losses (or their sum does), and the rank has one micro-batch:
                    forward, all-reduce, backward.
   _two_pass_order  The same under gradient accumulation: a pass without gradients, all-reduce, then forward
-  and
-                   backward with the same dropout masks. Several micro-batch graphs are never held at once,
-                   because ZeRO-3 then overwrites gradients silently.
+                   and backward with the same dropout masks. Several micro-batch graphs are never held at
+                   once, because ZeRO-3 then overwrites gradients silently.
 
 DeepSpeed averages gradients over ranks, while F is a sum over the global batch. So the local scalar is
 multiplied by the world size here, in `_backward` alone, and the engine is told not to divide by the
@@ -322,9 +321,8 @@ class StepRunner:
             values = values * weights.to(values.dtype)
         own_sums = group_sums(values, groups, self.tokens.num_groups)
         # The fused sums are not used, but they stay in the graph with factor 0: a rank whose micro-batch has
-        # no target
-        # token must still run the backward of the fused loss, or it would leave the others alone in a
-        # collective.
+        # no target token must still run the backward of the fused loss, or it would leave the others alone in
+        # a collective.
         return Forward(own_sums + 0.0 * sums.to(torch.float64), values, groups, weights, micro)
 
     def _seed(self, step: int, index: int) -> None:

@@ -21,8 +21,8 @@ SPAN, FEWEST = (
     5,
 )  # steps that are looked at; a shorter run is judged at its end, one of fewer than FEWEST not at all
 DOMINANT = 0.8  # mean weight of one group from which it is said ...
-# ... if its share under the prior is below this, which is also what the tau that is named would leave it at
-# most
+# ... if its share under the prior is below this, which is also what the tau that is named would leave it
+# at most
 EVEN = 0.5
 FACTORS = (2, 3, 5, 10, 20, 30, 50, 100)
 
