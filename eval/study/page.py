@@ -13,7 +13,7 @@ from eval.study.blocks import Block
 from eval.study.figures import study_figures, treatments_of
 from eval.study.reading import Grid
 from eval.study.seeds import t_interval
-from eval.study.words import name_of, same_seeds, seeds_of, seeds_text, title_of, value_text
+from eval.study.words import name_of, same_seeds, seeds_of, seeds_text, shared_seeds, title_of, value_text
 
 # What is left of a difference when scores that are only flatter or sharper no longer count.
 CALIBRATED = {"nll": "nll_calibrated", "nll_worst_relevance_group": "nll_calibrated_worst_relevance_group"}
@@ -109,7 +109,7 @@ def sentence(block: Block, row: str, base: str, name_setting: bool) -> str:
     """One line per row: what is shown to be better or worse than the baseline.
 
     Where a difference of scores is not shown once the scores are calibrated, the line says what is left of
-    it.
+    it. Where rows differ in their seeds, the line says how many it is about: one seed is a weaker claim.
     """
     found: dict[str, list[str]] = {"better": [], "worse": []}
     comparisons = block.comparisons[base][row]
@@ -125,7 +125,11 @@ def sentence(block: Block, row: str, base: str, name_setting: bool) -> str:
     parts = [f"{kind} on {', '.join(names)}" for kind, names in found.items() if names]
     text = "; ".join(parts) or "no difference of the main metrics is shown"
     where = f" [{block.setting}]" if name_setting else ""
-    return f"**{row}**{where} against {base}: {text}."
+    seeds = ""
+    if not same_seeds(block):
+        shared = shared_seeds(block, row, base)
+        seeds = f" ({len(shared)} seeds)" if len(shared) > 1 else f" (seed {shared[0]} alone)"
+    return f"**{row}**{where} against {base}{seeds}: {text}."
 
 
 def block_sections(block: Block, base: str, several: bool) -> list[Section]:
@@ -170,8 +174,7 @@ def _against(block: Block, reference: str, where: str) -> Section:
     if not same_seeds(block):
         shared = []
         for row in others:
-            seeds = [str(seed) for seed in block.seeds[row] if seed in block.seeds[reference]]
-            shared.append(f"{row} {', '.join(seeds)}")
+            shared.append(f"{row} {', '.join(map(str, shared_seeds(block, row, reference)))}")
         words.append(f"Over the seeds that both rows have: {'; '.join(shared)}.")
     return Section(f"{where}against {reference}", words, tables=[Table(columns, rows)])
 

@@ -25,7 +25,9 @@ def test_a_gain_that_only_flatter_scores_make_is_said_to_be_one():
         "nll_worst_relevance_group": compared(-0.5, "better"),
         "nll_calibrated_worst_relevance_group": compared(-0.4, "better"),
     }
-    block = SimpleNamespace(setting="default", comparisons={"sft": {"gdrt": pair}})
+    block = SimpleNamespace(
+        setting="default", seeds={"sft": [0, 1], "gdrt": [0, 1]}, comparisons={"sft": {"gdrt": pair}}
+    )
     assert sentence(block, "gdrt", "sft", False) == (
         "**gdrt** against sft: better on Target NLL (-0.9000 as scored; calibrated -0.0100, not shown), "
         "MGU@5 (-0.0200), "
@@ -35,6 +37,20 @@ def test_a_gain_that_only_flatter_scores_make_is_said_to_be_one():
     assert "Target NLL (-0.9000 as scored; calibrated +0.2000, worse)" in sentence(
         block, "gdrt", "sft", False
     )
+
+
+@pytest.mark.parametrize(
+    "own, words",
+    [([0, 1, 2], "sft:"), ([1, 2], "sft (2 seeds):"), ([2], "sft (seed 2 alone):")],
+)
+def test_a_line_says_how_many_seeds_it_is_about_where_rows_differ(own, words):
+    lower = SimpleNamespace(difference=-0.5, verdict="better", family=True)
+    block = SimpleNamespace(
+        setting="default",
+        seeds={"sft": [0, 1, 2], "gdrt": own},
+        comparisons={"sft": {"gdrt": {"nll": lower}}},
+    )
+    assert sentence(block, "gdrt", "sft", False).startswith(f"**gdrt** against {words} better on Target NLL")
 
 
 def test_audits_are_drawn_with_intervals_where_a_row_has_several_seeds():
