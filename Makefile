@@ -18,9 +18,9 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 help:
 	@echo "make quickstart      SFT and GDRT with a real small LM, evaluated (15 to 20 minutes on 2 cores)"
 	@echo "make example-clothing, make example-newsgroups"
-	@echo "                     the worked examples of docs/examples (half an hour each on 2 cores)"
+	@echo "                     the worked examples of docs/examples (20 and 30 minutes of one core)"
 	@echo "make test            lint, then all tests but the long tables (under 20 minutes on 2 cores)"
-	@echo "make test-fast       lint and the unit tests, without ranks, clusters and slow files (1 minute)"
+	@echo "make test-fast       lint and the unit tests, without ranks, clusters and slow files (2 minutes)"
 	@echo "make lint            format, rules, columns, layers, types, spelling (seconds)"
 	@echo "make format          mends what ruff can mend"
 	@echo "make golden          repeat the golden runs: their figures must be those of tests/golden/"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from eval.intervals import Comparison, Resampled, compare_family, resample
 from eval.metrics import table
 from eval.rows.inputs import RowInputs
 from eval.study import rows_of_text
+from eval.study.beside_floors import BesideFloor, beside_floors
 from eval.study.reading import Grid
 from eval.study.seeds import combine_all
 from gdrt_ds.errors import UserError
@@ -62,6 +63,7 @@ class Block:
         comparisons: reference row -> row -> metric -> the difference over the seeds that both have.
         audits: name on the page -> row -> seed -> value.
         floors: floor -> metric -> value.
+        beside_floors: floor -> row -> metric -> the difference to the floor.
         num_items: of the catalogue; None for rows of prompt and completion, which have none.
         notes: what the reader has to know beside the numbers.
     """
@@ -72,6 +74,7 @@ class Block:
     comparisons: dict[str, dict[str, dict[str, Comparison]]]
     audits: dict[str, dict[str, dict[int, float]]]
     floors: dict[str, dict[str, float | None]]
+    beside_floors: dict[str, dict[str, dict[str, BesideFloor]]]
     num_users: int
     num_items: int | None
     notes: list[str]
@@ -114,7 +117,8 @@ def build_block(
         rows={row: combine_all(list(found.values())) for row, found in statistics.items()},
         comparisons=_comparisons(statistics, base, study["controls"], num_users),
         audits=_audits(runs),
-        floors=_floors(first),
+        floors=_floors(run for own in runs.values() for run in own.values()),
+        beside_floors=beside_floors(runs),
         num_users=num_users,
         num_items=None if isinstance(first.inputs, RowInputs) else first.inputs.num_items,
         notes=notes,
@@ -281,12 +285,17 @@ def audit_value(results: Mapping[str, Any], audit: str, measure: str, as_log2: b
     return math.log2(value) if as_log2 else value
 
 
-def _floors(run: Run) -> dict[str, dict[str, float | None]]:
-    """The floors of a run; `targets`, the test targets themselves, is no floor."""
-    return {
-        name: {
-            metric: (metrics.get(metric) or {}).get("value") for metric in (*METRICS, *rows_of_text.METRICS)
-        }
-        for name, metrics in run.results.get("floors", {}).items()
-        if name != "targets"
-    }
+def _floors(runs: Iterable[Run]) -> dict[str, dict[str, float | None]]:
+    """The floors that any run has; `targets`, the test targets themselves, is no floor.
+
+    A floor hangs on the test users alone. It is that of the first run that has it: a slow one may be absent.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for run in runs:
+        for name, metrics in run.results.get("floors", {}).items():
+            if name != "targets" and name not in found:
+                found[name] = {
+                    metric: (metrics.get(metric) or {}).get("value")
+                    for metric in (*METRICS, *rows_of_text.METRICS)
+                }
+    return found

@@ -43,6 +43,11 @@ WORST_LABEL_EXPLAINED = (
     "Worst: the largest mean NLL, or the lowest accuracy, over the values of the study's label. They are the "
     "same test rows for every row of the study, whatever groups it trained with."
 )
+FLOORS_EXPLAINED = (
+    "Differences are means over the seeds. An interval is over users, and reaches from the lowest end of any "
+    "seed's own to the highest, so it holds for every one of these trainings. No correction for several "
+    "metrics."
+)
 AUDITS_EXPLAINED = (
     "Known: nats of ln(catalogue) that the scores give about the target at their best temperature, through "
     "the user's own history and without it. History sensitivity: target NLL with another user's history "
@@ -145,6 +150,8 @@ def block_sections(block: Block, base: str, several: bool) -> list[Section]:
             section = _against(block, reference, where)
             section.folded = reference != base
             sections.append(section)
+    if block.beside_floors:
+        sections.append(_against_floors(block, where))
     if block.audits:
         sections.append(_audits(block, base, where))
     return sections
@@ -191,6 +198,27 @@ def _difference(row: str, metric: str, found: Comparison) -> list[str]:
         number(found.minimum_detectable),
         found.verdict,
     ]
+
+
+def _against_floors(block: Block, where: str) -> Section:
+    """What every row has that the floors do not: nobody needs a model that a popularity list beats."""
+    columns = ["row", "floor", "metric", "row minus floor", "95 % interval", "seeds", "verdict"]
+    rows = []
+    for row in block.rows:
+        for floor, found in block.beside_floors.items():
+            for metric, beside in found.get(row, {}).items():
+                rows.append(
+                    [
+                        row,
+                        floor,
+                        title_of(metric),
+                        signed(beside.difference),
+                        f"{signed(beside.ci_low)} to {signed(beside.ci_high)}",
+                        ", ".join(map(str, beside.seeds)),
+                        beside.verdict,
+                    ]
+                )
+    return Section(f"{where}against the floors", [FLOORS_EXPLAINED], tables=[Table(columns, rows)])
 
 
 def _audits(block: Block, base: str, where: str) -> Section:
@@ -248,7 +276,18 @@ def _block_json(block: Block) -> dict[str, Any]:
         "differences": differences,
         "audits": audits,
         "floors": block.floors,
+        "minus_floors": _floors_json(block),
         "notes": block.notes,
+    }
+
+
+def _floors_json(block: Block) -> dict[str, Any]:
+    return {
+        floor: {
+            row: {metric: asdict(beside) for metric, beside in metrics.items()}
+            for row, metrics in rows.items()
+        }
+        for floor, rows in block.beside_floors.items()
     }
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from eval.intervals import Resampled, interval
 from eval.report.figures import checked
+from eval.study.beside_floors import BesideFloor, beside_floors
 from eval.study.figures import study_figures
 from eval.study.page import sentence
 from eval.study.seeds import combine, seed_draws, t_interval
@@ -51,6 +52,23 @@ def test_a_line_says_how_many_seeds_it_is_about_where_rows_differ(own, words):
         comparisons={"sft": {"gdrt": {"nll": lower}}},
     )
     assert sentence(block, "gdrt", "sft", False).startswith(f"**gdrt** against {words} better on Target NLL")
+
+
+def test_a_row_is_better_than_a_floor_only_if_each_of_its_seeds_is():
+    def run(value, low, high, floor="markov"):
+        entry = {"value": value, "ci_low": low, "ci_high": high, "higher_is_better": False}
+        return SimpleNamespace(results={"minus_floors": {floor: {"nll": entry}}})
+
+    runs = {
+        "sft": {0: run(-0.3, -0.4, -0.2), 1: run(-0.1, -0.2, 0.1)},
+        "gdrt": {0: run(-0.3, -0.4, -0.2), 1: run(-0.1, -0.2, -0.05), 2: run(0.5, 0.4, 0.6, "sasrec")},
+    }
+    found = beside_floors(runs)
+    assert found["markov"]["sft"]["nll"] == BesideFloor(
+        pytest.approx(-0.2), -0.4, 0.1, (0, 1), "interval spans zero"
+    )
+    assert found["markov"]["gdrt"]["nll"] == BesideFloor(pytest.approx(-0.2), -0.4, -0.05, (0, 1), "better")
+    assert found["sasrec"] == {"gdrt": {"nll": BesideFloor(0.5, 0.4, 0.6, (2,), "worse")}}
 
 
 def test_audits_are_drawn_with_intervals_where_a_row_has_several_seeds():
