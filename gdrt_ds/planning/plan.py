@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from gdrt_ds.batches import BatchPlan
@@ -25,7 +26,14 @@ from gdrt_ds.planning.compatibility import check_combination
 from gdrt_ds.planning.memory_plan import MemoryPlan, estimate
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config, zero_stage
 from gdrt_ds.training.preflight import check_data, check_settings
-from gdrt_ds.training.preparation import Prepared, padding_figures, plan_batches, prepare, total_steps
+from gdrt_ds.training.preparation import (
+    FIRST_STEPS,
+    Prepared,
+    padding_figures,
+    plan_batches,
+    prepare,
+    total_steps,
+)
 
 
 def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -> None:
@@ -86,11 +94,7 @@ class RunPlan:
         """What `--plan` prints of it."""
         store = self.prepared.stores["train"]
         epochs = self.steps * self.config.train.global_batch / len(store)
-        yield (
-            f"data: {len(store):,} train samples, {store.lengths.mean():.0f} tokens on average (longest "
-            f"{store.lengths.max()}), {store.num_target.mean():.1f} of them targets; "
-            f"{self.prepared.data.describe()}"
-        )
+        yield f"data: {len(store):,} train samples, {self._rows_text()}; {self.prepared.data.describe()}"
         yield f"batch: {self.batches.describe()}; {self.steps:,} steps = {epochs:.2f} epochs"
         yield (
             f"tokens per step: {self.tokens['padded']:,.0f} padded, {self.tokens['packed']:,.0f} packed, "
@@ -106,6 +110,23 @@ class RunPlan:
         )
         yield dtype_line(self.config.model.dtype, _device())
         yield from self.memory.lines()
+
+    def _rows_text(self) -> str:
+        """Says how long the rows are: all of them, or those of the first steps where they have to be made."""
+        store = self.prepared.stores["train"]
+        lengths, num_target, where = store.lengths, store.num_target, ""
+        if store.rows_change:
+            # The store knows the lengths of sliding windows, and rows are made when they are asked for. To
+            # make a whole epoch of a large log takes minutes.
+            steps = min(FIRST_STEPS, self.steps)
+            rows = np.concatenate([self.batches.samples(step) for step in range(steps)])
+            lengths = np.array([len(store.row(int(row))) for row in rows])
+            num_target = num_target[store.sample_of(rows)]
+            where = f" in the first {steps} step(s)"
+        return (
+            f"{lengths.mean():.0f} tokens on average (longest {lengths.max()}){where}, "
+            f"{num_target.mean():.1f} of them targets"
+        )
 
 
 def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:

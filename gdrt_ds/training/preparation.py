@@ -18,6 +18,9 @@ from gdrt_ds.models.built_in import TINY_NAME
 from gdrt_ds.models.new_tokens import find_tokens, with_new_tokens
 from gdrt_ds.models.source import load_tokenizer, read_model_config, resolve_model, tokenizer_source
 
+FIRST_STEPS = 8
+"""Steps whose rows `--plan` makes to say how many tokens a step has."""
+
 
 @dataclass
 class Prepared:
@@ -129,7 +132,9 @@ def total_steps(config: RunConfig, store: TokenStore) -> int:
     return max(1, int(np.ceil(config.train.epochs * len(store) / config.train.global_batch)))
 
 
-def padding_figures(store: TokenStore, plan: BatchPlan, head: int, steps: int = 8) -> dict[str, float]:
+def padding_figures(
+    store: TokenStore, plan: BatchPlan, head: int, steps: int = FIRST_STEPS
+) -> dict[str, float]:
     """Returns the tokens computed per optimizer step in each packing, averaged over the first steps.
 
     Args:
