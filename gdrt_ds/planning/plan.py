@@ -136,7 +136,8 @@ def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
         UserError: the DeepSpeed config contradicts the settings, or transformers cannot build the model.
     """
     store = prepared.stores["train"]
-    batches = plan_batches(config, store, world)
+    packing = choose_packing(config, prepared.model_config)
+    batches = plan_batches(config, store, world, packing[0])
     dtype = compute_dtype(config.model.dtype, _device())
     check_stored(prepared.model_config, config.model, dtype)
     model = take_inventory(config.model, prepared.model_config)
@@ -144,7 +145,6 @@ def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
     raw = read_deepspeed_config(config.deepspeed)
     engine = fill_deepspeed_config(raw, config, batches, dtype, model.hidden, layer)
     tokens = padding_figures(store, batches, prepared.data.prefix_length)
-    packing = choose_packing(config, prepared.model_config)
     step_tokens = tokens["padded" if packing[0] == "none" else packing[0]]
     memory = memory_of(config, prepared, batches, step_tokens, engine, world)
     steps = total_steps(config, store)

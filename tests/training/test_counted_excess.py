@@ -69,7 +69,7 @@ def test_weights_follow_the_losses_above_the_reference(run, step):
     store, reference = prepared.stores["train"], reference_losses(run, config, prepared)
     group = load_file(run / "groups.safetensors")["group"]
     total, count = np.zeros(config.groups.num), np.zeros(config.groups.num)
-    for sample in plan_batches(config, store, 1).samples(step):
+    for sample in plan_batches(config, store, 1, "prefix_tree").samples(step):
         span = slice(store.target_offsets[sample], store.target_offsets[sample + 1])
         np.add.at(total, group[span], reference[span])
         np.add.at(count, group[span], 1)
