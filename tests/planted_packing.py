@@ -21,17 +21,4 @@ PLANTED = [
             ),
         ),
     ),
-    (
-        "steps are split for the packing that the probe turned down",
-        "distributed/test_growing_ranks.py::"
-        "test_where_the_probe_turns_a_tree_down_the_run_is_bitwise_the_one_that_pads_from_the_start",
-        (
-            (
-                "training/loading.py",
-                "load",
-                "plan = plan_batches(config, store, runtime.world, packing)\n    return",
-                "return",
-            ),
-        ),
-    ),
 ]

@@ -67,7 +67,7 @@ def main(output, folder):
         run_ranks(2, train, data, folder / "stopped", False, "resume=auto"),
         run_ranks(1, train, data, folder / "padded", False, "train.packing=none"),
     ]
-    # LFM2 has convolutions. Tiny-random's tokenizer made its own base; this one has another vocabulary.
+    # The convolutions of LFM2 carry tokens into the next sample of a row. The model has 1024 positions.
     leaky = [f"model.path={make_family('lfm2', folder)}", "model.quantization=none", "prompt.max_length=900"]
     report["leaky_status"] = [
         run_ranks(2, train, data, folder / "leaky_padded", False, *leaky, "train.packing=none"),
