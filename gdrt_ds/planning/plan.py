@@ -116,8 +116,8 @@ class RunPlan:
         store = self.prepared.stores["train"]
         lengths, num_target, where = store.lengths, store.num_target, ""
         if store.rows_change:
-            # The store knows the lengths of sliding windows, and rows are made when they are asked for. To
-            # make a whole epoch of a large log takes minutes.
+            # The store knows the lengths of sliding windows only. Rows are made when they are asked for, and
+            # those of a whole epoch are too many to make here.
             steps = min(FIRST_STEPS, self.steps)
             rows = np.concatenate([self.batches.samples(step) for step in range(steps)])
             lengths = np.array([len(store.row(int(row))) for row in rows])
