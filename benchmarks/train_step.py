@@ -100,8 +100,7 @@ class Bench:
     def plan(self, packing: str):
         from gdrt_ds.training.preparation import plan_batches
 
-        train = self.config.train.model_copy(update={"packing": packing})
-        return plan_batches(self.config.model_copy(update={"train": train}), self.store, 1)
+        return plan_batches(self.config, self.store, 1, packing)
 
     def samples(self) -> list[np.ndarray]:
         return [self.plan("none").samples(step) for step in range(self.options.steps + 1)]

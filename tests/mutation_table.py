@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.planted_cuda import PLANTED as PLANTED_CUDA
+from tests.planted_packing import PLANTED as PLANTED_PACKING
 from tests.planted_rows import PLANTED as PLANTED_ROWS
 
 
@@ -494,4 +495,4 @@ MUTATIONS = [
         (("eval/sasrec/training.py", "Training.run_epoch", "nll < self.best_nll", "nll > 0"),),
     ),
 ]
-MUTATIONS += [Mutation(*planted) for planted in (*PLANTED_CUDA, *PLANTED_ROWS)]
+MUTATIONS += [Mutation(*planted) for planted in (*PLANTED_CUDA, *PLANTED_PACKING, *PLANTED_ROWS)]

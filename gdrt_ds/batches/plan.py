@@ -106,25 +106,29 @@ class BatchPlan:
             for a in range(accumulation)
         ]
 
-    def _longest_first(self, samples: np.ndarray) -> np.ndarray:
-        return samples[np.argsort(-self._lengths_of(samples), kind="stable")]
+    def _longest_first(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(samples, their tokens). They are counted once: where windows grow, counting makes the rows."""
+        lengths = self._lengths_of(samples)
+        order = np.argsort(-lengths, kind="stable")
+        return samples[order], lengths[order]
 
     def _split_packed(self, samples: np.ndarray, slots: int) -> tuple[list[list[int]], list[int]]:
         """Longest first, into the lightest slot that has room: a packed row costs its number of tokens."""
         members: list[list[int]] = [[] for _ in range(slots)]
         room = -(-len(samples) // slots)
         loads = np.zeros(slots)
-        for sample in self._longest_first(samples):
+        for sample, length in zip(*self._longest_first(samples), strict=True):
             slot = int(np.argmin(np.where([len(m) < room for m in members], loads, np.inf)))
             members[slot].append(int(sample))
-            loads[slot] += self._lengths_of([sample])[0]
+            loads[slot] += length
         return members, [int(load) for load in loads]
 
     def _split_padded(self, samples: np.ndarray, slots: int) -> tuple[list[list[int]], list[int]]:
         """Neighbours in length share a slot: padded rows all cost what the longest costs."""
-        parts = np.array_split(self._longest_first(samples), slots)
-        members = [[int(sample) for sample in part] for part in parts]
-        return members, [len(m) * int(max(self._lengths_of(m), default=0)) for m in members]
+        ordered, lengths = self._longest_first(samples)
+        members = [[int(sample) for sample in part] for part in np.array_split(ordered, slots)]
+        longest = [int(max(part, default=0)) for part in np.array_split(lengths, slots)]
+        return members, [len(m) * most for m, most in zip(members, longest, strict=True)]
 
     def _split_trees(self, samples: np.ndarray, slots: int) -> tuple[list[list[int]], list[int]]:
         """Samples in the order of their tokens, cut into slots of about equal trees.

@@ -241,8 +241,8 @@ class GrowingStore(TokenStore):
     A row is named `epoch * n + sample`. Targets, their tokens and all facts about them are those of the
     sample; the prompt before them is encoded when it is asked for.
 
-    The arrays of the base class are those of the sliding windows: their lengths and offsets hold for
-    targets only.
+    The arrays of the base class are those of the sliding windows: their lengths and offsets are not those of
+    the rows, which have other histories.
     """
 
     def __init__(
@@ -273,6 +273,11 @@ class GrowingStore(TokenStore):
     @property
     def lengths(self) -> np.ndarray:
         return self.sliding.lengths
+
+    @property
+    def rows_change(self) -> bool:
+        """The blocks of every epoch begin at other items."""
+        return True
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns int64[n]: the rows of an epoch in the order in which training takes them."""

@@ -317,6 +317,11 @@ class TokenStore:
         """Returns the rows of an epoch in order, where the data decide it; None = any order will do."""
         return None
 
+    @property
+    def rows_change(self) -> bool:
+        """Whether a sample has another row in every epoch; then `lengths` and `offsets` are not its rows'."""
+        return False
+
     def sample_of(self, rows: np.ndarray) -> np.ndarray:
         """Returns the samples that rows belong to. Here a row is a sample; see `growing.GrowingStore`."""
         return np.asarray(rows)

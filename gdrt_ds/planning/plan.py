@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from gdrt_ds.batches import BatchPlan
@@ -25,7 +26,14 @@ from gdrt_ds.planning.compatibility import check_combination
 from gdrt_ds.planning.memory_plan import MemoryPlan, estimate
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config, zero_stage
 from gdrt_ds.training.preflight import check_data, check_settings
-from gdrt_ds.training.preparation import Prepared, padding_figures, plan_batches, prepare, total_steps
+from gdrt_ds.training.preparation import (
+    FIRST_STEPS,
+    Prepared,
+    padding_figures,
+    plan_batches,
+    prepare,
+    total_steps,
+)
 
 
 def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -> None:
@@ -86,11 +94,7 @@ class RunPlan:
         """What `--plan` prints of it."""
         store = self.prepared.stores["train"]
         epochs = self.steps * self.config.train.global_batch / len(store)
-        yield (
-            f"data: {len(store):,} train samples, {store.lengths.mean():.0f} tokens on average (longest "
-            f"{store.lengths.max()}), {store.num_target.mean():.1f} of them targets; "
-            f"{self.prepared.data.describe()}"
-        )
+        yield f"data: {len(store):,} train samples, {self._rows_text()}; {self.prepared.data.describe()}"
         yield f"batch: {self.batches.describe()}; {self.steps:,} steps = {epochs:.2f} epochs"
         yield (
             f"tokens per step: {self.tokens['padded']:,.0f} padded, {self.tokens['packed']:,.0f} packed, "
@@ -107,6 +111,23 @@ class RunPlan:
         yield dtype_line(self.config.model.dtype, _device())
         yield from self.memory.lines()
 
+    def _rows_text(self) -> str:
+        """Says how long the rows are: all of them, or those of the first steps where they have to be made."""
+        store = self.prepared.stores["train"]
+        lengths, num_target, where = store.lengths, store.num_target, ""
+        if store.rows_change:
+            # The store knows the lengths of sliding windows only. Rows are made when they are asked for, and
+            # those of a whole epoch are too many to make here.
+            steps = min(FIRST_STEPS, self.steps)
+            rows = np.concatenate([self.batches.samples(step) for step in range(steps)])
+            lengths = np.array([len(store.row(int(row))) for row in rows])
+            num_target = num_target[store.sample_of(rows)]
+            where = f" in the first {steps} step(s)"
+        return (
+            f"{lengths.mean():.0f} tokens on average (longest {lengths.max()}){where}, "
+            f"{num_target.mean():.1f} of them targets"
+        )
+
 
 def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
     """Returns the plan of a run on `world` ranks for data that are prepared.
@@ -115,7 +136,8 @@ def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
         UserError: the DeepSpeed config contradicts the settings, or transformers cannot build the model.
     """
     store = prepared.stores["train"]
-    batches = plan_batches(config, store, world)
+    packing = choose_packing(config, prepared.model_config)
+    batches = plan_batches(config, store, world, packing[0])
     dtype = compute_dtype(config.model.dtype, _device())
     check_stored(prepared.model_config, config.model, dtype)
     model = take_inventory(config.model, prepared.model_config)
@@ -123,7 +145,6 @@ def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
     raw = read_deepspeed_config(config.deepspeed)
     engine = fill_deepspeed_config(raw, config, batches, dtype, model.hidden, layer)
     tokens = padding_figures(store, batches, prepared.data.prefix_length)
-    packing = choose_packing(config, prepared.model_config)
     step_tokens = tokens["padded" if packing[0] == "none" else packing[0]]
     memory = memory_of(config, prepared, batches, step_tokens, engine, world)
     steps = total_steps(config, store)

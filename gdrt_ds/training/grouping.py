@@ -244,7 +244,8 @@ def _write_groups(job: Job, prepared: Prepared, grouped: Grouped) -> None:
     store = prepared.stores["train"]
     tensors = {}
     if int(store.target_offsets[-1]) <= MOST_TOKENS_WRITTEN:
-        tensors["sample_offsets"] = store.offsets
+        if not store.rows_change:
+            tensors["sample_offsets"] = store.offsets
         tensors["token_offsets"] = store.target_offsets
         tensors["group"] = whole(grouped.groups["train"])
         if grouped.scores is not None:

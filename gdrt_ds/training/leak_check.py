@@ -26,8 +26,10 @@ from gdrt_ds.errors import UserError
 
 SHARED = 2
 """Tokens that the samples have in common, as all prompts begin alike."""
-LENGTHS = (7, 6, 8)
-"""Further tokens of A, B and C."""
+LENGTHS = (8, 6, 7)
+"""Further tokens of A, B and C. A is the longest, because a prefix tree begins with the longest row."""
+SEEDS = ((1, 2, 3), (4, 2, 3), (1, 2, 5))
+"""Of the tokens of A, B and C: as usual, with another A, with another C."""
 TOLERANCE = {torch.float32: 1e-4}
 """Nats by which B's losses may move in any case, by dtype."""
 HALF_TOLERANCE = 1e-2
@@ -60,12 +62,12 @@ def measure_leak(engine, packing: str, vocabulary: int, pad_id: int, device: tor
 
     Args:
         engine: DeepSpeed's, around the FusedLossModel.
-        packing: packed or shared_prefix.
+        packing: packed, shared_prefix or prefix_tree.
         vocabulary: tokens of the model.
     """
 
-    def losses_of_b(seed_a: int, seed_c: int) -> torch.Tensor:
-        store = probe(vocabulary, (seed_a, 2, seed_c))
+    def losses_of_b(seeds: tuple[int, int, int]) -> torch.Tensor:
+        store = probe(vocabulary, seeds)
         micro = build_micro_batch(store, np.arange(3), packing, SHARED, pad_id, device).to(device)
         one_group = torch.zeros(len(micro.labels), dtype=torch.long, device=device)
         with torch.no_grad():
@@ -75,8 +77,8 @@ def measure_leak(engine, packing: str, vocabulary: int, pad_id: int, device: tor
 
     training = engine.training
     engine.eval()
-    usual = losses_of_b(1, 3)
-    moved = torch.stack([(losses_of_b(4, 3) - usual).abs().max(), (losses_of_b(1, 5) - usual).abs().max()])
+    usual, *others = [losses_of_b(seeds) for seeds in SEEDS]
+    moved = torch.stack([(other - usual).abs().max() for other in others])
     engine.train(training)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(moved, op=dist.ReduceOp.MAX)
@@ -86,10 +88,14 @@ def measure_leak(engine, packing: str, vocabulary: int, pad_id: int, device: tor
 def probe(vocabulary: int, seeds: tuple[int, int, int]) -> TokenStore:
     """Three samples of random tokens behind a common start; every token of their own is a target."""
     start = np.random.default_rng(0).integers(0, vocabulary, SHARED)
-    rows = [
-        np.concatenate([start, np.random.default_rng(seed).integers(0, vocabulary, length)])
-        for seed, length in zip(seeds, LENGTHS, strict=True)
-    ]
+    rows = []
+    for place, (seed, length) in enumerate(zip(seeds, LENGTHS, strict=True)):
+        own = np.random.default_rng(seed).integers(0, vocabulary, length)
+        # A prefix tree lays rows out in the order of their tokens. So the first own token of A is of the
+        # lowest third of the vocabulary, that of B of the next, that of C of the one above.
+        third = vocabulary // len(LENGTHS)
+        own[0] = place * third + own[0] % third
+        rows.append(np.concatenate([start, own]))
     ids = np.concatenate(rows).astype(np.int32)
     targets = np.array(LENGTHS, np.int32) - 1  # the first own token is predicted from the common start
     return TokenStore(

@@ -33,7 +33,7 @@ class Loaded:
         engine: the DeepSpeed engine around it.
         plan: which samples every rank computes in every step.
         total_steps: optimizer steps of the whole run.
-        packing: none, packed or shared_prefix.
+        packing: none, packed, shared_prefix or prefix_tree.
         memory: measures the peak from just before loading on.
     """
 
@@ -59,7 +59,7 @@ def load(job: Job, prepared: Prepared) -> Loaded:
     packing, packing_line = choose_packing(config, prepared.model_config)
     dtype = compute_dtype(config.model.dtype, runtime.device)
     store = prepared.stores["train"]
-    plan = plan_batches(config, store, runtime.world)
+    plan = plan_batches(config, store, runtime.world, packing)
     hidden_size = prepared.model_config.get_text_config().hidden_size
     raw = read_deepspeed_config(config.deepspeed)
     layer = take_inventory(config.model, prepared.model_config).layer_elements(config.model)
@@ -110,4 +110,6 @@ def load(job: Job, prepared: Prepared) -> Loaded:
     )
     if line:
         job.say(line)
+    # The measurement may have replaced the packing, and rows of another layout cost something else.
+    plan = plan_batches(config, store, runtime.world, packing)
     return Loaded(base, engine, plan, total_steps(config, store), packing, dtype, memory)

@@ -18,6 +18,9 @@ from gdrt_ds.models.built_in import TINY_NAME
 from gdrt_ds.models.new_tokens import find_tokens, with_new_tokens
 from gdrt_ds.models.source import load_tokenizer, read_model_config, resolve_model, tokenizer_source
 
+FIRST_STEPS = 8
+"""Steps whose rows `--plan` makes to say how many tokens a step has."""
+
 
 @dataclass
 class Prepared:
@@ -91,8 +94,13 @@ def micro_batch_size(config: RunConfig, world: int) -> int:
     return int(config.train.micro_batch)
 
 
-def plan_batches(config: RunConfig, store: TokenStore, world: int) -> BatchPlan:
+def plan_batches(config: RunConfig, store: TokenStore, world: int, packing: str) -> BatchPlan:
     """Decides who computes what in every step.
+
+    Args:
+        packing: how the rows are laid out in the end: none, packed, shared_prefix or prefix_tree. It decides
+            what a micro-batch costs, so how a step is split, and not which samples are in it. `auto` as a
+            wish says neither: it pads or packs where the model cannot follow a tree.
 
     Raises:
         UserError: the global batch is smaller than the ranks, or the micro-batch does not fit it.
@@ -108,17 +116,15 @@ def plan_batches(config: RunConfig, store: TokenStore, world: int) -> BatchPlan:
             f"= {config.train.global_batch}",
             f"set train.micro_batch to at most {-(-config.train.global_batch // world)}, or auto",
         )
-    trees = config.train.packing == "prefix_tree" or (
-        config.train.packing == "auto" and config.data.windows == "growing"
-    )
+    trees = packing == "prefix_tree"
     return BatchPlan(
         store.lengths,
         config.train.global_batch,
         micro,
         world,
         config.train.seed,
-        packed=config.train.packing != "none",
-        store=store if trees or config.data.windows == "growing" else None,
+        packed=packing != "none",
+        store=store if trees or store.rows_change else None,
         trees=trees,
     )
 
@@ -129,7 +135,9 @@ def total_steps(config: RunConfig, store: TokenStore) -> int:
     return max(1, int(np.ceil(config.train.epochs * len(store) / config.train.global_batch)))
 
 
-def padding_figures(store: TokenStore, plan: BatchPlan, head: int, steps: int = 8) -> dict[str, float]:
+def padding_figures(
+    store: TokenStore, plan: BatchPlan, head: int, steps: int = FIRST_STEPS
+) -> dict[str, float]:
     """Returns the tokens computed per optimizer step in each packing, averaged over the first steps.
 
     Args:

@@ -160,12 +160,15 @@ def test_rows_hold_the_growing_history_and_the_sample_s_own_target(prepared):
         assert micro.samples.tolist() == [sample]
 
 
+@pytest.mark.parametrize("packing", ["none", "packed", "prefix_tree"])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_ranks_agree_on_a_step_whatever_their_number_and_steps_cross_epochs(prepared, world):
+def test_ranks_agree_on_a_step_whatever_their_number_and_packing_and_steps_cross_epochs(
+    prepared, world, packing
+):
     config, found = prepared
     store = found.stores["train"]
-    plan = plan_batches(config, store, world)
-    one = plan_batches(config, store, 1)
+    plan = plan_batches(config, store, world, packing)
+    one = plan_batches(config, store, 1, "prefix_tree")
     taken = []
     for step in range(2 * len(store) // 8 + 1):
         assert np.array_equal(plan.samples(step), one.samples(step))
@@ -181,7 +184,7 @@ def test_merged_rows_need_far_fewer_tokens(prepared):
 
     config, found = prepared
     store = found.stores["train"]
-    tokens = padding_figures(store, plan_batches(config, store, 1), 0)
+    tokens = padding_figures(store, plan_batches(config, store, 1, "prefix_tree"), 0)
     assert tokens["prefix_tree"] < 0.75 * tokens["packed"]
 
 

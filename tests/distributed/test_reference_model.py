@@ -124,7 +124,7 @@ def test_weights_follow_losses_above_the_reference(runs, plain):
     config, store, step = load_config(runs[1] / "config.yaml"), prepared.stores["train"], lines(runs[1])[0]
     groups = load_file(runs[1] / "groups.safetensors")["group"]
     total, count = np.zeros(config.groups.num), np.zeros(config.groups.num)
-    for sample in plan_batches(config, store, 2).samples(0):
+    for sample in plan_batches(config, store, 2, "none").samples(0):
         ids = store.input_ids[store.offsets[sample] : store.offsets[sample + 1]]
         group = groups[store.target_offsets[sample] : store.target_offsets[sample + 1]]
         np.add.at(total, group, losses(ids, int(store.num_target[sample])))

@@ -56,6 +56,12 @@ def reference_losses(run: Path, config: RunConfig, prepared: Prepared) -> np.nda
     )
 
 
+def test_growing_rows_have_no_offsets_because_every_epoch_makes_others(run):
+    found = load_file(run / "groups.safetensors")
+    assert {"token_offsets", "group"} <= set(found) and "sample_offsets" not in found
+    assert found["token_offsets"][-1] == len(found["group"])
+
+
 @pytest.mark.parametrize("step", [0, 2])
 def test_weights_follow_the_losses_above_the_reference(run, step):
     config, line = load_config(run / "config.yaml"), lines(run)[step]
@@ -63,7 +69,7 @@ def test_weights_follow_the_losses_above_the_reference(run, step):
     store, reference = prepared.stores["train"], reference_losses(run, config, prepared)
     group = load_file(run / "groups.safetensors")["group"]
     total, count = np.zeros(config.groups.num), np.zeros(config.groups.num)
-    for sample in plan_batches(config, store, 1).samples(step):
+    for sample in plan_batches(config, store, 1, "prefix_tree").samples(step):
         span = slice(store.target_offsets[sample], store.target_offsets[sample + 1])
         np.add.at(total, group[span], reference[span])
         np.add.at(count, group[span], 1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from gdrt_ds.batches import build_micro_batch
 from gdrt_ds.errors import UserError
+from gdrt_ds.models.attention.base import PACKINGS
 from gdrt_ds.models.source import read_model_config
-from gdrt_ds.training.leak_check import Leak, confirm_packing, measure_leak
+from gdrt_ds.training.leak_check import SEEDS, SHARED, Leak, confirm_packing, measure_leak, probe
 from tests.models.family_models import FAMILIES, make_family
 from tests.models.test_families import load_family
 
@@ -20,25 +23,63 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("leak")
 
 
-def confirm(folder, name, wanted):
+def confirm(folder, name, wanted, packing, dtype=torch.float32):
+    """What is said of rows of this packing; a half dtype only widens what losses may move by."""
     path = make_family(name, folder)
-    model = load_family(path, "packed")
-    return confirm_packing(wanted, "packed", model, read_model_config(path), 2, torch.float32, CPU)
+    model = load_family(path, packing)
+    return confirm_packing(wanted, packing, model, read_model_config(path), 2, dtype, CPU)
 
 
+@pytest.mark.parametrize("vocabulary", [3, 50, 272, 128_256])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_in_every_packing_a_stands_before_b_and_c_behind_it(packing, vocabulary):
+    """A prefix tree sorts its rows, and begins with the longest."""
+    for seeds in SEEDS:
+        store = probe(vocabulary, seeds)
+        micro = build_micro_batch(store, np.arange(3), packing, SHARED, 2)
+        a, b, c = (
+            micro.supervised[first:stop].tolist()
+            for first, stop in zip(store.target_offsets, store.target_offsets[1:])
+        )
+        assert max(a) < min(b) and max(b) < min(c)
+
+
+@pytest.mark.parametrize("packing", ["packed", "prefix_tree"])
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.packs])
-def test_packed_families_are_confirmed(folder, name):
-    packing, line = confirm(folder, name, "auto")
-    assert packing == "packed" and "measured on a probe row" in line
+def test_packed_families_are_confirmed(folder, name, packing):
+    found, line = confirm(folder, name, "auto", packing)
+    assert found == packing and "measured on a probe row" in line
 
 
 @pytest.mark.parametrize("name", LEAKY)
 def test_a_leak_that_the_choice_had_missed_is_measured(folder, name):
-    """What would happen if the allow-list had let the family pass."""
-    packing, line = confirm(folder, name, "auto")
-    assert packing == "none" and line.startswith("packing: none (auto: measured")
-    with pytest.raises(UserError, match="train.packing = packed would let the samples"):
-        confirm(folder, name, "packed")
+    """What would happen if the allow-list had let the family pass, under the wider tolerance, too."""
+    for packing in ("packed", "prefix_tree"):
+        for dtype in (torch.float32, torch.bfloat16):
+            found, line = confirm(folder, name, "auto", packing, dtype)
+            assert found == "none" and line.startswith("packing: none (auto: measured")
+        with pytest.raises(UserError, match=f"train.packing = {packing} would let the samples"):
+            confirm(folder, name, packing, packing)
+
+
+def carry_on(share: float):
+    """A planted leak: every token gets a share of the mean of all tokens before it, whoever's they are."""
+
+    def hook(module, arguments, hidden):
+        count = torch.arange(1, hidden.shape[1] + 1).reshape(1, -1, 1)
+        return hidden + share * hidden.cumsum(1) / count
+
+    return hook
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_faint_recurrence_over_the_whole_row_is_caught_and_the_control_stays_at_rest(folder, packing):
+    path = make_family("llama", folder)
+    model = load_family(path, packing)
+    model.model.get_input_embeddings().register_forward_hook(carry_on(1e-3))
+    leak = measure_leak(model, packing, read_model_config(path).vocab_size, 2, CPU)
+    assert leak.after == 0.0, "nothing that stands behind B can reach it"
+    assert 1e-4 < leak.before < 1e-2 and leak.found(torch.float32)
 
 
 def test_the_engine_stays_in_its_mode(folder):
