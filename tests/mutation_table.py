@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tests.planted_cuda import PLANTED as PLANTED_CUDA
 from tests.planted_rows import PLANTED as PLANTED_ROWS
+from tests.planted_windows import PLANTED as PLANTED_WINDOWS
 
 
 @dataclass(frozen=True)
@@ -494,4 +495,4 @@ MUTATIONS = [
         (("eval/sasrec/training.py", "Training.run_epoch", "nll < self.best_nll", "nll > 0"),),
     ),
 ]
-MUTATIONS += [Mutation(*planted) for planted in (*PLANTED_CUDA, *PLANTED_ROWS)]
+MUTATIONS += [Mutation(*planted) for planted in (*PLANTED_CUDA, *PLANTED_ROWS, *PLANTED_WINDOWS)]
