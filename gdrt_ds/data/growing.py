@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gdrt_ds.data.catalogue import Catalogue
+from gdrt_ds.data.coded_windows import entries_of
 from gdrt_ds.data.columns import WindowTable
 from gdrt_ds.data.corpus import Sample
 from gdrt_ds.data.prompts import PromptEncoder, TokenStore
@@ -128,6 +129,28 @@ class GrowingWindows:
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch, 2]))
         rank = generator.permutation(int(block_of.max()) + 1)
         return np.lexsort((self.place_of, rank[block_of]))
+
+    def targets(self) -> np.ndarray:
+        """Returns int64[n]: where each sample's target stands in `runs.items`.
+
+        Raises:
+            RuntimeError: the samples are not the targets of the runs, each once. That is a bug of ours.
+        """
+        count = len(self.place_of)
+        of_run = self.runs.stops - self.runs.starts - self.runs.first
+        place = self.place_of - self.runs.first[self.run_of]
+        problem = None
+        if of_run.sum() != count:
+            problem = f"the runs have {of_run.sum():,} targets, there are {count:,} samples"
+        elif ((place < 0) | (place >= of_run[self.run_of])).any():
+            problem = "a sample's target is none of the targets of its run"
+        else:
+            times = np.bincount((np.cumsum(of_run) - of_run)[self.run_of] + place, minlength=count)
+            if (times != 1).any():
+                problem = f"{int((times > 1).sum()):,} targets are there more than once"
+        if problem is not None:
+            raise _not_the_train_windows(problem)
+        return self.runs.starts[self.run_of] + self.place_of
 
     def history(self, sample: int, start: int) -> tuple[str, ...]:
         """Returns the items from `start` to the sample's target, without it."""
@@ -248,7 +271,12 @@ class GrowingStore(TokenStore):
     def __init__(
         self, sliding: WindowStore, windows: GrowingWindows, encoder: PromptEncoder, catalogue: Catalogue
     ):
-        """Args: sliding: the split, tokenised with sliding windows."""
+        """Args: sliding: the split, tokenised with sliding windows.
+
+        Raises:
+            RuntimeError: the growing windows have other targets than the sliding ones. That is a bug of ours.
+        """
+        _check_targets(windows, sliding.windows.targets, catalogue)
         self.sliding = sliding
         self.windows = windows
         self.encoder = encoder
@@ -304,6 +332,34 @@ class GrowingStore(TokenStore):
         windows = self.windows
         text = f"{self.sliding.fingerprint} growing {windows.block} {windows.min_history} {windows.seed}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_targets(windows: GrowingWindows, entries: np.ndarray, catalogue: Catalogue) -> None:
+    """Raises RuntimeError unless the growing windows have exactly these targets, in this order.
+
+    A target's tokens and group come from the sliding windows, its history from the growing ones. If the two
+    did not fit, the model would be trained on wrong histories, and no loss would show it.
+
+    Args:
+        entries: int32[n], the catalogue entry of each train window's target.
+    """
+    if len(windows.place_of) != len(entries):
+        raise _not_the_train_windows(f"{len(windows.place_of):,} targets, {len(entries):,} train windows")
+    items = windows.runs.items[windows.targets()]
+    others = entries_of(windows.runs.names, catalogue)[items] != entries
+    if others.any():
+        first = int(np.argmax(others))
+        raise _not_the_train_windows(
+            f"{int(others.sum()):,} samples have another target, the first is sample {first}: "
+            f"item {windows.runs.names[int(items[first])]} for {catalogue.entries[entries[first]].item_id}"
+        )
+
+
+def _not_the_train_windows(problem: str) -> RuntimeError:
+    return RuntimeError(
+        f"the targets of growing windows are not exactly the train windows: {problem}; this is a bug of "
+        "gdrt_ds, please report it; data.windows=sliding trains on the windows as they are"
+    )
 
 
 def _kept(kept: dict[int, np.ndarray], epoch: int, make: Callable[[int], np.ndarray]) -> np.ndarray:

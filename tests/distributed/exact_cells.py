@@ -26,12 +26,15 @@ from gdrt_ds.models.built_in import _word_tokenizer, make_tiny_model
 from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.objectives import get_objective
 from gdrt_ds.runtime import Runtime
+from gdrt_ds.training import checkpoint, lives
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
 from gdrt_ds.training.model_with_loss import FusedLossModel
 from gdrt_ds.training.step import StepRunner, TrainTokens
 from tests.data.sft_files import text_rows
+from tests.distributed.growing_cells import growing_store, tears_a_block
 
 GLOBAL_BATCH, NUM_SAMPLES, NUM_GROUPS, PREFIX_LENGTH, STEPS, LR = 48, 60, 6, 5, 5, 0.2
+RESUMED_AT = 2
 TEXTS = [
     "The Matrix (1999)",
     "Toy Story (1995)",
@@ -46,7 +49,9 @@ TEXTS = [
 class Cell:
     """What one run of the table varies. `options` are overrides of the run config, e.g.
 
-    (("dro.tau", 0.5),). With `rows` the data are rows of prompt and completion, whose groups are spans.
+    (("dro.tau", 0.5),). With `rows` the data are rows of prompt and completion, whose groups are spans. With
+    `growing` they are windows that grow (growing_cells.py says which kinds there are). A `resumed` cell
+    continues from a checkpoint in an engine of its own after RESUMED_AT steps.
     """
 
     accumulation: int = 1
@@ -62,6 +67,8 @@ class Cell:
     excess: bool = False
     options: tuple = ()
     rows: bool = False
+    growing: str = ""
+    resumed: bool = False
 
     def reference_key(self) -> Cell:
         """Cells that differ in the way of computing only share one reference."""
@@ -79,10 +86,14 @@ class Cell:
             self.excess,
             self.options,
             self.rows,
+            self.growing,
         )
 
     def name(self) -> str:
-        flags = [f for f in ("tied", "train_head", "checkpointing", "excess", "rows") if getattr(self, f)]
+        names = ("tied", "train_head", "checkpointing", "excess", "rows", "resumed")
+        flags = [name for name in names if getattr(self, name)]
+        if self.growing:
+            flags.insert(0, f"growing {self.growing}")
         return " ".join(
             [
                 self.objective,
@@ -174,7 +185,9 @@ def make_tokens(cell: Cell) -> TrainTokens:
     if cell.rows:
         return make_row_tokens(cell)
     store, history_free = make_stores()
-    owner = np.repeat(np.arange(NUM_SAMPLES), store.num_target)
+    if cell.growing:
+        store, history_free = growing_store(cell.growing, _word_tokenizer(TEXTS, 2000)), None
+    owner = np.repeat(np.arange(len(store)), store.num_target)
     place = np.arange(len(owner)) - store.target_offsets[owner]
     groups = np.where(owner == 7, 4, (owner // 2 + (place > 2)) % 4).astype(np.int16)
     facts, rng = {}, np.random.default_rng(9)
@@ -361,17 +374,44 @@ def full_parameters(engine) -> dict[str, np.ndarray]:
     return values
 
 
+def resumed_runner(cell: Cell, runner: StepRunner, rank: int, world: int, folder: Path) -> StepRunner:
+    """Saves, ends the engine, and goes on in a fresh one, whose adapter and weights are the first ones again.
+
+    The checkpoint must bring everything: parameters, and what group-DRO remembers.
+    """
+    assert tears_a_block(runner.tokens.store, RESUMED_AT * GLOBAL_BATCH), "resumed in the middle of a block"
+    run = Path(folder) / f"resumed_{cell.growing}_{world}_{cell.accumulation}_{cell.stage}"
+    if rank == 0:
+        lives.begin_life(run)
+    torch.distributed.barrier()
+    state = {"dro": runner.state.state_dict()}
+    about = dict(life=1, fingerprint="exactness", deepspeed_files=False)
+    path = checkpoint.save(runner.engine, run, RESUMED_AT, state, **about)
+    runner.engine.destroy()
+    fresh = start_runner(cell, rank, world, folder)
+    restored = checkpoint.load(fresh.engine, path, fingerprint="exactness")
+    fresh.state.load_state_dict(restored.client_state["dro"])
+    return fresh
+
+
 def run_cell(cell: Cell, rank: int, world: int, folder: Path, steps: int = STEPS) -> CellResult:
     runner, result = start_runner(cell, rank, world, folder), CellResult()
-    take_step = runner.engine.step
 
-    def step_after_reading(*args, **kwargs):
-        if len(result.gradients) < 3:
-            result.gradients.append(full_gradients(runner.engine))
-        return take_step(*args, **kwargs)
+    def read_gradients_before_the_step(engine) -> None:
+        take_step = engine.step
 
-    runner.engine.step = step_after_reading
+        def step_after_reading(*args, **kwargs):
+            if len(result.gradients) < 3:
+                result.gradients.append(full_gradients(engine))
+            return take_step(*args, **kwargs)
+
+        engine.step = step_after_reading
+
+    read_gradients_before_the_step(runner.engine)
     for step in range(steps):
+        if cell.resumed and step == RESUMED_AT:
+            runner = resumed_runner(cell, runner, rank, world, folder)
+            read_gradients_before_the_step(runner.engine)
         out = runner.run(step, LR)
         for name in ("group_loss", "group_weight", "group_count", "objective", "loss"):
             getattr(result, name).append(getattr(out, name).detach().double().numpy().copy())

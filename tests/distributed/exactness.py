@@ -1,8 +1,9 @@
 """The exactness table: the same global batch on every number of ranks, accumulation and ZeRO stage gives
 the same training.
 
-    make test-exactness                                   all cells, minutes; prints the table of
-    docs/method.md python tests/distributed/exactness.py --subset        what `make test` runs
+    make test-exactness                                   all cells, minutes; the table of docs/method.md
+    python tests/distributed/exactness.py --subset        what `make test` runs
+    python tests/distributed/exactness.py --only growing  the cells with such a name
     python tests/distributed/exactness.py --json          one JSON line per cell
 
 Every cell takes five SGD steps in float32 (dropout 0, seeded adapter) and is compared to plain torch in
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -49,6 +51,15 @@ VARIANTS = [
     dict(packing="prefix_tree", objective="cvar", options=(("dro.alpha", 0.3),)),
     dict(packing="prefix_tree", objective="gdrt+msl"),
     dict(packing="prefix_tree", objective="cft"),
+    dict(packing="prefix_tree", objective="sft"),
+    dict(packing="prefix_tree", objective="group_dro"),
+    dict(packing="prefix_tree", objective="focal"),
+    dict(packing="prefix_tree", objective="msl"),
+    dict(packing="prefix_tree", objective="igd"),
+    dict(packing="prefix_tree", objective="reweight"),
+    dict(packing="prefix_tree", objective="sft_go"),
+    dict(packing="prefix_tree", growing="worded"),
+    dict(packing="prefix_tree", growing="list", estimate="ema", resumed=True),
     dict(tied=True),
     dict(train_head=True),
     dict(train_head=True, tied=True, base="none"),
@@ -135,6 +146,7 @@ def subset_cells() -> list[tuple[int, Cell]]:
         dict(objective="gdrt+msl"),
         dict(objective="cft"),
         dict(rows=True, objective="group_dro", packing="prefix_tree"),
+        dict(packing="prefix_tree", growing="list", estimate="ema", resumed=True),
         dict(objective="bear", options=(("options.bear_k", 3), ("options.bear_lambda", 4.0))),
     ]
     return main + [(2, Cell(2, 3, **v)) for v in chosen]
@@ -256,6 +268,7 @@ def _line(first: list[str], rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subset", action="store_true", help="the cells of make test")
+    parser.add_argument("--only", help="the cells in whose name this regular expression finds something")
     parser.add_argument("--json", action="store_true", help="one JSON line per cell instead of the tables")
     parser.add_argument("--output", type=Path, help="also write the rows as a JSON list")
     arguments = parser.parse_args()
@@ -270,8 +283,11 @@ def main() -> int:
         elif not row.ok:
             print(f"FAILED {row}", flush=True)
 
+    cells = subset_cells() if arguments.subset else all_cells()
+    if arguments.only is not None:
+        cells = [(world, cell) for world, cell in cells if re.search(arguments.only, cell.name())]
     with tempfile.TemporaryDirectory() as folder:
-        rows = run_table(subset_cells() if arguments.subset else all_cells(), Path(folder), report)
+        rows = run_table(cells, Path(folder), report)
     if arguments.output:
         arguments.output.write_text(json.dumps([asdict(row) for row in rows]))
     failed = [row for row in rows if not row.ok]

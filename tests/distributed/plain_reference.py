@@ -26,6 +26,7 @@ from tests.distributed.exact_cells import (
     make_tokens,
     set_adapter,
 )
+from tests.distributed.growing_cells import stream
 
 
 def plain_model(cell: Cell, folder: Path) -> torch.nn.Module:
@@ -79,6 +80,17 @@ def token_losses(
     return -torch.log_softmax(scores, -1)[torch.arange(num_target), labels]
 
 
+def batch_rows(cell: Cell, store, step: int) -> list[tuple[int, np.ndarray]]:
+    """(sample, its tokens) of the global batch."""
+    if cell.growing:
+        rows = stream(store, (step + 1) * GLOBAL_BATCH)[step * GLOBAL_BATCH :]
+        return [(sample, tokens) for sample, tokens, _ in rows]
+    samples = batch_samples(step, len(store))
+    return [
+        (sample, store.input_ids[store.offsets[sample] : store.offsets[sample + 1]]) for sample in samples
+    ]
+
+
 def batch_samples(step: int, count: int) -> list[int]:
     """The global batch as the documentation of batches.py defines it: positions k*B ..
 
@@ -104,11 +116,11 @@ def run_reference(cell: Cell, folder: Path, steps: int = STEPS) -> CellResult:
     }
     for step in range(steps):
         values, groups, weights, reference = [], [], [], []
-        for sample in batch_samples(step, len(store)):
+        for sample, row in batch_rows(cell, store, step):
             span = slice(store.target_offsets[sample], store.target_offsets[sample + 1])
-            values.append(_sample_values(model, tokens, config, sample))
+            values.append(_sample_values(model, tokens, config, sample, row))
             groups.append(tokens.groups[span])
-            weights.append(_sample_weights(model, tokens, config, sample))
+            weights.append(_sample_weights(model, tokens, config, sample, row))
             reference.append(
                 np.zeros(span.stop - span.start)
                 if tokens.reference is None
@@ -158,9 +170,8 @@ def _full(values: np.ndarray, present: np.ndarray) -> np.ndarray:
     return out
 
 
-def _sample_values(model, tokens, config, sample: int) -> torch.Tensor:
+def _sample_values(model, tokens, config, sample: int, row: np.ndarray) -> torch.Tensor:
     store, objective, options = tokens.store, config.objective, config.options
-    row = store.input_ids[store.offsets[sample] : store.offsets[sample + 1]]
     num_target, start = int(store.num_target[sample]), int(store.target_offsets[sample])
     if objective in ("msl", "gdrt+msl", "bear"):
         offsets, flat = tokens.trie_offsets.tolist(), tokens.trie_tokens.tolist()
@@ -188,15 +199,13 @@ def _sample_values(model, tokens, config, sample: int) -> torch.Tensor:
     return losses
 
 
-def _sample_weights(model, tokens, config, sample: int) -> np.ndarray:
+def _sample_weights(model, tokens, config, sample: int, row: np.ndarray) -> np.ndarray:
     """float64 per target token: fixed weights, BEAR's from full logits by a sort, or 1."""
     store, options = tokens.store, config.options
     start, stop = store.target_offsets[sample], store.target_offsets[sample + 1]
     if config.objective != "bear":
         return np.ones(stop - start) if tokens.weights is None else tokens.weights[start:stop]
-    row = torch.from_numpy(
-        store.input_ids[store.offsets[sample] : store.offsets[sample + 1]].astype(np.int64)
-    )
+    row = torch.from_numpy(row.astype(np.int64))
     with torch.no_grad():
         logits = model(input_ids=row[None], use_cache=False).logits[0].double() / options.msl_temperature
     offsets, flat = tokens.trie_offsets, tokens.trie_tokens

@@ -1,8 +1,9 @@
 """Ranks behind test_growing_ranks.py: growing windows as a prefix tree, straight, stopped and resumed.
 
-One training is stopped in the middle of an epoch by the signal that asks for a checkpoint. Another
-computes the same samples padded, one row each. A model whose convolutions leak is let into trees, so that
-the measurement after loading has to put it back to padded rows; its run is stopped and resumed, too.
+Trainings on two ranks and on one are stopped in the middle of an epoch by the signal that asks for a
+checkpoint. Another computes the same samples padded, one row each. A model whose convolutions leak is let
+into trees, so that the measurement after loading has to put it back to padded rows; its run is stopped and
+resumed, too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from gdrt_ds.config import load_config
+from gdrt_ds.config import DataSection, load_config
+from gdrt_ds.data.corpus import load_corpus
 from tests.data.test_growing import table
 from tests.distributed.ranks import run_ranks
 from tests.distributed.stopped_runs import figures, train_here
@@ -19,6 +21,7 @@ from tests.models.family_models import make_family
 
 STEPS = 14
 STOP_AFTER = 5
+GLOBAL_BATCH = 24
 
 
 def train(rank, world, data, folder, stop, *overrides):
@@ -36,7 +39,7 @@ def train(rank, world, data, folder, stop, *overrides):
             "groups.num=3",
             "dro.excess=markov",
             "model.lora={r: 4, alpha: 8, dropout: 0.0, targets: all-linear}",
-            "train.global_batch=24",
+            f"train.global_batch={GLOBAL_BATCH}",
             "train.micro_batch=6",
             f"train.max_steps={STEPS}",
             "train.eval_every=100",
@@ -66,6 +69,9 @@ def main(output, folder):
         run_ranks(2, train, data, folder / "stopped", True),
         run_ranks(2, train, data, folder / "stopped", False, "resume=auto"),
         run_ranks(1, train, data, folder / "padded", False, "train.packing=none"),
+        run_ranks(1, train, data, folder / "straight_alone", False),
+        run_ranks(1, train, data, folder / "stopped_alone", True),
+        run_ranks(1, train, data, folder / "stopped_alone", False, "resume=auto"),
     ]
     # The convolutions of LFM2 carry tokens into the next sample of a row. The model has 1024 positions.
     leaky = [f"model.path={make_family('lfm2', folder)}", "model.quantization=none", "prompt.max_length=900"]
@@ -74,9 +80,10 @@ def main(output, folder):
         run_ranks(2, train_leaky, data, folder / "leaky", True, *leaky),
         run_ranks(2, train_leaky, data, folder / "leaky", False, *leaky, "resume=auto"),
     ]
-    for name in ("straight", "stopped", "padded", "leaky_padded", "leaky"):
+    for name in ("straight", "stopped", "padded", "straight_alone", "stopped_alone", "leaky_padded", "leaky"):
         report[name] = figures(folder / name)
     report["leaky_packing"] = json.loads((folder / "leaky" / "summary.json").read_text())["packing"]
+    report["train_samples"] = len(load_corpus(DataSection(path=str(data))).split("train"))
     Path(output).write_text(json.dumps(report))
 
 

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from gdrt_ds.objectives import objectives
+from tests.distributed.exactness import all_cells
 from tests.distributed.ranks import ROOT
 
 pytestmark = pytest.mark.distributed
@@ -50,3 +52,9 @@ def test_every_gradient_and_parameter_is_that_of_one_process(rows):
     assert all(
         row["gradient"] > 0 for row in rows
     )  # float32 against float64 never agrees to the bit: something was compared
+
+
+def test_the_whole_table_has_a_tree_cell_of_every_objective_and_trees_of_growing_windows():
+    trees = [cell for _, cell in all_cells() if cell.packing == "prefix_tree"]
+    assert {cell.objective for cell in trees} == set(objectives())
+    assert {(cell.growing, cell.resumed) for cell in trees} >= {("worded", False), ("list", True)}

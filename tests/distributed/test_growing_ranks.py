@@ -1,11 +1,11 @@
-"""Growing windows as a prefix tree on two ranks: resumed to the bit, and equal to the same samples padded."""
+"""Growing windows as a prefix tree: resumed to the bit on one rank and on two, equal to padded samples."""
 
 import pytest
 
 from tests.distributed.ranks import run_scenario
+from tests.distributed.scenario_growing import GLOBAL_BATCH, STEPS, STOP_AFTER
 
 pytestmark = pytest.mark.distributed
-STEPS = 14
 
 
 @pytest.fixture(scope="module")
@@ -13,13 +13,17 @@ def report(tmp_path_factory):
     return run_scenario("scenario_growing.py", tmp_path_factory.mktemp("growing"))
 
 
-def test_the_stopped_run_asks_for_a_requeue_and_the_resumed_one_ends(report):
-    assert report["status"] == [[0, 0], [75, 75], [0, 0], [0]]
+def test_a_stopped_run_asks_for_a_requeue_and_the_resumed_one_ends(report):
+    assert report["status"] == [[0, 0], [75, 75], [0, 0], [0], [0], [75], [0]]
 
 
-def test_a_run_resumed_in_the_middle_of_an_epoch_is_bitwise_the_straight_one(report):
-    assert [record[0] for record in report["straight"]] == list(range(1, STEPS + 1))
-    assert report["stopped"] == report["straight"]
+@pytest.mark.parametrize("ranks", ["", "_alone"], ids=["2 ranks", "1 rank"])
+def test_a_run_resumed_in_the_middle_of_an_epoch_is_bitwise_the_straight_one(report, ranks):
+    # The step at which the signal comes is taken, so the resumed run begins behind it.
+    taken = (STOP_AFTER + 1) * GLOBAL_BATCH
+    assert 0 < taken < report["train_samples"] < STEPS * GLOBAL_BATCH, "stopped in an epoch, before its turn"
+    assert [record[0] for record in report["straight" + ranks]] == list(range(1, STEPS + 1))
+    assert report["stopped" + ranks] == report["straight" + ranks]
 
 
 def test_one_rank_with_padded_rows_sees_the_same_samples_and_computes_the_same(report):
