@@ -23,6 +23,7 @@ METRICS = (
     "nll_worst_relevance_group",
     "nll_calibrated",
     "nll_calibrated_worst_relevance_group",
+    "cvar_nll",
     "temperature",
     "ndcg@10",
     "hr@10",
