@@ -82,9 +82,16 @@ def drift_curve(audit: dict[str, Any], name: str, batch: int) -> Curve:
 
 
 def mean_curve(curves: list[Curve]) -> Curve:
-    """Mean over the seeds, as far as all of them trained."""
-    length = min(len(x) for x, _ in curves)
-    return curves[0][0][:length], np.mean([y[:length] for _, y in curves], axis=0)
+    """Mean over the seeds, as far as all of them trained.
+
+    The audit takes about ten checkpoints of a run, and not the same steps in each. Between two of them a
+    seed's value is taken from the straight line.
+    """
+    first = max(x[0] for x, _ in curves)
+    last = min(x[-1] for x, _ in curves)
+    grid = np.unique(np.concatenate([x for x, _ in curves]))
+    grid = grid[(first <= grid) & (grid <= last)]
+    return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
 
 
 def draw(axes, cells: list[Cell], panel: str) -> None:
