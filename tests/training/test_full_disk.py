@@ -36,7 +36,7 @@ def job_in(folder: Path, said: list[str]) -> SimpleNamespace:
 
 
 def test_groups_that_cannot_be_saved_are_a_storage_error(tmp_path):
-    store = SimpleNamespace(offsets=np.arange(5000), target_offsets=np.arange(5000))
+    store = SimpleNamespace(offsets=np.arange(5000), target_offsets=np.arange(5000), rows_change=False)
     grouped = SimpleNamespace(
         plan=GroupPlan(by="position", num=2),
         groups={"train": np.zeros(5000, np.int16)},
