@@ -15,7 +15,7 @@ from eval.rows.inputs import RowInputs
 from eval.study import rows_of_text
 from eval.study.beside_floors import BesideFloor, beside_floors
 from eval.study.reading import Grid
-from eval.study.seeds import combine_all
+from eval.study.seeds import combine_all, shared_seeds
 from gdrt_ds.errors import UserError
 
 METRICS = (
@@ -237,7 +237,7 @@ def _comparisons(
             is_treatment = row != base and row not in controls
             if row == reference or not (reference == base or is_treatment):
                 continue
-            shared = [seed for seed in statistics[row] if seed in statistics[reference]]
+            shared = shared_seeds(statistics, row, reference)
             if shared:
                 found[reference][row] = _compare(statistics, reference, row, shared, num_users)
     return found

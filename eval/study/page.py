@@ -12,8 +12,8 @@ from eval.report.words import number, signed
 from eval.study.blocks import Block
 from eval.study.figures import study_figures, treatments_of
 from eval.study.reading import Grid
-from eval.study.seeds import t_interval
-from eval.study.words import name_of, same_seeds, seeds_of, seeds_text, shared_seeds, title_of, value_text
+from eval.study.seeds import shared_seeds, t_interval
+from eval.study.words import name_of, same_seeds, seeds_of, seeds_text, title_of, value_text
 
 # What is left of a difference when scores that are only flatter or sharper no longer count.
 CALIBRATED = {"nll": "nll_calibrated", "nll_worst_relevance_group": "nll_calibrated_worst_relevance_group"}
@@ -132,7 +132,7 @@ def sentence(block: Block, row: str, base: str, name_setting: bool) -> str:
     where = f" [{block.setting}]" if name_setting else ""
     seeds = ""
     if not same_seeds(block):
-        shared = shared_seeds(block, row, base)
+        shared = shared_seeds(block.seeds, row, base)
         seeds = f" ({len(shared)} seeds)" if len(shared) > 1 else f" (seed {shared[0]} alone)"
     return f"**{row}**{where} against {base}{seeds}: {text}."
 
@@ -181,7 +181,7 @@ def _against(block: Block, reference: str, where: str) -> Section:
     if not same_seeds(block):
         shared = []
         for row in others:
-            shared.append(f"{row} {', '.join(map(str, shared_seeds(block, row, reference)))}")
+            shared.append(f"{row} {', '.join(map(str, shared_seeds(block.seeds, row, reference)))}")
         words.append(f"Over the seeds that both rows have: {'; '.join(shared)}.")
     return Section(f"{where}against {reference}", words, tables=[Table(columns, rows)])
 

@@ -18,12 +18,17 @@ Legend: B replicates, S seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import t as student
 
 from eval.intervals import Resampled
+
+
+def shared_seeds(seeds: Mapping[str, Collection[int]], row: str, reference: str) -> list[int]:
+    """The seeds that both rows have, over which they are compared; `seeds` has those of each row."""
+    return [seed for seed in seeds[row] if seed in seeds[reference]]
 
 
 def seed_draws(num_seeds: int, num_bootstrap: int, seed: int) -> np.ndarray:

@@ -43,11 +43,6 @@ def same_seeds(block: Block) -> bool:
     return len({tuple(seeds) for seeds in block.seeds.values()}) == 1
 
 
-def shared_seeds(block: Block, row: str, reference: str) -> list[int]:
-    """The seeds that both rows were trained with, over which they are compared."""
-    return [seed for seed in block.seeds[row] if seed in block.seeds[reference]]
-
-
 def seeds_of(block: Block) -> str:
     """`Seeds 0, 1, 2`, or each row's own where they differ."""
     each = {row: ", ".join(map(str, seeds)) for row, seeds in block.seeds.items()}
