@@ -268,6 +268,14 @@ def test_a_finished_study_has_a_run_an_evaluation_and_a_row_for_every_cell(finis
             assert block["rows"][row][metric]["value"] == pytest.approx(
                 np.mean([o["metrics"][metric]["value"] for o in own]), rel=1e-9
             )
+        beside = block["minus_floors"]["markov"][row]["nll"]  # and so are its differences to the floors
+        theirs = [o["minus_floors"]["markov"]["nll"] for o in own]
+        assert beside["difference"] == pytest.approx(np.mean([entry["value"] for entry in theirs]), rel=1e-9)
+        assert (beside["ci_low"], beside["ci_high"], beside["seeds"]) == (
+            min(entry["ci_low"] for entry in theirs),
+            max(entry["ci_high"] for entry in theirs),
+            [0, 1],
+        )
     both = block["rows"]["gdrt"]
     assert (
         32 * both["nll kind=shortcut"]["value"] + 8 * both["nll kind=history"]["value"]
@@ -279,7 +287,7 @@ def test_a_finished_study_has_a_run_an_evaluation_and_a_row_for_every_cell(finis
     assert "gdrt" in block["differences"]["frozen"] and "sft" not in block["differences"]["frozen"]
     for name in ("study.html", "study.md"):
         text = (folder / name).read_text()
-        assert "frozen" in text and "NDCG@10, kind=history" in text
+        assert "frozen" in text and "NDCG@10, kind=history" in text and "against the floors" in text
 
 
 def test_rows_with_fewer_seeds_take_none_from_the_others_and_pairs_share_theirs(finished, tmp_path):
