@@ -1,19 +1,22 @@
-"""Users per second of catalogue scoring: exact, certified best-first, our beam, and transformers'
+"""Users per second of catalogue scoring: exact, certified best-first, our beam, and transformers' own
 constrained beam search.
 
     python benchmarks/scoring.py [--data ml-100k|FOLDER] [--model smollm2-135m] [--users 16] [--json]
-    [--quick]
-Claims measured, on the same model, users and catalogue, all under the `renormalised` objective, in turns
-within one process:
-    exact_equals_items_...  20 items scored one by one, before anything is timed: largest difference; sum
-    of all probabilities exact_vs_hf_beam10      every item scored, against HF generate +
-    prefix_allowed_tokens_fn, 10 beams (best of 1 and 4 users at once) beam10_vs_hf_beam10     the same
-    search, the same lists best_first50_vs_exact   certified top-50: time, and nodes opened against nodes
-    of the exact pass recall                  of HF's default beam search (softmax over the vocabulary,
-    length penalty) against the exact top-10 catalogue_size          exact seconds per user and peak memory
-    from 1k to 100k generated titles (small random model: the
-                            number of nodes is what grows; --size-model smollm2-135m shows it on a real
-                            one, slowly)
+        [--quick]
+
+Everything runs in turns within one process, on the same model, users and catalogue, under the `renormalised`
+objective. Before anything is timed, 20 items are scored one by one. What each line says:
+
+    exact_equals_items_scored_one_by_one     largest difference of these items; sum of all probabilities
+    exact_vs_hf_beam10                       every item scored, against transformers' generate with
+                                             prefix_allowed_tokens_fn and 10 beams (best of 1 and 4 users)
+    beam10_vs_hf_beam10                      the same search, the same lists
+    best_first50_vs_exact                    certified top-50: time, and nodes opened
+    hf_default_beam10_recall_of_exact_top10  its default search (whole vocabulary, length penalty)
+    catalogue_size_N                         seconds and peak memory, 1,000 to 100,000 generated titles
+
+The last one takes a small random model, because the number of nodes is what grows; `--size-model` shows it on
+SmolLM2, slowly. benchmarks/scoring_floor.py compares with the bare matrix products.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ TITLES = {
     "small_transformer_ml100k": "a small transformer from scratch",
     "real_ml100k": "SmolLM2-135M",
 }
-COLOURS = {"sft": "#7a7a7a", "gdrt": "#b2182b", "msl": "#2166ac"}
+COLOURS = {"sft": "#7a7a7a", "gdrt": "#b2182b", "gdrt-tau-3": "#e08214", "msl": "#2166ac"}
+NAMES = {"gdrt": "GDRT, tau 1", "gdrt-tau-3": "GDRT, tau 3"}
 PANELS = (
     ("validation", "NLL of the title, nats", "lower is better"),
     ("log2 auxiliary:interaction", "attribution, log2 prompt : history", "lower leans more on the history"),
@@ -106,7 +107,7 @@ def draw(axes, cells: list[Cell], panel: str) -> None:
             axes.plot(x / 1000, y, color=COLOURS[row], linewidth=0.6, alpha=0.6)
         x, y = mean_curve(by_row[row])
         seeds = len(by_row[row])
-        label = f"{row.upper()}, {seeds} seed{'s' if seeds > 1 else ''}"
+        label = f"{NAMES.get(row, row.upper())}, {seeds} seed{'s' if seeds > 1 else ''}"
         axes.plot(x / 1000, y, color=COLOURS[row], linewidth=2, label=label)
     axes.spines[["right", "top"]].set_visible(False)
 
