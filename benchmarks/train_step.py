@@ -22,10 +22,10 @@ checked equal before anything is compared. Rows, each with the cause that it add
 A row of ours can be changed behind an @: `prefix_tree@block2` cuts blocks of two targets, which are other
 samples and so another loss; `prefix_tree@bfloat16` computes in that dtype.
 
-With --windows growing all rows but the last train the same growing windows. Peers take the micro-batch of
---peer-micro that is fastest; it is printed. --cpu-time counts CPU seconds of the process instead of the wall
-clock, for a machine that is shared. On a GPU the same command reports peak memory too; --shape 7b takes a
-random-weight 7B Llama.
+With --windows growing all rows but the last train the same growing windows. Peers try every micro-batch of
+--peer-micro with one step and take the fastest; all are printed. --cpu-time counts CPU seconds of the process
+instead of the wall clock, for a machine that is shared. On a GPU the same command reports peak memory too;
+--shape 7b takes a random-weight 7B Llama.
 """
 
 from __future__ import annotations
@@ -336,13 +336,19 @@ def run_row(options, folder: str, row: str, micro: int):
 
 
 def measure_row(options, folder: str, row: str):
-    """The result of a row and its micro-batch: for a peer, the fastest of --peer-micro."""
+    """The result of a row, its micro-batch, and seconds of a step by micro-batch tried.
+
+    A peer takes the fastest of --peer-micro: each of several is tried with one timed step.
+    """
     if row not in PEERS:
-        return run_row(options, folder, row, options.batch), options.batch
+        return run_row(options, folder, row, options.batch), options.batch, {}
     sizes = [size for size in options.peer_micro if options.batch % size == 0] or [options.batch]
-    found = {size: run_row(options, folder, row, size) for size in sizes}
-    fastest = min(found, key=lambda size: min(found[size][0]))
-    return found[fastest], fastest
+    tried = {}
+    if len(sizes) > 1:
+        one_step = argparse.Namespace(**{**vars(options), "steps": 1})
+        tried = {size: min(run_row(one_step, folder, row, size)[0]) for size in sizes}
+        sizes = [min(tried, key=tried.get)]
+    return run_row(options, folder, row, sizes[0]), sizes[0], tried
 
 
 def check_loss(row: str, loss: float, reference: float, dtype: str) -> None:
@@ -423,7 +429,10 @@ def main() -> None:
             if row.startswith("trl") and importlib.util.find_spec("trl") is None:
                 print("trl                 not installed: pip install trl==1.16.0")
                 continue
-            (seconds, first, _, memory, mean_tokens), micro = measure_row(options, folder, row)
+            (seconds, first, _, memory, mean_tokens), micro, tried = measure_row(options, folder, row)
+            if tried:
+                shown = ", ".join(f"{size}: {options.batch / spent:.2f}" for size, spent in tried.items())
+                print(f"{row:<20} samples/s by micro-batch, one step each: {shown}")
             found[row] = min(seconds)
             tokens_of[row] = mean_tokens
             name, block, dtype = changed_row(row, options.dtype)
