@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         if "planted" in options.parts:
             seconds |= planted(base, ranks)
         if "learnt" in options.parts:
-            seconds |= learnt(base, ranks)
+            seconds |= learnt(base)
         if "language" in options.parts:
             seconds |= language(base, ranks, options.steps)
         print_ending(base, options.parts, seconds, time.time() - started)

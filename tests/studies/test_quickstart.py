@@ -47,7 +47,7 @@ from gdrt_ds import quickstart
 from gdrt_ds.studies import quickstart_runs as runs
 runs.LEARNT_SETTINGS += ("train.max_steps=20", "data.limit_test=20", "data.limit_valid=20")
 runs.LEARNT_AUDIT = ("--audit", "sensitivity", "--audit-users", "10")
-raise SystemExit(quickstart.main(["--parts", "learnt", "--ranks", "1", "--dir", sys.argv[1]]))
+raise SystemExit(quickstart.main(["--parts", "learnt", "--dir", sys.argv[1]]))
 """
     done = subprocess.run(
         [sys.executable, "-c", short, str(tmp_path)],
