@@ -16,7 +16,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 	golden golden-update test-exactness test-mutations test-faults test-slurm benchmarks gpu-check clean
 
 help:
-	@echo "make quickstart      SFT and GDRT with a real small LM, evaluated (15 to 20 minutes on 2 cores)"
+	@echo "make quickstart      SFT and GDRT on planted and on real data, and a small LM (15 to 20 minutes)"
 	@echo "make example-clothing, make example-newsgroups"
 	@echo "                     the worked examples of docs/examples (20 and 30 minutes of one core)"
 	@echo "make test            lint, then all tests but the long tables (under 20 minutes on 2 cores)"
