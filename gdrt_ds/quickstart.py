@@ -28,7 +28,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dir", default="runs", help="where the run folders go")
-    parser.add_argument("--ranks", type=int, help="default: one per GPU, or two CPU ranks")
+    parser.add_argument(
+        "--ranks", type=int, help="of planted and language; default: one per GPU, or two CPU ranks"
+    )
     parser.add_argument(
         "--steps", type=int, help="optimizer steps of the language model (default: configs/quickstart.yaml)"
     )

@@ -158,7 +158,7 @@ def _minus_floors(results: Mapping[str, Any]) -> list[Table]:
     for name in names:
         found = [own.get(name) for own in differences.values()]
         direction_of = next(figure["higher_is_better"] for figure in found if figure)
-        cells = ["–" if figure is None else f"{number(figure['value'])} ({span(figure)})" for figure in found]
+        cells = ["–" if one is None else f"{number(one['value'])} ({span(one)})" for one in found]
         rows.append([f"{label(name)} {arrow(direction_of)}", *cells])
     title = (
         "This run minus each floor over the same users, with the 95 % interval of the difference. Where it "

@@ -39,7 +39,7 @@ def test_the_ending_names_the_pages_of_the_parts_that_ran(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_part_trains_evaluates_and_compares(tmp_path, monkeypatch):
+def test_a_part_trains_evaluates_and_compares(tmp_path):
     """The learning part on one rank, 20 steps instead of two passes: the same commands on the real engine."""
     short = """
 import sys
