@@ -16,6 +16,7 @@ SMALL = [
     "data.planted={num_train: 64, num_valid: 30, num_test: 8}",
     "model.path=tiny-random",
     "model.quantization=none",
+    "model.dtype=float32",  # evaluation scores in float32; some CPUs would train in bfloat16 by themselves
     "deepspeed=ds_configs/zero1.json",
     "train.global_batch=16",
     "train.max_steps=2",
