@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--piece", help="a named part of the grid")
     parser.add_argument("--cell", type=int, help="one cell by its number; no page is written")
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # names of a worker's cells
+    parser.add_argument("--only", metavar="NAMES", help="cells by name, with commas; no page is written")
     parser.add_argument(
         "--keep",
         metavar="FOLDER",

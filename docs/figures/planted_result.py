@@ -2,8 +2,8 @@
 
     python docs/figures/planted_result.py
 
-The figures in the JSON file are those of docs/results.md. This command measures them again, in 13 min 44 s on
-2 CPU cores: `python -m gdrt_ds.study configs/studies/planted.yaml`.
+The figures in the JSON file are those of docs/results-planted.md. This command measures them again, in
+13 min 44 s on 2 CPU cores: `python -m gdrt_ds.study configs/studies/planted.yaml`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gdrt_ds.config import RunConfig, load_config
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import UserError, nearest
 from gdrt_ds.files import REPOSITORY, write_json
 from gdrt_ds.invocation import module_command, safe_environment
 from gdrt_ds.runtime import EXIT_INTERRUPTED, free_port
@@ -270,6 +270,38 @@ def default_workers(study: Study) -> int:
     return 1 if study.ranks > 1 else visible_gpus() or cores
 
 
+def cells_of_options(options: argparse.Namespace, everything: list[Cell]) -> list[Cell]:
+    """Returns the cells that `--only` names, or the one whose number `--cell` gives."""
+    if not options.only:
+        if not 0 <= options.cell < len(everything):
+            raise UserError(
+                f"--cell {options.cell}: the grid has {len(everything)} cells",
+                f"0 to {len(everything) - 1}; see --list",
+            )
+        return [everything[options.cell]]
+    names = set(options.only.split(","))
+    unknown = sorted(names - {cell.name for cell in everything})
+    if unknown:
+        raise UserError(
+            f"--only {unknown[0]}: the grid has no such cell",
+            nearest(unknown[0], [cell.name for cell in everything]),
+        )
+    return [cell for cell in everything if cell.name in names]
+
+
+def refuse_untrained_needs(chosen: list[Cell], folder: Path) -> None:
+    """Raises a UserError where a cell reads a run folder that is neither trained nor about to be."""
+    before: set[str] = set()
+    for cell in chosen:
+        for needed in cell.needs:
+            if needed not in before and run_folder.status(folder / "runs" / needed) != "completed":
+                raise UserError(
+                    f"{cell.name} reads the run folder of {needed}, which is not trained",
+                    "train that cell first",
+                )
+        before.add(cell.name)
+
+
 def run_study(options: argparse.Namespace) -> int:
     """Everything that `python -m gdrt_ds.study` was asked for; returns the exit status.
 
@@ -294,24 +326,10 @@ def run_study(options: argparse.Namespace) -> int:
             study, folder, everything
         )  # cells run one by one (--cell) wrote none, and the file may have got rows since
         return report(folder)
-    if options.only:
-        names = set(options.only.split(","))
-        return work(study, folder, [cell for cell in everything if cell.name in names], kept)
-    if options.cell is not None:
-        if not 0 <= options.cell < len(everything):
-            raise UserError(
-                f"--cell {options.cell}: the grid has {len(everything)} cells",
-                f"0 to {len(everything) - 1}; see --list",
-            )
-        chosen = everything[options.cell]
-        absent = [n for n in chosen.needs if run_folder.status(folder / "runs" / n) != "completed"]
-        if absent:
-            raise UserError(
-                f"--cell {options.cell} ({chosen.name}) reads the run folder of {absent[0]}, which is "
-                "not trained",
-                "train that cell first",
-            )
-        return work(study, folder, [chosen], kept)
+    if options.only or options.cell is not None:
+        chosen = cells_of_options(options, everything)
+        refuse_untrained_needs(chosen, folder)
+        return work(study, folder, chosen, kept)
     for cell in cells:
         config_of(study, folder, cell)  # every mistake of the grid before the first step
     write_grid(study, folder, everything)

@@ -446,6 +446,17 @@ def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, t
         refused.returncode == 2
         and "reads the run folder of gdrt-seed1, which is not trained" in refused.stderr
     )
+    refused = start(path, mine, "--only", "sft-seed0,frozen-seed1")
+    assert (
+        refused.returncode == 2
+        and "frozen-seed1 reads the run folder of gdrt-seed1, which is not trained" in refused.stderr
+    )
+    refused = start(path, mine, "--only", "sft-seed0,gdrt-sed1")
+    assert (
+        refused.returncode == 2
+        and "--only gdrt-sed1: the grid has no such cell" in refused.stderr
+        and "did you mean `gdrt-seed" in refused.stderr
+    )
     broken = STUDY.replace(
         "[objective=gdrt]", "[objective=gdrt, groups.num=2000]"
     )  # more groups than target tokens: found when it starts
