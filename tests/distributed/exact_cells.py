@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gdrt_ds.batches import BatchPlan
-from gdrt_ds.config import RunConfig
+from gdrt_ds.config import ObjectiveOptions, RunConfig
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.data.row_prompts import RowEncoder
 from gdrt_ds.data.supervised import Supervised
@@ -25,6 +25,7 @@ from gdrt_ds.dro.groups import apply_groups, fit_groups
 from gdrt_ds.models.built_in import _word_tokenizer, make_tiny_model
 from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.objectives import get_objective
+from gdrt_ds.objectives.base import TokenTable
 from gdrt_ds.runtime import Runtime
 from gdrt_ds.training import checkpoint, lives
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
@@ -193,7 +194,7 @@ def make_tokens(cell: Cell) -> TrainTokens:
     facts, rng = {}, np.random.default_rng(9)
     objective = get_objective(cell.objective)
     if objective.token_weights is not None:
-        facts["weights"] = rng.uniform(0.2, 2.0, len(owner))
+        facts["weights"] = objective.token_weights(token_facts(len(owner), rng))
     if cell.excess:
         facts["reference"] = rng.uniform(4.0, 7.0, len(owner)).astype(np.float32)
     if objective.history_free_pass:
@@ -212,6 +213,19 @@ def make_tokens(cell: Cell) -> TrainTokens:
         )
         facts["trie_tokens"] = torch.from_numpy(np.concatenate(allowed).astype(np.int64))
     return TrainTokens(store, groups, NUM_GROUPS, **facts)
+
+
+def token_facts(num_tokens: int, rng: np.random.Generator) -> TokenTable:
+    """What a catalogue would say of the target tokens: each has its own facts."""
+    before = rng.integers(1, 9, num_tokens)
+    return TokenTable(
+        counts=np.ones(num_tokens, np.int64),
+        train_count=rng.integers(0, 40, num_tokens),
+        branching=rng.random(num_tokens) < 0.6,
+        valid_before=before,
+        valid_after=rng.integers(1, before + 1),
+        options=ObjectiveOptions(),
+    )
 
 
 def make_row_tokens(cell: Cell) -> TrainTokens:
