@@ -47,6 +47,7 @@ AUDITED = {
     "known through the history, nats": ("information", "known through the history", False),
     "known without it, nats": ("information", "known without the history", False),
     "history sensitivity, nats": ("sensitivity", "swapped history - true", False),
+    "last item alone costs, nats": ("history_length", "NLL, last 1 - all", False),
     "auxiliary:interaction, log2": ("language", "log2 ratio", False),
     "auxiliary:interaction, tuned / base, log2": ("language", "ratio after / before tuning", True),
 }

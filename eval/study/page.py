@@ -48,13 +48,24 @@ FLOORS_EXPLAINED = (
     "seed's own to the highest, so it holds for every one of these trainings. No correction for several "
     "metrics."
 )
-AUDITS_EXPLAINED = (
-    "Known: nats of ln(catalogue) that the scores give about the target at their best temperature, through "
-    "the user's own history and without it. History sensitivity: target NLL with another user's history "
-    "minus with the true one, as scored. Auxiliary:interaction: attribution of the target's log-probability "
-    "to prompt and prefix over that to the history, log2 (0 = equal, 1 = twice), and against the base "
-    "model's (0: tuning left it where it was)."
-)
+AUDITS_EXPLAINED = {
+    "known through the history, nats": (
+        "Known: nats of ln(catalogue) that the scores give about the target at their best temperature, "
+        "through the user's own history and without it."
+    ),
+    "history sensitivity, nats": (
+        "History sensitivity: target NLL with another user's history minus with the true one, as scored."
+    ),
+    "last item alone costs, nats": (
+        "Last item alone costs: target NLL behind the last item of the history minus behind all of it, "
+        "as scored."
+    ),
+    "auxiliary:interaction, log2": (
+        "Auxiliary:interaction: attribution of the target's log-probability to prompt and prefix over that "
+        "to the history, log2 (0 = equal, 1 = twice), and against the base model's (0: tuning left it where "
+        "it was)."
+    ),
+}
 
 
 def build_page(grid: Grid, blocks: list[Block], totals: Mapping[str, Any]) -> Page:
@@ -153,7 +164,7 @@ def block_sections(block: Block, base: str, several: bool) -> list[Section]:
     if block.beside_floors:
         sections.append(_against_floors(block, where))
     if block.audits:
-        sections.append(_audits(block, base, where))
+        sections.append(audits_section(block, base, where))
     return sections
 
 
@@ -221,7 +232,7 @@ def _against_floors(block: Block, where: str) -> Section:
     return Section(f"{where}against the floors", [FLOORS_EXPLAINED], tables=[Table(columns, rows)])
 
 
-def _audits(block: Block, base: str, where: str) -> Section:
+def audits_section(block: Block, base: str, where: str) -> Section:
     """The audits of every row, then their differences to the baseline, seed by seed."""
     rows = []
     for row in block.rows:
@@ -237,7 +248,8 @@ def _audits(block: Block, base: str, where: str) -> Section:
             )
         rows.append(cells)
     table = Table(["row", *block.audits], rows)
-    return Section(f"{where}what the prediction hangs on", [AUDITS_EXPLAINED], tables=[table])
+    explained = " ".join(text for title, text in AUDITS_EXPLAINED.items() if title in block.audits)
+    return Section(f"{where}what the prediction hangs on", [explained], tables=[table])
 
 
 # -- study.json ------------------------------------------------------------------------------------

@@ -141,9 +141,8 @@ def test_a_swapped_history_is_another_users_and_does_not_hold_the_target(context
 
 def test_a_shortcut_prompt_is_heard_and_an_honest_model_is_not(subject):
     honest = run_audits(["sensitivity", "language"], PlantedContext(subject, Runtime(), OPTIONS))
-    shortcut = run_audits(
-        ["sensitivity", "information", "language"], PlantedContext(subject, Runtime(), OPTIONS, "shortcut")
-    )
+    every = ["sensitivity", "information", "language", "history_length"]
+    shortcut = run_audits(every, PlantedContext(subject, Runtime(), OPTIONS, "shortcut"))
     assert not honest["sensitivity"]["speaks"] and not honest["language"]["speaks"]
     assert shortcut["sensitivity"]["speaks"] and shortcut["language"]["speaks"]
     assert shortcut["language"]["measures"]["share: instruction"]["value"] > 0.99

@@ -10,8 +10,9 @@ import pytest
 from eval.intervals import Resampled, interval
 from eval.report.figures import checked
 from eval.study.beside_floors import BesideFloor, beside_floors
+from eval.study.blocks import AUDITED
 from eval.study.figures import study_figures
-from eval.study.page import sentence
+from eval.study.page import AUDITS_EXPLAINED, audits_section, sentence
 from eval.study.seeds import combine, seed_draws, t_interval
 
 
@@ -94,6 +95,22 @@ def test_audits_are_drawn_with_intervals_where_a_row_has_several_seeds():
         None,
     ]
     assert checked(drawn) == drawn
+
+
+def test_only_the_columns_that_are_there_are_explained():
+    assert set(AUDITS_EXPLAINED) <= set(AUDITED)
+    last = "last item alone costs, nats"
+    block = SimpleNamespace(
+        rows={"sft": {}, "gdrt": {}},
+        comparisons={"sft": {"gdrt": {}}},
+        audits={last: {"sft": {0: 0.25}, "gdrt": {0: 0.5}}},
+    )
+    section = audits_section(block, "sft", "")
+    (explained,) = section.paragraphs
+    assert explained == AUDITS_EXPLAINED[last]
+    (table,) = section.tables
+    assert table.columns == ["row", last]
+    assert table.rows == [["sft", "0.2500"], ["gdrt", "0.5000"], ["gdrt - sft", "0.2500"]]
 
 
 def test_replicates_over_seeds_have_the_spread_of_a_mean_over_trainings():
