@@ -216,13 +216,16 @@ class TrainSection(Section):
     global_batch: int = Field(32, ge=1, description="Samples per optimizer step, over all ranks together.")
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="Samples per rank and forward pass. `auto` is global_batch / ranks, at most 8.",
+        description="Samples per rank and forward pass. `auto` is global_batch / ranks, at most 8; "
+        "with data.windows=growing at most four blocks.",
     )
     packing: Literal["auto", "none", "packed", "shared_prefix", "prefix_tree"] = Field(
         "auto",
         description="`none` pads rows. `packed` puts samples one behind the other without padding. "
         "`shared_prefix` also computes the constant prompt prefix once per micro-batch. `prefix_tree` "
-        "computes every common prefix of its samples once, histories included.",
+        "computes every common prefix of its samples once, histories included. `auto` takes the tree "
+        "with growing windows and where it saves a quarter of the tokens, else the shared prefix; it packs "
+        "or pads where the model's layers or its attention cannot follow.",
     )
     block_samples: int | None = Field(
         None,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gdrt_ds.config import GroupsSection, RunConfig
+from gdrt_ds.config import GroupsSection, RunConfig, block_samples
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.coded_windows import CodedWindows
 from gdrt_ds.data.columns import WindowTable
@@ -90,12 +90,6 @@ def _growing(config: RunConfig, data: Recommendation, samples: Sequence[Sample])
     )
     store = GrowingStore(data.stores["train"], windows, data.encoder, data.catalogue)
     return store, line
-
-
-def block_samples(config: RunConfig) -> int:
-    """Targets of a block: `train.block_samples`, or as many as `data.history_length` has room for."""
-    most = config.data.history_length - config.data.min_history + 1
-    return config.train.block_samples or most
 
 
 @dataclass

@@ -22,14 +22,13 @@ added. It holds for allocators that reuse freed blocks (tcmalloc, jemalloc). gli
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from gdrt_ds.batches.flex_rows import block_mask_bytes
-from gdrt_ds.config import ModelSection, RunConfig
+from gdrt_ds.config import ModelSection, RunConfig, micro_batch_size
 from gdrt_ds.loss.group_loss import default_chunk_bytes
 from gdrt_ds.models.inventory import Inventory, take_inventory
 from gdrt_ds.models.quantization import get_quantization
@@ -197,11 +196,7 @@ def estimate(
     raw = deepspeed_config or read_deepspeed_config(config.deepspeed)
     zero, stage = raw.get("zero_optimization") or {}, zero_stage(raw)
     model = take_inventory(config.model, model_config)
-    rows = (
-        config.train.micro_batch
-        if config.train.micro_batch != "auto"
-        else max(1, min(8, math.ceil(config.train.global_batch / world)))
-    )
+    rows = micro_batch_size(config, world)
     basis = (
         f"{tokens:,} tokens per micro-batch"
         if tokens

@@ -16,7 +16,6 @@ from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import RunConfig, dump_config
 from gdrt_ds.config.explaining import changed_settings
 from gdrt_ds.models.inventory import take_inventory
-from gdrt_ds.models.packing import choose_packing
 from gdrt_ds.models.scoring_choice import scoring_line
 from gdrt_ds.models.skeleton import skeleton
 from gdrt_ds.models.source import compute_dtype, dtype_line, dtype_name
@@ -29,6 +28,7 @@ from gdrt_ds.training.preflight import check_data, check_settings
 from gdrt_ds.training.preparation import (
     FIRST_STEPS,
     Prepared,
+    packing_of,
     padding_figures,
     plan_batches,
     prepare,
@@ -136,7 +136,7 @@ def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
         UserError: the DeepSpeed config contradicts the settings, or transformers cannot build the model.
     """
     store = prepared.stores["train"]
-    packing = choose_packing(config, prepared.model_config)
+    packing = packing_of(config, prepared, world)
     batches = plan_batches(config, store, world, packing[0])
     dtype = compute_dtype(config.model.dtype, _device())
     check_stored(prepared.model_config, config.model, dtype)

@@ -11,7 +11,6 @@ from gdrt_ds.models.attention import Place, packed_attention
 from gdrt_ds.models.families import model_class
 from gdrt_ds.models.inventory import take_inventory
 from gdrt_ds.models.load import LoadedModel, load_model
-from gdrt_ds.models.packing import choose_packing
 from gdrt_ds.models.reference_adapters import load_reference_adapters
 from gdrt_ds.models.scoring_choice import scoring_line
 from gdrt_ds.models.source import compute_dtype
@@ -21,7 +20,7 @@ from gdrt_ds.training.leak_check import confirm_packing
 from gdrt_ds.training.memory_use import PeakMemory
 from gdrt_ds.training.model_with_loss import FusedLossModel
 from gdrt_ds.training.optimizer import make_optimizer
-from gdrt_ds.training.preparation import Prepared, plan_batches, total_steps
+from gdrt_ds.training.preparation import Prepared, packing_of, plan_batches, total_steps
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def load(job: Job, prepared: Prepared) -> Loaded:
 
     config, runtime = job.config, job.runtime
     memory = PeakMemory(runtime.device)
-    packing, packing_line = choose_packing(config, prepared.model_config)
+    packing, packing_line = packing_of(config, prepared, runtime.world)
     dtype = compute_dtype(config.model.dtype, runtime.device)
     store = prepared.stores["train"]
     plan = plan_batches(config, store, runtime.world, packing)
