@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.planted_cuda import PLANTED as PLANTED_CUDA
+from tests.planted_dropout import PLANTED as PLANTED_DROPOUT
 from tests.planted_packing import PLANTED as PLANTED_PACKING
 from tests.planted_rows import PLANTED as PLANTED_ROWS
 from tests.planted_windows import PLANTED as PLANTED_WINDOWS
@@ -496,5 +497,5 @@ MUTATIONS = [
         (("eval/sasrec/training.py", "Training.run_epoch", "nll < self.best_nll", "nll > 0"),),
     ),
 ]
-PLANTED_ELSEWHERE = (*PLANTED_CUDA, *PLANTED_PACKING, *PLANTED_ROWS, *PLANTED_WINDOWS)
+PLANTED_ELSEWHERE = (*PLANTED_CUDA, *PLANTED_DROPOUT, *PLANTED_PACKING, *PLANTED_ROWS, *PLANTED_WINDOWS)
 MUTATIONS += [Mutation(*planted) for planted in PLANTED_ELSEWHERE]

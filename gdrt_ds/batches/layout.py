@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gdrt_ds.batches.prefix_tree import merge_prefixes
+from gdrt_ds.batches.token_keys import PADDING_KEY, token_keys
 from gdrt_ds.batches.tree_attention import TreeLayout, packed_inputs
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.errors import UserError
@@ -33,6 +34,7 @@ class MicroBatch:
             (`TokenStore.target_offsets`).
         samples: the sample of each row.
         num_tokens: tokens computed that are not padding.
+        keys: Long[B, T], stands for each token and all before it in its sample (token_keys.py).
     """
 
     inputs: dict
@@ -41,6 +43,7 @@ class MicroBatch:
     token_index: np.ndarray
     samples: np.ndarray
     num_tokens: int
+    keys: Tensor
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(value):
@@ -53,6 +56,7 @@ class MicroBatch:
             self.token_index,
             self.samples,
             self.num_tokens,
+            move(self.keys),
         )
 
 
@@ -63,6 +67,7 @@ def build_micro_batch(
     prefix_length: int,
     pad_id: int,
     device: torch.device | str = "cpu",
+    entropy: int = 0,
 ) -> MicroBatch:
     """Lays samples out in the chosen packing.
 
@@ -77,6 +82,7 @@ def build_micro_batch(
         prefix_length: tokens that all prompts begin with, for shared_prefix.
         pad_id: fills padded rows and empty slots.
         device: where the tensors go.
+        entropy: of the keys, see `token_keys.step_entropy`.
 
     Raises:
         UserError: shared_prefix, and a position of the shared tokens predicts a target token.
@@ -103,6 +109,7 @@ def build_micro_batch(
         _joined(spans),
         owners,
         num_tokens if len(samples) else 0,
+        to_device(_keys(rows, paths, inputs["input_ids"].shape, entropy), device),
     )
 
 
@@ -152,6 +159,14 @@ def _tree(rows: list[np.ndarray], device: torch.device | str) -> Laid:
     layout = TreeLayout.of_tree(tree, device)
     inputs = {"input_ids": to_device(tree.tokens[None], device), **packed_inputs(layout, device)}
     return inputs, tree.paths, len(tree.tokens)
+
+
+def _keys(rows: list[np.ndarray], paths: list[np.ndarray], shape: torch.Size, entropy: int) -> np.ndarray:
+    """int64[B, T]: where samples share a token, they agree on its key."""
+    keys = np.full(shape.numel(), PADDING_KEY, dtype=np.int64)
+    for row, path in zip(rows, paths, strict=True):
+        keys[path] = token_keys(row, entropy)
+    return keys.reshape(shape)
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:

@@ -198,7 +198,7 @@ def load(engine, path: str | Path, *, fingerprint: str | None = None, restore_rn
 
     On the world size of the checkpoint the state is restored to the bit. On another one the slices
     are cut anew, and the random generators are left as they are: the run then differs from the
-    straight one by dropout masks and rounding.
+    straight one by rounding, and by the masks of dropout inside attention.
 
     Raises:
         UserError: the checkpoint has another frozen base, other LoRA settings or another optimizer.

@@ -17,6 +17,7 @@ from gdrt_ds.batches import MicroBatch
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens, group_cross_entropy
 from gdrt_ds.models.families import decoder, lm_head, lm_head_scaling
+from gdrt_ds.models.prefix_dropout import use_prefix_dropout
 from gdrt_ds.models.token_rows import head_term, token_layer
 
 
@@ -44,6 +45,7 @@ class FusedLossModel(nn.Module):
         super().__init__()
         self.model = model
         self.logit_scale, self.softcap = lm_head_scaling(model.config)
+        self.forwards = use_prefix_dropout(model)
         self._install_head()
 
     def _install_head(self) -> None:
@@ -111,6 +113,7 @@ class FusedLossModel(nn.Module):
             top_k: K, see `group_cross_entropy`.
         """
         request = HeadRequest(micro.labels, groups, num_groups, temperature, allowed, top_k)
+        self.forwards.begin(micro.keys)
         states = self.hidden(micro)
         loss_sums, token_losses, top_k_log_probs = self._head[0](states, request)
         if history_free is None:
@@ -121,9 +124,9 @@ class FusedLossModel(nn.Module):
                 "difference",
                 "choose another objective, or a model without final_logit_softcapping",
             )
-        _, counterfactual, _ = self._head[0](
-            states - self.hidden(history_free), replace(request, difference=True, top_k=None)
-        )
+        self.forwards.begin_beside(history_free.keys)
+        without = self.hidden(history_free)
+        _, counterfactual, _ = self._head[0](states - without, replace(request, difference=True, top_k=None))
         return loss_sums, token_losses, counterfactual, top_k_log_probs
 
 

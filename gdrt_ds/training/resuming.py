@@ -63,7 +63,7 @@ def resume(job: Job, prepared: Prepared, loaded: Loaded) -> Resumed:
     if not restored.same_world:
         where = (
             f" (saved on {restored.world} ranks, now {job.runtime.world}: "
-            "equal up to rounding and dropout masks)"
+            "equal up to rounding, and to dropout inside attention)"
         )
     job.say(f"resume: step {saved['step']} from {path}{where}")
     live_table = saved.get("live_table")

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gdrt_ds import dro
 from gdrt_ds.batches import BatchPlan, MicroBatch, build_micro_batch
+from gdrt_ds.batches.token_keys import step_entropy
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens, group_sums
@@ -294,12 +295,17 @@ class StepRunner:
 
     # -- forward
     def _forward(self, samples: np.ndarray, step: int, index: int) -> Forward:
-        """Runs micro-batch `index` of a step. Dropout masks depend on (seed, step, index, rank) alone."""
+        """Runs micro-batch `index` of a step.
+
+        Dropout masks depend on the seed, the step and a token's prefix alone (models/prefix_dropout.py).
+        Random numbers, which dropout inside attention draws, depend on the micro-batch and the rank as well.
+        """
         self._seed(step, index)
-        micro = self._micro_batch(self.tokens.store, samples)
+        entropy = step_entropy(self.config.train.seed, step)
+        micro = self._micro_batch(self.tokens.store, samples, entropy)
         history_free = None
         if self.tokens.history_free is not None:
-            history_free = self._micro_batch(self.tokens.history_free, samples)
+            history_free = self._micro_batch(self.tokens.history_free, samples, entropy)
         groups = self._groups_of(micro)
         allowed = self._allowed_tokens(micro)
         sums, losses, *more = self.engine(
@@ -326,14 +332,14 @@ class StepRunner:
         return Forward(own_sums + 0.0 * sums.to(torch.float64), values, groups, weights, micro)
 
     def _seed(self, step: int, index: int) -> None:
-        """Both passes of a step, and a resumed run, draw the same dropout masks."""
+        """Both passes of a step, and a resumed run, draw the same random numbers."""
         entropy = [self.config.train.seed, step, index, self.runtime.rank]
         mixed = np.random.SeedSequence(entropy).generate_state(2)
         torch.manual_seed(int(mixed[0]) << 31 ^ int(mixed[1]))
 
-    def _micro_batch(self, store, samples: np.ndarray) -> MicroBatch:
+    def _micro_batch(self, store, samples: np.ndarray, entropy: int) -> MicroBatch:
         return build_micro_batch(
-            store, samples, self.packing, self.prefix_length, self.pad_id, self.runtime.device
+            store, samples, self.packing, self.prefix_length, self.pad_id, self.runtime.device, entropy
         )
 
     def _groups_of(self, micro: MicroBatch) -> Tensor:

@@ -13,6 +13,7 @@ from gdrt_ds.batches.prefix_tree import merge_prefixes
 from gdrt_ds.batches.tree_attention import ATTENTION_NAME
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.models.families import decoder, lm_head
+from gdrt_ds.models.prefix_dropout import use_prefix_dropout
 from tests.batches.test_tree_attention import FAMILIES, make_model, random_tree_store, store_of
 
 
@@ -71,73 +72,50 @@ def test_merged_prefixes_give_each_sample_its_padded_loss_and_lora_its_gradients
         assert (merged_gradients[name] - wanted).norm() <= 1e-5 * wanted.norm(), name
 
 
-def lora_dropouts(model: torch.nn.Module) -> dict[str, torch.nn.Dropout]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if "lora_dropout" in name and isinstance(module, torch.nn.Dropout)
-    }
+def losses_and_gradients_with_dropout(packing: str, store: TokenStore, shared: int):
+    attention = "eager" if packing == "none" else ATTENTION_NAME
+    model = with_lora(make_model("llama", attention), dropout=0.3)
+    forwards = use_prefix_dropout(model)
+    torch.rand(len(packing))  # what was drawn before does not matter
+    micro = build_micro_batch(store, np.arange(len(store)), packing, shared, 2, entropy=17)
+    forwards.begin(micro.keys)
+    losses = sample_losses(model, micro, store)
+    (losses * torch.linspace(0.5, 2.0, len(losses))).sum().backward()
+    return losses.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def growing_samples() -> tuple[TokenStore, int]:
-    """Five samples whose prompts grow from a common start, all their tokens targets; what they share."""
-    rng = np.random.default_rng(4)
-    items, shared = rng.integers(3, 120, 16), 6
-    rows = [np.concatenate([items[:length], rng.integers(3, 120, 3)]) for length in (6, 8, 10, 12, 16)]
-    # Every position but the last of a row predicts a target, so its hidden state can be looked at.
-    return store_of(rows, np.array([len(row) - 1 for row in rows], np.int32)), shared
-
-
-@pytest.mark.parametrize("packing", ["prefix_tree", "packed"])
-def test_samples_have_one_dropout_mask_at_the_tokens_that_they_share_in_a_tree_and_their_own_elsewhere(
-    packing,
-):
-    store, shared = growing_samples()
-    model = with_lora(make_model("llama", ATTENTION_NAME), dropout=0.5)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        states = target_states(model, micro_batch(store, packing))
-        of_sample = states.split(store.num_target.tolist())
-    for earlier, later in zip(of_sample, of_sample[1:]):
-        same = (earlier[:shared] == later[:shared]).all(1)
-        if packing == "prefix_tree":
-            assert same.all(), "a shared token is computed once, so all its samples have one row"
-        else:
-            assert not same.any(), "every sample has its own copy of a token, with a mask of its own"
-
-
-def test_a_tree_with_dropout_is_the_padded_samples_with_the_masks_of_the_tree():
-    """Each sample's loss is that of the sample alone, where a shared token's mask is that of the others."""
-    store = random_tree_store(0)
-    tree = merge_prefixes([store.row(sample)[:-1] for sample in range(len(store))])
-    model = with_lora(make_model("llama", ATTENTION_NAME), dropout=0.5)
-    masks = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda module, inputs, output, name=name: masks.update({name: (output[0] != 0) / (1 - module.p)})
-        )
-        for name, module in lora_dropouts(model).items()
-    ]
-    torch.manual_seed(0)
-    merged = sample_losses(model, micro_batch(store, "prefix_tree"), store)
-    for hook in hooks:
-        hook.remove()
-    assert len(masks) == 14 and all(0.4 < float((mask > 0).float().mean()) < 0.6 for mask in masks.values())
-
-    padded = with_lora(make_model("llama", "eager"), dropout=0.5)
-    torch.manual_seed(0)
-    own = sample_losses(padded, micro_batch(store, "none"), store)
-    for name, module in lora_dropouts(padded).items():
-
-        def with_mask_of_the_tree(module, inputs, output, mask=masks[name]):
-            spread = torch.zeros_like(inputs[0])
-            for row, path in enumerate(tree.paths):
-                spread[row, : len(path)] = mask[torch.from_numpy(path)]
-            return inputs[0] * spread
-
-        module.register_forward_hook(with_mask_of_the_tree)
-    alone = sample_losses(padded, micro_batch(store, "none"), store)
-    assert ((merged - alone).abs() <= 1e-5 * alone).all(), float(((merged - alone) / alone).abs().max())
-    assert ((own - alone).abs() > 1e-3 * alone).all(), (
-        "masks of its own give another loss: it is masks we see"
+@pytest.mark.parametrize("packing", ["packed", "shared_prefix", "prefix_tree"])
+def test_with_dropout_every_packing_gives_the_losses_and_gradients_of_padded_samples(packing):
+    store = store_with_a_head()
+    losses, gradients = losses_and_gradients_with_dropout("none", store, 0)
+    found, found_gradients = losses_and_gradients_with_dropout(packing, store, HEAD)
+    assert ((found - losses).abs() <= 1e-5 * losses).all(), float(((found - losses) / losses).abs().max())
+    for name, wanted in gradients.items():
+        assert (found_gradients[name] - wanted).norm() <= 1e-5 * wanted.norm(), name
+    plain = sample_losses(
+        with_lora(make_model("llama", "eager")), build_micro_batch(store, np.arange(5), "none", 0, 2), store
     )
+    assert ((found - plain).abs() > 1e-3 * plain).all(), "the masks do something"
+
+
+HEAD = 6
+
+
+def store_with_a_head() -> TokenStore:
+    """Five samples whose prompts grow from a common start of more than HEAD tokens."""
+    rng = np.random.default_rng(4)
+    items = rng.integers(3, 120, 16)
+    rows = [np.concatenate([items[:length], rng.integers(3, 120, 3)]) for length in (8, 9, 10, 12, 16)]
+    return store_of(rows, np.full(5, 3, np.int32))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tokens_of_a_tree_have_one_key_for_all_samples_and_different_tokens_different_keys(seed):
+    store = random_tree_store(seed)
+    padded = build_micro_batch(store, np.arange(len(store)), "none", 0, 2, entropy=3)
+    merged = build_micro_batch(store, np.arange(len(store)), "prefix_tree", 0, 2, entropy=3)
+    rows = [store.row(sample)[:-1] for sample in range(len(store))]
+    tree = merge_prefixes(rows)
+    for number, (row, path) in enumerate(zip(rows, tree.paths, strict=True)):
+        assert torch.equal(merged.keys[0, torch.from_numpy(path)], padded.keys[number, : len(row)])
+    assert len(np.unique(merged.keys.numpy())) == len(tree.tokens)

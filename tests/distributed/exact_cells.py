@@ -8,6 +8,7 @@ plain_reference.py computes the same without DeepSpeed.
 
 from __future__ import annotations
 
+import functools
 import gc
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,8 +267,8 @@ def make_config(cell: Cell, folder: Path, world: int) -> RunConfig:
         }
     )
     for key, value in cell.options:
-        section, leaf = key.split(".")
-        setattr(getattr(config, section), leaf, value)
+        *sections, leaf = key.split(".")
+        setattr(functools.reduce(getattr, sections, config), leaf, value)
     return config
 
 

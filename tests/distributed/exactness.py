@@ -39,6 +39,7 @@ from tests.distributed.plain_reference import run_reference
 from tests.distributed.ranks import run_ranks
 
 LOSS_TOLERANCE, TENSOR_TOLERANCE = 1e-6, 1e-5
+DROPOUT = (("model.lora.dropout", 0.3),)
 
 VARIANTS = [
     dict(estimate="ema"),
@@ -59,6 +60,7 @@ VARIANTS = [
     dict(packing="prefix_tree", objective="reweight"),
     dict(packing="prefix_tree", objective="sft_go"),
     dict(packing="prefix_tree", growing="worded"),
+    dict(packing="prefix_tree", growing="worded", options=DROPOUT),
     dict(packing="prefix_tree", growing="list", estimate="ema", resumed=True),
     dict(tied=True),
     dict(train_head=True),
@@ -68,6 +70,9 @@ VARIANTS = [
     dict(checkpointing=True, train_head=True, packing="none"),
     dict(options=(("dro.prior", "uniform"),)),
     dict(starve=False, estimate="ema"),
+    dict(options=DROPOUT),
+    dict(packing="none", options=DROPOUT),
+    dict(checkpointing=True, objective="cft", options=DROPOUT),
     dict(objective="sft"),
     dict(objective="group_dro"),
     dict(objective="group_dro", estimate="ema"),
@@ -146,7 +151,7 @@ def subset_cells() -> list[tuple[int, Cell]]:
         dict(objective="gdrt+msl"),
         dict(objective="cft"),
         dict(rows=True, objective="group_dro", packing="prefix_tree"),
-        dict(packing="prefix_tree", growing="list", estimate="ema", resumed=True),
+        dict(packing="prefix_tree", growing="list", estimate="ema", resumed=True, options=DROPOUT),
         dict(objective="bear", options=(("options.bear_k", 3), ("options.bear_lambda", 4.0))),
     ]
     return main + [(2, Cell(2, 3, **v)) for v in chosen]

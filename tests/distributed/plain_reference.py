@@ -2,7 +2,7 @@
 one sample at a time.
 
 Nothing of the product's loss, batches, weights or engine is used here; every objective is written down
-again from its formula.
+again from its formula. Only dropout masks are the product's; test_prefix_dropout.py has them in integers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from scipy.special import logsumexp
 
+from gdrt_ds.batches.token_keys import step_entropy, token_keys
 from gdrt_ds.models.load import load_model
+from gdrt_ds.models.prefix_dropout import use_prefix_dropout
 from gdrt_ds.runtime import Runtime
 from tests.distributed.exact_cells import (
     GLOBAL_BATCH,
@@ -49,7 +51,9 @@ def plain_model(cell: Cell, folder: Path) -> torch.nn.Module:
                 plain.weight.requires_grad_(False)
                 parent = model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], plain)
-    return model.double().train()
+    model = model.double().train()
+    model.forwards, model.entropy = use_prefix_dropout(model), 0
+    return model
 
 
 def token_losses(
@@ -67,6 +71,7 @@ def token_losses(
 
     def logits(tokens):
         ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        model.forwards.begin(torch.from_numpy(token_keys(tokens, model.entropy))[None])
         return model(input_ids=ids, use_cache=False).logits[0, -num_target - 1 : -1].double()
 
     scores = logits(row) if minus is None else logits(row) - logits(minus)
@@ -116,6 +121,7 @@ def run_reference(cell: Cell, folder: Path, steps: int = STEPS) -> CellResult:
     }
     for step in range(steps):
         values, groups, weights, reference = [], [], [], []
+        model.entropy = step_entropy(0, step)
         for sample, row in batch_rows(cell, store, step):
             span = slice(store.target_offsets[sample], store.target_offsets[sample + 1])
             values.append(_sample_values(model, tokens, config, sample, row))

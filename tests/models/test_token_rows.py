@@ -65,6 +65,7 @@ def fused_loss(model, ids):
         None,
         None,
         length,
+        torch.zeros(1, length, dtype=torch.long),
     )
     return model(micro, torch.zeros(length, dtype=torch.long), 1)[1].mean()
 

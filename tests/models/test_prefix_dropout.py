@@ -1,0 +1,157 @@
+"""Dropout masks are a function of seed, step and prefix: against plain integers, and as random numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gdrt_ds.batches.token_keys import step_entropy, token_keys
+from gdrt_ds.models.prefix_dropout import use_prefix_dropout
+
+P = 0.3
+WORD = 1 << 64
+HALF_WORD = 1 << 32
+
+
+def dropouts(count: int = 1, p: float = P):
+    """`count` layers in training, and where their forwards begin."""
+    model = nn.Sequential(*[nn.Dropout(p) for _ in range(count)]).train()
+    return model, use_prefix_dropout(model)
+
+
+def kept(layer: nn.Module, forwards, keys: np.ndarray, width: int) -> np.ndarray:
+    """bool[T, width]: what a forward of tokens with these keys keeps."""
+    forwards.begin(torch.from_numpy(keys)[None])
+    return (layer(torch.ones(1, len(keys), width))[0] != 0).numpy()
+
+
+# -- the same in plain integers ------------------------------------------------------------------------
+def plain_keys(tokens: list[int], entropy: int) -> list[int]:
+    found, power, total = [], 1, 0
+    for token in tokens:
+        power = power * 0x9E3779B97F4A7C15 % WORD
+        total = (total + (token + 1) * power) % WORD
+        value = total ^ entropy
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % WORD
+        value = (value ^ value >> 27) * 0x94D049BB133111EB % WORD
+        found.append(value ^ value >> 31)
+    return found
+
+
+def plain_lowbias32(value: int) -> int:
+    value = (value ^ value >> 16) * 0x7FEB352D % HALF_WORD
+    value = (value ^ value >> 15) * 0x846CA68B % HALF_WORD
+    return value ^ value >> 16
+
+
+def plain_kept(key: int, number: int, column: int, p: float) -> bool:
+    mixed = (key ^ 0x9E3779B97F4A7C15 * (number + 1) % WORD) * 0x2545F4914F6CDD1D % WORD
+    word = plain_lowbias32(mixed >> 32 ^ plain_lowbias32(column // 2 + 1))
+    half = word >> 16 if column % 2 else word & 0xFFFF
+    if half >= 1 << 15:
+        half -= 1 << 16
+    return half >= round(p * 65536) - (1 << 15)
+
+
+def test_masks_are_those_of_plain_integers():
+    tokens, entropy, width = np.random.default_rng(0).integers(0, 50_000, 9), step_entropy(3, 5), 7
+    model, forwards = dropouts(3)
+    keys = token_keys(tokens, entropy)
+    expected_keys = plain_keys(tokens.tolist(), entropy)
+    assert [int(key) % WORD for key in keys] == expected_keys
+    for number, layer in enumerate(model):
+        expected = [[plain_kept(k, number, column, P) for column in range(width)] for k in expected_keys]
+        assert (kept(layer, forwards, keys, width) == np.array(expected)).all()
+
+
+# -- what they hang on ---------------------------------------------------------------------------------
+def test_equal_prefixes_have_one_mask_and_everything_else_has_its_own():
+    (layer, other), forwards = dropouts(2)
+    tokens, width = np.arange(3, 43), 200
+
+    def masks(tokens, seed=3, step=5, layer=layer):
+        return kept(layer, forwards, token_keys(np.asarray(tokens), step_entropy(seed, step)), width)
+
+    first = masks(tokens)
+    assert (masks(tokens) == first).all()
+    torch.rand(17)
+    assert (masks(np.append(tokens[:20], tokens[:20]))[:20] == first[:20]).all(), (
+        "what comes later is no part"
+    )
+    different = [
+        masks(tokens, seed=4),
+        masks(tokens, step=6),
+        masks(tokens, layer=other),
+        masks(np.append([2], tokens[1:])),  # another first token: every later prefix is another one
+        masks(tokens[::-1]),
+    ]
+    for number, mask in enumerate(different):
+        assert not any((mask == base).all(1).any() for base in (first, *different[:number])), number
+
+
+def test_a_repeated_token_has_another_mask_at_each_place():
+    (layer,), forwards = dropouts()
+    masks = kept(layer, forwards, token_keys(np.full(50, 7), step_entropy(0, 0)), 200)
+    assert len(np.unique(masks, axis=0)) == 50
+
+
+# -- as random numbers ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+def test_the_share_that_is_dropped_and_the_scale(p):
+    (layer,), forwards = dropouts(p=p)
+    forwards.begin(torch.from_numpy(token_keys(np.arange(500), 1))[None])
+    output = layer(torch.ones(1, 500, 401))
+    deviation = np.sqrt(p * (1 - p) / output.numel())
+    assert float((output == 0).float().mean()) == pytest.approx(p, abs=5 * deviation)
+    assert float(output.max()) == pytest.approx(1 / (1 - p), rel=1e-4), "rounded to 1/65,536"
+
+
+def test_masks_of_tokens_columns_and_layers_are_not_correlated():
+    model, forwards = dropouts(2)
+    keys = token_keys(np.random.default_rng(1).integers(0, 50_000, 600), step_entropy(0, 0))
+    first, second = ((kept(layer, forwards, keys, 512) - (1 - P)) / np.sqrt(P * (1 - P)) for layer in model)
+    pairs = {
+        "layers": first * second,
+        "tokens": first[1:] * first[:-1],
+        "columns": first[:, 1:] * first[:, :-1],
+        "halves of a word": first[:, 0::2] * first[:, 1::2],
+        "columns far apart": first[:, 256:] * first[:, :256],
+    }
+    for what, products in pairs.items():
+        assert abs(products.mean()) < 5 / np.sqrt(products.size), what
+    assert abs((first.mean(1) * np.sqrt(512)).std() - 1) < 0.15, "tokens drop as many as chance would"
+
+
+# -- in a model ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_that_is_computed_again_has_its_mask_again_though_another_forward_began(reentrant):
+    (layer,), forwards = dropouts()
+    keys = torch.from_numpy(token_keys(np.arange(8), 1))[None]
+    x = torch.ones(1, 8, 64, requires_grad=True)
+    torch.manual_seed(11)
+    forwards.begin(keys)
+    output = checkpoint(layer, x, use_reentrant=reentrant)
+    forwards.begin_beside(torch.from_numpy(token_keys(np.arange(5), 1))[None])
+    layer(torch.ones(1, 5, 64))
+    output.sum().backward()
+    assert torch.equal(x.grad, output.detach())
+
+
+def test_rows_that_are_no_tokens_and_forwards_that_nobody_began_get_the_masks_of_torch():
+    (layer,), forwards = dropouts()
+    torch.manual_seed(5)
+    assert 0 < float((layer(torch.ones(1, 40, 8)) == 0).float().mean()) < 1
+    forwards.begin(torch.from_numpy(token_keys(np.arange(40), 1))[None])
+    with pytest.warns(UserWarning, match=r"dropout 0: its input has 13 rows and the micro-batch 40 tokens"):
+        assert 0 < float((layer(torch.ones(13, 8)) == 0).float().mean()) < 1
+    flat = layer(torch.ones(40, 8)), layer(torch.ones(1, 40, 8))
+    assert torch.equal(flat[0], flat[1][0]), "the same tokens in one dimension"
+
+
+def test_in_evaluation_nothing_is_dropped():
+    model, forwards = dropouts()
+    forwards.begin(torch.from_numpy(token_keys(np.arange(4), 1))[None])
+    assert torch.equal(model.eval()(torch.ones(1, 4, 8)), torch.ones(1, 4, 8))

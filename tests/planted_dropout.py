@@ -1,0 +1,98 @@
+"""Planted errors in dropout masks and in what `auto` chooses: (what, test, changes) of each."""
+
+from __future__ import annotations
+
+MASKS = "models/test_prefix_dropout.py::"
+EQUAL = MASKS + "test_equal_prefixes_have_one_mask_and_everything_else_has_its_own"
+
+PLANTED = [
+    (
+        "a dropout mask hangs on the token alone, not on its prefix",
+        EQUAL,
+        (
+            (
+                "batches/token_keys.py",
+                "token_keys",
+                "np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * powers)",
+                "(tokens.astype(np.uint64) + np.uint64(1)) * powers",
+            ),
+        ),
+    ),
+    (
+        "all layers have one dropout mask",
+        EQUAL,
+        (("models/prefix_dropout.py", "dropped_values", "(number + 1)", "(0 + 1)"),),
+    ),
+    (
+        "two columns share the bits of their dropout mask",
+        MASKS + "test_masks_of_tokens_columns_and_layers_are_not_correlated",
+        (
+            (
+                "models/prefix_dropout.py",
+                "dropped_values",
+                ".view(torch.int16)",
+                ".view(torch.int16)[..., 0::2].repeat_interleave(2, -1)",
+            ),
+        ),
+    ),
+    (
+        "values that are kept are not scaled",
+        MASKS + "test_the_share_that_is_dropped_and_the_scale",
+        (("models/prefix_dropout.py", "PrefixDropout.forward", " * (1.0 / kept_share)", ""),),
+    ),
+    (
+        "a layer that is computed again gets the keys of the forward that began last",
+        MASKS + "test_a_layer_that_is_computed_again_has_its_mask_again_though_another_forward_began[False]",
+        (
+            (
+                "models/prefix_dropout.py",
+                "ForwardKeys.current",
+                "self._keys.get(torch.initial_seed())",
+                "next(reversed(self._keys.values()), None)",
+            ),
+        ),
+    ),
+    (
+        "every step has the same dropout masks",
+        "training/test_dropout_masks.py::"
+        "test_keys_hang_on_seed_step_and_prefix_and_not_on_rank_or_micro_batch",
+        (
+            (
+                "training/step.py",
+                "StepRunner._forward",
+                "step_entropy(self.config.train.seed, step)",
+                "step_entropy(self.config.train.seed, 0)",
+            ),
+        ),
+    ),
+    (
+        "a sample's keys hang on where its tokens stand in a row",
+        "batches/test_tree_training.py::"
+        "test_with_dropout_every_packing_gives_the_losses_and_gradients_of_padded_samples[packed]",
+        (
+            (
+                "batches/layout.py",
+                "_keys",
+                "token_keys(row, entropy)",
+                "token_keys(row, entropy + int(path[0]))",
+            ),
+        ),
+    ),
+    (
+        "auto takes a prefix tree whatever it costs",
+        "planning/test_packing_choice.py::test_prompts_of_their_own_share_the_fixed_words_only",
+        (
+            (
+                "training/preparation.py",
+                "packing_of",
+                '> TREE_PAYS * tokens["shared_prefix"]',
+                '> 2 * tokens["padded"]',
+            ),
+        ),
+    ),
+    (
+        "auto tears the blocks of growing windows",
+        "config/test_derived.py::test_with_growing_windows_auto_is_four_whole_blocks[None-320-1-32]",
+        (("config/derived.py", "micro_batch_size", "AUTO_BLOCKS * block_samples(config)", "AUTO_ROWS"),),
+    ),
+]
