@@ -54,12 +54,20 @@ def starter_config(seen: Seen, file: str, model: str) -> str:
         _line("save_every", 100, "steps between checkpoints; resume=auto goes on from the newest"),
         _line("objective", "gdrt", f"one of {', '.join(sorted(objectives()))}", depth=0),
         "dro:",
-        _line("tau", 1.0, "temperature: large = plain mean, small = worst group; docs/choosing.md"),
+        _tau_line(seen),
         "groups:",
         *_group_lines(seen, reference),
         _line("deepspeed", "ds_configs/zero3_qlora.json", "a preset, or a file of yours", depth=0),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tau_line(seen: Seen) -> str:
+    """A catalogue's groups differ by several nats, most of which cannot be learned: there 3 cost nothing."""
+    meaning = "temperature: large = plain mean, small = worst group"
+    if seen.groups_by is not None:
+        return _line("tau", 1.0, f"{meaning}; docs/choosing.md")
+    return _line("tau", 3.0, f"{meaning}; 1 for a small catalogue, docs/choosing.md")
 
 
 def _prompt_lines(seen: Seen, template: str) -> list[str]:

@@ -40,6 +40,7 @@ def test_a_table_with_titles_of_its_own_becomes_a_config_that_reads_it(folder):
         "user": "userId", "item": "asin", "timestamp": "date", "rating": "stars", "title": "title",
     }  # fmt: skip
     assert len(load_corpus(config.data).items) == 6
+    assert config.dro.tau == 3.0, "a catalogue's groups differ by nats that cannot be learned"
     keys = [line for line in text.splitlines() if ":" in line and not line.rstrip().endswith(":")]
     assert all("#" in line for line in keys), "every key has a comment"
 
