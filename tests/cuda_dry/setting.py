@@ -36,9 +36,12 @@ def tiny_llama(device, attention: str, dtype: torch.dtype = torch.float32):
         attn_implementation=attention,
     )
     with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(
+        model = transformers.AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, dtype=dtype
         )
+    for layer in model.model.layers:  # Llama has no dropout of its own
+        layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.1))
+    return model.train()
 
 
 class WithoutEngine:

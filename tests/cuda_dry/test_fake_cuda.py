@@ -100,7 +100,7 @@ def a_tensor_on_the_cpu(runner):
 
 
 def a_wrong_dtype(runner):
-    layer = runner.engine.module.model.model.layers[1].mlp.up_proj
+    layer = runner.engine.module.model.model.layers[1].mlp[0].up_proj
     wide = torch.zeros(layer.weight.shape, dtype=torch.float32, device=CUDA)
     layer.weight = torch.nn.Parameter(wide, requires_grad=False)
 
