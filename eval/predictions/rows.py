@@ -11,6 +11,7 @@ from gdrt_ds.data.corpus import Sample
 from gdrt_ds.files import finite
 
 CURVE_DECIMALS = 4  # of a nat: the files stay small, and calibration needs no more
+SCORE_DECIMALS = 7  # of a nat: a hundredth of the rounding of float32 sums
 
 
 def item_order(subject: Subject) -> np.ndarray:
@@ -63,7 +64,7 @@ def describe(
         "rank": rank,
         "num_tied": tied,
         "top_ids": [catalogue.entries[entry].item_id for entry in top.tolist()],
-        "top_scores": finite(np.asarray(top_scores).tolist()),
+        "top_scores": finite(np.asarray(top_scores).round(SCORE_DECIMALS).tolist()),
         "target_nll": finite(float(nll)),
         "history_ids": [id_of(item) for item in sample.history],
         "nll_at_temperatures": rounded,
