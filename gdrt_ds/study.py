@@ -3,6 +3,7 @@
     python -m gdrt_ds.study configs/studies/planted.yaml [--workers N] [--piece NAME] [key.sub=value ...]
     python -m gdrt_ds.study FILE --list      the cells with their state
     python -m gdrt_ds.study FILE --cell K    one cell, e.g. --cell $SLURM_ARRAY_TASK_ID in a job array
+    python -m gdrt_ds.study FILE --only A,B  cells by name
     python -m gdrt_ds.study FILE --report    the page from whatever is evaluated so far
 
     python -m gdrt_ds.study FILE --keep FOLDER   each finished cell as one small file; another machine goes
@@ -37,9 +38,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         help="processes that train side by side (default: GPUs, or CPU cores; 1 with several ranks)",
     )
-    parser.add_argument("--piece", help="a named part of the grid")
-    parser.add_argument("--cell", type=int, help="one cell by its number; no page is written")
-    parser.add_argument("--only", metavar="NAMES", help="cells by name, with commas; no page is written")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--piece", help="a named part of the grid")
+    part.add_argument("--cell", type=int, help="one cell by its number; no page is written")
+    part.add_argument("--only", metavar="NAMES", help="cells by name, with commas; no page is written")
+    # A worker's cell whose needed run failed fails alone, and the others go on.
+    parser.add_argument("--as-worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--keep",
         metavar="FOLDER",

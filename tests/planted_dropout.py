@@ -21,7 +21,7 @@ PLANTED = [
     (
         "all layers have one dropout mask",
         EQUAL,
-        (("models/prefix_dropout.py", "dropped_values", "(number + 1)", "(0 + 1)"),),
+        (("models/prefix_dropout.py", "use_prefix_dropout", "name.encode()", "b''"),),
     ),
     (
         "two columns share the bits of their dropout mask",
@@ -38,7 +38,7 @@ PLANTED = [
     (
         "values that are kept are not scaled",
         MASKS + "test_the_share_that_is_dropped_and_the_scale",
-        (("models/prefix_dropout.py", "PrefixDropout.forward", " * (1.0 / kept_share)", ""),),
+        (("models/prefix_dropout.py", "PrefixDropout.forward", " / (1.0 - steps / STEPS_OF_16_BITS)", ""),),
     ),
     (
         "a layer that is computed again gets the keys of the forward that began last",
@@ -47,10 +47,15 @@ PLANTED = [
             (
                 "models/prefix_dropout.py",
                 "ForwardKeys.current",
-                "self._keys.get(torch.initial_seed())",
+                "self._keys.get(seed)",
                 "next(reversed(self._keys.values()), None)",
             ),
         ),
+    ),
+    (
+        "a dropout layer that is used twice has one mask",
+        MASKS + "test_a_layer_that_is_used_twice_has_two_masks_and_the_same_two_again",
+        (("models/prefix_dropout.py", "PrefixDropout.forward", "self.calls += 1", "pass"),),
     ),
     (
         "every step has the same dropout masks",
@@ -92,7 +97,14 @@ PLANTED = [
     ),
     (
         "auto tears the blocks of growing windows",
-        "config/test_derived.py::test_with_growing_windows_auto_is_four_whole_blocks[None-320-1-32]",
-        (("config/derived.py", "micro_batch_size", "AUTO_BLOCKS * block_samples(config)", "AUTO_ROWS"),),
+        "config/test_derived.py::test_in_a_tree_of_growing_windows_auto_is_as_many_samples_as_four_blocks[None-320-1-32]",
+        (
+            (
+                "config/derived.py",
+                "micro_batch_size",
+                "max(AUTO_ROWS, AUTO_BLOCKS * block_samples(config))",
+                "AUTO_ROWS",
+            ),
+        ),
     ),
 ]

@@ -11,7 +11,7 @@ from gdrt_ds.data.corpus import Sample
 from gdrt_ds.files import finite
 
 CURVE_DECIMALS = 4  # of a nat: the files stay small, and calibration needs no more
-SCORE_DECIMALS = 7  # of a nat: a hundredth of the rounding of float32 sums
+SCORE_DECIMALS = 7  # of a nat: finer than float32 tells two scores apart
 
 
 def item_order(subject: Subject) -> np.ndarray:

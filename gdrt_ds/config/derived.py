@@ -7,7 +7,7 @@ from gdrt_ds.config.sections import RunConfig
 AUTO_ROWS = 8
 """Samples of a forward under `train.micro_batch=auto`."""
 AUTO_BLOCKS = 4
-"""Blocks of growing windows instead: a block of ten targets has about as many tokens as two samples have."""
+"""In a prefix tree, as many samples as so many blocks have: ten of a block cost about what two do alone."""
 
 
 def block_samples(config: RunConfig) -> int:
@@ -16,18 +16,19 @@ def block_samples(config: RunConfig) -> int:
     return config.train.block_samples or most
 
 
-def micro_batch_size(config: RunConfig, world: int) -> int:
+def micro_batch_size(config: RunConfig, world: int, packing: str) -> int:
     """Returns the samples of a rank's forward.
 
-    `auto` is the whole share of a rank, up to a limit. With growing windows the limit is whole blocks,
-    because what a block shares is shared within a forward only.
+    `auto` is the whole share of a rank, up to a limit. The limit is larger for growing windows in a prefix
+    tree, because what a block shares is shared within a forward only.
 
     Args:
         world: number of ranks.
+        packing: how the rows are laid out; `auto` stands for what it usually becomes.
     """
     if config.train.micro_batch != "auto":
         return int(config.train.micro_batch)
     most = AUTO_ROWS
-    if config.data.windows == "growing":
-        most = AUTO_BLOCKS * block_samples(config)
+    if config.data.windows == "growing" and packing in ("auto", "prefix_tree"):
+        most = max(AUTO_ROWS, AUTO_BLOCKS * block_samples(config))
     return min(most, -(-config.train.global_batch // world))

@@ -217,7 +217,7 @@ class TrainSection(Section):
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="Samples per rank and forward pass. `auto` is global_batch / ranks, at most 8; "
-        "with data.windows=growing at most four blocks.",
+        "growing windows in a prefix tree: as many as four blocks have.",
     )
     packing: Literal["auto", "none", "packed", "shared_prefix", "prefix_tree"] = Field(
         "auto",

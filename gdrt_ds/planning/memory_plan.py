@@ -9,7 +9,8 @@ quant_state One byte per 64 values and 4 per 64*256 (double quantisation), or 4 
 adapter     Weights and gradients take s, float32 masters 4 and two moments 8. The stage says what is sharded.
 gathered    Whole parameters that ZeRO-3 has gathered, see `gathered_bytes`. One rank gathers nothing. On
             CPUs gloo fills a second buffer of the same size and copies: the largest matrix counts twice.
-dequantised The largest matrix, dense, twice: in the forward, and as blocks in the backward.
+dequantised The largest matrix, dense, twice: in the forward, and as blocks in the backward. Or, where it is
+            more, the products of one MLP, or a dropout mask while it is made.
 activations Per token and layer, see `activation_bytes_per_token`. With checkpointing they are the inputs of
             all layers and what one layer keeps.
 loss        A chunk of logits (its byte budget), hidden states and row gradients of the supervised tokens.
@@ -36,6 +37,7 @@ from gdrt_ds.models.source import compute_dtype, dtype_name
 from gdrt_ds.training.deepspeed_config import read_deepspeed_config, zero3_limits, zero_stage
 from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
 
+MASK_BYTES = 6  # of a value, while its dropout mask is made (models/prefix_dropout.py)
 CPU_ENGINE_BYTES = 160 << 20  # engine, gloo and autograd buffers: an allowance
 MOST_WINDOWS = 2
 """Layers have full attention, one sliding window, or some of each: two block masks at most."""
@@ -172,6 +174,12 @@ def whole_loading_reason(section: ModelSection, model: Inventory) -> str:
     return ""
 
 
+def mlp_bytes_per_token(config: RunConfig, model: Inventory, size: int) -> int:
+    """An MLP's widest product, and beside it a second one or its dropout mask while it is made."""
+    mask = MASK_BYTES if config.model.lora.dropout else 0
+    return model.intermediate * (size + max(size, mask))
+
+
 def estimate(
     config: RunConfig,
     model_config,
@@ -196,7 +204,7 @@ def estimate(
     raw = deepspeed_config or read_deepspeed_config(config.deepspeed)
     zero, stage = raw.get("zero_optimization") or {}, zero_stage(raw)
     model = take_inventory(config.model, model_config)
-    rows = micro_batch_size(config, world)
+    rows = micro_batch_size(config, world, config.train.packing)
     basis = (
         f"{tokens:,} tokens per micro-batch"
         if tokens
@@ -230,7 +238,7 @@ def estimate(
         activations = tokens * model.layers * per_token
     budget = default_chunk_bytes("cuda" if on_gpu else "cpu", model.vocabulary, size)
     chunk = min(budget, targets * model.vocabulary * 4)
-    transient = max(2 * model.largest * size, tokens * model.intermediate * size * 2)
+    transient = max(2 * model.largest * size, tokens * mlp_bytes_per_token(config, model, size))
     parts = {
         "base weights": 0 if offload_param else resident - experts,
         "fused experts": 0 if offload_param else experts,

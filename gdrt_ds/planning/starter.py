@@ -63,7 +63,7 @@ def starter_config(seen: Seen, file: str, model: str) -> str:
 
 
 def _tau_line(seen: Seen) -> str:
-    """A catalogue's groups differ by several nats, most of which cannot be learned: there 3 cost nothing."""
+    """Groups of a large catalogue differ by nats that cannot be learned; at 3 no price was seen there."""
     meaning = "temperature: large = plain mean, small = worst group"
     if seen.groups_by is not None:
         return _line("tau", 1.0, f"{meaning}; docs/choosing.md")

@@ -244,7 +244,9 @@ def run_workers(
     for number, part in enumerate(parts):
         own = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
         processes.append(
-            subprocess.Popen([*base, "--only", ",".join(cell.name for cell in part)], env=environment | own)
+            subprocess.Popen(
+                [*base, "--as-worker", "--only", ",".join(cell.name for cell in part)], env=environment | own
+            )
         )
     try:
         codes = [process.wait() for process in processes]
@@ -272,18 +274,18 @@ def default_workers(study: Study) -> int:
 
 def cells_of_options(options: argparse.Namespace, everything: list[Cell]) -> list[Cell]:
     """Returns the cells that `--only` names, or the one whose number `--cell` gives."""
-    if not options.only:
+    if options.only is None:
         if not 0 <= options.cell < len(everything):
             raise UserError(
                 f"--cell {options.cell}: the grid has {len(everything)} cells",
                 f"0 to {len(everything) - 1}; see --list",
             )
         return [everything[options.cell]]
-    names = set(options.only.split(","))
+    names = {name.strip() for name in options.only.split(",")}
     unknown = sorted(names - {cell.name for cell in everything})
     if unknown:
         raise UserError(
-            f"--only {unknown[0]}: the grid has no such cell",
+            f"--only {unknown[0] or '(nothing)'}: the grid has no such cell",
             nearest(unknown[0], [cell.name for cell in everything]),
         )
     return [cell for cell in everything if cell.name in names]
@@ -293,7 +295,8 @@ def refuse_untrained_needs(chosen: list[Cell], folder: Path) -> None:
     """Raises a UserError where a cell reads a run folder that is neither trained nor about to be."""
     before: set[str] = set()
     for cell in chosen:
-        for needed in cell.needs:
+        done = state_of(folder, cell) in ("trained", "done")
+        for needed in () if done else cell.needs:
             if needed not in before and run_folder.status(folder / "runs" / needed) != "completed":
                 raise UserError(
                     f"{cell.name} reads the run folder of {needed}, which is not trained",
@@ -326,9 +329,10 @@ def run_study(options: argparse.Namespace) -> int:
             study, folder, everything
         )  # cells run one by one (--cell) wrote none, and the file may have got rows since
         return report(folder)
-    if options.only or options.cell is not None:
+    if options.only is not None or options.cell is not None:
         chosen = cells_of_options(options, everything)
-        refuse_untrained_needs(chosen, folder)
+        if not options.as_worker:
+            refuse_untrained_needs(chosen, folder)
         return work(study, folder, chosen, kept)
     for cell in cells:
         config_of(study, folder, cell)  # every mistake of the grid before the first step

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from gdrt_ds.batches import BatchPlan
+from gdrt_ds.config import RunConfig
 from gdrt_ds.models.attention import Place, packed_attention
 from gdrt_ds.models.families import model_class
 from gdrt_ds.models.inventory import take_inventory
 from gdrt_ds.models.load import LoadedModel, load_model
+from gdrt_ds.models.prefix_dropout import other_dropout
 from gdrt_ds.models.reference_adapters import load_reference_adapters
 from gdrt_ds.models.scoring_choice import scoring_line
 from gdrt_ds.models.source import compute_dtype
@@ -85,7 +88,10 @@ def load(job: Job, prepared: Prepared) -> Loaded:
     job.say(f"engine: DeepSpeed ZeRO stage {zero_stage(deepspeed_config)}; {plan.describe()}")
     for line in load_reference_adapters(base.model, config, base.fingerprint):
         job.say(line)
-    module = FusedLossModel(base.model)
+    # The seed by which masks are found breaks a compiled graph at every dropout layer.
+    module = FusedLossModel(base.model, prefix_dropout=not config.model.compile)
+    for line in filter(None, [_dropout_line(config, base.model)]):
+        job.say(line)
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = None
     if "optimizer" not in deepspeed_config:
@@ -110,5 +116,14 @@ def load(job: Job, prepared: Prepared) -> Loaded:
     if line:
         job.say(line)
     # The measurement may have replaced the packing, and rows of another layout cost something else.
-    plan = plan_batches(config, store, runtime.world, packing)
+    plan = plan_batches(config, store, runtime.world, packing, plan.micro_batch)
     return Loaded(base, engine, plan, total_steps(config, store), packing, dtype, memory)
+
+
+def _dropout_line(config: RunConfig, model: nn.Module) -> str:
+    """Says which dropout masks are not those of the prefix; empty where all are, or where there are none."""
+    if config.model.compile and any(
+        isinstance(module, nn.Dropout) and module.p for module in model.modules()
+    ):
+        return "dropout: masks depend on the packing, the micro-batch and the rank (model.compile is set)"
+    return other_dropout(model)

@@ -17,7 +17,7 @@ from gdrt_ds.batches import MicroBatch
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens, group_cross_entropy
 from gdrt_ds.models.families import decoder, lm_head, lm_head_scaling
-from gdrt_ds.models.prefix_dropout import use_prefix_dropout
+from gdrt_ds.models.prefix_dropout import ForwardKeys, use_prefix_dropout
 from gdrt_ds.models.token_rows import head_term, token_layer
 
 
@@ -41,11 +41,15 @@ class FusedLossModel(nn.Module):
     log-probabilities [N] or None).
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, prefix_dropout: bool = True):
+        """Args: model: the PEFT model or the causal LM.
+
+        prefix_dropout: dropout masks are a function of the prefix (models/prefix_dropout.py).
+        """
         super().__init__()
         self.model = model
         self.logit_scale, self.softcap = lm_head_scaling(model.config)
-        self.forwards = use_prefix_dropout(model)
+        self.forwards = use_prefix_dropout(model) if prefix_dropout else ForwardKeys()
         self._install_head()
 
     def _install_head(self) -> None:

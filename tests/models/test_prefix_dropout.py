@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gdrt_ds.batches.token_keys import step_entropy, token_keys
-from gdrt_ds.models.prefix_dropout import use_prefix_dropout
+from gdrt_ds.models.prefix_dropout import MOST_FORWARDS, other_dropout, use_prefix_dropout
 
 P = 0.3
+TINY = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
 WORD = 1 << 64
 HALF_WORD = 1 << 32
 
@@ -22,8 +26,9 @@ def dropouts(count: int = 1, p: float = P):
     return model, use_prefix_dropout(model)
 
 
-def kept(layer: nn.Module, forwards, keys: np.ndarray, width: int) -> np.ndarray:
+def kept(layer: nn.Module, forwards, keys: np.ndarray, width: int, call: int = 0) -> np.ndarray:
     """bool[T, width]: what a forward of tokens with these keys keeps."""
+    layer.calls = call  # the module that holds a layer counts anew in every forward
     forwards.begin(torch.from_numpy(keys)[None])
     return (layer(torch.ones(1, len(keys), width))[0] != 0).numpy()
 
@@ -47,8 +52,10 @@ def plain_lowbias32(value: int) -> int:
     return value ^ value >> 16
 
 
-def plain_kept(key: int, number: int, column: int, p: float) -> bool:
-    mixed = (key ^ 0x9E3779B97F4A7C15 * (number + 1) % WORD) * 0x2545F4914F6CDD1D % WORD
+def plain_kept(key: int, name: str, call: int, column: int, p: float) -> bool:
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    number = (number + call * 0x9E3779B97F4A7C15) % WORD
+    mixed = (key ^ number) * 0x2545F4914F6CDD1D % WORD
     word = plain_lowbias32(mixed >> 32 ^ plain_lowbias32(column // 2 + 1))
     half = word >> 16 if column % 2 else word & 0xFFFF
     if half >= 1 << 15:
@@ -62,9 +69,12 @@ def test_masks_are_those_of_plain_integers():
     keys = token_keys(tokens, entropy)
     expected_keys = plain_keys(tokens.tolist(), entropy)
     assert [int(key) % WORD for key in keys] == expected_keys
-    for number, layer in enumerate(model):
-        expected = [[plain_kept(k, number, column, P) for column in range(width)] for k in expected_keys]
-        assert (kept(layer, forwards, keys, width) == np.array(expected)).all()
+    for name, layer in model.named_children():
+        for call in range(2):
+            expected = [
+                [plain_kept(k, name, call, column, P) for column in range(width)] for k in expected_keys
+            ]
+            assert (kept(layer, forwards, keys, width, call) == np.array(expected)).all()
 
 
 # -- what they hang on ---------------------------------------------------------------------------------
@@ -128,14 +138,14 @@ def test_masks_of_tokens_columns_and_layers_are_not_correlated():
 # -- in a model ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_layer_that_is_computed_again_has_its_mask_again_though_another_forward_began(reentrant):
-    (layer,), forwards = dropouts()
+    model, forwards = dropouts()
     keys = torch.from_numpy(token_keys(np.arange(8), 1))[None]
     x = torch.ones(1, 8, 64, requires_grad=True)
     torch.manual_seed(11)
     forwards.begin(keys)
-    output = checkpoint(layer, x, use_reentrant=reentrant)
+    output = checkpoint(model, x, use_reentrant=reentrant)
     forwards.begin_beside(torch.from_numpy(token_keys(np.arange(5), 1))[None])
-    layer(torch.ones(1, 5, 64))
+    model(torch.ones(1, 5, 64))
     output.sum().backward()
     assert torch.equal(x.grad, output.detach())
 
@@ -145,13 +155,91 @@ def test_rows_that_are_no_tokens_and_forwards_that_nobody_began_get_the_masks_of
     torch.manual_seed(5)
     assert 0 < float((layer(torch.ones(1, 40, 8)) == 0).float().mean()) < 1
     forwards.begin(torch.from_numpy(token_keys(np.arange(40), 1))[None])
-    with pytest.warns(UserWarning, match=r"dropout 0: its input has 13 rows and the micro-batch 40 tokens"):
+    with pytest.warns(
+        UserWarning, match=r"dropout 0: the rows of its input \[13, 8\] are not the tokens \[1, 40\]"
+    ):
         assert 0 < float((layer(torch.ones(13, 8)) == 0).float().mean()) < 1
-    flat = layer(torch.ones(40, 8)), layer(torch.ones(1, 40, 8))
-    assert torch.equal(flat[0], flat[1][0]), "the same tokens in one dimension"
+    flat = []
+    for shape in ((40, 8), (1, 40, 8)):
+        layer.calls = 0
+        flat.append(layer(torch.ones(shape)).view(40, 8))
+    assert torch.equal(*flat), "the same tokens in one dimension"
+    keys = torch.from_numpy(token_keys(np.arange(40), 1)).view(4, 10)
+    forwards.begin(keys)
+    model, forwards = dropouts()
+    forwards.begin(keys)
+    with pytest.warns(UserWarning, match="are not the tokens"):
+        model(torch.ones(10, 4, 8))  # the other way round: as many rows, in another order
 
 
 def test_in_evaluation_nothing_is_dropped():
     model, forwards = dropouts()
     forwards.begin(torch.from_numpy(token_keys(np.arange(4), 1))[None])
     assert torch.equal(model.eval()(torch.ones(1, 4, 8)), torch.ones(1, 4, 8))
+
+
+def test_a_layer_that_is_used_twice_has_two_masks_and_the_same_two_again(tmp_path):
+    """Phi drops the output of attention and of the MLP with one layer."""
+    settings = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.PhiConfig(vocab_size=64, resid_pdrop=0.3, embd_pdrop=0.0, **settings)
+    model = transformers.PhiForCausalLM(config).train()
+    forwards = use_prefix_dropout(model)
+    masks = []
+    model.model.layers[1].resid_dropout.register_forward_hook(
+        lambda module, inputs, output: masks.append(output == 0)
+    )
+    ids = torch.arange(3, 13)[None]
+    keys = torch.from_numpy(token_keys(ids[0].numpy(), 1))[None]
+    for _ in range(2):
+        forwards.begin(keys)
+        model(input_ids=ids, use_cache=False)
+    first, second, first_again, second_again = masks
+    assert not torch.equal(first, second)
+    assert torch.equal(first, first_again) and torch.equal(second, second_again)
+
+
+def test_masks_hang_on_a_layer_s_name_and_not_on_what_else_is_loaded():
+    keys = token_keys(np.arange(30), 1)
+    found = []
+    for more in ({}, {"another": nn.Dropout(0.5)}):
+        model = nn.ModuleDict(more | {"layer": nn.Dropout(P)}).train()
+        forwards = use_prefix_dropout(model)
+        found.append(kept(model["layer"], forwards, keys, 64))
+    assert (found[0] == found[1]).all()
+
+
+@pytest.mark.parametrize("p", [0.999999, 1.0])
+def test_where_everything_is_dropped_torch_does_it(p):
+    (layer,), forwards = dropouts(p=p)
+    forwards.begin(torch.zeros(1, 8, dtype=torch.long))
+    assert float((layer(torch.ones(1, 8, 16)) == 0).float().mean()) == 1.0
+
+
+def test_a_forward_that_is_long_over_cannot_be_computed_again():
+    model, forwards = dropouts()
+    x = torch.ones(1, 8, 16, requires_grad=True)
+    torch.manual_seed(1)
+    forwards.begin(torch.zeros(1, 8, dtype=torch.long))
+    output = checkpoint(model, x, use_reentrant=False)
+    for seed in range(2, 3 + MOST_FORWARDS):
+        torch.manual_seed(seed)
+        forwards.begin(torch.zeros(1, 8, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="its dropout masks are gone"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32), "attn_pdrop = 0.1"),
+        (transformers.LlamaConfig(attention_dropout=0.2, **TINY), "attention_dropout = 0.2"),
+        (transformers.LlamaConfig(**TINY), ""),
+        (transformers.OPTConfig(dropout=0.3, ffn_dim=32, word_embed_proj_dim=16, **TINY), "dropout = 0.3"),
+    ],
+)
+def test_dropout_that_is_no_layer_is_named(config, said):
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    use_prefix_dropout(model)
+    line = other_dropout(model)
+    assert said in line and bool(line) == bool(said)
+    assert "resid_pdrop" not in line, "a layer of its own"

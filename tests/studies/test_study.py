@@ -457,6 +457,8 @@ def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, t
         and "--only gdrt-sed1: the grid has no such cell" in refused.stderr
         and "did you mean `gdrt-seed" in refused.stderr
     )
+    assert "--only (nothing): the grid has no such cell" in start(path, mine, "--only", "").stderr
+    assert "not allowed with argument" in start(path, mine, "--only", "a", "--cell", "1").stderr
     broken = STUDY.replace(
         "[objective=gdrt]", "[objective=gdrt, groups.num=2000]"
     )  # more groups than target tokens: found when it starts

@@ -10,6 +10,7 @@ import torch
 from gdrt_ds.config import RunConfig
 from gdrt_ds.runtime import Runtime
 from gdrt_ds.training.step import StepRunner
+from tests.batches.test_tree_attention import random_tree_store
 
 
 def runner(seed: int = 3, rank: int = 1):
@@ -55,8 +56,6 @@ def keys_of(samples, step=5, seed=3, rank=1, index=0) -> torch.Tensor:
 
     def engine(micro, *_):
         raise Begun(micro.keys)
-
-    from tests.batches.test_tree_attention import random_tree_store
 
     store = random_tree_store(0)
     own.engine = engine
