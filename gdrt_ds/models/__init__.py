@@ -29,6 +29,7 @@ What is trained, and beside what:
 
     adapters.py            the LoRA adapter around the frozen base
     token_rows.py          trained rows of chosen tokens
+    prefix_dropout.py      dropout masks that hang on the tokens, not on the layout
     reference_adapters.py  the models that training compares itself with
 
 What its layers allow:
