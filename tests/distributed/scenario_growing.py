@@ -54,9 +54,12 @@ def train(rank, world, data, folder, stop, *overrides):
 
 def train_leaky(rank, world, data, folder, stop, *overrides):
     """The same where the choice from the layers misses a leak: it lets every model into a prefix tree."""
-    from gdrt_ds.training import loading
+    from gdrt_ds.training import preparation
 
-    loading.choose_packing = lambda config, model_config: ("prefix_tree", "packing: prefix_tree (planted)")
+    preparation.choose_packing = lambda config, model_config: (
+        "prefix_tree",
+        "packing: prefix_tree (planted)",
+    )
     return train(rank, world, data, folder, stop, *overrides)
 
 
