@@ -35,7 +35,7 @@ def test_one_rank_with_padded_rows_sees_the_same_samples_and_computes_the_same(r
 
 def test_where_the_probe_turns_a_tree_down_the_run_is_bitwise_the_one_that_pads_from_the_start(report):
     """Also stopped and resumed. Samples split in the order of a tree would be summed in another order."""
-    assert report["leaky_status"] == [[0, 0], [75, 75], [0, 0]]
+    assert report["leaky_status"] == [[75, 75], [0, 0], [75, 75], [0, 0]]
     assert report["leaky_packing"] == "none"
     assert [record[0] for record in report["leaky"]] == list(range(1, STEPS + 1))
     assert report["leaky"] == report["leaky_padded"]
