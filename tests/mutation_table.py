@@ -8,6 +8,7 @@ from tests.planted_cuda import PLANTED as PLANTED_CUDA
 from tests.planted_dropout import PLANTED as PLANTED_DROPOUT
 from tests.planted_packing import PLANTED as PLANTED_PACKING
 from tests.planted_rows import PLANTED as PLANTED_ROWS
+from tests.planted_sasrec import PLANTED as PLANTED_SASREC
 from tests.planted_windows import PLANTED as PLANTED_WINDOWS
 
 
@@ -474,28 +475,13 @@ MUTATIONS = [
             ),
         ),
     ),
-    Mutation(
-        "SASRec sees later items",
-        "eval/test_sasrec.py::test_a_score_does_not_depend_on_later_items",
-        (("eval/sasrec/model.py", "SASRec.states", "mask=later", "mask=None"),),
-    ),
-    Mutation(
-        "SASRec trains on valid targets",
-        "eval/test_sasrec.py::test_no_valid_or_test_target_is_trained_on_or_read_in_training",
-        (
-            (
-                "eval/sasrec/sequences.py",
-                "sequences_of",
-                'train = entries(corpus.splits["train"])',
-                'train = entries(corpus.splits["train"] + corpus.splits["valid"])',
-            ),
-        ),
-    ),
-    Mutation(
-        "SASRec keeps its last epoch",
-        "eval/test_sasrec.py::test_early_stopping_keeps_the_weights_of_the_epoch_that_was_best_on_valid",
-        (("eval/sasrec/training.py", "Training.run_epoch", "nll < self.best_nll", "nll > 0"),),
-    ),
 ]
-PLANTED_ELSEWHERE = (*PLANTED_CUDA, *PLANTED_DROPOUT, *PLANTED_PACKING, *PLANTED_ROWS, *PLANTED_WINDOWS)
+PLANTED_ELSEWHERE = (
+    *PLANTED_CUDA,
+    *PLANTED_DROPOUT,
+    *PLANTED_PACKING,
+    *PLANTED_ROWS,
+    *PLANTED_SASREC,
+    *PLANTED_WINDOWS,
+)
 MUTATIONS += [Mutation(*planted) for planted in PLANTED_ELSEWHERE]

@@ -1,4 +1,4 @@
-"""Planted errors in dropout masks and in what `auto` chooses: (what, test, changes) of each."""
+"""Planted errors in dropout masks: (what, test, changes) of each."""
 
 from __future__ import annotations
 
@@ -80,30 +80,6 @@ PLANTED = [
                 "_keys",
                 "token_keys(row, entropy)",
                 "token_keys(row, entropy + int(path[0]))",
-            ),
-        ),
-    ),
-    (
-        "auto takes a prefix tree whatever it costs",
-        "planning/test_packing_choice.py::test_prompts_of_their_own_share_the_fixed_words_only",
-        (
-            (
-                "training/preparation.py",
-                "packing_of",
-                '> TREE_PAYS * tokens["shared_prefix"]',
-                '> 2 * tokens["padded"]',
-            ),
-        ),
-    ),
-    (
-        "auto tears the blocks of growing windows",
-        "config/test_derived.py::test_in_a_tree_of_growing_windows_auto_is_as_many_samples_as_four_blocks[None-320-1-32]",
-        (
-            (
-                "config/derived.py",
-                "micro_batch_size",
-                "max(AUTO_ROWS, AUTO_BLOCKS * block_samples(config))",
-                "AUTO_ROWS",
             ),
         ),
     ),

@@ -23,4 +23,29 @@ PLANTED = [
             ),
         ),
     ),
+    (
+        "auto takes a prefix tree whatever it costs",
+        "planning/test_packing_choice.py::test_prompts_of_their_own_share_the_fixed_words_only",
+        (
+            (
+                "training/preparation.py",
+                "packing_of",
+                '> TREE_PAYS * tokens["shared_prefix"]',
+                '> 2 * tokens["padded"]',
+            ),
+        ),
+    ),
+    (
+        "auto tears the blocks of growing windows",
+        "config/test_derived.py::"
+        "test_in_a_tree_of_growing_windows_auto_is_as_many_samples_as_four_blocks[None-320-1-32]",
+        (
+            (
+                "config/derived.py",
+                "micro_batch_size",
+                "max(AUTO_ROWS, AUTO_BLOCKS * block_samples(config))",
+                "AUTO_ROWS",
+            ),
+        ),
+    ),
 ]
