@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gdrt_ds.batches import build_micro_batch
+from gdrt_ds.batches import MicroBatch, build_micro_batch
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.errors import UserError
 
@@ -58,7 +58,7 @@ class Leak:
 
 
 def measure_leak(engine, packing: str, vocabulary: int, pad_id: int, device: torch.device) -> Leak:
-    """Runs the probe; the same result on every rank. The engine's mode (train or eval) is kept.
+    """Runs the probe; the same result on every rank.
 
     Args:
         engine: DeepSpeed's, around the FusedLossModel.
@@ -69,17 +69,11 @@ def measure_leak(engine, packing: str, vocabulary: int, pad_id: int, device: tor
     def losses_of_b(seeds: tuple[int, int, int]) -> torch.Tensor:
         store = probe(vocabulary, seeds)
         micro = build_micro_batch(store, np.arange(3), packing, SHARED, pad_id, device).to(device)
-        one_group = torch.zeros(len(micro.labels), dtype=torch.long, device=device)
-        with torch.no_grad():
-            losses = engine(micro, one_group, 1)[1]
         first, second = store.target_offsets[1:3]
-        return losses[first:second].double()
+        return _losses(engine, micro)[first:second].double()
 
-    training = engine.training
-    engine.eval()
     usual, *others = [losses_of_b(seeds) for seeds in SEEDS]
     moved = torch.stack([(other - usual).abs().max() for other in others])
-    engine.train(training)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(moved, op=dist.ReduceOp.MAX)
     return Leak(*moved.tolist())
@@ -88,16 +82,23 @@ def measure_leak(engine, packing: str, vocabulary: int, pad_id: int, device: tor
 def pass_once(engine, vocabulary: int, pad_id: int, device: torch.device) -> None:
     """One forward without gradients, so that ZeRO-3 sees the model before the first step.
 
-    Some layers use the parameter of another module (LFM2's convolutions). ZeRO-3 finds that out in the first
-    forward, and then gathers in another order than it has just noted down for the second, which it refuses as
-    a "tracing error". Where groups are kept, as in a resumed run, that forward would be the first step's.
+    Some layers use the parameter of another module (LFM2's short convolution, that of its Conv1d). ZeRO-3
+    finds that out in the first forward, and then gathers in another order than it has just noted down for the
+    second, which it refuses as a "tracing error". Where groups are kept, as in a resumed run, that forward
+    would be the first step's.
     """
     micro = build_micro_batch(probe(vocabulary, SEEDS[0]), np.arange(1), "none", 0, pad_id, device).to(device)
+    _losses(engine, micro)
+
+
+def _losses(engine, micro: MicroBatch) -> torch.Tensor:
+    """[N] losses without gradients and without dropout; the engine's mode (train or eval) is kept."""
     training = engine.training
     engine.eval()
     with torch.no_grad():
-        engine(micro, torch.zeros(len(micro.labels), dtype=torch.long, device=device), 1)
+        losses = engine(micro, torch.zeros_like(micro.labels), 1)[1]
     engine.train(training)
+    return losses
 
 
 def probe(vocabulary: int, seeds: tuple[int, int, int]) -> TokenStore:
@@ -135,10 +136,9 @@ def confirm_packing(
     Raises:
         UserError: samples see each other in rows that were asked for.
     """
-    vocabulary = model_config.get_text_config().vocab_size
     if packing == "none":
-        pass_once(engine, vocabulary, pad_id, device)
         return packing, ""
+    vocabulary = model_config.get_text_config().vocab_size
     leak = measure_leak(engine, packing, vocabulary, pad_id, device)
     text = f"another sample's tokens move a sample's losses by {max(leak.before, leak.after):.1e} nats"
     if not leak.found(dtype):

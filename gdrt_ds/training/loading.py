@@ -19,7 +19,7 @@ from gdrt_ds.models.scoring_choice import scoring_line
 from gdrt_ds.models.source import compute_dtype
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config, zero_stage
 from gdrt_ds.training.job import Job
-from gdrt_ds.training.leak_check import confirm_packing
+from gdrt_ds.training.leak_check import confirm_packing, pass_once
 from gdrt_ds.training.memory_use import PeakMemory
 from gdrt_ds.training.model_with_loss import FusedLossModel
 from gdrt_ds.training.optimizer import make_optimizer
@@ -90,7 +90,7 @@ def load(job: Job, prepared: Prepared) -> Loaded:
         job.say(line)
     # The seed by which masks are found breaks a compiled graph at every dropout layer.
     module = FusedLossModel(base.model, prefix_dropout=not config.model.compile)
-    for line in filter(None, [_dropout_line(config, base.model)]):
+    if line := dropout_line(config, base.model):
         job.say(line)
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = None
@@ -104,6 +104,9 @@ def load(job: Job, prepared: Prepared) -> Loaded:
         dist_init_required=False,
     )
     engine.train()
+    if packing == "none":
+        vocabulary = prepared.model_config.get_text_config().vocab_size
+        pass_once(engine, vocabulary, prepared.tokenizer.pad_token_id, runtime.device)
     packing, line = confirm_packing(
         config.train.packing,
         packing,
@@ -120,7 +123,7 @@ def load(job: Job, prepared: Prepared) -> Loaded:
     return Loaded(base, engine, plan, total_steps(config, store), packing, dtype, memory)
 
 
-def _dropout_line(config: RunConfig, model: nn.Module) -> str:
+def dropout_line(config: RunConfig, model: nn.Module) -> str:
     """Says which dropout masks are not those of the prefix; empty where all are, or where there are none."""
     if config.model.compile and any(
         isinstance(module, nn.Dropout) and module.p for module in model.modules()

@@ -17,6 +17,7 @@ from eval import predictions as predictions_module
 from eval.floors import choose, fit_floors
 from eval.loading import load_subject
 from eval.metrics.calibration import nll_curve
+from eval.predictions.rows import SCORE_DECIMALS
 from eval.run import main, parse
 from eval.scoring import expected_rank, per_item_scores
 from gdrt_ds.data.catalogue import Catalogue
@@ -175,6 +176,7 @@ def test_two_ranks_write_what_one_rank_writes(run, evaluated, tmp_path):
     for mine, theirs in zip(rows(tmp_path), rows(evaluated), strict=True):
         assert strip(mine) == strip(theirs)
         assert np.allclose(mine["top_scores"], theirs["top_scores"], atol=1e-5)
+        assert mine["top_scores"] == [round(score, SCORE_DECIMALS) for score in mine["top_scores"]]
         assert np.allclose(mine["nll_at_temperatures"], theirs["nll_at_temperatures"], atol=2e-4)
 
 

@@ -12,7 +12,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gdrt_ds.batches.token_keys import step_entropy, token_keys
+from gdrt_ds.config import RunConfig
+from gdrt_ds.models.built_in import make_tiny_model
+from gdrt_ds.models.load import load_model
 from gdrt_ds.models.prefix_dropout import MOST_FORWARDS, other_dropout, use_prefix_dropout
+from gdrt_ds.runtime import Runtime
+from gdrt_ds.training.loading import dropout_line
+from gdrt_ds.training.model_with_loss import FusedLossModel
 
 P = 0.3
 TINY = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
@@ -243,3 +249,16 @@ def test_dropout_that_is_no_layer_is_named(config, said):
     line = other_dropout(model)
     assert said in line and bool(line) == bool(said)
     assert "resid_pdrop" not in line, "a layer of its own"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_compiled_model_keeps_the_masks_of_torch_and_says_so(tmp_path, compiled):
+    path = make_tiny_model(tmp_path / "model", ["Heat (1995)"], 0, hidden=32)
+    config = RunConfig.model_validate(
+        {"model": {"path": str(path), "quantization": "none", "dtype": "float32", "compile": compiled}}
+    )
+    model = load_model(config.model, Runtime(), train=True, path=path, seed=0).model
+    FusedLossModel(model, prefix_dropout=not compiled)
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert layers and all((type(layer) is nn.Dropout) == compiled for layer in layers)
+    assert ("model.compile is set" in dropout_line(config, model)) == compiled

@@ -82,18 +82,29 @@ def test_activations_follow_the_tokens_given():
     assert b.parts["activations"] == 2 * a.parts["activations"]
 
 
+def test_making_a_dropout_mask_is_counted():
+    model = transformers.LlamaConfig(**SMALL)
+    with_dropout, without = (
+        estimate(config(lora={"dropout": p}), model, 1, None, tokens=100_000, targets=10) for p in (0.1, 0.0)
+    )
+    part = "dequantised and transient"
+    assert with_dropout.parts[part] > without.parts[part]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_activation_bytes_match_what_autograd_saves(tmp_path, dropout):
     """Counts the storages that autograd really keeps for one more token, two lengths of one forward pass of a
     real NF4 model.
     """
     from gdrt_ds.models.built_in import make_tiny_model
+    from gdrt_ds.models.prefix_dropout import use_prefix_dropout
     from gdrt_ds.planning.memory_plan import activation_bytes_per_token
     from tests.models.test_model import TEXTS, load
 
     path = make_tiny_model(tmp_path / "m", TEXTS, 0, num_layers=4, hidden=128, intermediate=384)
     loaded = load(path, lora={"dropout": dropout})
     backbone = loaded.model.get_base_model().model
+    forwards = use_prefix_dropout(loaded.model)
     parameters = {p.untyped_storage().data_ptr() for p in loaded.model.parameters()}
 
     def saved_bytes(length):
@@ -105,6 +116,7 @@ def test_activation_bytes_match_what_autograd_saves(tmp_path, dropout):
                 storages[storage.data_ptr()] = (storage.nbytes(), tensor)
             return tensor
 
+        forwards.begin(torch.arange(length)[None])
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             out = backbone(input_ids=torch.randint(3, 100, (1, length))).last_hidden_state
         total = sum(size for size, _ in storages.values())

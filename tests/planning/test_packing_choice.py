@@ -8,7 +8,7 @@ import pytest
 
 from gdrt_ds.config import load_config
 from gdrt_ds.planning.plan import plan_run
-from gdrt_ds.training.preparation import TREE_PAYS, prepare
+from gdrt_ds.training.preparation import TREE_PAYS, plan_batches, prepare
 
 COMPLETIONS = 4
 
@@ -53,3 +53,11 @@ def test_prompts_of_their_own_share_the_fixed_words_only(tmp_path):
 @pytest.mark.parametrize("wish", ["none", "packed", "shared_prefix"])
 def test_a_wish_is_kept_whatever_it_costs(tmp_path, wish):
     assert plan_of(tmp_path, COMPLETIONS, f"train.packing={wish}").packing[0] == wish
+
+
+def test_a_plan_for_another_packing_keeps_the_micro_batch_that_the_engine_was_told(tmp_path):
+    """Where rows turn out to leak, they are padded, and DeepSpeed's settings are fixed by then."""
+    plan = plan_of(tmp_path, COMPLETIONS, "train.micro_batch=auto")
+    store, config = plan.prepared.stores["train"], plan.config
+    assert plan_batches(config, store, 1, "none").micro_batch == 8
+    assert plan_batches(config, store, 1, "none", 24).micro_batch == 24
