@@ -33,7 +33,8 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 class BatchPlan:
     """Says who computes what: `step(k)` gives the samples of every micro-batch of every rank."""
 
-    lengths: np.ndarray  # int64[n] tokens per sample
+    lengths: np.ndarray | None
+    """int64[n], tokens per sample; None with a store, whose rows are counted when they are dealt."""
     global_batch: int
     micro_batch: int
     world: int
@@ -50,8 +51,13 @@ class BatchPlan:
                 f"train.global_batch = {self.global_batch} is smaller than the {self.world} ranks",
                 f"use at most {self.global_batch} ranks or set train.global_batch to at least {self.world}",
             )
-        if len(self.lengths) == 0:
+        if self.count == 0:
             raise UserError("the train split is empty", "check data.path and data.split_ratio")
+
+    @property
+    def count(self) -> int:
+        """Samples of an epoch."""
+        return len(self.lengths if self.store is None else self.store)
 
     @property
     def accumulation(self) -> int:
@@ -60,7 +66,7 @@ class BatchPlan:
 
     def samples(self, step: int) -> np.ndarray:
         """Returns int64[B], the sample indices of optimizer step `step`, sorted."""
-        count = len(self.lengths)
+        count = self.count
         position = step * self.global_batch
         stop = position + self.global_batch
         parts = []

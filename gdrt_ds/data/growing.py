@@ -264,8 +264,8 @@ class GrowingStore(TokenStore):
     A row is named `epoch * n + sample`. Targets, their tokens and all facts about them are those of the
     sample; the prompt before them is encoded when it is asked for.
 
-    The arrays of the base class are those of the sliding windows: their lengths and offsets are not those of
-    the rows, which have other histories.
+    So one sample has no one length, and the arrays that lay all rows out one behind the other do not exist:
+    `input_ids`, `segments`, `offsets` and `lengths` raise. `row` gives the tokens of one row.
     """
 
     def __init__(
@@ -288,19 +288,19 @@ class GrowingStore(TokenStore):
 
     @property
     def input_ids(self) -> np.ndarray:
-        return self.sliding.input_ids
+        raise _no_array("input_ids")
 
     @property
     def segments(self) -> np.ndarray:
-        return self.sliding.segments
+        raise _no_array("segments")
 
     @property
     def offsets(self) -> np.ndarray:
-        return self.sliding.offsets
+        raise _no_array("offsets")
 
     @property
     def lengths(self) -> np.ndarray:
-        return self.sliding.lengths
+        raise _no_array("lengths")
 
     @property
     def rows_change(self) -> bool:
@@ -332,6 +332,13 @@ class GrowingStore(TokenStore):
         windows = self.windows
         text = f"{self.sliding.fingerprint} growing {windows.block} {windows.min_history} {windows.seed}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _no_array(name: str) -> RuntimeError:
+    """Says why there is no such array. Those of the sliding windows would be arrays of other histories."""
+    return RuntimeError(
+        f"growing windows have no array {name!r}: a sample has another row in every epoch. Use row()."
+    )
 
 
 def _check_targets(windows: GrowingWindows, entries: np.ndarray, catalogue: Catalogue) -> None:

@@ -114,15 +114,16 @@ class RunPlan:
     def _rows_text(self) -> str:
         """Says how long the rows are: all of them, or those of the first steps where they have to be made."""
         store = self.prepared.stores["train"]
-        lengths, num_target, where = store.lengths, store.num_target, ""
+        num_target, where = store.num_target, ""
         if store.rows_change:
-            # The store knows the lengths of sliding windows only. Rows are made when they are asked for, and
-            # those of a whole epoch are too many to make here.
+            # Rows are made when they are asked for, and those of a whole epoch are too many to make here.
             steps = min(FIRST_STEPS, self.steps)
             rows = np.concatenate([self.batches.samples(step) for step in range(steps)])
             lengths = np.array([len(store.row(int(row))) for row in rows])
             num_target = num_target[store.sample_of(rows)]
             where = f" in the first {steps} step(s)"
+        else:
+            lengths = store.lengths
         return (
             f"{lengths.mean():.0f} tokens on average (longest {lengths.max()}){where}, "
             f"{num_target.mean():.1f} of them targets"

@@ -120,14 +120,15 @@ def plan_batches(
             f"set train.micro_batch to at most {-(-config.train.global_batch // world)}, or auto",
         )
     trees = packing == "prefix_tree"
+    by_row = trees or store.rows_change
     return BatchPlan(
-        store.lengths,
+        None if by_row else store.lengths,
         config.train.global_batch,
         micro,
         world,
         config.train.seed,
         packed=packing != "none",
-        store=store if trees or store.rows_change else None,
+        store=store if by_row else None,
         trees=trees,
     )
 

@@ -99,7 +99,7 @@ def test_samples_that_begin_alike_share_a_slot_and_slots_cost_about_the_same():
     def tree_tokens(slots):
         return [len(merge_prefixes([store.row(s) for s in members]).tokens) for members in slots]
 
-    plan = BatchPlan(store.lengths, 72, 18, 2, 0, store=store, trees=True)
+    plan = BatchPlan(None, 72, 18, 2, 0, store=store, trees=True)
     slots = [members for step in plan.split(samples) for members in step]
     assert sorted(np.concatenate(slots).tolist()) == samples.tolist()
     assert max(len(members) for members in slots) <= 18
@@ -114,7 +114,7 @@ def test_samples_that_begin_alike_share_a_slot_and_slots_cost_about_the_same():
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_any_number_of_samples_fits_the_slots(count, world):
     store = growing_store()
-    plan = BatchPlan(store.lengths, 72, 7, world, 0, store=store, trees=True)
+    plan = BatchPlan(None, 72, 7, world, 0, store=store, trees=True)
     slots = [members for step in plan.split(np.arange(count)) for members in step]
     assert sorted(np.concatenate(slots).tolist()) == list(range(count))
     assert max(len(members) for members in slots) <= 7

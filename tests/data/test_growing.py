@@ -145,6 +145,13 @@ def test_items_of_the_other_splits_are_in_no_history_that_reaches_beyond_the_win
         assert set(windows.history(index, 0)) <= known[sample.user_id]
 
 
+@pytest.mark.parametrize("name", ["input_ids", "segments", "offsets", "lengths"])
+def test_arrays_of_all_rows_are_refused(name, prepared):
+    """Those of the sliding windows would be lengths and tokens of other histories."""
+    with pytest.raises(RuntimeError, match=f"no array '{name}'.*Use row"):
+        getattr(prepared[1].stores["train"], name)
+
+
 def test_rows_hold_the_growing_history_and_the_sample_s_own_target(prepared):
     _, found = prepared
     store = found.stores["train"]
@@ -153,7 +160,7 @@ def test_rows_hold_the_growing_history_and_the_sample_s_own_target(prepared):
         ids = store.row(row)
         count = store.num_target[sample]
         first = store.target_offsets[sample]
-        sliding = store.input_ids[store.offsets[sample] : store.offsets[sample + 1]]
+        sliding = store.sliding.row(sample)
         assert ids[-count:].tolist() == sliding[-count:].tolist()
         micro = build_micro_batch(store, np.array([row]), "prefix_tree", 0, 2)
         assert micro.token_index.tolist() == list(range(first, first + count))
@@ -191,7 +198,7 @@ def test_merged_rows_need_far_fewer_tokens(prepared):
 def test_padded_rows_of_growing_windows_are_planned_too(prepared):
     config, found = prepared
     store = found.stores["train"]
-    plan = BatchPlan(store.lengths, 8, 4, 2, 0, packed=False, store=store)
+    plan = BatchPlan(None, 8, 4, 2, 0, packed=False, store=store)
     assert sorted(np.concatenate(plan.step(3)[0]).tolist()) == plan.samples(3).tolist()
 
 

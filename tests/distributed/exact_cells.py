@@ -324,7 +324,7 @@ def start_runner(
     config = config or make_config(cell, folder, world)
     tokens = make_tokens(cell)
     plan = UnevenPlan(
-        tokens.store.lengths,
+        None if cell.packing == "prefix_tree" else tokens.store.lengths,
         GLOBAL_BATCH,
         int(config.train.micro_batch),
         world,

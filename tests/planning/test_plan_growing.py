@@ -29,7 +29,7 @@ def test_the_plan_counts_the_tokens_of_the_rows_of_the_first_steps(log, tmp_path
     # The steps of the plan, taken from the order of the epochs by hand: 8 steps of 8 samples.
     rows = np.concatenate([store.order(0), store.order(1)])[:64]
     lengths = np.array([len(store.row(int(row))) for row in rows])
-    assert lengths.max() < store.lengths.max(), "a block of four is shorter than ten items"
+    assert lengths.max() < store.sliding.lengths.max(), "a block of four is shorter than ten items"
     found = re.search(r"(\d+) tokens on average \(longest (\d+)\) in the first 8 step\(s\)", line)
     assert found, line
     assert (int(found[1]), int(found[2])) == (round(lengths.mean()), lengths.max())
