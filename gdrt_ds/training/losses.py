@@ -16,16 +16,21 @@ from gdrt_ds.training.preparation import Prepared
 
 
 def token_losses(
-    engine, micro: MicroBatch, device: torch.device, allowed: AllowedTokens | None = None
+    engine,
+    micro: MicroBatch,
+    device: torch.device,
+    allowed: AllowedTokens | None = None,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """Returns float[N], the loss of every target token of a micro-batch under the active adapter.
 
     Args:
         allowed: the tokens that each may be; None is the whole vocabulary.
+        temperature: logits are divided by it.
     """
     with torch.no_grad():
         one_group = torch.zeros(len(micro.token_index), dtype=torch.long, device=device)
-        return engine(micro, one_group, 1, 1.0, allowed)[1]
+        return engine(micro, one_group, 1, temperature, allowed)[1]
 
 
 def split_losses(
@@ -38,6 +43,7 @@ def split_losses(
     samples: np.ndarray | None = None,
     announce: str | None = None,
     allowed_of: Callable[[MicroBatch], AllowedTokens] | None = None,
+    temperature: float = 1.0,
 ) -> np.ndarray:
     """float64[target tokens of the split], the same on every rank; the caller puts the engine into
     evaluation mode.
@@ -47,6 +53,7 @@ def split_losses(
         samples: score these only; the tokens of all others are 0.
         announce: what to call the work in a line before it and four lines during it; None says nothing.
         allowed_of: the tokens that each target token may be; None is the whole vocabulary.
+        temperature: logits are divided by it.
     """
     store, runtime = prepared.stores[split], job.runtime
     chosen = np.arange(len(store)) if samples is None else samples
@@ -72,7 +79,7 @@ def split_losses(
             runtime.device,
         )
         allowed = None if allowed_of is None else allowed_of(micro)
-        found = token_losses(loaded.engine, micro, runtime.device, allowed)
+        found = token_losses(loaded.engine, micro, runtime.device, allowed, temperature)
         losses[micro.token_index] = found.double().cpu()
         beat()
         if announce and (index + 1) % max(1, len(rounds) // 4) == 0:

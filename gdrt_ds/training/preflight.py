@@ -39,12 +39,7 @@ def check_settings(config: RunConfig) -> None:
     checkpoint.check_resume(config.run.dir, config.resume)
     objective = get_objective(config.objective)
     _check_frozen_weights(config, objective)
-    if config.dro.excess and objective.live_weights is not None:
-        raise UserError(
-            f"dro.excess = {config.dro.excess} with objective = {config.objective}, which weighs tokens by "
-            "their own scores and not groups by their losses",
-            "leave dro.excess=false, or choose gdrt, group_dro or cvar",
-        )
+    _check_weighing(config, objective)
     if config.data.windows == "growing" and objective.history_free_pass:
         raise UserError(
             f"data.windows = growing with objective = {config.objective}, whose second pass without history "
@@ -57,6 +52,30 @@ def check_settings(config: RunConfig) -> None:
                 f"log.{setting} = true, but {package} is not installed",
                 f"pip install 'gdrt-ds[{package}]', or set log.{setting}=false",
             )
+
+
+def _check_weighing(config: RunConfig, objective: Objective) -> None:
+    """Refuses ways to measure group losses that the objective would not follow, or would follow wrongly."""
+    excess, named = config.dro.excess, f"objective = {config.objective}"
+    if excess and objective.live_weights is not None:
+        raise UserError(
+            f"dro.excess = {excess} with {named}, which weighs tokens by their own scores and not groups by "
+            "their losses",
+            "leave dro.excess=false, or choose gdrt, group_dro or cvar with dro.cvar_over=groups",
+        )
+    if objective.per_token(config.dro):
+        given = f"dro.excess = {excess}" if excess else f"dro.estimate = {config.dro.estimate}"
+        if excess or config.dro.estimate != "batch":
+            raise UserError(
+                f"{given} is about the losses of groups, and {named} weighs single tokens",
+                "set dro.cvar_over=groups, or leave dro.excess=false and dro.estimate=batch",
+            )
+    if excess == "relevance" and objective.masked_softmax and config.groups.reference != "corpus":
+        raise UserError(
+            f"dro.excess = relevance with {named} and groups.reference = {config.groups.reference}: the "
+            "objective's losses are among the tokens of titles, and the reference's among all tokens",
+            "set groups.reference=corpus, which counts titles, or dro.excess=markov",
+        )
 
 
 def _is_installed(package: str) -> bool:
@@ -124,6 +143,11 @@ def _unused(config: RunConfig) -> list[str]:
         )
     if groups.column is not None and groups.by not in ("column", "user_attribute"):
         lines.append(f"groups.column = {groups.column} is not used with groups.by={groups.by}")
+    if config.dro.excess and not get_objective(config.objective).needs_losses:
+        lines.append(
+            f"dro.excess = {config.dro.excess} is not used with objective={config.objective}, whose weights "
+            "do not hang on losses"
+        )
     return lines
 
 

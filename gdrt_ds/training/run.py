@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from gdrt_ds import dro
+from gdrt_ds.batches import MicroBatch
 from gdrt_ds.config import RunConfig
 from gdrt_ds.data.prompts import common_head
+from gdrt_ds.loss import AllowedTokens
 from gdrt_ds.models.reference_adapters import EXCESS, reference
 from gdrt_ds.objectives import Objective, get_objective
 from gdrt_ds.runtime import Runtime
@@ -38,6 +41,7 @@ from gdrt_ds.training.step import StepRunner
 from gdrt_ds.training.step_inputs import (
     InTrie,
     TrainTokens,
+    allowed_tokens,
     frozen_weights,
     markov_losses,
     next_tokens,
@@ -163,16 +167,29 @@ def train_tokens(
         facts["reference"] = markov_losses(prepared, in_trie, job.config)
         job.say(facts["reference"].describe())
     elif excess:
-        facts["reference"] = losses_to_exceed(job, prepared, loaded, resumed.first_step, beat)
+        among = None
+        if objective.masked_softmax:
+            among = partial(allowed_tokens, facts["trie_node"], facts["trie_offsets"], facts["trie_tokens"])
+        facts["reference"] = losses_to_exceed(job, prepared, loaded, resumed.first_step, beat, among)
     return TrainTokens(prepared.stores["train"], grouped.groups["train"], grouped.plan.num, **facts)
 
 
 def losses_to_exceed(
-    job: Job, prepared: Prepared, loaded: Loaded, first_step: int, beat: Callable[[], None]
+    job: Job,
+    prepared: Prepared,
+    loaded: Loaded,
+    first_step: int,
+    beat: Callable[[], None],
+    among: Callable[[MicroBatch], AllowedTokens] | None,
 ) -> np.ndarray:
     """float64[train target tokens]: the losses of a reference that sees the history (dro.excess).
 
     NaN in samples that no step will use, so that a use that was not foreseen cannot pass unnoticed.
+
+    Args:
+        among: the tokens that each target token competes with under a masked softmax. The reference is
+            scored as the objective is: a loss minus one over other tokens or at another temperature would
+            be no excess.
     """
     store = prepared.stores["train"]
     steps_per_epoch = -(-len(store) // job.config.train.global_batch)
@@ -189,6 +206,8 @@ def losses_to_exceed(
             beat=beat,
             samples=used,
             announce=f"excess losses: {len(used):,} samples under the reference",
+            allowed_of=among,
+            temperature=1.0 if among is None else job.config.options.msl_temperature,
         )
     loaded.engine.train()
     owner = np.repeat(np.arange(len(store)), store.num_target)

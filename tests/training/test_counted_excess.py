@@ -81,6 +81,18 @@ def test_weights_follow_the_losses_above_the_reference(run, step):
     assert np.abs(weight - weights(losses, count, config.dro.tau)).max() > 0.05  # the reference matters
 
 
+def test_a_masked_objective_is_compared_with_a_masked_reference(tmp_path):
+    """A fresh adapter is the base model: nobody is above it, so q is the share of the tokens."""
+    own = ["objective=gdrt+msl", "options.msl_temperature=2", "dro.excess=true"]
+    settings = [*SETTINGS, *own, "data.windows=sliding", "train.max_steps=1"]
+    done = train(["python"], tmp_path / "run", *settings)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
+    step = lines(tmp_path / "run")[0]
+    count = np.array(step["group_count"])
+    weight = np.array([value or 0.0 for value in step["group_weight"]])
+    np.testing.assert_allclose(weight, count / count.sum(), rtol=0, atol=1e-6)
+
+
 def weights(losses: np.ndarray, count: np.ndarray, tau: float) -> np.ndarray:
     """float64[G]: p_g exp(L_g / tau) / Z; groups without tokens weigh nothing."""
     q = np.where(count > 0, count * np.exp(np.where(count > 0, losses, 0) / tau), 0)

@@ -114,6 +114,31 @@ def test_a_board_that_is_not_installed_is_noticed_at_the_start(board, tmp_path, 
         check_settings(config)
 
 
+@pytest.mark.parametrize(
+    "settings, problem",
+    [
+        (["objective=cvar", "dro.excess=markov"], "dro.excess = markov is about .* weighs single tokens"),
+        (["objective=cvar", "dro.estimate=ema"], "dro.estimate = ema is about .* weighs single tokens"),
+        (["objective=gdrt+msl", "dro.excess=relevance"], "groups.reference = base: the objective's losses"),
+    ],
+)
+def test_ways_to_measure_losses_that_the_objective_would_not_follow_are_refused(settings, problem, tmp_path):
+    config = load_config(None, [PLANTED, f"run.dir={tmp_path}", *settings])
+    with pytest.raises(UserError, match=problem):
+        check_settings(config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["objective=cvar", "dro.cvar_over=groups", "dro.excess=markov", "dro.estimate=ema"],
+        ["objective=gdrt+msl", "dro.excess=relevance", "groups.reference=corpus"],
+    ],
+)
+def test_the_ways_out_of_these_refusals_are_accepted(settings, tmp_path):
+    check_settings(load_config(None, [PLANTED, f"run.dir={tmp_path}", *settings]))
+
+
 def test_weights_of_a_run_that_are_no_distribution_are_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"group_weight": [None, None]}) + "\n")
     config = load_config(None, [f"dro.frozen_weights={tmp_path}"])
