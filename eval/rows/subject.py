@@ -19,10 +19,14 @@ from eval.loading import (
 from gdrt_ds.data.corpus import reader_of
 from gdrt_ds.data.supervised import Supervised, SupervisedSource
 from gdrt_ds.data.text_rows import TextRow
-from gdrt_ds.dro.groups import GroupPlan, apply_groups, fit_groups
+from gdrt_ds.data.token_facts import whole
+from gdrt_ds.dro.groups import UNSEEN, GroupPlan, apply_groups, fit_groups
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.recommender import base_path, names_dtype
 from gdrt_ds.inference.row_model import RowModel, is_row_run, open_row_model, open_row_run
+
+NOT_IN_TRAIN = "(not in train)"
+"""The group of tokens whose label no target of train has: evaluation has it apart."""
 
 
 @dataclass
@@ -148,6 +152,9 @@ def _give_groups(subject: RowSubject, fitted_here: bool) -> None:
     per_token = apply_groups(plan, section, subject.data, relevance, subject.split)
     offsets = subject.data.stores[subject.split].target_offsets
     subject.group_names = plan.names()
+    if (per_token := whole(per_token)).min(initial=0) == UNSEEN:
+        per_token = np.where(per_token == UNSEEN, plan.num, per_token).astype(np.int16)
+        subject.group_names = [*subject.group_names, NOT_IN_TRAIN]
     for row in subject.rows:
         start, stop = offsets[row.sample_id : row.sample_id + 2]
         subject.groups[row.sample_id] = per_token[start:stop]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.files import write_text
 
 OTHER = "(other)"
+UNSEEN = -1
+"""The group of a target token whose label no target of train has, where there is no group "(other)"."""
 NUMBERS = {"relevance": "r", "random": "r", "item_popularity": "popularity", "length": "length"}
 """Values of `groups.by` that are numbers, which bins cut into groups -> what the number is called."""
 
@@ -107,7 +110,8 @@ def fit_groups(
         relevance: float32[train target tokens], needed for by=relevance and by=random.
 
     Raises:
-        UserError: there are more groups than distinct values or tokens, or the data lacks a label.
+        UserError: there are more groups than distinct values or tokens, a quantile group would be empty, or
+        the data lacks a label.
     """
     num_tokens = int(data.stores["train"].target_offsets[-1])
     if section.num > num_tokens:
@@ -128,12 +132,7 @@ def fit_groups(
             values = found.facts(np.asarray(found.values), data.stores["train"])
         plan.edges = bin_edges(values, section.num, section.binning)
         if len(set(plan.edges)) < len(plan.edges):
-            raise UserError(
-                f"groups.num = {section.num} with groups.binning = {section.binning}: the {num_tokens} "
-                f"target tokens have only {distinct(values)} distinct values of "
-                f"{NUMBERS[section.by]} and some bins would be empty",
-                "lower groups.num, or set groups.binning=uniform",
-            )
+            _refuse_empty_bins(section, num_tokens, values)
     elif section.by != "position":
         frequent = data.group_values(section, "train").frequencies().most_common()
         frequent.sort(key=lambda pair: (-pair[1], pair[0]))
@@ -145,7 +144,20 @@ def fit_groups(
         plan.num = len(plan.labels)
     groups = apply_groups(plan, section, data, relevance, "train")
     plan.counts = group_counts(groups, plan.num).tolist()
+    if plan.binning == "quantile" and 0 in plan.counts:
+        # The smallest value is that of so many tokens that an edge lies on it, and nothing lies below it.
+        _refuse_empty_bins(section, num_tokens, values)
     return plan
+
+
+def _refuse_empty_bins(section: GroupsSection, num_tokens: int, values: np.ndarray | TokenFacts) -> NoReturn:
+    name = NUMBERS[section.by]
+    raise UserError(
+        f"groups.num = {section.num} with groups.binning = {section.binning}: some groups would be empty, "
+        f"because the {num_tokens} target tokens have only {distinct(values)} distinct values of {name}, or "
+        "too many of them have the smallest",
+        "lower groups.num, set groups.binning=uniform, or choose another groups.by",
+    )
 
 
 def _refuse_one_label(section: GroupsSection, names: list[str]) -> None:
@@ -174,7 +186,7 @@ def apply_groups(
     relevance: np.ndarray | TokenFacts | None,
     split: str,
 ) -> np.ndarray | TokenFacts:
-    """Returns the group of every target token of the split, int16."""
+    """Returns the group of every target token of the split, int16; UNSEEN for a label that train lacks."""
     store = data.stores[split]
     if plan.by == "position":
         place = np.arange(int(store.num_target.max(initial=0)))
@@ -191,6 +203,6 @@ def apply_groups(
             np.random.Generator(np.random.PCG64([plan.seed, len(split), 77])).shuffle(groups)
         return groups
     index = {name: g for g, name in enumerate(plan.labels)}
-    other = index.get(OTHER, 0)
+    other = index.get(OTHER, UNSEEN)
     found = data.group_values(section, split)
     return found.facts(np.array([index.get(value, other) for value in found.values], dtype=np.int16), store)

@@ -10,9 +10,9 @@ import importlib.util
 
 from gdrt_ds.config import RunConfig
 from gdrt_ds.data.corpus import reader_of
-from gdrt_ds.data.token_facts import TokenFacts
+from gdrt_ds.data.token_facts import TokenFacts, whole
 from gdrt_ds.dro import relevance
-from gdrt_ds.dro.groups import apply_groups, fit_groups
+from gdrt_ds.dro.groups import UNSEEN, apply_groups, fit_groups
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.reference_adapters import reference_adapters
 from gdrt_ds.objectives import Objective, get_objective, objectives
@@ -115,8 +115,8 @@ def check_data(config: RunConfig, prepared: Prepared) -> list[str]:
             "so a step would count samples twice",
             f"set train.global_batch to at most {num_samples}, or raise data.limit_train or data.split_ratio",
         )
-    num_groups = _check_groups(config, prepared)
-    lines = _unused(config)
+    num_groups, lines = _check_groups(config, prepared)
+    lines += _unused(config)
     if num_groups < config.groups.num:
         lines.append(
             f"groups.num = {config.groups.num}, but groups.by={config.groups.by} has {num_groups} labels: "
@@ -151,20 +151,35 @@ def _unused(config: RunConfig) -> list[str]:
     return lines
 
 
-def _check_groups(config: RunConfig, prepared: Prepared) -> int:
-    """The number of groups. Groups that need no model are made once here, for every split."""
+def _check_groups(config: RunConfig, prepared: Prepared) -> tuple[int, list[str]]:
+    """The number of groups, and lines about them.
+
+    Groups that need no model are made once here, for every split.
+    """
     section = config.groups
     by_model = section.by in ("relevance", "random") and section.reference != "corpus"
     if by_model:
         _refuse_too_many_groups(section.num, prepared)
-        return section.num
+        return section.num, []
     values: dict[str, TokenFacts | None] = dict.fromkeys(prepared.stores)
     if section.by in ("relevance", "random"):
         values = _corpus_relevance(prepared)
     plan = fit_groups(section, prepared.data, values["train"], config.train.seed)
+    lines = []
     for split in prepared.stores:
-        apply_groups(plan, section, prepared.data, values[split], split)
-    return plan.num
+        groups = whole(apply_groups(plan, section, prepared.data, values[split], split))
+        unseen = int((groups == UNSEEN).sum())
+        if unseen == len(groups) > 0:
+            raise UserError(
+                f"groups.by = {section.by}: no label of {split} is one of train's, {', '.join(plan.labels)}",
+                "choose splits that share labels, or another groups.by",
+            )
+        if unseen:
+            lines.append(
+                f"{unseen} of {len(groups)} target tokens of {split} have a label that train lacks: they are "
+                "in no group"
+            )
+    return plan.num, lines
 
 
 def _refuse_too_many_groups(num: int, prepared: Prepared) -> None:

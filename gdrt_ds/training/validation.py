@@ -12,7 +12,9 @@ import torch
 
 from gdrt_ds import dro
 from gdrt_ds.batches import MicroBatch
+from gdrt_ds.config import DroSection
 from gdrt_ds.data.token_facts import whole
+from gdrt_ds.dro.groups import UNSEEN
 from gdrt_ds.loss import AllowedTokens, group_sums
 from gdrt_ds.objectives import get_objective
 from gdrt_ds.training.grouping import Grouped
@@ -115,17 +117,34 @@ def validate(
     catalogue_nll = None if titles is None else titles.mean(job, prepared, loaded, beat)
     loaded.engine.train()
     groups = torch.from_numpy(whole(grouped.groups["valid"]).astype(np.int64))
-    counts = torch.bincount(groups, minlength=grouped.plan.num).double()
-    group_loss = group_sums(losses, groups, grouped.plan.num) / counts.clamp_min(1)
-    group_loss[counts == 0] = float("nan")
-    section = job.config.dro
-    present = torch.where(counts > 0, group_loss, 0.0)  # NaN of a group that is there stays NaN
-    _, objective = dro.closed_form_weights(present, dro.prior(counts, section.prior), section.tau)
+    group_loss, worst, objective = by_group(losses, groups, grouped.plan.num, job.config.dro)
     return Validation(
         step=step,
         nll=losses.mean().item(),
-        worst_group=group_loss[counts > 0].max().item(),
-        objective=objective.item(),
+        worst_group=worst,
+        objective=objective,
         group_loss=group_loss,
         catalogue_nll=catalogue_nll,
     )
+
+
+def by_group(
+    losses: torch.Tensor, groups: torch.Tensor, num: int, section: DroSection
+) -> tuple[torch.Tensor, float, float]:
+    """Losses of groups, the worst of them, and F of them.
+
+    Args:
+        losses: float64[N], of target tokens.
+        groups: Long[N]; UNSEEN is no group, since training has no weight for it.
+
+    Returns:
+        float64[num] with NaN for a group without tokens, and the two figures.
+    """
+    known = groups != UNSEEN
+    losses, groups = losses[known], groups[known]
+    counts = torch.bincount(groups, minlength=num).double()
+    group_loss = group_sums(losses, groups, num) / counts.clamp_min(1)
+    group_loss[counts == 0] = float("nan")
+    present = torch.where(counts > 0, group_loss, 0.0)  # NaN of a group that is there stays NaN
+    _, objective = dro.closed_form_weights(present, dro.prior(counts, section.prior), section.tau)
+    return group_loss, group_loss[counts > 0].max().item(), objective.item()

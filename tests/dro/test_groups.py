@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.data.recommendation import Recommendation
 from gdrt_ds.data.token_facts import whole
 from gdrt_ds.data.training_data import Auxiliary
-from gdrt_ds.dro.groups import GroupPlan, apply_groups, bin_edges, fit_groups
+from gdrt_ds.dro.groups import UNSEEN, GroupPlan, apply_groups, bin_edges, fit_groups
 from gdrt_ds.errors import UserError
 
 NUM = 60
@@ -117,6 +118,31 @@ def test_popularity_position_and_labels_follow_the_sample(world):
         for s, n in zip(samples, store.num_target)
         if (catalogue.entries[catalogue.index_of[s.target]].provider or "(unknown)") == plan.labels[0]
     )
+
+
+def test_a_label_that_train_lacks_is_in_no_group_unless_there_is_one_for_others(world):
+    corpus, catalogue, samples, store, _ = world
+    odd = [replace(samples[0], labels={"kind": "new"}), *samples[1:]]
+    splits = {"train": samples, "valid": odd}
+    corpus = SimpleNamespace(splits=splits, split=splits.get, users=corpus.users)
+    data = Recommendation(corpus, catalogue, None, None, {"train": store, "valid": store})
+    section = GroupsSection(num=3, by="column", column="kind")
+    plan = fit_groups(section, data, None, 0)
+    found = whole(apply_groups(plan, section, data, None, "valid"))
+    first = int(store.num_target[0])
+    assert (found[:first] == UNSEEN).all() and (found[first:] >= 0).all()
+    plan.labels = ["shortcut", "(other)"]
+    assert (whole(apply_groups(plan, section, data, None, "valid"))[:first] == 1).all()
+
+
+@pytest.mark.parametrize("num", [2, 3])
+def test_quantile_groups_that_would_be_empty_are_refused(world, num):
+    """With two groups the one edge is the smallest value, and nothing lies below it."""
+    corpus, catalogue, samples, store, relevance = world
+    same = relevance.copy()
+    same[: int(len(same) * 0.7)] = same.min()
+    with pytest.raises(UserError, match=f"groups.num = {num} .*some groups would be empty"):
+        fit((corpus, catalogue, samples, store, same), num=num)
 
 
 def test_relevance_of_a_token_is_looked_up_by_entry_and_place(world):

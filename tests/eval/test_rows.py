@@ -22,7 +22,7 @@ from eval.run import main as evaluate
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.recommender import open_run
 from gdrt_ds.runtime import Runtime
-from tests.data.sft_files import write_splits
+from tests.data.sft_files import write_lines, write_splits
 from tests.eval.run_folders import make_run
 
 LABELS = ["groups.by=label", "groups.num=3", "model.dtype=float32"]
@@ -88,6 +88,17 @@ def test_every_target_token_keeps_the_group_of_its_span(subject):
     assert [subject.group_names[g] for g in groups] == ["answer"] + ["reason"] * (len(groups) - 2) + [
         "(outside)"
     ]
+
+
+def test_a_label_that_train_lacks_is_a_group_of_its_own(run, tmp_path):
+    data = write_splits(tmp_path / "data", (48, 8, 30))
+    test = [json.loads(line) for line in (data / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    test[0]["group"][1]["label"] = "afterthought"
+    write_lines(data / "test.jsonl", test)
+    found = load_rows(Runtime(), run=str(run), overrides=[*LABELS, f"data.path={data}"])
+    assert found.group_names == ["(outside)", "answer", "reason", "(not in train)"]
+    names = [found.group_names[group] for group in found.groups[found.rows[0].sample_id]]
+    assert names == ["answer"] + ["(not in train)"] * (len(names) - 2) + ["(outside)"]
 
 
 # -- metrics

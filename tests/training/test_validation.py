@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from gdrt_ds.training.validation import Best, Validation
+from gdrt_ds.config import DroSection
+from gdrt_ds.dro.groups import UNSEEN
+from gdrt_ds.training.validation import Best, Validation, by_group
 
 
 def at(step: int, nll: float = 1.0, worst: float = 2.0, objective: float = 1.5) -> Validation:
@@ -27,3 +29,11 @@ def test_the_lower_figure_is_the_better_one():
     best = Best().after(at(1, nll=3.0), "nll").after(at(2, nll=2.0), "nll").after(at(3, nll=2.5), "nll")
     assert best.figures is not None
     assert (best.figures["step"], best.figures["value"], best.later) == (2, 2.0, 1)
+
+
+def test_a_label_that_train_lacks_is_in_no_group():
+    losses = torch.tensor([1.0, 3.0, 9.0, 2.0], dtype=torch.float64)
+    group_loss, worst, objective = by_group(losses, torch.tensor([0, 1, UNSEEN, 0]), 3, DroSection(tau=1e9))
+    assert group_loss[:2].tolist() == [1.5, 3.0] and group_loss[2].isnan()
+    assert worst == 3.0
+    assert objective == pytest.approx(2.0)  # at a large tau, the mean of the three
