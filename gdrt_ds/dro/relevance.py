@@ -49,13 +49,16 @@ def score_entries(
         store: one sample per entry (`TrainingData.auxiliary`).
         token_losses: a no-grad forward that returns [N] negative log-probabilities of a micro-batch under the
             reference.
+        packing: of the run. Entries share one prefix in the rows of shared_prefix and prefix_tree.
 
     Returns:
         float32[target tokens], r = -loss, the same on every rank.
     """
     head = common_head(store)
-    packing = "shared_prefix" if packing != "none" else "none"
-    own = store.lengths if packing == "none" else store.lengths - head
+    if packing == "prefix_tree":
+        packing = "shared_prefix"
+    # A row of `packed` shares nothing: flash-attn, which it may go to, cannot.
+    own = store.lengths - head if packing == "shared_prefix" else store.lengths
     parts = [[]]
     load = 0
     for entry in np.argsort(own, kind="stable"):

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from gdrt_ds.batches import build_micro_batch
+from gdrt_ds.batches.tree_attention import TreeLayout
 from gdrt_ds.config import load_config
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.dro import relevance
@@ -81,7 +83,7 @@ def test_entry_scores_are_read_at_the_token_before_however_titles_are_dealt_out(
         for t in TITLES
         for i, (before, label) in enumerate(zip([HEAD[-1], *t], t))
     ]
-    for packing in ("none", "shared_prefix"):
+    for packing in ("none", "packed", "shared_prefix"):
         for tokens in (4, 100):
             assert np.allclose(
                 relevance.score_entries(
@@ -89,6 +91,27 @@ def test_entry_scores_are_read_at_the_token_before_however_titles_are_dealt_out(
                 ),
                 expected,
             )
+
+
+@pytest.mark.parametrize(
+    ("packing", "layout"),
+    [
+        ("packed", TreeLayout.build([4, 4, 5, 3])),
+        ("shared_prefix", TreeLayout.build([3, 3, 4, 2], 1)),
+        ("prefix_tree", TreeLayout.build([3, 3, 4, 2], 1)),
+    ],
+)
+def test_entries_share_their_prompt_unless_rows_are_packed_for_an_attention_that_cannot(packing, layout):
+    """The variable-length call of flash-attn takes rows in which nothing is shared."""
+    seen = []
+
+    def losses(micro):
+        seen.append(micro.inputs["tree_layout"].chains)
+        return torch.zeros(len(micro.labels))
+
+    runtime = SimpleNamespace(world=1, rank=0, device="cpu")
+    relevance.score_entries(store_of(TITLES), losses, runtime, packing=packing, pad_id=0)
+    assert seen == [layout.chains]
 
 
 def test_a_shared_head_must_leave_each_sample_the_position_before_its_target():
