@@ -1,10 +1,22 @@
 """Focal loss: hard-token upweighting without groups; the control for "groups only track difficulty"."""
 
+import torch
+from torch import Tensor
+
 from gdrt_ds.objectives.base import Objective, TokenView
 
 
-def focal_term(view: TokenView):
-    return (-(-view.losses).expm1()).clamp_min(0.0) ** view.options.focal_gamma * view.losses
+def focal_term(view: TokenView) -> Tensor:
+    """float[N]: (1 - p)^gamma times the loss."""
+    missing = (-(-view.losses).expm1()).clamp_min(0.0)
+    gamma = view.options.focal_gamma
+    if not 0 < gamma < 1:
+        return missing**gamma * view.losses
+    # Below gamma = 1 the power is infinitely steep at 0. Autograd makes NaN of infinity times a loss of 0.
+    # The term itself goes with loss^(1 + gamma) there, so its slope at 0 is 0.
+    certain = missing < torch.finfo(missing.dtype).tiny
+    weight = torch.where(certain, 1.0, missing) ** gamma
+    return torch.where(certain, 0.0, weight) * view.losses
 
 
 OBJECTIVE = Objective(

@@ -161,6 +161,21 @@ def test_focal_weighs_by_one_minus_probability_and_gamma_zero_is_sft():
     assert torch.isfinite(losses.grad).all() and losses.grad[3].item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("gamma", [0.01, 0.5, 0.99])
+def test_focal_below_gamma_one_has_the_slope_of_its_formula_also_at_a_loss_of_zero(gamma):
+    losses = torch.tensor([0.0, -1e-8, 1e-45, 1e-30, 1e-6, 0.7, 60.0], requires_grad=True)
+    view = TokenView(losses, torch.zeros(7), torch.ones(7), ObjectiveOptions(focal_gamma=gamma))
+    values = get_objective("focal").token_term(view)
+    values.sum().backward()
+    loss = losses.detach().double().numpy()[3:]
+    missing = -np.expm1(-loss)
+    assert np.allclose(values.detach().numpy()[3:], missing**gamma * loss, rtol=1e-5, atol=1e-40)
+    slope = gamma * missing ** (gamma - 1) * np.exp(-loss) * loss + missing**gamma
+    assert np.allclose(losses.grad.numpy()[3:], slope, rtol=1e-5, atol=0)
+    # The limit at 0, where losses below the smallest normal number count as 0.
+    assert values[:3].tolist() == losses.grad[:3].tolist() == [0.0, 0.0, 0.0]
+
+
 def test_cft_adds_the_counterfactual_term_and_alpha_zero_is_sft():
     weight = 1 + (0.5 - 1) * POSITION / 3
     assert value_of("cft", cft_alpha=0.3, cft_beta=0.5) == pytest.approx(
