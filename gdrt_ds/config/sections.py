@@ -279,7 +279,10 @@ class TrainSection(Section):
         "the validation split.",
     )
     save_every: int | None = Field(
-        None, ge=1, examples=[100], description="Steps between checkpoints. Empty: only the last."
+        None,
+        ge=1,
+        examples=[100],
+        description="Steps between checkpoints. The best validation and the last step always have one.",
     )
     keep_checkpoints: int = Field(
         2, ge=1, description="Number of newest checkpoints that are kept. The best one stays beside them."

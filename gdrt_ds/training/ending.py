@@ -80,8 +80,8 @@ def _refuse_without_a_sound_checkpoint(job: Job, result: Result) -> None:
         seen = f"the best validation was at step {best['step']}, of which no checkpoint was kept"
     raise NonFiniteLoss(
         f"the last validation (step {result.last.step}) is not finite, and {seen}: no adapter is published",
-        "lower train.lr and start anew; train.on_nonfinite=stop ends such a run at once, and "
-        "train.eval_every keeps the checkpoint of the best validation",
+        "lower train.lr and start anew; train.on_nonfinite=stop ends such a run at once, and with a lower "
+        "train.eval_every the first validation, whose checkpoint is kept, comes earlier",
     )
 
 

@@ -114,17 +114,22 @@ class _Loop:
             self._tell_dead_gradient(done, gradient_norm)
             result, is_best = self._validate(result, grouped)
         finished = done == total or result.stopped_early
-        if self._checkpoint_is_due(done, is_best) or finished or stepped.stop:
+        # The best validation keeps its checkpoint, because the adapter is made of it at the end.
+        if is_best or self._checkpoint_is_due(done) or finished or stepped.stop:
             self._refuse_broken_weights(done, gradient_norm)
             self._save(result, runner, grouped, is_best)
         if stepped.stop and not finished:
             return replace(result, interrupted=True)
         if result.stopped_early:
-            self.telemetry.note(
-                f"early stop at step {done}: no better validation {job.config.train.select_by} "
-                f"in {job.config.train.patience} validations"
-            )
+            self.tell_early_stop(done)
         return result
+
+    def tell_early_stop(self, step: int) -> None:
+        train = self.job.config.train
+        self.telemetry.note(
+            f"early stop at step {step}: no better validation {train.select_by} "
+            f"in {train.patience} validations"
+        )
 
     def _record(self, done: int, lr: float, gradient_norm, stepped: StepResult) -> None:
         self.telemetry.step(
@@ -150,11 +155,9 @@ class _Loop:
         every = train.eval_every or max(1, steps_per_epoch)
         return done % every == 0 or done == self.loaded.total_steps
 
-    def _checkpoint_is_due(self, done: int, is_best: bool) -> bool:
-        train = self.job.config.train
-        if is_best and train.eval_every is not None:
-            return True
-        return train.save_every is not None and done % train.save_every == 0
+    def _checkpoint_is_due(self, done: int) -> bool:
+        every = self.job.config.train.save_every
+        return every is not None and done % every == 0
 
     def _validate(self, result: Result, grouped: Grouped) -> tuple[Result, bool]:
         """(the result with its new best, whether this validation is the best)."""

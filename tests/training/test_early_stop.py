@@ -1,0 +1,59 @@
+"""A run that stops early: the adapter is that of the best validation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import SMOKE, play, preload
+
+pytestmark = pytest.mark.slow
+SETTINGS = [
+    "--config",
+    SMOKE,
+    "data.planted={num_train: 32, num_valid: 20, num_test: 20, num_items: 8}",
+    "model.quantization=none",
+    "groups.by=position",
+    "groups.num=2",
+    "objective=sft",
+    "train.schedule=constant",
+    "train.warmup_steps=0",
+    "train.lr=0.1",  # far too large, so that the validation loss rises soon
+    "train.global_batch=16",
+    "train.micro_batch=16",
+    "train.max_steps=null",
+    "train.epochs=20",
+    "train.patience=3",
+    "train.eval_every=null",  # at the end of each epoch, which has two steps
+    "train.save_every=null",
+]
+
+
+def summary_of(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text(encoding="utf-8"))
+
+
+def validations(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "validation.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """The folder of a run that train.patience ended."""
+    folder = tmp_path_factory.mktemp("early_stop")
+    preload()
+    done = play(1, [*SETTINGS, f"run.dir={folder / 'run'}"], folder / "logs")
+    assert done.statuses == [0], done.text[-3000:]
+    return folder / "run"
+
+
+def test_the_best_checkpoint_is_kept_where_each_epoch_ends_with_a_validation(stopped):
+    summary = summary_of(stopped)
+    best = min(validations(stopped), key=lambda line: line["nll"])["step"]
+    assert summary["stopped_early"]
+    assert summary["step"] == best + 3 * 2
+    assert summary["best"]["step"] == summary["adapter_step"] == best
+    kept = {path.name for path in (stopped / "checkpoints").glob("step_*")}
+    assert {f"step_{best}", f"step_{summary['step']}"} <= kept and len(kept) <= 3
