@@ -105,6 +105,11 @@ def build_block(
     runs = _load_runs(study, folder, cells)
     base = study["baseline"] if study["baseline"] in runs else next(iter(runs))
     notes = _check(setting, runs, base)
+    if base != study["baseline"]:
+        notes.append(
+            f"{setting}: no run of the baseline {study['baseline']} is evaluated yet; until then {base} "
+            "takes its place"
+        )
     statistics: Statistics = {}
     for row, found in runs.items():
         statistics[row] = {}

@@ -126,9 +126,13 @@ def sentence(block: Block, row: str, base: str, name_setting: bool) -> str:
 
     Where a difference of scores is not shown once the scores are calibrated, the line says what is left of
     it. Where rows differ in their seeds, the line says how many it is about: one seed is a weaker claim.
+    Where the row shares no seed with the baseline, there is nothing to compare yet, and the line says that.
     """
+    where = f" [{block.setting}]" if name_setting else ""
+    comparisons = block.comparisons.get(base, {}).get(row)
+    if comparisons is None:
+        return f"**{row}**{where}: no run of {base} with the same seed is evaluated yet."
     found: dict[str, list[str]] = {"better": [], "worse": []}
-    comparisons = block.comparisons[base][row]
     for name, comparison in comparisons.items():
         if not comparison.family or comparison.verdict not in found:
             continue
@@ -140,7 +144,6 @@ def sentence(block: Block, row: str, base: str, name_setting: bool) -> str:
         found[comparison.verdict].append(f"{name_of(name)} ({words})")
     parts = [f"{kind} on {', '.join(names)}" for kind, names in found.items() if names]
     text = "; ".join(parts) or "no difference of the main metrics is shown"
-    where = f" [{block.setting}]" if name_setting else ""
     seeds = ""
     if not same_seeds(block):
         shared = shared_seeds(block.seeds, row, base)

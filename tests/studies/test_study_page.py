@@ -2,18 +2,70 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from eval.intervals import Resampled, interval
+from eval.report import write_catalogue
 from eval.report.figures import checked
+from eval.study.__main__ import write_study
 from eval.study.beside_floors import BesideFloor, beside_floors
 from eval.study.blocks import AUDITED
 from eval.study.figures import study_figures
 from eval.study.page import AUDITS_EXPLAINED, audits_section, sentence
 from eval.study.seeds import combine, seed_draws, t_interval
+from tests.eval.examples import world
+
+
+def study_folder(folder: Path, evaluated: list[tuple[str, int]], floors: dict[int, float]) -> Path:
+    """A study of sft and gdrt over the seeds 0 and 1, of which these cells are evaluated.
+
+    Args:
+        floors: seed -> NDCG@10 of the popularity floor over that seed's test users.
+    """
+    cells = []
+    for row in ("sft", "gdrt"):
+        for seed in (0, 1):
+            run = f"runs/{row}-seed{seed}"
+            cell = {"name": f"{row}-seed{seed}", "row": row, "setting": "default", "seed": seed, "run": run}
+            cells.append({**cell, "evaluation": f"{run}/eval/test-renormalised"})
+            if (row, seed) not in evaluated:
+                continue
+            predictions, entries, _ = world(60, 30, skill=1.0 if row == "sft" else 2.0, seed=seed, length=10)
+            evaluation = folder / run / "eval" / "test-renormalised"
+            evaluation.mkdir(parents=True)
+            results = {"format": 2, "metrics": {}, "scoring": "renormalised", "mode": "renormalised"}
+            if seed in floors:
+                results["floors"] = {"popularity": {"ndcg@10": {"value": floors[seed]}}}
+            (evaluation / "results.json").write_text(json.dumps(results))
+            lines = [json.dumps(prediction) + "\n" for prediction in predictions]
+            (evaluation / "predictions.jsonl").write_text("".join(lines))
+            write_catalogue(evaluation / "catalogue.jsonl", entries)
+            (folder / run / "summary.json").write_text("{}")
+    study = {"name": "two", "question": "A question.", "baseline": "sft", "controls": [], "label": []}
+    study |= {"rows": {"sft": [], "gdrt": []}, "settings": {"default": {}}}
+    (folder / "grid.json").write_text(json.dumps({"study": study, "cells": cells}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "evaluated, noted",
+    [
+        ([("gdrt", 0), ("gdrt", 1)], "no run of the baseline sft is evaluated yet; until then gdrt takes"),
+        ([("sft", 0), ("gdrt", 1)], "without a run of sft of the same seed: gdrt 1"),
+    ],
+)
+def test_a_row_that_shares_no_seed_with_the_baseline_is_said_to_wait_for_it(tmp_path, evaluated, noted):
+    folder = study_folder(tmp_path, evaluated, floors={})
+    summary = write_study(folder, num_bootstrap=50).sections[0].paragraphs
+    waiting = "**gdrt**: no run of sft with the same seed is evaluated yet."
+    assert summary == ["A question.", waiting]
+    page = (folder / "study.md").read_text(encoding="utf-8")
+    assert waiting in page and noted in page
 
 
 def test_a_gain_that_only_flatter_scores_make_is_said_to_be_one():
