@@ -28,6 +28,8 @@ FORMAT = 2
 RESULTS = "results.json"
 PREDICTIONS = "predictions.jsonl"
 CATALOGUE = "catalogue.jsonl"
+BASE = "base"  # what stands for the objective of a base model, which nothing tuned
+NOT_KNOWN = "?"
 
 
 @dataclass
@@ -54,7 +56,19 @@ class Evaluation:
         node: Any = self.config
         for part in dotted.split("."):
             node = node.get(part) if isinstance(node, dict) else None
-        return "?" if node is None else str(node)
+        return NOT_KNOWN if node is None else str(node)
+
+    @property
+    def objective(self) -> str:
+        """What the model was trained with: an objective, `base` for a run's base model, `?` if not known.
+
+        The config does not say it. That of a base model names the objective of its run, and that of a model
+        trained elsewhere holds defaults.
+        """
+        trained = self.results.get("objective")
+        if trained is not None:
+            return str(trained)
+        return BASE if str(self.results.get("name")).endswith("(base)") else NOT_KNOWN
 
     def audit(self, name: str) -> Mapping[str, Any]:
         """The result of one audit; empty if it did not run."""

@@ -292,6 +292,52 @@ def test_a_run_with_less_bias_everywhere_scores_better_and_flipped_signs_do_not(
     )
 
 
+def evaluated(folder: Path, trained: str | None, configured: str, seed: int, shift: float) -> str:
+    """An evaluation folder of a run, or of a run's base model where nothing is trained."""
+    ends = {"ci_low": 0.2 - shift, "ci_high": 0.4 - shift, "higher_is_better": False}
+    names = ("mgu@5", "gini@10", "arp@10")
+    key = {"model": "m", "adapter": "" if trained is None else f"{trained} {seed}"}
+    results = {
+        "format": folders.FORMAT,
+        "name": folder.name if trained else f"{folder.name} (base)",
+        "objective": trained,
+        "config": {"objective": configured, "train": {"seed": seed}},
+        "metrics": {name: {"value": 0.3 - shift * place, **ends} for place, name in enumerate(names, 1)},
+        "scoring_key": key,
+    }
+    path = folder / "eval" / ("test" if trained else "test-base")
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "results.json").write_text(json.dumps(results))
+    return str(path)
+
+
+def test_a_base_model_is_never_the_baseline_that_was_trained_with_sft(tmp_path):
+    base = evaluated(tmp_path / "sft", None, "sft", 0, 0.05)
+    tuned = evaluated(tmp_path / "tuned", "sft", "sft", 0, 0.02)
+    gdrt = evaluated(tmp_path / "gdrt", "gdrt", "gdrt", 0, 0.04)
+    found = debiasing.compare_runs([base, gdrt, tuned], OPTIONS)
+    assert found["table"]["columns"][1] == "tuned (baseline)"
+    assert "sft (base): mean z" in found["finding"]
+    without_sft = debiasing.compare_runs([gdrt, base], OPTIONS)
+    assert without_sft["table"]["columns"][1].startswith("gdrt")
+
+
+def test_a_base_model_is_a_level_of_its_own_and_counts_once(tmp_path):
+    given = [evaluated(tmp_path / f"sft-{s}", "sft", "sft", s, 0.01 * s) for s in (0, 1)]
+    given += [evaluated(tmp_path / f"gdrt-{s}", "gdrt", "gdrt", s, 0.1 + 0.01 * s) for s in (0, 1)]
+    given += [evaluated(tmp_path / f"sft-{s}", None, "sft", s, 0.3) for s in (0, 1)]
+    found = cross_tuning.compare_runs(given, OPTIONS)
+    assert found["finding"].startswith("Over 5 runs")
+    assert found["finding"].endswith("Repeated evaluations of a base model are left out: 1.")
+    (plane,) = [figure for figure in found["figures"] if figure["kind"] == "scatter"]
+    levels = [point["series"] for point in plane["points"]]
+    assert levels == ["sft", "sft", "gdrt", "gdrt", "base"]
+    base = folders.load_evaluations(given[4:5], 1)[0]
+    assert cross_tuning.level(base, "seed") == "base", "nothing was trained with the seed of its config"
+    with pytest.raises(UserError, match="3 runs are left of 4 folders"):
+        cross_tuning.compare_runs([*given[:2], *given[4:]], OPTIONS)
+
+
 def test_bias_vectors_keep_only_measures_that_all_runs_have_and_that_vary(runs):
     names, values = cross_tuning.bias_vectors(folders.load_evaluations(runs, 4))
     assert (

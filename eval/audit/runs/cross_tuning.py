@@ -9,6 +9,9 @@ objective, seed):
                  all orders of the factors (Lindeman, Merenda & Gold 1980); what backbone, data and
                  objective leave is seed and rest
 
+A base model, which nothing tuned, is a level `base` of objective and of seed. It counts once, although each
+of its runs may have evaluated it.
+
 If biases cluster by backbone and not by data, they came with pretraining (the design of Itzhak et al. 2025).
 
     python -m eval.audit cross_tuning DIR DIR ...       reads evaluation folders; no model is loaded
@@ -18,6 +21,7 @@ Shapes: R runs, F measures.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -28,7 +32,7 @@ from eval.audit.base import audit_over_runs, result
 from eval.audit.bias_measures import METRICS, audit_measure
 from eval.audit.estimates import Estimate, permutation_p
 from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
-from eval.folders import Evaluation, load_evaluations
+from eval.folders import BASE, Evaluation, load_evaluations
 from eval.intervals import holm
 from gdrt_ds.errors import UserError
 
@@ -63,6 +67,32 @@ class Measured:
     clusterings: dict[str, Clustering]
     shares: dict[str, np.ndarray]
     chance: dict[str, float]
+
+
+def level(run: Evaluation, factor: str) -> str:
+    """The value that a factor has in a run.
+
+    A model that no run trained has no seed of a training, whatever its config says.
+    """
+    untrained = run.results.get("objective") is None
+    if factor == "objective" or (factor == "seed" and untrained):
+        return run.objective
+    return run.setting(SETTINGS[factor])
+
+
+def without_repeated_bases(runs: list[Evaluation]) -> list[Evaluation]:
+    """The runs, each base model once: a second evaluation of it has the same biases and is no second run."""
+    kept: list[Evaluation] = []
+    seen = set()
+    for run in runs:
+        key = run.results.get("scoring_key")
+        if run.objective == BASE and key:
+            text = json.dumps(key, sort_keys=True)
+            if text in seen:
+                continue
+            seen.add(text)
+        kept.append(run)
+    return kept
 
 
 def bias_vectors(runs: list[Evaluation]) -> tuple[list[str], np.ndarray]:
@@ -184,7 +214,14 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
     Raises:
         UserError: too few folders, measures or repeated settings to compare.
     """
-    runs = load_evaluations(paths, AT_LEAST)
+    given = load_evaluations(paths, AT_LEAST)
+    runs = without_repeated_bases(given)
+    if len(runs) < AT_LEAST:
+        raise UserError(
+            f"{len(runs)} runs are left of {len(given)} folders, because a base model counts once; at least "
+            f"{AT_LEAST} are compared",
+            "give more trained runs",
+        )
     names, values = bias_vectors(runs)
     if len(names) < 2:
         raise UserError(
@@ -192,7 +229,7 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
             "evaluate all of them with the same metrics and audits",
         )
     vectors = standardised(values)
-    factors = {name: np.array([run.setting(key) for run in runs]) for name, key in SETTINGS.items()}
+    factors = {factor: np.array([level(run, factor) for run in runs]) for factor in SETTINGS}
     found = measure(vectors, factors, options.seed)
     clusterings = found.clusterings
     if not clusterings:
@@ -210,6 +247,8 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
         f"silhouette {top.silhouette.text()} (permuted {top.null:.2f}, p = {top.p:.2g}{shown}); "
         f"variance goes with {parts}."
     )
+    if len(runs) < len(given):
+        finding += f" Repeated evaluations of a base model are left out: {len(given) - len(runs)}."
     nulls = ", ".join(f"{name} {clustering.null:.2f}" for name, clustering in clusterings.items())
     return result(
         finding=finding,

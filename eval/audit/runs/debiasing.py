@@ -98,7 +98,7 @@ def z_scores(run: dict[str, Badness], baseline: dict[str, Badness]) -> dict[str,
 def baseline_first(runs: list[Evaluation]) -> list[Evaluation]:
     """The runs with the baseline at the front."""
     for place, run in enumerate(runs):
-        if run.setting("objective") == BASELINE_OBJECTIVE:
+        if run.objective == BASELINE_OBJECTIVE:
             return [run, *runs[:place], *runs[place + 1 :]]
     return runs
 
@@ -131,7 +131,7 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
         better = int((own < -CLEAR).sum())
         worse = int((own > CLEAR).sum())
         sentences.append(
-            f"{run.label} ({run.setting('objective')}): mean z {effect.text()}, "
+            f"{run.label} ({run.objective}): mean z {effect.text()}, "
             f"{better} of {len(names)} measures better, {worse} worse"
         )
     last = runs[-1].label
