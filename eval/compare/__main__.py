@@ -21,7 +21,7 @@ from rich.console import Console
 from eval.compare.comparison import Comparisons, compare_runs, to_json
 from eval.compare.page import build_page
 from eval.compare.runs import load_run
-from eval.compare.slices import compare_slices
+from eval.compare.slices import compare_slices, label_notes
 from eval.compare.terminal import terminal_tables
 from eval.folders import labels_of
 from eval.report import write_page
@@ -86,6 +86,7 @@ def compare_folders(folders: Sequence[str | Path], num_bootstrap: int, seed: int
     runs = [load_run(folder, label) for folder, label in zip(folders, labels_of(folders), strict=True)]
     found = compare_runs(runs, num_bootstrap, seed)
     found.slices = compare_slices(runs, num_bootstrap, seed)
+    found.notes += label_notes(runs)
     return found
 
 

@@ -1,7 +1,7 @@
 """The comparison inside each value of a sample label, e.g. the planted corpus's `kind`: who gains, who pays.
 
 Averages over all users hide a trade between slices of the samples. A label column in the data makes it
-visible here.
+visible here. The labels of the first run decide for all runs, so that a slice is the same samples in each.
 """
 
 from __future__ import annotations
@@ -32,12 +32,41 @@ def compare_slices(runs: Sequence[Run], num_bootstrap: int, seed: int) -> list[t
     """[("kind = history", the comparison of those samples), ...]."""
     found = []
     for name, values in label_values(runs[0].predictions).items():
+        label_of = _labels_by_sample(runs[0], name)
         for value in values:
             cut = []
             for run in runs:
-                kept = [row for row in run.predictions if str(row["labels"][name]) == value]
+                kept = [row for row in run.predictions if label_of[str(row["sample_id"])] == value]
                 cut.append(with_predictions(run, kept))
             found.append((f"{name} = {value}", compare_runs(cut, num_bootstrap, seed)))
+    return found
+
+
+def label_notes(runs: Sequence[Run]) -> list[str]:
+    """One note per label and run whose own labels are not those of the first run."""
+    notes = []
+    for name in label_values(runs[0].predictions):
+        expected = _labels_by_sample(runs[0], name)
+        for run in runs[1:]:
+            own = _labels_by_sample(run, name)
+            absent = sum(own[sample] is None for sample in expected)
+            other = sum(own[sample] not in (None, value) for sample, value in expected.items())
+            counts = []
+            if absent:
+                counts.append(f"{run.label} has no label for {absent} of {len(expected)} samples")
+            if other:
+                counts.append(f"{run.label} has another one for {other} of {len(expected)} samples")
+            if counts:
+                notes.append(f"slices by {name} are those of {runs[0].label}; {', and '.join(counts)}")
+    return notes
+
+
+def _labels_by_sample(run: Run, name: str) -> dict[str, str | None]:
+    """Sample id -> its value of a label; None where the run has none."""
+    found = {}
+    for row in run.predictions:
+        value = (row.get("labels") or {}).get(name)
+        found[str(row["sample_id"])] = None if value is None else str(value)
     return found
 
 

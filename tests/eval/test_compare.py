@@ -143,6 +143,42 @@ def test_the_command_writes_page_table_and_json(folders, tmp_path, capsys):
     assert "| NDCG@10 ↑ |" in (tmp_path / "out" / "compare.md").read_text()
 
 
+def without_labels(predictions, entries):
+    for row in predictions:
+        row["labels"] = {}
+
+
+def another_first_label(predictions, entries):
+    predictions[0]["labels"] = {"kind": "a" if predictions[0]["labels"]["kind"] == "b" else "b"}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (without_labels, "other has no label for 300 of 300 samples"),
+        (another_first_label, "other has another one for 1 of 300 samples"),
+    ],
+)
+def test_slices_are_those_of_the_first_run_and_other_labels_are_noted_once(
+    folders, tmp_path, capsys, change, words
+):
+    same = write_folder(tmp_path / "same" / "eval", 2.0)
+    other = write_folder(tmp_path / "other" / "eval", 2.0, change=change)
+    arguments = ["--output", str(tmp_path / "out"), "--num-bootstrap", "100"]
+    assert main([str(folders[0]), str(other), *arguments]) == 0
+    page = (tmp_path / "out" / "compare.md").read_text()
+    assert page.count(f"slices by kind are those of base; {words}") == 1
+    assert words in " ".join(capsys.readouterr().out.split())
+    assert main([str(folders[0]), str(same), *arguments]) == 0
+    ours = (tmp_path / "out" / "compare.md").read_text()
+    assert "slices by kind are" not in ours
+
+    def slices(text):
+        return [line.replace("other", "same") for line in text.splitlines() if line.startswith("| kind = ")]
+
+    assert len(slices(page)) == 4 and slices(page) == slices(ours), "labels change no number of a slice"
+
+
 def test_a_long_name_of_a_run_takes_no_words_from_the_other_columns_at_80_characters(capsys):
     name = "gdrt-gain-tau-0.3-seed0"
     lines = [
