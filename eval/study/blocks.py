@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Block:
         rows: row -> metric -> its value over all its seeds.
         comparisons: reference row -> row -> metric -> the difference over the seeds that both have.
         audits: name on the page -> row -> seed -> value.
-        floors: floor -> metric -> value.
+        floors: floor -> metric -> its mean over the seeds.
         beside_floors: floor -> row -> metric -> the difference to the floor.
         num_items: of the catalogue; None for rows of prompt and completion, which have none.
         notes: what the reader has to know beside the numbers.
@@ -124,7 +124,7 @@ def build_block(
         rows={row: combine_all(list(found.values())) for row, found in statistics.items()},
         comparisons=_comparisons(statistics, base, study["controls"], num_users),
         audits=_audits(runs),
-        floors=_floors(run for own in runs.values() for run in own.values()),
+        floors=_floors(runs),
         beside_floors=beside_floors(runs),
         num_users=num_users,
         num_items=None if isinstance(first.inputs, RowInputs) else first.inputs.num_items,
@@ -156,6 +156,7 @@ def _check(setting: str, runs: Runs, base: str) -> list[str]:
             f"{setting}: seeds differ in their test users, so users are drawn by their place in the test "
             "split"
         )
+        notes += _floor_notes(setting, runs)
     lonely = [f"{row} {seed}" for row, found in runs.items() for seed in found if seed not in runs[base]]
     if lonely:
         notes.append(
@@ -292,17 +293,46 @@ def audit_value(results: Mapping[str, Any], audit: str, measure: str, as_log2: b
     return math.log2(value) if as_log2 else value
 
 
-def _floors(runs: Iterable[Run]) -> dict[str, dict[str, float | None]]:
-    """The floors that any run has; `targets`, the test targets themselves, is no floor.
+def _floors(runs: Runs) -> dict[str, dict[str, float | None]]:
+    """The floors that any run has, each the mean over its seeds; `targets`, the test targets, is no floor.
 
-    A floor hangs on the test users alone. It is that of the first run that has it: a slow one may be absent.
+    A floor hangs on the test users alone, so one run of a seed speaks for the seed: the first that has it,
+    because a slow floor may be absent. A metric that one of the seeds lacks has no mean.
     """
-    found: dict[str, dict[str, float | None]] = {}
-    for run in runs:
-        for name, metrics in run.results.get("floors", {}).items():
-            if name != "targets" and name not in found:
-                found[name] = {
-                    metric: (metrics.get(metric) or {}).get("value")
-                    for metric in (*METRICS, *rows_of_text.METRICS)
-                }
+    found = {}
+    for name, by_seed in _floors_by_seed(runs).items():
+        found[name] = {
+            metric: _mean([(metrics.get(metric) or {}).get("value") for metrics in by_seed.values()])
+            for metric in (*METRICS, *rows_of_text.METRICS)
+        }
     return found
+
+
+def _floors_by_seed(runs: Runs) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Floor -> seed -> its metrics in results.json."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for own in runs.values():
+        for seed, run in own.items():
+            for name, metrics in run.results.get("floors", {}).items():
+                if name != "targets":
+                    found.setdefault(name, {}).setdefault(seed, metrics)
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; equal values are kept to the bit."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return known[0] if len(set(known)) == 1 else math.fsum(known) / len(known)
+
+
+def _floor_notes(setting: str, runs: Runs) -> list[str]:
+    """Says which floors are the mean of some seeds only, beside rows whose seeds have other test users."""
+    seeds = sorted({seed for own in runs.values() for seed in own})
+    notes = []
+    for name, by_seed in _floors_by_seed(runs).items():
+        if len(by_seed) < len(seeds):
+            own = ", ".join(map(str, sorted(by_seed)))
+            notes.append(f"{setting}: the floor {name} is over the test users of seed {own} alone")
+    return notes

@@ -68,6 +68,22 @@ def test_a_row_that_shares_no_seed_with_the_baseline_is_said_to_wait_for_it(tmp_
     assert waiting in page and noted in page
 
 
+ALL_CELLS = [("sft", 0), ("sft", 1), ("gdrt", 0), ("gdrt", 1)]
+
+
+@pytest.mark.parametrize(
+    "floors, expected, noted",
+    [({0: 0.1, 1: 0.5}, 0.3, False), ({0: 0.1, 1: 0.1}, 0.1, False), ({1: 0.5}, 0.5, True)],
+)
+def test_a_floor_is_the_mean_over_the_seeds_as_the_rows_are(tmp_path, floors, expected, noted):
+    folder = study_folder(tmp_path, ALL_CELLS, floors)
+    write_study(folder, num_bootstrap=50)
+    found = json.loads((folder / "study.json").read_text())["settings"]["default"]["floors"]
+    assert found["popularity"]["ndcg@10"] == expected and found["popularity"]["nll"] is None
+    page = (folder / "study.md").read_text(encoding="utf-8")
+    assert ("the floor popularity is over the test users of seed 1 alone" in page) == noted
+
+
 def test_a_gain_that_only_flatter_scores_make_is_said_to_be_one():
     def compared(difference, verdict):
         return SimpleNamespace(difference=difference, verdict=verdict, family=True)
