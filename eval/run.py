@@ -18,11 +18,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gdrt_ds import __version__
 from gdrt_ds.completion import offer_completion
 from gdrt_ds.invocation import command_name
+
+if TYPE_CHECKING:
+    from eval.audit.options import AuditOptions
+    from eval.predictions.options import ScoringOptions
 
 
 class FormerName(argparse.Action):
@@ -114,9 +118,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def evaluate_run_on_rows(options: argparse.Namespace) -> None:
-    """Evaluates a model of rows of prompt and completion (`data.format=sft`); see eval/rows/."""
+def checked_options(options: argparse.Namespace) -> tuple[ScoringOptions, AuditOptions]:
+    """How to score, and the settings of audits; a number that cannot be meant is refused before scoring.
+
+    Raises:
+        UserError: it names the option, its value and what is allowed.
+    """
     from eval.audit.options import AuditOptions
+    from eval.numbers import refuse_below
+    from eval.predictions.options import ScoringOptions
+
+    refuse_below(1, "--limit", options.limit, "or leave it out")
+    scoring = ScoringOptions(
+        options.mode,
+        options.scoring,
+        options.k,
+        options.batch_size,
+        options.max_score_bytes,
+        options.beams,
+        options.length_penalty,
+        options.max_nodes,
+    )
+    audits = AuditOptions(options.audit_users, options.permutations, tuple(options.runs), options.bootstrap)
+    return scoring, audits
+
+
+def evaluate_run_on_rows(options: argparse.Namespace, audit_options: AuditOptions) -> None:
+    """Evaluates a model of rows of prompt and completion (`data.format=sft`); see eval/rows/."""
     from eval.pipeline import evaluation_runtime
     from eval.rows.pipeline import check_mode, evaluate_rows, wants_floors
     from eval.rows.subject import load_rows
@@ -134,9 +162,7 @@ def evaluate_run_on_rows(options: argparse.Namespace) -> None:
         num_bootstrap=options.bootstrap,
         batch_size=options.batch_size,
         audits=options.audit.split(","),
-        audit_options=AuditOptions(
-            options.audit_users, options.permutations, tuple(options.runs), options.bootstrap
-        ),
+        audit_options=audit_options,
     )
 
 
@@ -154,32 +180,15 @@ def main(arguments: list[str] | None = None) -> None:
     with report_user_errors():
         from eval.rows.subject import is_about_rows
 
+        scoring, audit_options = checked_options(options)
         if is_about_rows(options.run, options.data, options.model, options.prompt, options.overrides):
-            evaluate_run_on_rows(options)
+            evaluate_run_on_rows(options, audit_options)
             return
         from eval.loading import load_subject
         from eval.pipeline import evaluation_runtime, run_evaluation
-        from eval.predictions import ScoringOptions
 
-        scoring = ScoringOptions(
-            options.mode,
-            options.scoring,
-            options.k,
-            options.batch_size,
-            options.max_score_bytes,
-            options.beams,
-            options.length_penalty,
-            options.max_nodes,
-        )
         runtime = evaluation_runtime()
         subject = load_subject(runtime, **what_is_evaluated(options))
-        audits, settings = [name for name in options.audit.split(",") if name.strip()], None
-        if audits:
-            from eval.audit import AuditOptions
-
-            settings = AuditOptions(
-                options.audit_users, options.permutations, tuple(options.runs), options.bootstrap
-            )
         run_evaluation(
             subject,
             scoring,
@@ -188,8 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
             overwrite=options.overwrite,
             floors=options.floors,
             num_bootstrap=options.bootstrap,
-            audits=audits,
-            audit_options=settings,
+            audits=[name for name in options.audit.split(",") if name.strip()],
+            audit_options=audit_options,
         )
 
 

@@ -78,8 +78,6 @@ class AuditContext:
             UserError: fewer than two users.
         """
         wanted = self.options.users or default
-        if wanted < 2:
-            raise UserError(f"--audit-users {wanted} leaves nothing to compare", "give at least 2")
         samples = [sample for sample in self.subject.samples if where(sample)]
         order = np.random.default_rng(self.options.seed).permutation(len(samples))
         first_of_user: dict[str, int] = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from eval.numbers import FEWEST_RESAMPLES, USUAL_RESAMPLES, refuse_below
+
 
 @dataclass(frozen=True)
 class AuditOptions:
@@ -16,6 +18,9 @@ class AuditOptions:
         runs: other run or evaluation folders, for audits over several of them.
         num_bootstrap: resamples of the intervals.
         seed: of the choice of users, of permutations and of resamples.
+
+    Raises:
+        UserError: fewer than 2 users or permutations, or too few resamples for an interval.
     """
 
     users: int | None = None
@@ -23,6 +28,11 @@ class AuditOptions:
     runs: tuple[str, ...] = ()
     num_bootstrap: int = 1000
     seed: int = 0
+
+    def __post_init__(self):
+        refuse_below(2, "--audit-users", self.users, "an audit compares users")
+        refuse_below(2, "--permutations", self.permutations, "one order has no spread")
+        refuse_below(FEWEST_RESAMPLES, "--bootstrap", self.num_bootstrap, USUAL_RESAMPLES)
 
 
 DEFAULT_OPTIONS = AuditOptions()

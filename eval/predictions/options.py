@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from eval.numbers import refuse_below
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.catalogue_scoring import SCORINGS
 
@@ -27,7 +29,7 @@ class ScoringOptions:
         max_nodes: best_first gives up certification after this many nodes per user; None = never.
 
     Raises:
-        UserError: an unknown mode or scoring, or a number below 1.
+        UserError: an unknown mode or scoring, a number below 1, or a length penalty that is not finite.
     """
 
     mode: str = "renormalised"
@@ -44,10 +46,13 @@ class ScoringOptions:
             raise UserError(f"--mode {self.mode} is unknown", f"choose one of {', '.join(MODES)}")
         if self.scoring not in SCORINGS:
             raise UserError(f"--scoring {self.scoring} is unknown", f"choose one of {', '.join(SCORINGS)}")
-        for name in ("k", "batch_size", "beams", "max_score_bytes"):
-            value = getattr(self, name)
-            if value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} is too small", "give at least 1")
+        for name in ("k", "batch_size", "beams", "max_score_bytes", "max_nodes"):
+            refuse_below(1, f"--{name.replace('_', '-')}", getattr(self, name))
+        if not math.isfinite(self.length_penalty):
+            raise UserError(
+                f"--length-penalty {self.length_penalty} is no finite number",
+                "give 0 (no penalty), 1 (transformers' default) or another number",
+            )
         if self.exact:
             object.__setattr__(self, "scoring", self.mode)
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.numbers import FEWEST_RESAMPLES, USUAL_RESAMPLES, refuse_below
 from eval.report import write_page
 from eval.report.page import Page
 from eval.study.batch import evaluate_runs
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return min(64, evaluate_runs(options.evaluate, json.loads(options.arguments)))
         if not options.folder:
             raise UserError("no study is given", "python -m eval.study STUDY_DIR")
+        refuse_below(FEWEST_RESAMPLES, "--num-bootstrap", options.num_bootstrap, USUAL_RESAMPLES)
         page = write_study(Path(options.folder), options.num_bootstrap)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

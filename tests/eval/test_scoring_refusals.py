@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from eval.audit.__main__ import main as audit_runs
+from eval.study.__main__ import main as eval_study
 from gdrt_ds.data.catalogue import Catalogue
 from tests.eval.run_folders import TINY, fails, make_run
 
@@ -85,4 +87,40 @@ def test_empty_splits_and_wrong_options_are_refused(run, tmp_path, capsys):
     assert "lacks config.yaml" in fails(capsys, ["--run", tmp_path])
     assert "prompt template" in fails(
         capsys, ["--model", run / "base", "--data", "planted", "--prompt", "none.json"]
+    )
+
+
+@pytest.mark.parametrize(
+    "given, least",
+    [
+        (("--bootstrap", 0), 20),
+        (("--bootstrap", -1), 20),
+        (("--permutations", 0, "--audit", "position"), 2),
+        (("--permutations", 1, "--audit", "position"), 2),
+        (("--audit-users", 0, "--audit", "sensitivity"), 2),
+        (("--audit-users", 1, "--audit", "sensitivity"), 2),
+        (("--limit", 0), 1),
+        (("--limit", -3), 1),
+        (("--max-nodes", 0, "--mode", "best_first"), 1),
+        (("--batch-size", 0), 1),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused_before_anything_is_scored(
+    run, tmp_path, capsys, given, least
+):
+    message = fails(capsys, ["--run", run, "--output", tmp_path / "out", *given])
+    assert f"{given[0]} {given[1]} is too small" in message and f"give at least {least}" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_length_penalty_is_a_finite_number(run, tmp_path, capsys):
+    message = fails(capsys, ["--run", run, "--mode", "beam", "--length-penalty", "nan"])
+    assert "--length-penalty nan is no finite number" in message
+
+
+def test_studies_and_audits_over_runs_refuse_too_few_resamples(tmp_path, capsys):
+    assert eval_study([str(tmp_path), "--num-bootstrap", "0"]) == 2
+    assert "--num-bootstrap 0 is too small" in capsys.readouterr().err
+    assert "--bootstrap 0 is too small" in fails(
+        capsys, ["debiasing", tmp_path, "--bootstrap", 0], audit_runs
     )
