@@ -6,6 +6,7 @@ gdrt_ds/dro/relevance.py; here the engine scores, the cache answers, and the run
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,19 @@ class Grouped:
     def relevance(self) -> np.ndarray | None:
         """The values of `scores`."""
         return None if self.scores is None else self.scores.values
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the groups of the train tokens, or of the table that they are looked up in.
+
+        Empty where a model's scores decide: on other hardware they differ in the last digits, and a token on
+        an edge may fall to its other side.
+        """
+        if self.scores is not None or "train" not in self.groups:
+            return ""
+        groups = self.groups["train"]
+        table = groups.table if isinstance(groups, TokenFacts) else groups
+        return hashlib.sha256(np.ascontiguousarray(table)).hexdigest()
 
 
 def relevance_cache() -> Path:

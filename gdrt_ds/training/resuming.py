@@ -29,7 +29,8 @@ class Resumed:
         best: the best validation so far, and how many validations came after it without being better.
         dro_state: moving averages and online weights, as `DroState.state_dict` wrote them.
         group_plan, live_table: the groups of that moment and the relevance they came from
-        (groups.reference=live).
+            (groups.reference=live).
+        groups_digest: `Grouped.digest` of that moment; empty also in checkpoints of earlier versions.
     """
 
     first_step: int = 0
@@ -37,6 +38,7 @@ class Resumed:
     dro_state: dict[str, torch.Tensor] | None = None
     group_plan: GroupPlan | None = None
     live_table: np.ndarray | None = None
+    groups_digest: str = ""
 
 
 def resume(job: Job, prepared: Prepared, loaded: Loaded) -> Resumed:
@@ -73,7 +75,31 @@ def resume(job: Job, prepared: Prepared, loaded: Loaded) -> Resumed:
         dro_state=saved["dro"],
         group_plan=GroupPlan(**saved["group_plan"]),
         live_table=None if live_table is None else live_table.numpy(),
+        groups_digest=saved.get("groups_digest", ""),
     )
+
+
+def check_groups(resumed: Resumed, grouped: Grouped) -> None:
+    """Refuses groups that are not those of the checkpoint: its moving averages and weights are about others.
+
+    Raises:
+        UserError: another kind or number of groups, other labels, or other tokens under the same labels.
+    """
+    saved, now = resumed.group_plan, grouped.plan
+    if saved is None:
+        return
+    for name in ("by", "num", "binning", "labels", "reference", "column"):
+        before, after = getattr(saved, name), getattr(now, name)
+        if before != after:
+            raise UserError(
+                f"resume: the checkpoint's groups have {name} = {before}, and this run's have {after}",
+                "take the groups.* and the labels of that run, or start a run without resume",
+            )
+    if resumed.groups_digest and grouped.digest and resumed.groups_digest != grouped.digest:
+        raise UserError(
+            f"resume: with groups.by = {now.by} other train tokens are in the groups than in the checkpoint",
+            "restore the labels that the groups are made of, or start a run without resume",
+        )
 
 
 def client_state(
@@ -90,6 +116,7 @@ def client_state(
         "dro": state.state_dict(),
         "data_fingerprint": data_fingerprint,
         "group_plan": asdict(grouped.plan),
+        "groups_digest": grouped.digest,
     }
     if config.groups.reference == "live" and grouped.relevance is not None:
         saved["live_table"] = torch.from_numpy(grouped.relevance)

@@ -36,7 +36,7 @@ from gdrt_ds.training.loop import train
 from gdrt_ds.training.losses import split_losses
 from gdrt_ds.training.preflight import check_data, check_settings
 from gdrt_ds.training.preparation import Prepared, prepare
-from gdrt_ds.training.resuming import Resumed, resume
+from gdrt_ds.training.resuming import Resumed, check_groups, resume
 from gdrt_ds.training.step import StepRunner
 from gdrt_ds.training.step_inputs import (
     InTrie,
@@ -129,6 +129,7 @@ def make_ready(
             saved_plan=resumed.group_plan if live else None,
             saved_table=resumed.live_table if live else None,
         )
+        check_groups(resumed, grouped)
         counts = " ".join(f"{count:,}" for count in grouped.plan.counts)
         job.say(f"groups: {grouped.plan.num} by {section.by}, train tokens {counts}")
         save_groups(job, prepared, grouped)
