@@ -66,7 +66,11 @@ def train(
     )
     with telemetry:
         loop = _Loop(job, prepared, loaded, telemetry, watchdog, TitleLosses.of(job, prepared))
-        result = Result(resumed.first_step, resumed.best)
+        # A run that has stopped early may have been killed before it published its adapter.
+        stopped_early = resumed.best.is_given_up(job.config.train.patience)
+        result = Result(resumed.first_step, resumed.best, stopped_early=stopped_early)
+        if stopped_early:
+            loop.tell_early_stop(result.step)
         while result.step < loaded.total_steps and not (result.interrupted or result.stopped_early):
             if _groups_are_due(job, result.step):
                 telemetry.flush()
@@ -174,7 +178,7 @@ class _Loop:
             + ("" if found.catalogue_nll is None else f"  among titles {found.catalogue_nll:.4f}")
             + ("  (best so far)" if is_best else "")
         )
-        stopped_early = train.patience is not None and best.later >= train.patience
+        stopped_early = best.is_given_up(train.patience)
         return replace(result, best=best, last=found, stopped_early=stopped_early), is_best
 
     def _tell_dead_gradient(self, done: int, gradient_norm) -> None:

@@ -63,6 +63,10 @@ class Best:
             return False
         return self.figures is None or validation.figures()[select_by] < self.figures["value"]
 
+    def is_given_up(self, patience: int | None) -> bool:
+        """Whether so many validations came after the best one that train.patience ends the run."""
+        return patience is not None and self.later >= patience
+
     def after(self, validation: Validation, select_by: str) -> Best:
         """The best once `validation` is counted; `select_by`: a name of its figures."""
         if not self.is_beaten_by(validation, select_by):

@@ -1,8 +1,9 @@
-"""A run that stops early: the adapter is that of the best validation."""
+"""A run that stops early: the adapter is that of the best validation, also where a resume publishes it."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,19 @@ def test_the_best_checkpoint_is_kept_where_each_epoch_ends_with_a_validation(sto
     assert summary["best"]["step"] == summary["adapter_step"] == best
     kept = {path.name for path in (stopped / "checkpoints").glob("step_*")}
     assert {f"step_{best}", f"step_{summary['step']}"} <= kept and len(kept) <= 3
+
+
+def test_a_resume_after_the_early_stop_trains_no_further_and_publishes_the_same_adapter(stopped, tmp_path):
+    killed = tmp_path / "run"
+    shutil.copytree(stopped, killed)
+    (killed / "summary.json").unlink()
+    shutil.rmtree(killed / "adapter")
+    done = play(1, [*SETTINGS, f"run.dir={killed}", "resume=auto"], tmp_path / "logs")
+    assert done.statuses == [0], done.text[-3000:]
+    before, after = summary_of(stopped), summary_of(killed)
+    for key in ("status", "step", "adapter_step", "stopped_early", "best"):
+        assert after[key] == before[key], key
+    assert validations(killed) == validations(stopped)
+    weights = "adapter/adapter_model.safetensors"
+    assert (killed / weights).read_bytes() == (stopped / weights).read_bytes()
+    assert f"early stop at step {before['step']}" in done.text

@@ -37,3 +37,9 @@ def test_a_label_that_train_lacks_is_in_no_group():
     assert group_loss[:2].tolist() == [1.5, 3.0] and group_loss[2].isnan()
     assert worst == 3.0
     assert objective == pytest.approx(2.0)  # at a large tau, the mean of the three
+
+
+def test_patience_counts_the_validations_behind_the_best_one():
+    best = Best({"step": 4, "value": 1.0}, 2)
+    assert best.is_given_up(2)
+    assert not best.is_given_up(3) and not best.is_given_up(None) and not Best().is_given_up(1)
