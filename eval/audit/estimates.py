@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
+from eval.intervals import Resampled, interval
+
 LEVEL = 0.95
 
 
@@ -72,14 +74,20 @@ def bootstrap(
     null: float | None = 0.0,
     num: int = 1000,
     seed: int = 0,
+    bounds: tuple[float, float] | None = None,
 ) -> Estimate | list[Estimate]:
-    """Percentile interval of a statistic over resampled rows.
+    """Interval of a statistic over resampled rows: the quantiles of the replicates.
+
+    Below FEW_USERS rows it is widened as the intervals of metrics are (`eval.intervals.interval`).
 
     Args:
         rows: [N] or [N, F]; one row per independent unit (one per user, or one per item).
         statistic: rows -> number or vector; None = mean of a 1-D array, by one matrix product.
         null: the statistic's value where the bias is absent.
         num, seed: of the resamples.
+        bounds: given for a curved statistic (a distance, a share of the largest, Gini, a maximum), the range
+            of its values. Repeated rows make it too large on average, so its interval is moved by estimate -
+            mean of the replicates and cut to this range.
     Returns:
         an Estimate, or a list of them for a vector statistic.
     """
@@ -96,16 +104,22 @@ def bootstrap(
         value = np.asarray(statistic(rows), float)
         replicates = np.array([statistic(rows[draw]) for draw in draws], dtype=float)
     if np.ndim(value) == 0:
-        return _percentile(float(value), replicates, n, null)
-    return [_percentile(float(v), replicates[:, j], n, null) for j, v in enumerate(value)]
+        return _estimate(float(value), replicates, n, null, bounds)
+    return [_estimate(float(v), replicates[:, j], n, null, bounds) for j, v in enumerate(value)]
 
 
-def _percentile(value: float, replicates: np.ndarray, n: int, null: float | None) -> Estimate:
-    finite = replicates[np.isfinite(replicates)]
-    if not len(finite):
-        return Estimate(value, float("nan"), float("nan"), n, null)
-    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(low), float(high), n, null)
+def _estimate(
+    value: float,
+    replicates: np.ndarray,
+    n: int,
+    null: float | None,
+    bounds: tuple[float, float] | None,
+) -> Estimate:
+    everywhere = (-np.inf, np.inf)
+    low, high = interval(Resampled(value, replicates, n, bounds is None, everywhere), LEVEL)
+    if bounds is not None:
+        low, high = np.clip([low, high], *bounds).tolist()
+    return Estimate(value, low, high, n, null)
 
 
 def permutation_p(observed: float, null_values: np.ndarray) -> float:

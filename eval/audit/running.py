@@ -18,7 +18,7 @@ from gdrt_ds.registry import parts
 OF_MODEL = "eval.audit.model"  # a new audit is one file in one of these two rooms
 OVER_RUNS = "eval.audit.runs"
 ALL = "all"
-FEW = 10  # a bootstrap over fewer units covers less than it says
+FEW = 10  # fewer units show little, and a resample of them is rough
 
 
 def audits() -> dict[str, Audit]:
@@ -87,7 +87,7 @@ def _run_one(name: str, audit: Audit, context: AuditContext, estimate: CostEstim
     found = finite(audit.headed(audit.run(context)))
     units = found["effect"]["n"]
     if units < FEW:
-        found["finding"] += f" Only {units} units: intervals of so few are too narrow."
+        found["finding"] += f" Only {units} units: so few show large effects alone, and roughly."
     seconds = time.time() - started
     runtime = context.runtime
     found["cost"] = f"{cost}; took {seconds:.0f} s on {runtime.world} rank(s) of {runtime.device.type}"

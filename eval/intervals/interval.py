@@ -10,15 +10,42 @@
   gets an influence, the value with them minus the value without them, and the replicates are estimate +
   (weights - 1) @ influences. This is the bootstrap of the infinitesimal jackknife; `resample` makes the
   replicates, and the interval is then centred.
+
+With few users the bootstrap is too sure: its spread is that of U users and not of U - 1, and its quantiles
+are nearly those of a normal distribution. Below FEW_USERS an interval is therefore widened to Student's t.
+One user has no spread at all, so there is no interval.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 from eval.intervals.resampling import Resampled
 
 UNDEFINED = (float("nan"), float("nan"))
+
+FEW_USERS = 30
+"""Below this a comparison of two equal runs would too often find a difference: with 10 users in 18 % of the
+cases instead of 5 %, with 20 in 7 % (four metrics, Holm's correction). At 30 the widening is 6 %."""
+
+
+def small_sample(units: int) -> float:
+    """What the spread of replicates is multiplied with so that it is that of U - 1 units: sqrt(U / (U - 1)).
+
+    1 from FEW_USERS on; NaN for a single unit, which has no spread.
+    """
+    if units >= FEW_USERS:
+        return 1.0
+    return float(np.sqrt(units / (units - 1))) if units > 1 else float("nan")
+
+
+def widening(units: int, level: float = 0.95) -> float:
+    """By what an interval of this many units is wider than the quantiles of its replicates say."""
+    if not 1 < units < FEW_USERS:
+        return small_sample(units)
+    tail = (1 + level) / 2
+    return small_sample(units) * float(stdtrit(units - 1, tail) / ndtri(tail))
 
 
 def interval(sample: Resampled, level: float = 0.95) -> tuple[float, float]:
@@ -31,7 +58,13 @@ def interval(sample: Resampled, level: float = 0.95) -> tuple[float, float]:
         if not sample.smooth:
             return UNDEFINED
         return _reach_from_edge(sample, edge, level)
+    if sample.units < 2:
+        return UNDEFINED
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    if sample.units < FEW_USERS:
+        mean = finite.mean()
+        low, high = mean + widening(sample.units, level) * (np.array([low, high]) - mean)
+        low, high = np.clip([low, high], *sample.bounds)
     if not sample.smooth:
         shift = sample.value - finite.mean()
         low, high = np.clip([low + shift, high + shift], *sample.bounds)
@@ -54,11 +87,12 @@ def _edge_of_range(sample: Resampled, finite: np.ndarray) -> float | None:
 def _reach_from_edge(sample: Resampled, edge: float, level: float) -> tuple[float, float]:
     """The interval of a mean whose replicates all lie on an end of its range.
 
-    n draws without a single success leave a success rate of up to 1 - (alpha / 2)^(1 / n) plausible
-    (Clopper-Pearson). A mean of values in [0, 1] is below its rate of non-zero values.
+    U users without a single success leave a success rate of up to 1 - (alpha / 2)^(1 / U) plausible
+    (Clopper-Pearson). Samples of one user may share their fate, so it is users that count. A mean of values
+    in [0, 1] is below its rate of non-zero values.
     """
     lowest, highest = sample.bounds
-    reach = (1 - ((1 - level) / 2) ** (1 / max(1, sample.n))) * (highest - lowest)
+    reach = (1 - ((1 - level) / 2) ** (1 / max(1, sample.units))) * (highest - lowest)
     if edge == lowest:
         return edge, float(edge + reach)
     return float(edge - reach), edge

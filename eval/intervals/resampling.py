@@ -55,6 +55,7 @@ class Resampled:
             it.
         n: number of test samples that the value rests on.
         smooth, bounds: of the `Statistic`.
+        users: users that the value rests on, at most n; None where each sample is a user of its own.
     """
 
     value: float
@@ -62,6 +63,12 @@ class Resampled:
     n: int
     smooth: bool
     bounds: tuple[float, float]
+    users: int | None = None
+
+    @property
+    def units(self) -> int:
+        """Independent units that the value rests on."""
+        return self.n if self.users is None else min(self.users, self.n)
 
     @property
     def standard_error(self) -> float:
@@ -114,11 +121,13 @@ def resample(
 
     values: dict[str, float] = {}
     replicates: dict[str, np.ndarray] = {}
+    users: dict[str, int] = {}
     for names in _sharing_features(statistics):
         features = statistics[names[0]].features
         if by_user is not None:
             features = by_user @ features
         total_1F = np.asarray(features.sum(axis=0), dtype=np.float64).reshape(1, -1)
+        users |= dict.fromkeys(names, _users_in(features))
         redrawn = []
         for name in names:
             values[name] = float(_finish(statistics[name], total_1F)[0])
@@ -130,9 +139,15 @@ def resample(
                 replicates[name] = values[name] + (weights - 1) @ influence(features, total_1F[0])
         replicates |= _redraw({name: statistics[name] for name in redrawn}, features, weights)
     return {
-        name: Resampled(values[name], replicates[name], s.n, s.smooth, s.bounds)
+        name: Resampled(values[name], replicates[name], s.n, s.smooth, s.bounds, users[name])
         for name, s in statistics.items()
     }
+
+
+def _users_in(features: Matrix) -> int:
+    """Users with a part in the totals: a sample that a statistic leaves out has features of zero."""
+    filled = features.getnnz(axis=1) if sparse.issparse(features) else np.count_nonzero(features, axis=1)
+    return int(np.count_nonzero(filled))
 
 
 def _sum_by_user(user_of_sample: np.ndarray, num_users: int) -> sparse.csr_matrix | None:

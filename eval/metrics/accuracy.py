@@ -80,10 +80,41 @@ def mean_rank_share(inputs: Inputs, k: int | None = None) -> Statistic:
 
 METRICS = (
     Metric(
-        "ndcg@{k}", ndcg, "accuracy", "how high the target stands in the top K", True, ks="all", primary=10
+        "ndcg@{k}",
+        ndcg,
+        "accuracy",
+        "how high the target stands in the top K",
+        True,
+        ks="all",
+        primary=10,
+        needs_ranks=True,
     ),
-    Metric("hr@{k}", hr, "accuracy", "share of targets in the top K", True, ks="all", primary=10),
-    Metric("mrr", mrr, "accuracy", "mean of 1 / rank over the whole catalogue", True, primary=True),
+    Metric(
+        "hr@{k}",
+        hr,
+        "accuracy",
+        "share of targets in the top K",
+        True,
+        ks="all",
+        primary=10,
+        needs_ranks=True,
+    ),
+    Metric(
+        "mrr",
+        mrr,
+        "accuracy",
+        "mean of 1 / rank over the whole catalogue",
+        True,
+        primary=True,
+        needs_ranks=True,
+    ),
     Metric("nll", nll, "accuracy", "negative log-likelihood of the target item, nats", False, primary=True),
-    Metric("mean_rank_share", mean_rank_share, "accuracy", "mean rank: 0 first, 0.5 chance, 1 last", False),
+    Metric(
+        "mean_rank_share",
+        mean_rank_share,
+        "accuracy",
+        "mean rank: 0 first, 0.5 chance, 1 last",
+        False,
+        needs_ranks=True,
+    ),
 )

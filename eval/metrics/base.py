@@ -34,6 +34,7 @@ class Metric:
         targets: whether the value of the test targets themselves is shown beside it.
         primary: member of the family that `eval.compare` corrects for (a metric with {k}: at which k).
         needs_lists: whether it reads the recommended lists, which may be shorter than k.
+        needs_ranks: whether it reads the targets' ranks, which a search knows only inside its lists.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Metric:
     targets: bool = False
     primary: bool | int = False
     needs_lists: bool = False
+    needs_ranks: bool = False
 
     def __post_init__(self):
         if self.side not in SIDES:

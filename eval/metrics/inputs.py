@@ -40,8 +40,8 @@ class Inputs:
 
     Attributes:
         item_ids: [I] of the catalogue entries.
-        rank: [N] 1-based expected rank. A null or NaN rank is the worst rank I (and counted in
-            `missing_rank`).
+        rank: [N] 1-based expected rank. A null or NaN rank (a search whose list ended before the target) is
+            the worst rank I, and counted in `missing_rank`.
         missing_rank: [N] whether the prediction has no rank.
         num_tied: [N] items that share the target's score, itself included; 1 where the prediction does not
             say.
@@ -96,6 +96,10 @@ class Inputs:
     def has_lists(self, k: int) -> bool:
         """Whether top-k lists exist: k fits the catalogue and at least one list reaches it."""
         return k <= self.num_items and (self.lists_are_targets or self.top.shape[1] >= k)
+
+    def knows_ranks(self, k: int | None) -> bool:
+        """Whether all targets that stand in the top k have a rank; None is the whole catalogue."""
+        return not self.missing_rank.any() or (k is not None and k <= self.top.shape[1])
 
     def exposure(self, k: int) -> sparse.csr_matrix:
         """[N, I] CSR, 1 where the entry is in the sample's top-k list."""
@@ -321,8 +325,8 @@ def _ranks(
         )
     if missing.any():
         notes.append(
-            f"{int(missing.sum())} of {rank.size} targets have no rank (not found, or NaN scores): "
-            f"counted at the worst rank {num_items}"
+            f"{int(missing.sum())} of {rank.size} targets have no rank, because they are not in the lists: "
+            "they are misses"
         )
     tied = np.array([max(1.0, _number(p.get("num_tied", 1))) for p in predictions])
     tied[missing] = 1.0

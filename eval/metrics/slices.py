@@ -29,11 +29,12 @@ UNBOUNDED = (-np.inf, np.inf)
 # -- statistics of slices ------------------------------------------------------------------------------
 def measures(inputs: Inputs) -> dict[str, tuple[np.ndarray, bool]]:
     """The per-sample measures that slices show: name -> ([N] values, higher_is_better)."""
-    found = {
-        "ndcg@10": (gains(inputs, 10), True),
-        "hr@10": (hit_rates(inputs, 10), True),
-        "mrr": (reciprocal_ranks(inputs), True),
-    }
+    found = {}
+    if inputs.knows_ranks(10):
+        found["ndcg@10"] = (gains(inputs, 10), True)
+        found["hr@10"] = (hit_rates(inputs, 10), True)
+    if inputs.knows_ranks(None):
+        found["mrr"] = (reciprocal_ranks(inputs), True)
     if np.isfinite(inputs.target_nll).any():
         found["nll"] = (inputs.target_nll, False)
     return found

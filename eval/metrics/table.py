@@ -67,10 +67,15 @@ def statistics(
 
 def _obstacle(metric: Metric, inputs: Inputs, k: int | None) -> str | None:
     """Why a cut-off cannot be measured; None if it can."""
+    if k is not None and k > inputs.num_items:
+        return f"K is larger than the catalogue ({inputs.num_items})"
+    if metric.needs_ranks and not inputs.knows_ranks(k):
+        return (
+            f"the lists hold {inputs.top.shape[1]} items, and {int(inputs.missing_rank.sum())} targets that "
+            "are not in them have no rank"
+        )
     if k is None:
         return None
-    if k > inputs.num_items:
-        return f"K is larger than the catalogue ({inputs.num_items})"
     if metric.needs_lists and not inputs.has_lists(k):
         return f"the lists hold {inputs.top.shape[1]} items"
     return None

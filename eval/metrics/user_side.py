@@ -17,7 +17,12 @@ from eval.metrics.slices import pool_small, relevance_names, summary_statistics
 TAIL = 0.1  # CVaR looks at the worst tenth of the samples
 
 
-def tail_mean(values_N: np.ndarray, higher_is_better: bool, tail: float = TAIL) -> Statistic:
+def tail_mean(
+    values_N: np.ndarray,
+    higher_is_better: bool,
+    tail: float = TAIL,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+) -> Statistic:
     """CVaR: mean over the worst `tail` share of the samples. The boundary sample counts with its fraction."""
     values = np.asarray(values_N, dtype=np.float64)
     valid = np.flatnonzero(np.isfinite(values))
@@ -32,19 +37,19 @@ def tail_mean(values_N: np.ndarray, higher_is_better: bool, tail: float = TAIL) 
         before = np.cumsum(counts, axis=1) - counts
         return (np.clip(mass - before, 0, counts) @ ordered) / mass[:, 0]
 
-    return Statistic(one_hot, finish, int(valid.size), smooth=False)
+    return Statistic(one_hot, finish, int(valid.size), smooth=False, bounds=bounds)
 
 
 def cvar_nll(inputs: Inputs, k: int | None = None) -> Statistic | None:
     """Mean NLL of the worst tenth of the samples."""
     if not np.isfinite(inputs.target_nll).any():
         return None
-    return tail_mean(inputs.target_nll, higher_is_better=False)
+    return tail_mean(inputs.target_nll, higher_is_better=False, bounds=(0, np.inf))
 
 
 def cvar_rank_share(inputs: Inputs, k: int | None = None) -> Statistic:
     """Mean of (r - 1) / (I - 1) over the worst-ranked tenth of the samples."""
-    return tail_mean(rank_shares(inputs), higher_is_better=False)
+    return tail_mean(rank_shares(inputs), higher_is_better=False, bounds=(0, 1))
 
 
 def relevance_worst_nll(inputs: Inputs, k: int | None = None) -> Statistic | None:
@@ -67,7 +72,14 @@ def _over_relevance(inputs: Inputs, summary: str) -> Statistic | None:
 
 METRICS = (
     Metric("cvar_nll", cvar_nll, "user", "mean NLL of the worst tenth of the samples", False, primary=True),
-    Metric("cvar_rank_share", cvar_rank_share, "user", "mean rank share of the worst-ranked tenth", False),
+    Metric(
+        "cvar_rank_share",
+        cvar_rank_share,
+        "user",
+        "mean rank share of the worst-ranked tenth",
+        False,
+        needs_ranks=True,
+    ),
     Metric(
         "nll_worst_relevance_group", relevance_worst_nll, "user", "NLL of the worst relevance group", False
     ),

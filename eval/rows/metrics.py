@@ -186,12 +186,17 @@ def _dimension(names: list[str], measures: dict[str, tuple[np.ndarray, np.ndarra
         counts = (below > 0).sum(0)
 
         def of(
-            finish: Callable[[np.ndarray], np.ndarray], n: int, smooth: bool, features=features, size=size
+            finish: Callable[[np.ndarray], np.ndarray],
+            n: int,
+            smooth: bool,
+            most: float = 1.0 if measure == "accuracy" else np.inf,
+            features=features,
+            size=size,
         ) -> Statistic:
             def of_totals(totals: np.ndarray) -> np.ndarray:
                 return finish(group_means(totals[:, :size], totals[:, size:]))
 
-            return Statistic(features, of_totals, n, smooth, (0, np.inf))
+            return Statistic(features, of_totals, n, smooth, (0, most))
 
         for place, name in enumerate(names):
             groups[name][measure] = of(lambda means, place=place: means[:, place], int(counts[place]), True)
@@ -199,7 +204,7 @@ def _dimension(names: list[str], measures: dict[str, tuple[np.ndarray, np.ndarra
         low = of(lambda means: np.nanmin(means, axis=1), total, False)
         high = of(lambda means: np.nanmax(means, axis=1), total, False)
         gap = of(lambda means: np.nanmax(means, axis=1) - np.nanmin(means, axis=1), total, False)
-        ratio = of(lambda means: np.nanmin(means, axis=1) / np.nanmax(means, axis=1), total, False)
+        ratio = of(lambda means: np.nanmin(means, axis=1) / np.nanmax(means, axis=1), total, False, 1.0)
         worst, best = (low, high) if higher else (high, low)
         summary[measure] = {"worst": worst, "best": best, "gap": gap, "ratio": ratio}
     return {"groups": groups, "summary": summary}

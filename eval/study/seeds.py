@@ -60,6 +60,7 @@ def combine(seeds: Sequence[Resampled], seed: int = 0) -> Resampled:
         min(s.n for s in seeds),
         all(s.smooth for s in seeds),
         seeds[0].bounds,
+        min(s.units for s in seeds),
     )
 
 

@@ -110,6 +110,33 @@ def test_lists_drawn_from_the_data_are_not_called_concentrated_and_one_list_for_
     assert same["exposure share of the most shown"].value < 0.8
 
 
+@pytest.mark.parametrize("skewed", [False, True])
+def test_the_interval_of_a_concentration_holds_its_own_value(skewed):
+    """Repeated users make a set of lists look more concentrated than it is: by itself that shows nothing."""
+    rng = np.random.default_rng(40 + skewed)
+    popularity = rng.pareto(1.5, size=300) * 20 if skewed else np.full(300, 9.0)
+    above = 0
+    for seed in range(20):
+        lists = titles.drawn_lists(popularity, 64, 10, rng)
+        found, _, _ = titles.measure(lists, popularity, 100, seed)
+        for estimate in found.values():
+            assert estimate.low <= estimate.value <= estimate.high
+        above += found[titles.EXCESS].low > 0
+    assert above <= 3
+
+
+def test_the_distance_of_providers_that_only_noise_moves_is_not_shown():
+    rng, above = np.random.default_rng(50), 0
+    popularity, provider_of = rng.pareto(1.5, size=300) * 20, rng.integers(10, size=300)
+    for seed in range(20):
+        rows = provider.discounted(titles.drawn_lists(popularity, 64, 10, rng), 300)
+        found, _, _ = provider.measure(rows, popularity, provider_of, 100, seed)
+        for estimate in found.values():
+            assert estimate.low <= estimate.value <= estimate.high
+        above += found[provider.EXCESS].low > 0
+    assert above <= 3
+
+
 def test_slots_that_draw_choices_are_found_beside_the_main_score_and_permuted_slots_are_not():
     rng = np.random.default_rng(5)
     slots = selection.popularity_slots(rng.permutation(400).astype(float))

@@ -161,7 +161,7 @@ def test_intervals_of_a_distance_hold_its_expected_value_and_are_centred():
         hits += low <= truth <= high
     assert hits / 150 >= 0.9
     uneven = Resampled(
-        1.0, np.linspace(1.5, 2.5, 101), 10, False, (0.8, math.inf)
+        1.0, np.linspace(1.5, 2.5, 101), 100, False, (0.8, math.inf)
     )  # mean 2: moved down by one, cut at the range
     assert interval(uneven) == pytest.approx((0.8, 1.475))
 
@@ -202,6 +202,64 @@ def test_p_values_without_a_difference_fall_below_5_percent_about_5_times_in_100
         ]
         below += compare(found[0], found[1], 80).p_value <= 0.05
     assert 0.015 <= below / 200 <= 0.10
+
+
+@pytest.mark.parametrize("users", [3, 5, 10, 20])
+def test_few_users_do_not_make_equal_runs_differ(users):
+    """Both ways to call two runs different, the p-value and the interval, are wrong 5 times in 100."""
+    rng, by_p, by_interval, trials = np.random.default_rng(users), 0, 0, 300
+    for trial in range(trials):
+        found = [
+            resample({"m": mean_statistic(rng.normal(size=users))}, np.arange(users), 300, seed=trial)["m"]
+            for _ in range(2)
+        ]
+        row = compare(found[0], found[1], users)
+        by_p += row.p_value <= 0.05
+        by_interval += row.ci_low > 0 or row.ci_high < 0
+    assert by_p / trials <= 0.09 and by_interval / trials <= 0.09
+
+
+def test_one_user_shows_nothing():
+    """All samples of a user are drawn together, so thirty windows of one user are one draw."""
+    found = [
+        resample({"nll": mean_statistic(np.full(30, loss))}, np.zeros(30, int), 200)["nll"] for loss in (3, 4)
+    ]
+    assert np.isnan(interval(found[0])).all()
+    row = compare_family({"nll": found[0]}, {"nll": found[1]}, 1, ["nll"], {"nll": False})["nll"]
+    assert row.difference == 1 and np.isnan([row.ci_low, row.ci_high, row.p_value]).all()
+    assert row.verdict == "too few users to say"
+
+
+def test_users_without_a_hit_are_counted_and_not_their_samples():
+    found = resample({"hr": mean_statistic(np.zeros(500), (0, 1))}, np.repeat(np.arange(5), 100), 200)["hr"]
+    assert found.units == 5
+    assert interval(found) == pytest.approx((0, 1 - 0.025 ** (1 / 5)))
+    values = np.where(np.arange(500) < 200, 0.0, np.nan)  # three users have no value
+    found = resample({"hr": mean_statistic(values, (0, 1))}, np.repeat(np.arange(5), 100), 200)["hr"]
+    assert found.units == 2
+
+
+def test_nearly_identical_runs_are_not_told_apart_by_a_maximum():
+    """One user of 300 differs a little: the interval of the worst group's difference begins above zero."""
+    rng = np.random.default_rng(13)
+    groups = rng.integers(0, 4, 300)
+    first = rng.exponential(size=300)
+    worst = np.flatnonzero(groups == np.argmax([first[groups == g].mean() for g in range(4)]))[0]
+    second = first.copy()
+    second[worst] += 0.001
+
+    def largest(totals: np.ndarray) -> np.ndarray:
+        return np.nanmax(totals[:, :4] / totals[:, 4:], axis=1)
+
+    member = np.eye(4)[groups]
+    found = []
+    for values in (first, second):
+        features = np.concatenate([member * values[:, None], member], axis=1)
+        statistic = Statistic(features, largest, 300, False, (0, math.inf))
+        found.append(resample({"worst": statistic}, np.arange(300), 1000))
+    row = compare_family(found[0], found[1], 300, [], {"worst": False})["worst"]
+    assert row.ci_low > 0, "the case that a verdict by the interval alone gets wrong"
+    assert row.verdict == "interval spans zero"
 
 
 def test_the_minimum_detectable_difference_is_found_about_80_times_in_100():

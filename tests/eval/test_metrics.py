@@ -106,21 +106,29 @@ def test_a_constant_scorer_scores_exactly_like_chance():
     assert value(found, "mean_rank_share") == pytest.approx(0.5)
 
 
-def test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place():
+def test_hand_computed_accuracy_and_a_missing_rank_is_a_miss():
     entries = [entry(f"i{i}") for i in range(20)]
+    listed = [f"i{i}" for i in range(10, 17)]
     predictions = [
         prediction(0, "i0", 1, ["i0"]),
-        prediction(1, "i1", 3, ["i0"]),
-        prediction(2, "i2", None, ["i0"]),
-        prediction(3, "i3", math.nan, ["i0"]),
+        prediction(1, "i1", 3, listed),
+        prediction(2, "i2", None, listed),
+        prediction(3, "i3", math.nan, listed),
     ]
     predictions[3]["target_nll"] = None
     found = evaluate(predictions, entries, **FAST)
     assert value(found, "ndcg@5") == pytest.approx((1 + 0.5) / 4)
     assert value(found, "hr@1") == pytest.approx(0.25)
-    assert value(found, "mrr") == pytest.approx((1 + 1 / 3 + 2 / 20) / 4)
     assert found["metrics"]["nll"]["n"] == 3
     assert any("2 of 4 targets have no rank" in note for note in found["notes"])
+    # Nothing is known behind the lists of seven.
+    for name in ("mrr", "mean_rank_share", "cvar_rank_share", "hr@10", "ndcg@10"):
+        assert name not in found["metrics"]
+        assert any(
+            note.startswith(f"{name}: not measured, the lists hold 7 items") for note in found["notes"]
+        )
+    ranked = [{**p, "rank": rank} for p, rank in zip(predictions, (1, 3, 20, 20), strict=True)]
+    assert value(evaluate(ranked, entries, **FAST), "mrr") == pytest.approx((1 + 1 / 3 + 2 / 20) / 4)
 
 
 # --- item side
@@ -350,9 +358,9 @@ MUTATIONS = [
         "gains",
         "inputs.rank + 1",
         "inputs.rank + 2",
-        test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place,
+        test_hand_computed_accuracy_and_a_missing_rank_is_a_miss,
     ),
-    (accuracy, "hit_rates", "<= k", "< k", test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place),
+    (accuracy, "hit_rates", "<= k", "< k", test_hand_computed_accuracy_and_a_missing_rank_is_a_miss),
     (
         accuracy,
         "_expected_gain",
@@ -365,7 +373,7 @@ MUTATIONS = [
         "_ranks",
         "np.where(missing, float(num_items), rank)",
         "np.where(missing, 1.0, rank)",
-        test_hand_computed_accuracy_and_a_missing_rank_at_the_worst_place,
+        test_hand_computed_accuracy_and_a_missing_rank_is_a_miss,
     ),
     (
         item_side,

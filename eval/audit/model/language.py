@@ -128,7 +128,7 @@ def group_table(
         return np.array([max(means), max(means) - min(means)])
 
     columns = np.stack([groups.astype(float), nll], axis=1)
-    worst, gap = bootstrap(columns, spread, null=None, **settings)
+    worst, gap = bootstrap(columns, spread, null=None, bounds=(0, np.inf), **settings)
     return rows, {WORST: worst, GAP: gap}
 
 

@@ -105,7 +105,7 @@ def measure_probe(
     def spread_of_mean(rows: np.ndarray) -> float:
         return spread(rows.mean(axis=0))
 
-    observed = bootstrap(influence, spread_of_mean, null=float(null.mean()), **settings)
+    observed = bootstrap(influence, spread_of_mean, null=float(null.mean()), bounds=(0, np.inf), **settings)
     curve = [bootstrap(influence[:, s], null=None, **settings) for s in range(influence.shape[1])]
     return observed, permutation_p(observed.value, null), null, curve
 

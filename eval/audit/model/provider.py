@@ -67,7 +67,9 @@ def measure(
         return np.array([np.abs(mean - reference).sum(), np.abs(mean - catalogue).sum()])
 
     resamples = min(MOST_RESAMPLES, num_bootstrap)
-    interactions, items = bootstrap(by_provider, statistic, null=None, num=resamples, seed=seed)
+    interactions, items = bootstrap(
+        by_provider, statistic, null=None, num=resamples, seed=seed, bounds=(0, 2)
+    )
     rng = np.random.default_rng(seed)
     mean = rows.mean(axis=0)
     null = np.empty(PERMUTATIONS)

@@ -69,7 +69,7 @@ def measure(
         return np.array([top_share(counts, top), gini(counts)])
 
     resamples = min(MOST_RESAMPLES, num_bootstrap)
-    share, inequality = bootstrap(lists, statistic, null=None, num=resamples, seed=seed)
+    share, inequality = bootstrap(lists, statistic, null=None, num=resamples, seed=seed, bounds=(0, 1))
     found = {
         SHARE: share,
         "Gini of exposure": inequality,
