@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gdrt_ds.config import GroupsSection, RunConfig, block_samples
-from gdrt_ds.data.catalogue import Catalogue
+from gdrt_ds.data.catalogue import Catalogue, CatalogueEntry
 from gdrt_ds.data.coded_windows import CodedWindows
 from gdrt_ds.data.columns import WindowTable
 from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
@@ -121,7 +121,7 @@ class Recommendation:
         return f"{len(self.catalogue):,} titles"
 
     def check(self) -> None:
-        """Raises UserError for a catalogue of one title."""
+        """Raises UserError for a catalogue of one title, and for titles that are the same tokens."""
         num_titles = len(self.catalogue)
         if num_titles < 2:
             raise UserError(
@@ -129,6 +129,28 @@ class Recommendation:
                 f"{self.catalogue.entries[0].text!r}",
                 "give an item table with at least two titles (data.items, data.path)",
             )
+        self._refuse_titles_alike()
+
+    def _refuse_titles_alike(self) -> None:
+        """A tokenizer may write two titles alike, e.g. where it normalises Unicode.
+
+        No model can tell them apart. They can have no trie either, so no evaluation and no masked softmax.
+        """
+        first: dict[tuple[int, ...], CatalogueEntry] = {}
+        alike = []
+        for entry in self.catalogue.entries:
+            earlier = first.setdefault(tuple(self.encoder.target_ids(entry.text)), entry)
+            if earlier is not entry:
+                alike.append((earlier, entry))
+        if not alike:
+            return
+        one, other = [f"{entry.text!r} (item {entry.item_id})" for entry in alike[0]]
+        raise UserError(
+            f"catalogue titles {one} and {other} are the same tokens for this tokenizer, so no model could "
+            f"tell them apart (pairs like this: {len(alike)})",
+            "write both titles in the same characters, so that they are one entry of the catalogue, or make "
+            "them differ; or choose another tokenizer (model.tokenizer)",
+        )
 
     def auxiliary(self) -> Auxiliary:
         """One history-free sample per catalogue entry: without the history, prompts are all the same."""

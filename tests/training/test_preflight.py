@@ -8,6 +8,7 @@ import pytest
 
 from gdrt_ds.config import load_config
 from gdrt_ds.errors import UserError
+from gdrt_ds.models.built_in import make_tiny_model
 from gdrt_ds.planning.plan import print_plan
 from gdrt_ds.runtime import single_process_runtime
 from gdrt_ds.training import run
@@ -61,6 +62,25 @@ def refusal_before_loading(overrides: list[str], folder, monkeypatch) -> UserErr
 def test_a_folder_that_is_not_there_is_refused_by_the_setting_that_names_it(setting, tmp_path, monkeypatch):
     told = refusal_before_loading([PLANTED, *setting], tmp_path, monkeypatch)
     assert told.problem.startswith(f"{setting[-1].partition('=')[0]} = /nope: no ")
+
+
+@pytest.mark.parametrize("objective", ["gdrt", "msl"])
+def test_two_titles_that_the_tokenizer_writes_alike_are_refused_with_both_names(
+    objective, tmp_path, monkeypatch
+):
+    """One name with a composed letter and with a combining accent, under a tokenizer that composes."""
+    titles = ["Am\u00e9lie", "Heat", "Ame\u0301lie", "Casino", "Re\u0301al", "R\u00e9al"]
+    events = [f"u{user},i{(user + turn) % 6},{turn}" for user in range(6) for turn in range(6)]
+    (tmp_path / "interactions.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(events) + "\n")
+    items = [f"i{item},{title}" for item, title in enumerate(titles)]
+    (tmp_path / "items.csv").write_text("item_id,title\n" + "\n".join(items) + "\n", encoding="utf-8")
+    tokenizer = make_tiny_model(tmp_path / "model", titles) / "tokenizer.json"
+    content = json.loads(tokenizer.read_text(encoding="utf-8"))
+    tokenizer.write_text(json.dumps({**content, "normalizer": {"type": "NFC"}}), encoding="utf-8")
+    settings = [f"data.path={tmp_path}", f"model.path={tmp_path / 'model'}", f"objective={objective}"]
+    told = refusal_before_loading(settings, tmp_path, monkeypatch).problem
+    assert f"{titles[0]!r} (item i0) and {titles[2]!r} (item i2)" in told
+    assert "the same tokens" in told and "pairs like this: 2" in told
 
 
 @pytest.mark.parametrize(
