@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CONTROL_SLOTS = ("nonfinite", "stop")
+CONTROL_SLOTS = ("nonfinite", "stop", "tokens")
 
 
 class StepBuffer:
@@ -39,6 +39,10 @@ class StepBuffer:
         self.data[:groups] += torch.nan_to_num(sums, 0.0, 0.0, 0.0)
         self.data[groups : 2 * groups] += counts.to(self.data)
         self.data[2 * groups] += (~torch.isfinite(sums)).any().to(self.data)
+
+    def count_tokens(self, num_tokens: int) -> None:
+        """Adds the tokens that one micro-batch computed, for the log: no rank knows those of the others."""
+        self.data[2 * self.num_groups + 2] += num_tokens
 
     def add_tokens(self, slots: Tensor, token_losses: Tensor) -> None:
         """Puts single token losses into their slots of the global batch (token-level CVaR)."""
@@ -82,6 +86,11 @@ class StepBuffer:
     def present(self) -> Tensor:
         """bool[G]: whether the group has tokens in this step."""
         return self.counts > 0
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens of `count_tokens`, float64[]."""
+        return self.data[2 * self.num_groups + 2]
 
     @property
     def token_losses(self) -> Tensor:

@@ -142,7 +142,7 @@ class _Loop:
                 "loss": stepped.loss,
                 "lr": lr,
                 "grad_norm": gradient_norm,
-                "tokens": stepped.tokens * self.job.runtime.world,
+                "tokens": stepped.all_tokens,
                 "group_loss": stepped.group_loss,
                 "group_weight": stepped.group_weight,
                 "group_count": stepped.group_count,

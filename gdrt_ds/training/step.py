@@ -52,6 +52,7 @@ class StepResult:
         group_loss, group_weight: float64[G], NaN for groups absent from this global batch.
         group_count: float64[G] target tokens (or their weights) of this global batch.
         tokens: tokens that this rank computed, padding not counted.
+        all_tokens: float64[] the same of all ranks.
         stop: some rank was asked to stop.
         skipped: the step was not taken, because a loss or gradient was not finite.
     """
@@ -62,6 +63,7 @@ class StepResult:
     group_weight: Tensor
     group_count: Tensor
     tokens: int
+    all_tokens: Tensor
     stop: bool
     skipped: bool
 
@@ -358,6 +360,7 @@ class StepRunner:
         """Adds one micro-batch to the step's buffer; `slots` where single token losses are needed."""
         counts = group_sums(self._weights_of(found), found.groups, self.tokens.num_groups)
         buffer.add(found.sums, counts)
+        buffer.count_tokens(found.micro.num_tokens)
         if slots is not None:
             buffer.add_tokens(slots, found.values)
 
@@ -464,6 +467,7 @@ class StepRunner:
             group_weight=weighed.q + absent,
             group_count=facts.counts,
             tokens=weighed.tokens,
+            all_tokens=buffer.tokens.clone(),  # a view would hold the whole buffer until the log is written
             stop=weighed.stop,
             skipped=skipped,
         )

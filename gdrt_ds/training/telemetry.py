@@ -151,6 +151,7 @@ class Telemetry:
         seconds = (now - self.interval) / len(records)
         self.interval = now
         for record in records:
+            record["tokens"] = int(record["tokens"])  # float64, as all that is read from the device at once
             record["step_s"] = round(seconds, 6)
             record["tokens_per_s"] = round(record["tokens"] / max(seconds, 1e-9), 1)
             self._mirror(record)

@@ -202,7 +202,10 @@ def left_out_step(step: int):
                 import torch
 
                 nothing = torch.full((self.tokens.num_groups,), float("nan"), dtype=torch.float64)
-                return StepResult(nothing.sum(), nothing.sum(), nothing, nothing, nothing, 0, False, True)
+                no_tokens = torch.zeros((), dtype=torch.float64)
+                return StepResult(
+                    nothing.sum(), nothing.sum(), nothing, nothing, nothing, 0, no_tokens, False, True
+                )
 
             return running
 

@@ -96,13 +96,15 @@ def watch_steps(rank, world, cells, folder):
         runner = start_runner(cell, rank, world, folder)
         runner.run(0, LR)
         with Watch() as watch:
-            runner.run(1, LR)
+            step = runner.run(1, LR)
         report.append(
             {
                 "cell": cell.name(),
                 "accumulation": cell.accumulation,
                 "collectives": dict(watch.collectives),
                 "reads": dict(watch.reads),
+                "tokens": step.tokens,
+                "all_tokens": step.all_tokens.item(),
             }
         )
         _end(runner)

@@ -34,6 +34,13 @@ def test_a_step_reads_the_device_once_for_the_flags(report):
             assert reads == {"buffer.py:flags:tolist": 1}, cell
 
 
+def test_every_rank_knows_how_many_tokens_all_ranks_computed_together(report):
+    cells = list(zip(*report["watch"], strict=True))
+    for ranks in cells:
+        assert {rank["all_tokens"] for rank in ranks} == {sum(rank["tokens"] for rank in ranks)}, ranks
+    assert any(first["tokens"] != second["tokens"] for first, second in cells)
+
+
 def test_nan_on_one_rank_skips_the_step_on_all_and_leaves_no_trace(report):
     assert len(report["nonfinite"]) == 2
     for rank in report["nonfinite"]:

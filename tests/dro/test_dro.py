@@ -178,6 +178,8 @@ def test_buffer_adds_micro_batches_reports_nonfinite_and_stop_and_keeps_token_sl
     buffer.add(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([2.0, 1.0, 0.0]))
     buffer.add(torch.tensor([3.0, 0.0, 0.0]), torch.tensor([2.0, 0.0, 0.0]))
     buffer.add_tokens(torch.tensor([3, 1]), torch.tensor([0.5, 0.25]))
+    buffer.count_tokens(20)
+    buffer.count_tokens(7)
     buffer.reduce().wait()
     assert (
         buffer.losses.tolist() == [1.0, 2.0, 0.0]
@@ -185,6 +187,7 @@ def test_buffer_adds_micro_batches_reports_nonfinite_and_stop_and_keeps_token_sl
         and buffer.present.tolist() == [True, True, False]
     )
     assert buffer.token_losses.tolist() == [0, 0.25, 0, 0.5] and buffer.flags() == (False, False)
+    assert buffer.tokens.item() == 27 and len(buffer.data) == 3 + 3 + 3 + 4
     buffer.add(torch.tensor([float("nan"), 1.0, float("inf")]), torch.tensor([1.0, 1.0, 1.0]))
     buffer.request_stop()
     assert buffer.flags() == (True, True) and torch.isfinite(buffer.data).all()
