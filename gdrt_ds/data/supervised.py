@@ -194,7 +194,8 @@ class Supervised:
                     encoded.append(self.encoder.encode(row, prompt=prompt))
                 entries.append(number[pair])
             entry_of[split] = np.array(entries, dtype=np.int64)
-        return Auxiliary(store_of(encoded), entry_of, "pairs of auxiliary prompt and completion")
+        what = "pairs of auxiliary prompt and completion"
+        return Auxiliary(store_of(encoded), entry_of, what, closed=False)
 
     def without_evidence(self) -> TokenStore:
         encoded = [self.encoder.encode(row, prompt=self.auxiliary_of(row)) for row in self.rows["train"]]

@@ -33,11 +33,18 @@ class Auxiliary:
         store: one sample per entry; its offsets say which target tokens are whose.
         entry_of: split -> integers[n], the entry of each sample.
         what: what an entry is, in the plural, e.g. `titles`.
+        closed: whether training knows all entries, as it knows the titles of a catalogue. Entries of rows
+            come from valid and test too, and must not change what is counted on train.
     """
 
     store: TokenStore
     entry_of: dict[str, np.ndarray]
     what: str
+    closed: bool = True
+
+    def known(self) -> np.ndarray:
+        """bool[entries]: whether training may know that there is this entry."""
+        return (self.train_counts() > 0) | self.closed
 
     def train_counts(self) -> np.ndarray:
         """int64[entries]: train samples that have this entry."""

@@ -90,19 +90,20 @@ def score_entries(
     return values
 
 
-def corpus_scores(store: TokenStore, train_counts: np.ndarray) -> np.ndarray:
+def corpus_scores(store: TokenStore, train_counts: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
     """Returns r from counting.
 
     r is the log of (train targets that continue the prefix with this token + 1) / (train targets
-    with the prefix + continuations). One is added to every continuation that the catalogue has, so
-    that titles unseen in train have a finite r.
+    with the prefix + continuations). One is added to every continuation that the known entries have, so
+    that titles unseen in train have a finite r. Another continuation counts as one train target.
 
     Args:
         store: one sample per entry. Prompts may differ; tokens are counted behind equal prompts.
         train_counts: int[entries], how many train samples have an entry.
+        known: bool[entries], whose continuations there are; None = all, as in a catalogue.
 
     Returns:
-        float32[target tokens]; 0 where the catalogue leaves no choice.
+        float32[target tokens]; 0 where the known entries leave no choice, and behind a prefix that none has.
     """
     passed: dict[tuple[int, ...], int] = {}
     children: dict[tuple[int, ...], set[int]] = {}
@@ -112,13 +113,14 @@ def corpus_scores(store: TokenStore, train_counts: np.ndarray) -> np.ndarray:
         prompt = store.input_ids[start : stop - length].tobytes()
         number = numbers.setdefault(prompt, len(numbers))
         entries.append((number, *store.input_ids[stop - length : stop].tolist()))
-    for entry, count in zip(entries, train_counts.tolist()):
+    is_known = [True] * len(entries) if known is None else known.tolist()
+    for entry, count, listed in zip(entries, train_counts.tolist(), is_known, strict=True):
         for length in range(1, len(entry) + 1):
             passed[entry[:length]] = passed.get(entry[:length], 0) + count
-            if length < len(entry):
+            if listed and length < len(entry):
                 children.setdefault(entry[:length], set()).add(entry[length])
     r = [
-        np.log((passed[entry[: i + 1]] + 1) / (passed[entry[:i]] + len(children[entry[:i]])))
+        np.log((passed[entry[: i + 1]] + 1) / max(1, passed[entry[:i]] + len(children.get(entry[:i], ()))))
         for entry in entries
         for i in range(1, len(entry))
     ]

@@ -161,7 +161,7 @@ def score_relevance(
         return Relevance(saved_table, auxiliary, key)
     if reference_name == "corpus":
         job.say(f"relevance: {what} from train frequencies")
-        values = relevance.corpus_scores(store, auxiliary.train_counts())
+        values = relevance.corpus_scores(store, auxiliary.train_counts(), auxiliary.known())
         return Relevance(values, auxiliary, relevance.fingerprint(key, prepared.stores["train"].fingerprint))
     if reference_name != "live":
         cached = _cached_on_every_rank(job, key, int(store.target_offsets[-1]))

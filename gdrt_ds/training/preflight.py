@@ -201,7 +201,7 @@ def _refuse_too_many_groups(num: int, prepared: Prepared) -> None:
 def _corpus_relevance(prepared: Prepared) -> dict[str, TokenFacts | None]:
     """split -> float32[target tokens of the split] under groups.reference=corpus, which needs no model."""
     auxiliary = prepared.data.auxiliary()
-    scores = relevance.corpus_scores(auxiliary.store, auxiliary.train_counts())
+    scores = relevance.corpus_scores(auxiliary.store, auxiliary.train_counts(), auxiliary.known())
     return {split: auxiliary.facts(scores, split, store) for split, store in prepared.stores.items()}
 
 

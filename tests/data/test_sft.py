@@ -12,6 +12,7 @@ from gdrt_ds.data.prompts import TARGET
 from gdrt_ds.data.row_prompts import OUTSIDE, RowEncoder
 from gdrt_ds.data.sources import read_source
 from gdrt_ds.data.supervised import SupervisedSource
+from gdrt_ds.dro.relevance import corpus_scores
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import _word_tokenizer
 from tests.data.sft_files import rows, write_lines, write_splits
@@ -256,3 +257,21 @@ def test_controls_take_the_auxiliary_prompt_or_another_row_s_prompt(tmp_path):
     assert masked.stores["valid"].fingerprint == plain.stores["valid"].fingerprint
     assert shuffled.stores["train"].fingerprint != plain.stores["train"].fingerprint
     assert (shuffled.stores["train"].num_target == plain.stores["train"].num_target).all()
+
+
+def test_completions_of_valid_and_test_do_not_change_the_relevance_that_is_counted_on_train(tmp_path):
+    def counted(folder, others) -> np.ndarray:
+        given = {"train": rows(12), "valid": others[:3], "test": others[3:]}
+        for split, lines in given.items():
+            write_lines(folder / f"{split}.jsonl", lines)
+        data, _ = encoded(folder)
+        auxiliary = data.auxiliary()
+        r = corpus_scores(auxiliary.store, auxiliary.train_counts(), auxiliary.known())
+        return auxiliary.per_token(r, "train", data.stores["train"])
+
+    usual = rows(6, seed=1)
+    new = [
+        {**row, "completion": f" yes, {place}", "group": None, "choices": None}
+        for place, row in enumerate(usual)
+    ]
+    assert np.array_equal(counted(tmp_path / "a", usual), counted(tmp_path / "b", new))

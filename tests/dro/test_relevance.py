@@ -46,6 +46,19 @@ def test_corpus_scores_sum_to_one_over_the_catalogue():
     assert sum(np.exp(r[a:b].sum()) for a, b in zip(offsets, offsets[1:])) == pytest.approx(1, abs=1e-6)
 
 
+def test_entries_that_training_does_not_know_change_nothing_for_the_others():
+    """Two titles that only test has: one goes on differently behind a known prefix, one has a new prefix."""
+    known = TITLES[:3]
+    counts = np.array([6, 2, 1])
+    alone = relevance.corpus_scores(store_of(known), counts)
+    more = store_of([*known, [5, 9, 2], [9, 8, 2]])
+    is_known = np.array([True, True, True, False, False])
+    r = relevance.corpus_scores(more, np.array([6, 2, 1, 0, 0]), is_known)
+    assert np.array_equal(r[: len(alone)], alone)
+    # 8 train targets begin with 5 and go on in two ways; 9 targets have two first tokens.
+    assert np.allclose(r[len(alone) :], [np.log(9 / 11), np.log(1 / 10), 0, np.log(1 / 11), 0, 0])
+
+
 def test_no_history_free_predictor_has_a_lower_train_loss_than_counting():
     """Random predictors over the same trie, and the counts of other data, all lose against the train counts
     (many samples: smoothing vanishes).
