@@ -122,6 +122,7 @@ class Objective:
     needs_losses: bool = field(
         default=False
     )  # aggregate looks at losses: exact with estimate=batch, one step late with ema
+    first_weights: Callable[[GroupView], Tensor] = GroupView.prior  # q with ema while no loss is known
     remember: Callable[[GroupView], None] | None = None  # after the step: what else the state should learn
     token_term: Callable[[TokenView], Tensor] | None = None
     token_weights: Callable[[TokenTable], np.ndarray] | None = None

@@ -7,7 +7,12 @@ objective.
 
 import torch
 
-from gdrt_ds.objectives.base import GroupView, Objective
+from gdrt_ds.objectives.base import GroupView, Objective, mean
+
+
+def token_shares(view: GroupView) -> torch.Tensor:
+    """float64[G], summing to 1: plain SFT, as long as no group is known to be the worst."""
+    return mean(view)[0]
 
 
 def mean_and_worst(view: GroupView):
@@ -15,7 +20,7 @@ def mean_and_worst(view: GroupView):
 
     Of groups with equal losses the first is taken.
     """
-    q = view.counts.double() / view.counts.sum().clamp_min(1e-300)
+    q = token_shares(view)
     worst = torch.where(view.present, view.losses, -torch.inf).argmax()
     # Not by indexing with `worst`, which would make the host wait for the device.
     is_worst = torch.arange(len(q), device=q.device) == worst
@@ -30,4 +35,5 @@ OBJECTIVE = Objective(
     formula="F = sum_i l_i / n + lambda max_g L_g",
     aggregate=mean_and_worst,
     needs_losses=True,
+    first_weights=token_shares,
 )

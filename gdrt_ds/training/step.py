@@ -394,9 +394,8 @@ class StepRunner:
         if not self.objective.needs_losses or self.frozen_q is not None:
             return self.objective.aggregate(self._view(None, counts))[0]
         if self.state.steps == 0 and self.objective.remember is None:
-            # Nothing is known yet, so the first weights are the prior. group_dro starts from its own q
-            # instead.
-            return dro.prior(counts, self.config.dro.prior)
+            # Nothing is known yet. group_dro starts from its own q instead.
+            return self.objective.first_weights(self._view(None, counts))
         losses, seen = self.state.ema_losses()
         # A group that was never seen counts as the average of those that were: neither favoured nor left out.
         average = (losses * counts * seen).sum() / (counts * seen).sum().clamp_min(SMALLEST_COUNT)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from gdrt_ds import dro
-from gdrt_ds.config import DroSection, ObjectiveOptions
+from gdrt_ds.config import DroSection, ObjectiveOptions, RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.objectives import GroupView, Objective, TokenTable, TokenView, get_objective, objectives
+from gdrt_ds.training.step import StepRunner
 
 G, N = 4, 40
 RNG = np.random.default_rng(2)
@@ -247,6 +248,27 @@ def test_sft_go_is_the_mean_plus_lambda_times_the_worst_group_and_lambda_zero_is
     assert torch.allclose(per_token, losses.grad, atol=1e-15)
     if weight == 0:
         assert value.item() == pytest.approx(MEAN, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "prior", "wanted"),
+    [
+        ("sft_go", "token_share", [0.2, 0.2, 0.6, 0.0]),
+        ("sft_go", "uniform", [0.2, 0.2, 0.6, 0.0]),
+        ("gdrt", "token_share", [0.2, 0.2, 0.6, 0.0]),
+        ("gdrt", "uniform", [1 / 3, 1 / 3, 1 / 3, 0.0]),
+    ],
+)
+def test_with_moving_averages_the_first_step_of_sft_go_is_plain_sft_and_of_gdrt_its_prior(
+    name, prior, wanted
+):
+    config = RunConfig(objective=name, dro=DroSection(estimate="ema", prior=prior))
+    nothing = dict(
+        engine=None, plan=None, tokens=None, runtime=None, packing="none", prefix_length=0, pad_id=0
+    )
+    runner = StepRunner(objective=get_objective(name), config=config, state=dro.DroState(G), **nothing)
+    q = runner._early_weights(torch.tensor([1.0, 1.0, 3.0, 0.0], dtype=torch.float64))
+    assert torch.allclose(q, torch.tensor(wanted, dtype=torch.float64), atol=1e-15)
 
 
 def test_an_absent_group_is_never_the_worst_of_sft_go():
