@@ -76,11 +76,10 @@ def run_evaluation(
     keep: frozenset[int] = frozenset()
     chosen_floors = choose(floors, subject.corpus)  # a misspelt name is refused before hours of scoring
     if audits:
-        from eval.audit import AuditContext, AuditOptions
-        from eval.audit import choose as choose_audits
+        from eval.audit import AuditContext, AuditOptions, check_audits
 
-        choose_audits(audits)  # a misspelt name is refused before hours of scoring
         context = AuditContext(subject, runtime, audit_options or AuditOptions())
+        check_audits(audits, context)  # what cannot run is refused before hours of scoring
         if options.mode == "renormalised":
             keep = context.wanted_scores()
     output = output or default_output(subject, options)

@@ -30,6 +30,21 @@ History = tuple[str, ...]
 """Item ids, oldest first."""
 
 
+class TooFewUsers(UserError):
+    """An audit compares users, and there are not two of them. `--audit all` leaves such an audit out."""
+
+
+def few_users_fix(limit: int | None) -> str:
+    """What gives an audit more users.
+
+    Args:
+        limit: of the evaluation; None where it takes the whole split.
+    """
+    if limit:
+        return f"raise --limit (it is {limit}), or leave it out"
+    return "choose another split"
+
+
 def any_sample(sample: Sample) -> bool:
     return True
 
@@ -75,7 +90,7 @@ class AuditContext:
             default: most users, unless the option `users` says otherwise.
             where: which samples fit.
         Raises:
-            UserError: fewer than two users.
+            TooFewUsers: fewer than two users.
         """
         wanted = self.options.users or default
         samples = [sample for sample in self.subject.samples if where(sample)]
@@ -85,9 +100,10 @@ class AuditContext:
             first_of_user.setdefault(samples[index].user_id, index)
         chosen = list(first_of_user.values())
         if len(chosen) < 2:
-            raise UserError(
-                f"the {self.subject.split} split has {len(chosen)} user(s); an audit needs at least 2",
-                "choose another split",
+            raise TooFewUsers(
+                f"it has {len(chosen)} user(s) of the {self.subject.split} split to look at, and needs at "
+                "least 2",
+                few_users_fix(self.subject.limit),
             )
         return [samples[index] for index in sorted(chosen[:wanted])]
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from eval.audit.base import Audit
-from eval.audit.context import AuditContext
+from eval.audit.base import Audit, Lack
+from eval.audit.context import AuditContext, TooFewUsers
 from eval.audit.costs import CostEstimate
 from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
 from eval.folders import load_evaluations
@@ -53,30 +53,68 @@ def run_audits(
         names: names of audits, or "all": then those that cannot run here are left out, and a line says why.
         subject: eval.loading.Subject, or a ready AuditContext.
     Returns:
-        {name: result}; every rank gets the same numbers.
+        {name: result}; every rank gets the same numbers. Empty where `all` leaves every audit out.
     Raises:
         UserError: unknown name; an audit asked for by name that lacks something (runs, checkpoints).
     """
     chosen, _ = choose(names)
     context = subject if isinstance(subject, AuditContext) else AuditContext(subject, runtime, options)
-    if context.options.runs:
-        # A folder that was never evaluated is said now and not after the first audits.
-        load_evaluations(context.options.runs, 1)
+    check_audits(names, context)
     estimate = CostEstimate(context)
     found: dict[str, dict[str, Any]] = {}
     for name in chosen:
         audit = audits()[name]
-        lacking = audit.lacks(context)
+        lacking = _lack_of(audit, context)
         if lacking is None:
-            found[name] = _run_one(name, audit, context, estimate)
-            continue
-        problem, fix = lacking
-        if name in names:
-            raise UserError(f"--audit {name}: {problem}", fix)
-        _say(context, f"audit {name}: left out of `all`: {problem} ({fix})")
+            try:
+                found[name] = _run_one(name, audit, context, estimate)
+                continue
+            except TooFewUsers as error:  # its cost did not tell
+                lacking = (error.problem, error.fix)
+        _leave_out(name, names, lacking, context)
     if not found:
-        raise UserError("none of the audits can run here", "see the reasons above")
+        _say(context, "no audit can run here; see the reasons above")
     return found
+
+
+def _leave_out(name: str, names: Sequence[str], lacking: tuple[str, str], context: AuditContext) -> None:
+    """Says why `all` leaves an audit out.
+
+    Raises:
+        UserError: the audit was asked for by name.
+    """
+    problem, fix = lacking
+    if name in names:
+        raise UserError(f"--audit {name}: {problem}", fix)
+    _say(context, f"audit {name}: left out of `all`: {problem} ({fix})")
+
+
+def check_audits(names: Sequence[str], context: AuditContext) -> None:
+    """Refuses what cannot run, before hours of scoring and before the first audit.
+
+    Raises:
+        UserError: an unknown name, a folder of `--runs` that was never evaluated, or an audit asked for by
+            name that lacks something.
+    """
+    chosen, _ = choose(names)
+    if context.options.runs:
+        load_evaluations(context.options.runs, 1)
+    for name in chosen:
+        if name in names:
+            lacking = _lack_of(audits()[name], context)
+            if lacking is not None:
+                _leave_out(name, names, lacking, context)
+
+
+def _lack_of(audit: Audit, context: AuditContext) -> Lack:
+    """What an audit lacks, its users included; None if it can run."""
+    lacking = audit.lacks(context)
+    if lacking is None:
+        try:
+            audit.cost(context)  # it counts the users that the audit is going to look at
+        except TooFewUsers as error:
+            return error.problem, error.fix
+    return lacking
 
 
 def _run_one(name: str, audit: Audit, context: AuditContext, estimate: CostEstimate) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def evaluate_rows(
     Raises:
         UserError: an audit about catalogues, or an output that cannot be used.
     """
-    audited = sensitivity.choose([name.strip() for name in audits if name.strip()])
+    names = [name.strip() for name in audits if name.strip()]
+    audited = sensitivity.choose(names)
     output = output or default_output(subject)
     key = scoring_key(subject)
 
@@ -79,6 +80,8 @@ def evaluate_rows(
         if runtime.is_main:
             print(line, flush=True)
 
+    if audited:
+        audited = sensitivity.can_run(subject, names, say)
     for line in subject.model.lines:
         say(line)
     if runtime.is_main:

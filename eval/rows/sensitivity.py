@@ -8,7 +8,7 @@ away or swapped. Control: a second other row's prompt against the first one's, w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from eval.audit.base import estimate_series, result
+from eval.audit.context import TooFewUsers, few_users_fix
 from eval.audit.estimates import Estimate, bootstrap
 from eval.audit.options import AuditOptions
 from eval.rows.scoring import RowScorer
@@ -56,16 +57,38 @@ def choose(names: list[str]) -> bool:
     return bool(names)
 
 
-def one_row_per_user(rows: list[TextRow], most: int) -> list[TextRow]:
-    """At most `most` rows of different users, the same for every model, in the split's order."""
+def can_run(subject: RowSubject, names: Sequence[str], say: Callable[[str], None]) -> bool:
+    """Whether there are rows of two users; `all` leaves the audit out where there are not.
+
+    Raises:
+        TooFewUsers: the audit was asked for by name.
+    """
+    try:
+        one_row_per_user(subject.rows, DEFAULT_USERS, subject.limit)
+    except TooFewUsers as error:
+        if NAME in names:
+            raise
+        say(f"left out of `all`: {error.problem} ({error.fix})")
+        return False
+    return True
+
+
+def one_row_per_user(rows: list[TextRow], most: int, limit: int | None = None) -> list[TextRow]:
+    """At most `most` rows of different users, the same for every model, in the split's order.
+
+    Args:
+        limit: that of the evaluation, for the fix.
+    Raises:
+        TooFewUsers: fewer than two users.
+    """
     first: dict[str, TextRow] = {}
     for row in rows:
         first.setdefault(row.user_id, row)
     independent = list(first.values())
     if len(independent) < 2:
-        raise UserError(
+        raise TooFewUsers(
             f"--audit {NAME}: {len(independent)} user(s), and prompts are swapped between users",
-            "evaluate a split with rows of at least two users",
+            few_users_fix(limit),
         )
     if len(independent) <= most:
         return independent
@@ -114,7 +137,7 @@ def run(
 ) -> dict[str, Any]:
     """The audit's result, the same on every rank; its form is that of eval/audit/base.py."""
     started = time.time()
-    rows = one_row_per_user(subject.rows, options.users or DEFAULT_USERS)
+    rows = one_row_per_user(subject.rows, options.users or DEFAULT_USERS, subject.limit)
     prompts = variants(subject, rows)
     passes = len(prompts) * len(rows)
     progress(f"audit {NAME}: {passes} passes over prompt and completion")

@@ -263,3 +263,13 @@ def test_swapped_prompts_are_other_rows_prompts(subject):
     assert all(a != b for a, b in zip(found[sensitivity.TRUE], found[sensitivity.SWAPPED], strict=True))
     assert found[sensitivity.BLANK] == [""] * 20
     assert found[sensitivity.ABLATED][0] == rows[0].auxiliary
+
+
+def test_all_leaves_the_audit_of_one_user_out_and_its_name_is_refused(run, tmp_path, capsys):
+    few = ["--run", str(run), "--limit", "1", "--bootstrap", "20", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        evaluate([*few, "--audit", "sensitivity"])
+    assert "raise --limit (it is 1)" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    evaluate([*few, "--audit", "all"])
+    assert "left out of `all`: --audit sensitivity: 1 user(s)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["audits"] == {}

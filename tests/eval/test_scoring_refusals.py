@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from eval.audit.__main__ import main as audit_runs
+from eval.run import main as evaluate
 from eval.study.__main__ import main as eval_study
 from gdrt_ds.data.catalogue import Catalogue
 from tests.eval.run_folders import TINY, fails, make_run
@@ -124,3 +125,25 @@ def test_studies_and_audits_over_runs_refuse_too_few_resamples(tmp_path, capsys)
     assert "--bootstrap 0 is too small" in fails(
         capsys, ["debiasing", tmp_path, "--bootstrap", 0], audit_runs
     )
+
+
+def test_all_audits_of_one_user_are_left_out_and_the_evaluation_is_written(run, tmp_path, capsys):
+    output = tmp_path / "all"
+    few = ["--run", str(run), "--limit", "1", "--bootstrap", "20", "--no-floors"]
+    evaluate([*few, "--audit", "all", "--output", str(output)])
+    printed = capsys.readouterr().out
+    reason = "it has 1 user(s) of the test split to look at, and needs at least 2 (raise --limit (it is 1)"
+    for name in ("sensitivity", "titles", "shift"):
+        assert f"audit {name}: left out of `all`: {reason}" in printed
+    results = json.loads((output / "results.json").read_text())
+    assert results["audits"] == {} and results["metrics"]["nll"]["n"] == 1
+
+
+@pytest.mark.parametrize("name", ["titles", "position"])
+def test_an_audit_that_is_named_and_lacks_users_is_refused_before_anything_is_scored(
+    run, tmp_path, capsys, name
+):
+    given = ["--run", run, "--limit", 1, "--audit", name, "--output", tmp_path / "out"]
+    message = fails(capsys, given)
+    assert f"--audit {name}: " in message and "fix: raise --limit (it is 1)" in message
+    assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from eval.audit.base import Audit, Cost, Lack, estimate_series, estimate_table, result
-from eval.audit.context import AuditContext, History
+from eval.audit.context import AuditContext, History, few_users_fix
 from eval.audit.estimates import Estimate, bootstrap, permutation_p
 from eval.audit.list_overlap import jaccard, rank_biased_overlap
 from eval.audit.partners import partners
@@ -233,7 +233,8 @@ def lacks(context: AuditContext) -> Lack:
     ordered = {s.user_id for s in context.subject.samples if len(s.history) >= MIN_HISTORY}
     if len(ordered) > 1:
         return None
-    return f"fewer than 2 users have {MIN_HISTORY} or more history items", "choose another split"
+    fix = few_users_fix(context.subject.limit)
+    return f"fewer than 2 users have {MIN_HISTORY} or more history items", fix
 
 
 def cost(context: AuditContext) -> Cost:
