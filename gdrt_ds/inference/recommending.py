@@ -1,13 +1,13 @@
 """Histories of titles in, ranked titles out: what `python -m gdrt_ds.recommend` computes.
 
-A history is a list of titles, oldest first. In text, titles are separated by `; `. A title that the catalogue
-does not have is used as text.
+A history is a list of titles, oldest first. In text, titles are separated by `;`, with or without a space. A
+title that the catalogue does not have is used as text.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,26 +22,39 @@ if TYPE_CHECKING:
 SEPARATOR = ";"
 
 
-def parse_history(text: str, known: set[str]) -> list[str]:
+def parse_history(text: str, known: Container[str]) -> list[str]:
     """Returns the titles of one line.
 
     A catalogue title that holds the separator itself is kept whole; the longest match wins.
     """
-    parts = [part.strip() for part in text.split(SEPARATOR)]
+    parts = text.split(SEPARATOR)
     titles = []
     start = 0
     while start < len(parts):
-        for stop in range(len(parts), start, -1):
-            title = f"{SEPARATOR} ".join(parts[start:stop])
-            if stop == start + 1 or title in known:
-                break
+        title, taken = _longest_title(parts[start:], known)
         if title:
             titles.append(title)
-        start = stop
+        start += taken
     return titles
 
 
-def read_histories(history: str | None, file: str | None, known: set[str]) -> list[list[str]]:
+def _longest_title(parts: list[str], known: Container[str]) -> tuple[str, int]:
+    """(the title that a line begins with, how many parts it takes); an unknown title is the first part."""
+    for taken in range(len(parts), 0, -1):
+        title = _known_title(parts[:taken], known)
+        if title is not None:
+            return title, taken
+    return parts[0].strip(), 1
+
+
+def _known_title(parts: list[str], known: Container[str]) -> str | None:
+    """The catalogue title that parts of a line are together, as written or with `; ` between them."""
+    as_written = SEPARATOR.join(parts).strip()
+    spaced = f"{SEPARATOR} ".join(part.strip() for part in parts)
+    return next((title for title in (as_written, spaced) if title in known), None)
+
+
+def read_histories(history: str | None, file: str | None, known: Container[str]) -> list[list[str]]:
     """Returns the histories of --history (one) or --file (one per line).
 
     Args:

@@ -23,7 +23,6 @@ from eval.scoring import expected_rank, per_item_scores
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
-from gdrt_ds.inference.recommending import parse_history
 from gdrt_ds.recommend import main as recommend_main
 from gdrt_ds.runtime import Runtime
 from tests.eval.run_folders import TINY, fails, make_run
@@ -447,11 +446,6 @@ def test_recommend_lists_the_most_probable_titles_and_announces_unknown_ones(run
     assert printed[1].split() == ["rank", "log-prob", "probability", "title"]
     assert "no title found" in fails(capsys, ["--run", run, "--history", " ; "], recommend_main)
     assert "cannot be read" in fails(capsys, ["--run", run, "--file", tmp_path / "absent"], recommend_main)
-
-
-def test_a_title_that_holds_the_separator_is_kept_whole():
-    known = {"Shine; a life", "Heat"}
-    assert parse_history("Heat; Shine; a life;  Other ;", known) == ["Heat", "Shine; a life", "Other"]
 
 
 def test_audits_take_the_evaluations_own_scores_on_one_rank_and_on_two(run, tmp_path, capsys):
