@@ -16,10 +16,10 @@ from typing import Any
 
 from gdrt_ds.completion import offer_completion
 from gdrt_ds.inference.recommending import (
+    KnownTitles,
     parse_history,
     read_histories,
     recommend,
-    texts_of_names,
     unknown_titles,
 )
 from gdrt_ds.invocation import command_name
@@ -95,11 +95,10 @@ def main(argv: list[str] | None = None) -> None:
         tell(f"loading the model of {options.run}")
         recommender = open_run(options.run, single_process_runtime(), options.overrides, base=options.base)
         tell(recommender.precision)
-        entries = recommender.catalogue.entries
-        known = {entry.text for entry in entries}
-        names = {entry.name for entry in entries if entry.name is not None}
-        given = read_histories(options.history, options.file, known | names)
-        histories = [texts_of_names(titles, entries) for titles in given]
+        titles_known = KnownTitles(recommender.catalogue.entries)
+        known = titles_known.texts
+        given = read_histories(options.history, options.file, titles_known)
+        histories = [titles_known.texts_of(titles) for titles in given]
         for title in unknown_titles(histories, known):
             print(f"note: {title!r} is not in the catalogue; its text is used as it is", file=sys.stderr)
         what = "1 history" if len(histories) == 1 else f"{len(histories)} histories"

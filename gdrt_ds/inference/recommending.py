@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gdrt_ds.inference.recommender import Recommender
 
 SEPARATOR = ";"
+MAX_NAMED = 3  # texts of items that share a name
 
 
 def parse_history(text: str, known: Container[str]) -> list[str]:
@@ -162,7 +163,69 @@ def _best(log_prob: Tensor, entries: list[CatalogueEntry], k: int) -> list[dict[
     return found
 
 
-def texts_of_names(titles: list[str], entries: list[CatalogueEntry]) -> list[str]:
-    """A history in which names are replaced by the texts that stand for them (`data.item_text`)."""
-    text_of = {entry.name: entry.text for entry in entries if entry.name is not None}
-    return [text_of.get(title, title) for title in titles]
+class KnownTitles:
+    """What items may be called in a history: their texts, and with `data.item_text` also their names.
+
+    Items that share a text are one entry with a merged name, `Heat (1995) / Alien (1979)`. The whole name
+    stands for the entry, and so does the name of each item. A text goes before a name, and a whole name
+    before a part of a merged one.
+
+    Attributes:
+        texts: of all entries.
+    """
+
+    def __init__(self, entries: Iterable[CatalogueEntry]):
+        from gdrt_ds.data.catalogue import NAME_SEPARATOR  # late: numpy comes with it
+
+        self.texts: set[str] = set()
+        self._separator = NAME_SEPARATOR
+        self._whole: dict[str, list[CatalogueEntry]] = {}
+        self._merged: dict[str, list[CatalogueEntry]] = {}  # by every piece of a merged name
+        for entry in entries:
+            self.texts.add(entry.text)
+            if entry.name is None:
+                continue
+            self._whole.setdefault(entry.name, []).append(entry)
+            if len(entry.merged_ids) > 1:
+                for piece in dict.fromkeys(entry.name.split(NAME_SEPARATOR)):
+                    self._merged.setdefault(piece, []).append(entry)
+
+    def __contains__(self, title: object) -> bool:
+        return isinstance(title, str) and (title in self.texts or bool(self._named(title)))
+
+    def texts_of(self, history: Iterable[str]) -> list[str]:
+        """The history with the texts that its names stand for; an unknown title stays as it is.
+
+        Raises:
+            UserError: a name that items with different texts have.
+        """
+        return [self._text_of(title) for title in history]
+
+    def _text_of(self, title: str) -> str:
+        if title in self.texts:
+            return title
+        texts = [entry.text for entry in self._named(title)]
+        if len(texts) > 1:
+            raise UserError(
+                f"the history has the name {title!r}, and {len(texts)} items with different texts have it",
+                f"give the text of the one that is meant: {', '.join(map(repr, texts[:MAX_NAMED]))}",
+            )
+        return texts[0] if texts else title
+
+    def _named(self, title: str) -> list[CatalogueEntry]:
+        """The entries with this name, else those whose merged name has it among others."""
+        if title in self._whole:
+            return self._whole[title]
+        # The name of one item may hold the separator itself, so whole pieces of the merged name are compared.
+        wanted = f"{self._separator}{title}{self._separator}"
+        candidates = self._merged.get(title.split(self._separator)[0], [])
+        return [entry for entry in candidates if wanted in f"{self._separator}{entry.name}{self._separator}"]
+
+
+def texts_of_names(titles: list[str], entries: Iterable[CatalogueEntry]) -> list[str]:
+    """A history in which names are replaced by the texts that stand for them; see `KnownTitles`.
+
+    Raises:
+        UserError: a name that items with different texts have.
+    """
+    return KnownTitles(entries).texts_of(titles)

@@ -27,7 +27,6 @@ from starlette.exceptions import HTTPException
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import finite
 from gdrt_ds.inference.recommender import Recommender
-from gdrt_ds.inference.recommending import unknown_titles
 from gdrt_ds.serving.limits import BodyLimit
 from gdrt_ds.serving.metrics import ServiceMetrics
 from gdrt_ds.serving.worker import Busy, TooLate, Worker
@@ -133,7 +132,7 @@ def _add_recommend(app: FastAPI, worker: Worker, metrics: ServiceMetrics, limits
         return response
 
     async def answer(asked: Any) -> Response:
-        unknown = unknown_titles([asked.history], worker.known)
+        unknown = [title for title in dict.fromkeys(asked.history) if title not in worker.titles]
         if limits.strict and unknown:
             return problem(
                 422, f"{len(unknown)} titles are not in the catalogue, e.g. {unknown[0][:SHOWN]!r}"

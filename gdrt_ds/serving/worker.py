@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gdrt_ds.inference.recommender import Recommender
-from gdrt_ds.inference.recommending import Ranker, unknown_titles
+from gdrt_ds.inference.recommending import KnownTitles, Ranker, unknown_titles
 
 
 class Busy(Exception):
@@ -46,17 +46,19 @@ class Request:
     """One history that waits.
 
     Attributes:
-        history: titles, oldest first.
+        history: titles or names of items, oldest first.
         k: length of the list.
         future: gets the answer.
         since: when it came, in seconds of time.monotonic.
-        prompt, dropped: its tokens and the titles left out, known when its batch begins.
+        texts: what stands for the items, known when its batch begins.
+        prompt, dropped: its tokens and the titles left out, known then too.
     """
 
     history: list[str]
     k: int
     future: Future
     since: float = field(default_factory=time.monotonic)
+    texts: list[str] = field(default_factory=list)
     prompt: list[int] = field(default_factory=list)
     dropped: int = 0
 
@@ -81,7 +83,8 @@ class Worker:
         on_batch: Callable[[int, float], None] | None = None,
     ):
         self.recommender = recommender
-        self.known = {entry.text for entry in recommender.catalogue.entries}
+        self.titles = KnownTitles(recommender.catalogue.entries)
+        self.known = self.titles.texts
         self.batch_size = batch_size
         self.max_wait_s = max_wait_s
         self._on_batch = on_batch
@@ -164,7 +167,7 @@ class Worker:
         if ready:
             self._score(ready)
         for request in batch:
-            self.recommender.encoder.forget(unknown_titles([request.history], self.known))
+            self.recommender.encoder.forget(unknown_titles([request.texts], self.known))
 
     def _prepare(self, request: Request) -> bool:
         """Makes the prompt; whether the request goes on to the model."""
@@ -174,7 +177,8 @@ class Worker:
             request.future.set_exception(TooLate(f"waited more than {self.max_wait_s:g} s"))
             return False
         try:
-            encoded = self.recommender.encoder.encode(request.history)
+            request.texts = self.titles.texts_of(request.history)
+            encoded = self.recommender.encoder.encode(request.texts)
         except Exception as error:  # a tokenizer may fail on any text; the others of the batch go on
             request.future.set_exception(error)
             return False
@@ -194,5 +198,5 @@ class Worker:
                 self._score([request])
             return
         for request, found in zip(ready, lists, strict=True):
-            unknown = unknown_titles([request.history], self.known)
+            unknown = unknown_titles([request.texts], self.known)
             request.future.set_result(Answer(found, unknown, request.dropped))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from gdrt_ds.inference.recommending import parse_history
+import pytest
+
+from gdrt_ds.data.catalogue import CatalogueEntry
+from gdrt_ds.errors import UserError
+from gdrt_ds.inference.recommending import KnownTitles, parse_history, texts_of_names
 
 
 def test_a_title_that_holds_the_separator_is_kept_whole():
@@ -13,3 +17,50 @@ def test_a_title_that_holds_the_separator_is_kept_whole():
     assert parse_history("a;b; Star Wars", known) == ["a;b", "Star Wars"]
     assert parse_history("Star Wars;P ;q;a;b; a", known) == ["Star Wars", "P ;q", "a;b", "a"]
     assert parse_history("End;; Star Wars", known) == ["End;", "Star Wars"]
+
+
+ENTRIES = [
+    CatalogueEntry("1", ["1", "2"], "<a_1><b_2>", 3, name="Heat (1995) / Alien (1979)"),
+    CatalogueEntry("3", ["3"], "<a_2><b_1>", 3, name="Up (2009)"),
+    CatalogueEntry("4", ["4", "5"], "<a_3><b_1>", 3, name="Face / Off / Shine; a life"),
+    CatalogueEntry("6", ["6"], "<a_4><b_1>", 3, name="Out / In"),
+]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("Heat (1995)", "<a_1><b_2>"),
+        ("Alien (1979)", "<a_1><b_2>"),
+        ("Heat (1995) / Alien (1979)", "<a_1><b_2>"),
+        ("Up (2009)", "<a_2><b_1>"),
+        ("Face / Off", "<a_3><b_1>"),
+        ("Out / In", "<a_4><b_1>"),
+        ("<a_2><b_1>", "<a_2><b_1>"),
+        ("In", "In"),  # a part of the name of one item is no name
+        ("Heat", "Heat"),
+    ],
+)
+def test_every_name_of_merged_items_stands_for_their_text(name, text):
+    assert texts_of_names([name, "Up (2009)"], ENTRIES) == [text, "<a_2><b_1>"]
+    assert (name in KnownTitles(ENTRIES)) == (text.startswith("<a_"))
+
+
+def test_a_name_of_merged_items_that_holds_the_separator_is_kept_whole():
+    known = KnownTitles(ENTRIES)
+    assert parse_history("Up (2009); Shine; a life;Alien (1979)", known) == [
+        "Up (2009)",
+        "Shine; a life",
+        "Alien (1979)",
+    ]
+
+
+def test_a_name_of_items_with_different_texts_is_refused_unless_it_is_the_whole_name_of_one():
+    other = CatalogueEntry("7", ["7", "8"], "<a_9>", 1, name="Alien (1979) / Up (2009)")
+    with pytest.raises(UserError, match="'Alien .1979.', and 2 items with different texts") as error:
+        texts_of_names(["Alien (1979)"], [*ENTRIES, other])
+    assert "'<a_1><b_2>', '<a_9>'" in error.value.fix
+    assert texts_of_names(["Up (2009)"], [*ENTRIES, other]) == ["<a_2><b_1>"]
+    twin = CatalogueEntry("9", ["9"], "<a_8>", 1, name="Up (2009)")
+    with pytest.raises(UserError, match="2 items with different texts"):
+        texts_of_names(["Up (2009)"], [*ENTRIES, twin])

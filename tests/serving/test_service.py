@@ -234,6 +234,25 @@ def test_a_failing_request_fails_alone_and_unknown_titles_are_not_kept(recommend
     assert "new " * 20 not in recommender.encoder._items
 
 
+def test_names_of_items_are_scored_by_the_texts_that_stand_for_them(run):
+    named = open_run(run, Runtime())
+    entries = named.catalogue.entries
+    entries[0].name, entries[0].merged_ids = "Heat (1995) / Alien (1979)", ["1", "2"]
+    entries[1].name, entries[2].name = "Up (2009)", "Twin"
+    entries[3].name = "Twin"
+    history = [entries[1].text, entries[0].text]
+    (expected,) = recommend(named, [history], K)
+    with serving(named, strict=True) as (client, _):
+        for given in (["Up (2009)", "Alien (1979)"], ["Up (2009)", entries[0].name], history):
+            status, answer = client.post({"history": given, "k": K})
+            assert status == 200 and answer["unknown"] == []
+            same_lists([answer], [expected], 1e-5)
+        status, answer = client.post({"history": ["Twin"], "k": K})
+        assert status == 422 and "'Twin', and 2 items with different texts have it" in answer["error"]
+        status, answer = client.post({"history": ["Twins"], "k": K})
+        assert status == 422 and "1 titles are not in the catalogue" in answer["error"]
+
+
 def test_sigterm_answers_what_was_accepted_and_ends_with_status_0(run, histories, exact):
     command = [sys.executable, "-m", "gdrt_ds.serve", "--run", str(run), "--port", "0", "--batch-size", "1"]
     process = subprocess.Popen(
