@@ -28,11 +28,13 @@ def read_mixture(data: DataSection) -> TextRows:
     each row once.
 
     Raises:
-        UserError: two data sets with the same name, or whatever a reader refuses.
+        UserError: two data sets with the same name, weights that leave no row of train, or whatever a reader
+        refuses.
     """
     names = names_of(list(data.mixture))
     splits: dict[str, list[TextRow]] = {}
     notes = []
+    sizes = []
     for place, (path, weight) in enumerate(data.mixture.items()):
         name = names[path]
         section = data.model_copy(update={"path": path, "mixture": {}})
@@ -41,9 +43,16 @@ def read_mixture(data: DataSection) -> TextRows:
         for split, rows in found.splits.items():
             labelled = [_labelled(row, name) for row in rows]
             if split == "train":
+                sizes.append(f"{path}: weight {weight:g} of {len(rows)} rows")
                 labelled = weighted(labelled, weight, [data.sample_seed, place])
                 notes.append(f"{name}: {len(labelled)} rows of train, {len(rows)} at weight {weight:g}")
             splits.setdefault(split, []).extend(labelled)
+    if not splits.get("train"):
+        raise UserError(
+            f"data.mixture leaves no row of train ({'; '.join(sizes)}): a data set gives its rows times its "
+            "weight, rounded",
+            "raise the weights; 1 takes every row once",
+        )
     numbered = {
         split: [replace(row, sample_id=number) for number, row in enumerate(rows)]
         for split, rows in splits.items()

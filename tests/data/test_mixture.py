@@ -52,6 +52,17 @@ def test_the_drawn_rows_are_the_same_every_time_and_others_with_another_seed(tmp
     assert other.splits["train"] != read(settings).splits["train"]
 
 
+def test_weights_that_leave_no_row_of_train_are_refused_with_their_numbers(tmp_path):
+    with pytest.raises(UserError) as caught:
+        read(mixed(tmp_path, "0.01 0.02"))
+    told = caught.value.problem
+    assert "data.mixture leaves no row of train" in told
+    assert f"{tmp_path}/first: weight 0.01 of 40 rows" in told
+    assert f"{tmp_path}/second: weight 0.02 of 20 rows" in told
+    assert "raise the weights" in caught.value.fix
+    assert len(read(mixed(tmp_path, "0.01 0.04")).splits["train"]) == 1
+
+
 def test_users_of_two_data_sets_are_two(tmp_path):
     """Rows without a user are numbered in each data set anew."""
     users = {row.user_id for row in read(mixed(tmp_path, "1 1")).splits["train"]}
