@@ -110,8 +110,8 @@ def fit_groups(
         relevance: float32[train target tokens], needed for by=relevance and by=random.
 
     Raises:
-        UserError: there are more groups than distinct values or tokens, a quantile group would be empty, or
-        the data lacks a label.
+        UserError: there are more groups than distinct values or tokens, all tokens would be in one quantile
+        group, or the data lacks a label.
     """
     num_tokens = int(data.stores["train"].target_offsets[-1])
     if section.num > num_tokens:
@@ -144,8 +144,8 @@ def fit_groups(
         plan.num = len(plan.labels)
     groups = apply_groups(plan, section, data, relevance, "train")
     plan.counts = group_counts(groups, plan.num).tolist()
-    if plan.binning == "quantile" and 0 in plan.counts:
-        # The smallest value is that of so many tokens that an edge lies on it, and nothing lies below it.
+    if plan.binning == "quantile" and plan.num > 1 and max(plan.counts) == sum(plan.counts):
+        # The smallest value is that of nearly all tokens: the edges lie on it, and nothing lies below it.
         _refuse_empty_bins(section, num_tokens, values)
     return plan
 

@@ -132,6 +132,11 @@ def make_ready(
         check_groups(resumed, grouped)
         counts = " ".join(f"{count:,}" for count in grouped.plan.counts)
         job.say(f"groups: {grouped.plan.num} by {section.by}, train tokens {counts}")
+        empty = grouped.plan.counts.count(0)
+        if empty:
+            job.say(
+                f"groups: {empty} of {grouped.plan.num} without a train token: too many have equal values"
+            )
         save_groups(job, prepared, grouped)
         tokens = train_tokens(job, prepared, loaded, resumed, grouped, objective, watchdog.beat)
         runner = make_runner(job, prepared, loaded, resumed, tokens, objective)

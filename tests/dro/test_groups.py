@@ -135,14 +135,17 @@ def test_a_label_that_train_lacks_is_in_no_group_unless_there_is_one_for_others(
     assert (whole(apply_groups(plan, section, data, None, "valid"))[:first] == 1).all()
 
 
-@pytest.mark.parametrize("num", [2, 3])
-def test_quantile_groups_that_would_be_empty_are_refused(world, num):
-    """With two groups the one edge is the smallest value, and nothing lies below it."""
+def test_two_quantile_groups_of_which_one_would_have_all_tokens_are_refused(world):
+    """The one edge is the smallest value, and nothing lies below it: that would be SFT without a word."""
     corpus, catalogue, samples, store, relevance = world
     same = relevance.copy()
     same[: int(len(same) * 0.7)] = same.min()
-    with pytest.raises(UserError, match=f"groups.num = {num} .*some groups would be empty"):
-        fit((corpus, catalogue, samples, store, same), num=num)
+    with pytest.raises(UserError, match="groups.num = 2 .*some groups would be empty"):
+        fit((corpus, catalogue, samples, store, same), num=2)
+    few = relevance.copy()
+    few[: int(len(few) * 0.3)] = few.min()
+    plan, _ = fit((corpus, catalogue, samples, store, few), num=4)
+    assert plan.counts[0] == 0 and min(plan.counts[1:]) > 0  # the rest are groups
 
 
 def test_relevance_of_a_token_is_looked_up_by_entry_and_place(world):

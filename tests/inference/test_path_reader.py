@@ -25,6 +25,7 @@ BY_ITEM = [name for name, family in FAMILIES.items() if not family.tree_scoring]
 
 
 def model_of(name: str):
+    torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(family_config(name, VOCABULARY))
     spread_weights(model)
     return model.eval()
@@ -41,7 +42,8 @@ def test_every_family_is_scored_as_its_layers_allow_and_equals_plain_forward_pas
         found = CatalogueScorer(reader, TRIE, scoring).score(PROMPTS)
         for row, prompt in zip(found, PROMPTS, strict=True):
             expected = per_item_scores(model, TRIE, prompt, SAMPLE, scoring)
-            assert torch.allclose(row[SAMPLE], expected, atol=2e-4, rtol=0), scoring
+            # float32: a recurrent model's sum of 44 nats was seen to differ by 5e-4.
+            assert torch.allclose(row[SAMPLE], expected, atol=2e-4, rtol=2e-5), scoring
     assert found.std(dim=1).min() > 0.5, "equal scores would say nothing"
 
 
