@@ -60,11 +60,12 @@ def compare(baseline: Resampled, other: Resampled, num_users: int, level: float 
     paired = _paired(baseline, other)
     low, high = interval(paired, level)
     finite = paired.replicates[np.isfinite(paired.replicates)]
-    error = paired.standard_error
+    # One user has no spread: neither an error nor a p-value.
+    error = paired.standard_error * small_sample(paired.units) if paired.units > 1 else float("nan")
     if finite.size == 0 or not np.isfinite(difference) or paired.units < 2:
         p_value = float("nan")
-    elif error == 0:
-        p_value = 1.0 if difference == 0 else 1.0 / (finite.size + 1)
+    elif error == 0:  # the same difference for every user: how often have all of them one sign by chance?
+        p_value = 1.0 if difference == 0 else max(1.0 / (finite.size + 1), 2.0 ** (1 - paired.units))
     else:  # the replicates moved to the null: how often is a difference this large met by chance?
         moved = small_sample(paired.units) * np.abs(finite - finite.mean())
         p_value = _by_student((1 + np.sum(moved >= abs(difference))) / (finite.size + 1), paired.units)

@@ -33,17 +33,16 @@ cases instead of 5 %, with 20 in 7 % (four metrics, Holm's correction). At 30 th
 def small_sample(units: int) -> float:
     """What the spread of replicates is multiplied with so that it is that of U - 1 units: sqrt(U / (U - 1)).
 
-    1 from FEW_USERS on; NaN for a single unit, which has no spread.
+    1 from FEW_USERS on.
+
+    Args:
+        units: at least 2; a single unit has no spread.
     """
-    if units >= FEW_USERS:
-        return 1.0
-    return float(np.sqrt(units / (units - 1))) if units > 1 else float("nan")
+    return 1.0 if units >= FEW_USERS else float(np.sqrt(units / (units - 1)))
 
 
 def widening(units: int, level: float = 0.95) -> float:
-    """By what an interval of this many units is wider than the quantiles of its replicates say."""
-    if not 1 < units < FEW_USERS:
-        return small_sample(units)
+    """By what an interval of fewer than FEW_USERS units is wider than the quantiles of its replicates say."""
     tail = (1 + level) / 2
     return small_sample(units) * float(stdtrit(units - 1, tail) / ndtri(tail))
 
@@ -61,13 +60,12 @@ def interval(sample: Resampled, level: float = 0.95) -> tuple[float, float]:
     if sample.units < 2:
         return UNDEFINED
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    mean = finite.mean()
     if sample.units < FEW_USERS:
-        mean = finite.mean()
         low, high = mean + widening(sample.units, level) * (np.array([low, high]) - mean)
-        low, high = np.clip([low, high], *sample.bounds)
     if not sample.smooth:
-        shift = sample.value - finite.mean()
-        low, high = np.clip([low + shift, high + shift], *sample.bounds)
+        low, high = np.array([low, high]) + (sample.value - mean)
+    low, high = np.clip([low, high], *sample.bounds)
     return float(low), float(high)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
+
 from gdrt_ds.config import RunConfig
 from gdrt_ds.data.corpus import reader_of
 from gdrt_ds.data.token_facts import TokenFacts, whole
@@ -167,19 +169,29 @@ def _check_groups(config: RunConfig, prepared: Prepared) -> tuple[int, list[str]
     plan = fit_groups(section, prepared.data, values["train"], config.train.seed)
     lines = []
     for split in prepared.stores:
-        groups = whole(apply_groups(plan, section, prepared.data, values[split], split))
-        unseen = int((groups == UNSEEN).sum())
-        if unseen == len(groups) > 0:
-            raise UserError(
-                f"groups.by = {section.by}: no label of {split} is one of train's, {', '.join(plan.labels)}",
-                "choose splits that share labels, or another groups.by",
-            )
-        if unseen:
-            lines.append(
-                f"{unseen} of {len(groups)} target tokens of {split} have a label that train lacks: they are "
-                "in no group"
-            )
+        groups = apply_groups(plan, section, prepared.data, values[split], split)
+        if plan.labels is not None and split != "train":
+            lines += _unseen(section.by, plan.labels, split, whole(groups))
     return plan.num, lines
+
+
+def _unseen(by: str, labels: list[str], split: str, groups: np.ndarray) -> list[str]:
+    """A line about tokens whose label train lacks.
+
+    Raises:
+        UserError: they are all tokens of valid, which then has no loss of any group.
+    """
+    unseen = int((groups == UNSEEN).sum())
+    if split == "valid" and unseen == len(groups) > 0:
+        raise UserError(
+            f"groups.by = {by}: no label of valid is one of train's, {', '.join(labels)}",
+            "choose splits that share labels, or another groups.by",
+        )
+    if not unseen:
+        return []
+    return [
+        f"{unseen} of {len(groups)} target tokens of {split} have a label that train lacks: they are in no group"
+    ]
 
 
 def _refuse_too_many_groups(num: int, prepared: Prepared) -> None:

@@ -181,6 +181,19 @@ def test_worst_relevance_group_and_gap_are_those_of_the_group_means():
     )
 
 
+def test_the_intervals_of_the_worst_group_and_of_the_gap_hold_their_own_values():
+    """Groups that differ by noise alone: a resample has larger extremes than the users themselves."""
+    rng = np.random.default_rng(3)
+    outside = 0
+    for seed in range(20):
+        _, spread = language.group_table(rng.integers(0, 6, 60), rng.exponential(size=60), None, 100, seed)
+        for one in spread.values():
+            assert one.low <= one.value <= one.high
+        gap = spread["relevance group NLL gap"]
+        outside += gap.high - gap.value > 2 * (gap.value - gap.low)
+    assert outside <= 3
+
+
 def test_an_unknown_audit_names_the_nearest_and_too_few_users_are_refused(subject):
     with pytest.raises(UserError, match="sensitivty") as error:
         run_audits(["sensitivty"], subject, Runtime())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from eval.intervals import (
     user_weights,
 )
 from eval.metrics import item_side
+from eval.metrics.user_side import tail_mean
 
 
 def shown_items(lists: np.ndarray, num_items: int) -> sparse.csr_matrix:
@@ -230,6 +232,22 @@ def test_one_user_shows_nothing():
     assert row.verdict == "too few users to say"
 
 
+@pytest.mark.parametrize("users, p_value", [(3, 0.25), (5, 0.0625), (29, 1 / 201)])
+def test_the_same_difference_for_each_of_a_few_users_is_as_rare_as_their_having_one_sign(users, p_value):
+    """Without any spread the bootstrap cannot tell how rare it is."""
+    found = [
+        resample({"hr": mean_statistic(np.full(users, value))}, np.arange(users), 200)["hr"]
+        for value in (0, 1)
+    ]
+    assert compare(found[0], found[1], users).p_value == pytest.approx(p_value)
+
+
+def test_a_tail_of_rank_shares_stays_in_its_range():
+    shares = np.where(np.arange(40) < 4, 0.97, 0.1)
+    sample = resample({"tail": tail_mean(shares, False, bounds=(0, 1))}, np.arange(40), 300)["tail"]
+    assert interval(sample)[1] <= 1 < interval(replace(sample, bounds=(-np.inf, np.inf)))[1]
+
+
 def test_users_without_a_hit_are_counted_and_not_their_samples():
     found = resample({"hr": mean_statistic(np.zeros(500), (0, 1))}, np.repeat(np.arange(5), 100), 200)["hr"]
     assert found.units == 5
@@ -315,8 +333,8 @@ def test_what_only_the_correction_takes_away_is_called_so():
         ),
         (
             "interval",
-            "shift = sample.value - finite.mean()",
-            "shift = 0.0",
+            "+ (sample.value - mean)",
+            "+ 0.0",
             test_intervals_of_a_distance_hold_its_expected_value_and_are_centred,
         ),
         (

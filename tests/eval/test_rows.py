@@ -10,6 +10,7 @@ import torch
 
 from eval.compare.__main__ import compare_folders
 from eval.compare.__main__ import main as compare
+from eval.intervals import interval, resample
 from eval.metrics.calibration import TEMPERATURES
 from eval.rows import sensitivity
 from eval.rows.inputs import build_row_inputs
@@ -147,6 +148,14 @@ def test_breakdowns_are_by_token_group_and_by_column():
     assert one.finish(one.features.sum(0, keepdims=True))[0] == 1.0 and one.n == 20
     gap = found["token_group"]["summary"]["nll"]["gap"]
     assert gap.finish(gap.features.sum(0, keepdims=True))[0] == pytest.approx(1.5)
+
+
+def test_a_slice_in_which_every_row_is_right_has_room_below_it():
+    rows = [prediction(n, [[1.0]], 1.0, "xy"[n % 2]) for n in range(24)]
+    inputs = build_row_inputs(rows, [])
+    one = slices(inputs)["label:kind"]["groups"]["y"]["accuracy"]
+    found = resample({"accuracy": one}, inputs.user_of_sample, 100)["accuracy"]
+    assert interval(found) == pytest.approx((0.025 ** (1 / 12), 1))
 
 
 def test_rows_without_a_finite_loss_are_counted_and_left_out():

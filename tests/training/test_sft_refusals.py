@@ -78,6 +78,27 @@ def test_groups_of_rows_are_made_before_a_model_is_loaded(by, groups, tmp_path):
     assert any(f"{groups} groups" in line for line in lines) == (groups != 3)
 
 
+def test_labels_that_train_lacks_are_counted_and_refused_where_valid_has_no_other(tmp_path, monkeypatch):
+    path = write_splits(tmp_path / "data", (16, 4, 4))
+    valid = rows(4, 1)
+    valid[0]["group"] = "never seen"
+    write_lines(path / "valid.jsonl", valid)
+    config = settings(path, tmp_path / "run", "groups.by=label")
+    lines = check_data(config, prepare(config))
+    counted = [line for line in lines if "of valid have a label that train lacks" in line]
+    assert len(counted) == 1 and not counted[0].startswith("0 of")
+    write_lines(path / "valid.jsonl", [{**row, "group": "never seen"} for row in valid])
+    found = refusal_before_loading([f"data.path={path}", "groups.by=label"], tmp_path, monkeypatch)
+    assert "no label of valid is one of train's, " in found.problem
+
+
+def test_a_reference_that_an_objective_does_not_use_is_told(tmp_path):
+    path = write_splits(tmp_path / "data", (16, 4, 4))
+    config = settings(path, tmp_path / "run", "groups.by=label", "objective=sft", "dro.excess=true")
+    lines = check_data(config, prepare(config))
+    assert [line for line in lines if line.startswith("dro.excess = True is not used with objective=sft")]
+
+
 def test_reweight_weighs_a_row_by_how_often_train_has_its_completion(tmp_path):
     config = settings(write_splits(tmp_path / "data", (40, 4, 4)), tmp_path / "run")
     prepared = prepare(config)
