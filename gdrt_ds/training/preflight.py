@@ -190,7 +190,8 @@ def _unseen(by: str, labels: list[str], split: str, groups: np.ndarray) -> list[
     if not unseen:
         return []
     return [
-        f"{unseen} of {len(groups)} target tokens of {split} have a label that train lacks: they are in no group"
+        f"{unseen} of {len(groups)} target tokens of {split} have a label that train lacks: they are in no "
+        "group"
     ]
 
 

@@ -61,12 +61,15 @@ def test_permuting_labels_kills_the_position_effect():
     assert (
         p < 0.01 and observed.low > null.max() and [c.value for c in curve] == sorted(c.value for c in curve)
     )
-    above = 0
+    above, off, width = 0, 0.0, 0.0
     for seed in range(20):
-        same, p, _, _ = position.measure_probe(rng.permuted(rise, axis=1), 100, seed)
-        assert same.low <= same.value <= same.high
+        flat = np.abs(rng.normal(1, 1, size=(40, 5)))
+        same, p, _, _ = position.measure_probe(flat, 100, seed)
         above += same.low > same.null
+        off += (same.low + same.high) / 2 - same.value
+        width += same.high - same.low
     assert p > 0.05 and above <= 3
+    assert off < 0.1 * width, "a resample spreads more than the users do"
 
 
 def test_orders_that_change_nothing_agree_perfectly_and_another_user_does_not():

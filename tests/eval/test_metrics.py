@@ -127,6 +127,7 @@ def test_hand_computed_accuracy_and_a_missing_rank_is_a_miss():
         assert any(
             note.startswith(f"{name}: not measured, the lists hold 7 items") for note in found["notes"]
         )
+    assert set(slices.measures(inputs.build_inputs(predictions, entries))) == {"nll"}
     ranked = [{**p, "rank": rank} for p, rank in zip(predictions, (1, 3, 20, 20), strict=True)]
     assert value(evaluate(ranked, entries, **FAST), "mrr") == pytest.approx((1 + 1 / 3 + 2 / 20) / 4)
 
