@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from eval.floors import AUTO, Choice, choose, fit_floors, floor_predictions, minus_floors
 from eval.folders import FORMAT
 from eval.loading import Subject
@@ -90,20 +92,37 @@ def run_evaluation(
     runtime.barrier()
     with Progress(runtime, f"{subject.name}: {options.mode}") as progress:
         predictions, scores = predict(subject, options, output, runtime, progress, keep)
-    audited = {}
+    results = None
+    if predictions is not None:
+        results = measure(
+            subject, options, predictions, exactness, floors=chosen_floors, num_bootstrap=num_bootstrap
+        )
+    audited, finished = {}, None
     if context is not None:
-        from eval.audit import run_audits
+        from eval.audit import FinishedAudits, run_audits
 
+        if results is not None:
+            _show_before_audits(results)
         context.remember(scores)
-        audited = run_audits(audits, context)
-    if predictions is None:
+        finished = FinishedAudits(output, key, context.options, runtime)
+        if overwrite:
+            finished.drop()
+        audited = run_audits(audits, context, finished=finished)
+    if predictions is None or results is None:
         return None
-    results = measure(
-        subject, options, predictions, exactness, floors=chosen_floors, num_bootstrap=num_bootstrap
-    )
     results["audits"] = with_earlier_audits(output, key, audited)
     write(output, results, predictions, subject)
+    if finished is not None:
+        finished.drop()
     return results
+
+
+def _show_before_audits(results: dict[str, Any]) -> None:
+    """The table, for whoever waits: audits can take longer than all before them."""
+    from eval.report import terminal_table
+
+    Console().print(terminal_table(results))
+    print("the audits follow; the files are written after the last one", flush=True)
 
 
 def _begin(

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from eval.predictions.options import ScoringOptions
 
 
+INTERRUPTED = (
+    "users that are scored and audits that are finished are saved; the same command goes on from them"
+)
+
+
 class FormerName(argparse.Action):
     """An option under its former name: it is taken, and one line says what it is called now."""
 
@@ -177,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     from gdrt_ds.runtime import quiet_libraries, report_user_errors
 
     quiet_libraries()  # before the imports below bring them
-    with report_user_errors():
+    with report_user_errors(interrupted=INTERRUPTED):
         from eval.rows.subject import is_about_rows
 
         scoring, audit_options = checked_options(options)

@@ -25,6 +25,7 @@ from gdrt_ds.invocation import command_name, put_own_packages_first  # noqa: E40
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+INTERRUPTED = "nothing was published after the last checkpoint"
 MEMORY_FIX = (
     "set train.micro_batch lower (accumulation keeps train.global_batch, and losses do not change), "
     "model.gradient_checkpointing=true, prompt.max_length lower, more ranks (ZeRO-3 shards the base), "
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     from gdrt_ds.runtime import detect_rank, name_accelerator, quiet_libraries, report_user_errors
 
     name_accelerator()
-    with report_user_errors(memory_fix=MEMORY_FIX):
+    with report_user_errors(interrupted=INTERRUPTED, memory_fix=MEMORY_FIX):
         from gdrt_ds.config import load_config
 
         config = load_config(arguments.config, arguments.overrides)

@@ -10,7 +10,18 @@ stands beside them. Definitions, controls and how to add one: docs/audits.md.
 
 from eval.audit.base import Audit, Cost
 from eval.audit.context import AuditContext
+from eval.audit.finished import FinishedAudits
 from eval.audit.options import AuditOptions
 from eval.audit.running import audits, check_audits, choose, run_audits
 
-__all__ = ["Audit", "AuditContext", "AuditOptions", "Cost", "audits", "check_audits", "choose", "run_audits"]
+__all__ = [
+    "Audit",
+    "AuditContext",
+    "AuditOptions",
+    "Cost",
+    "FinishedAudits",
+    "audits",
+    "check_audits",
+    "choose",
+    "run_audits",
+]

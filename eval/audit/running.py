@@ -9,6 +9,7 @@ from typing import Any
 from eval.audit.base import Audit, Lack
 from eval.audit.context import AuditContext, TooFewUsers
 from eval.audit.costs import CostEstimate
+from eval.audit.finished import FinishedAudits
 from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
 from eval.folders import load_evaluations
 from gdrt_ds.errors import UserError, nearest
@@ -45,13 +46,18 @@ def choose(names: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def run_audits(
-    names: Sequence[str], subject, runtime=None, options: AuditOptions = DEFAULT_OPTIONS
+    names: Sequence[str],
+    subject,
+    runtime=None,
+    options: AuditOptions = DEFAULT_OPTIONS,
+    finished: FinishedAudits | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Runs audits on a subject; prints each one's cost before it starts and its finding after.
 
     Args:
         names: names of audits, or "all": then those that cannot run here are left out, and a line says why.
         subject: eval.loading.Subject, or a ready AuditContext.
+        finished: where finished audits are written down; those of an interrupted evaluation are not repeated.
     Returns:
         {name: result}; every rank gets the same numbers. Empty where `all` leaves every audit out.
     Raises:
@@ -62,12 +68,19 @@ def run_audits(
     check_audits(names, context)
     estimate = CostEstimate(context)
     found: dict[str, dict[str, Any]] = {}
+    before = {} if finished is None else dict(finished.found)
     for name in chosen:
+        if name in before:
+            found[name] = before[name]
+            _say(context, f"audit {name}: finished before the interruption, and kept")
+            continue
         audit = audits()[name]
         lacking = _lack_of(audit, context)
         if lacking is None:
             try:
                 found[name] = _run_one(name, audit, context, estimate)
+                if finished is not None:
+                    finished.add(name, found[name])
                 continue
             except TooFewUsers as error:  # its cost did not tell
                 lacking = (error.problem, error.fix)

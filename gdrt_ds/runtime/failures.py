@@ -95,24 +95,25 @@ def _is_lost_peer(error: BaseException, text: str) -> bool:
 
 
 @contextlib.contextmanager
-def report_user_errors(**fixes: str) -> Iterator[None]:
+def report_user_errors(*, interrupted: str = "", memory_fix: str = MEMORY_FIX) -> Iterator[None]:
     """Stands around a command's main and turns failures into one message and an exit status, on every rank.
 
     Failures that nobody has words for end with a traceback and status 1, at once, so that no peer waits for
     this rank.
 
     Args:
-        fixes: passed on to `explain`.
+        interrupted: what a user who interrupts this command is told about what is saved; empty: nothing.
+        memory_fix: passed on to `explain`.
     """
     # bitsandbytes advises, when it is imported, to install a kernel for inference that training does not use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted: nothing was published after the last checkpoint", file=sys.stderr, flush=True)
+        print(f"interrupted: {interrupted}" if interrupted else "interrupted", file=sys.stderr, flush=True)
         code = 128 + signal.SIGINT
     except Exception as error:
-        told = explain(error, **fixes)
+        told = explain(error, memory_fix)
         if told is None and not dist.is_initialized():
             raise
         if told is None:

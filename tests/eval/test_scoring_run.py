@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from eval import predictions as predictions_module
+from eval.audit import AuditOptions, FinishedAudits, running
 from eval.floors import choose, fit_floors
 from eval.loading import load_subject
 from eval.metrics.calibration import nll_curve
@@ -229,6 +230,57 @@ def test_audits_of_the_same_predictions_stay_and_those_of_others_go(run, evaluat
     assert "History sensitivity" in (out / "report.md").read_text()
     main(["--run", str(run), "--output", str(out), *FAST, "--base", "--overwrite"])
     assert audits() == {}
+
+
+def test_a_killed_evaluation_keeps_the_audits_that_it_had_finished(
+    run, evaluated, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    shutil.copytree(evaluated, out)
+    (out / "results.json").unlink()
+    ran, original, killed_in = [], running._run_one, ["information"]
+
+    def run_one(name, *rest):
+        if name in killed_in:
+            raise KeyboardInterrupt
+        ran.append(name)
+        return original(name, *rest)
+
+    monkeypatch.setattr(running, "_run_one", run_one)
+
+    def evaluation(users):
+        words = ["--run", str(run), "--output", str(out), *FAST, "--audit-users", users]
+        main([*words, "--audit", "sensitivity,information"])
+
+    for _ in range(2):  # killed twice in the second audit: the first one runs once
+        with pytest.raises(SystemExit):
+            evaluation("12")
+    assert ran == ["sensitivity"] and not (out / "results.json").exists()
+    said = capsys.readouterr().out
+    assert "audit sensitivity: finished before the interruption, and kept" in said
+    assert said.index("NDCG@10") < said.index("audit sensitivity"), "the table comes before the audits"
+    first = json.loads((out / "audits.json").read_text())["audits"]["sensitivity"]
+
+    killed_in.clear()
+    evaluation("12")
+    found = json.loads((out / "results.json").read_text())["audits"]
+    assert ran == ["sensitivity", "information"] and found["sensitivity"] == first
+    assert not (out / "audits.json").exists()
+    evaluation("12")  # a finished evaluation that is asked again computes again
+    assert ran == ["sensitivity", "information"] * 2
+
+
+def test_finished_audits_of_other_settings_are_not_taken(run, tmp_path):
+    def finished(**options):
+        return FinishedAudits(tmp_path, {"k": 50}, AuditOptions(**options), Runtime())
+
+    finished(users=12).add("sensitivity", {"effect": 1})
+    assert finished(users=12).found == {"sensitivity": {"effect": 1}}
+    assert finished(users=13).found == {}
+    assert FinishedAudits(tmp_path, {"k": 51}, AuditOptions(users=12), Runtime()).found == {}
+    whole = (tmp_path / "audits.json").read_text()
+    (tmp_path / "audits.json").write_text(whole[:40])  # killed in the middle of a write
+    assert finished(users=12).found == {}
 
 
 def test_an_evaluation_of_an_earlier_version_is_reused_with_its_audits(run, evaluated, tmp_path, capsys):

@@ -113,11 +113,11 @@ def test_failures_of_the_machine_are_told_from_bugs():
             StorageError.status,
             "error: rank 0: a file cannot be written (full)",
         ),
-        (KeyboardInterrupt(), 128 + signal.SIGINT, "interrupted: nothing was published"),
+        (KeyboardInterrupt(), 128 + signal.SIGINT, "interrupted: half is saved\n"),
     ],
 )
 def test_a_failure_becomes_one_message_and_its_status(environment, capsys, error, status, told):
-    with pytest.raises(SystemExit) as ended, report_user_errors():
+    with pytest.raises(SystemExit) as ended, report_user_errors(interrupted="half is saved"):
         raise error
     assert ended.value.code == status
     assert capsys.readouterr().err.startswith(told)
