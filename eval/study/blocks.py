@@ -114,8 +114,8 @@ def build_block(
     for row, found in runs.items():
         statistics[row] = {}
         for seed, run in found.items():
-            same_groups = with_groups_of(run, runs[base].get(seed, run))
-            statistics[row][seed] = statistics_of(same_groups, labels_of(study), num_bootstrap)
+            same_parts = with_groups_and_labels_of(run, runs[base].get(seed, run))
+            statistics[row][seed] = statistics_of(same_parts, labels_of(study), num_bootstrap)
     first = next(iter(runs[base].values()))
     num_users = len(first.inputs.user_ids)
     return Block(
@@ -212,15 +212,19 @@ def statistics_of(run: Run, labels: Sequence[str], num_bootstrap: int) -> dict[s
     return samples
 
 
-def with_groups_of(run: Run, other: Run) -> Run:
-    """The run with the relevance groups of another: a worst group must mean the same targets in every row.
+def with_groups_and_labels_of(run: Run, other: Run) -> Run:
+    """The run with the relevance groups and labels of another: a part must be the same targets in every row.
 
     Rows of prompt and completion stay as they are: their worst value of the study's label is shown instead.
     """
     if run.is_about_rows:
         return run
-    groups = {str(row["sample_id"]): row.get("relevance_group") for row in other.predictions}
-    predictions = [{**row, "relevance_group": groups.get(str(row["sample_id"]))} for row in run.predictions]
+    theirs = {str(row["sample_id"]): row for row in other.predictions}
+    predictions = []
+    for row in run.predictions:
+        parts = theirs.get(str(row["sample_id"]), {})
+        taken = {name: parts.get(name) for name in ("relevance_group", "labels")}
+        predictions.append({**row, **taken})
     return with_predictions(run, predictions)
 
 

@@ -229,6 +229,13 @@ def test_an_environment_that_costs_more_is_found_and_permuted_labels_are_not():
     )
 
 
+def test_two_users_make_no_environment_that_is_the_worst(subject):
+    options = AuditOptions(users=2, num_bootstrap=200)
+    found = run_audits(["shift"], PlantedContext(subject, Runtime(), options))["shift"]
+    assert found["finding"].startswith("No environment has two users, so none is the worst; environments ")
+    assert found["effect"]["value"] == 0.0 and not found["speaks"]
+
+
 def test_growth_of_the_bases_favourites_is_found_and_permuted_steps_are_not():
     rng = np.random.default_rng(8)
     first, last = rng.uniform(0, 0.4, size=30), rng.uniform(0.3, 0.8, size=30)

@@ -23,6 +23,7 @@ from eval.compare.terminal import _table
 from eval.folders import FORMAT, labels_of
 from eval.metrics import evaluate
 from eval.report import write_catalogue
+from eval.study.blocks import statistics_of, with_groups_and_labels_of
 from gdrt_ds.errors import UserError
 
 
@@ -150,6 +151,19 @@ def without_labels(predictions, entries):
 
 def another_first_label(predictions, entries):
     predictions[0]["labels"] = {"kind": "a" if predictions[0]["labels"]["kind"] == "b" else "b"}
+
+
+def test_a_studys_slices_are_those_of_the_baseline(tmp_path):
+    ours = loaded([write_folder(tmp_path / "ours" / "eval", 2.5)])[0]
+    others = write_folder(tmp_path / "others" / "eval", 2.5, change=another_first_label)
+    theirs = loaded([others])[0]
+
+    def sliced(run):
+        found = statistics_of(run, ["kind"], 50)
+        return {name: figure.value for name, figure in found.items() if "kind=" in name}
+
+    assert sliced(theirs) != sliced(ours), "the changed label shows in no figure"
+    assert sliced(with_groups_and_labels_of(theirs, ours)) == sliced(ours)
 
 
 @pytest.mark.parametrize(

@@ -208,9 +208,11 @@ def run(context: AuditContext) -> dict:
     nothing = Estimate(0.0, 0.0, 0.0, len(samples))
     effect = next((e.drop for e in found if e.name == worst), nothing)
     differing = [axis for axis, test in tests.items() if test.p <= ALPHA]
+    served_worst = f"Worst environment: {worst}, whose NLL is {effect.text()} of the mean above it"
+    if worst is None:
+        served_worst = "No environment has two users, so none is the worst"
     finding = (
-        f"Worst environment: {worst}, whose NLL is {effect.text()} of the mean above it; "
-        f"environments differ along {', '.join(differing) or 'no axis'} "
+        f"{served_worst}; environments differ along {', '.join(differing) or 'no axis'} "
         f"(p <= .05 after Holm's correction, {len(samples)} users); noisy titles cost {noise.text()} nats; "
         f"test targets are {moved:.2f} from train popularity "
         f"(total variation; {drawn:.2f} by chance, p = {moved_p:.2g})."
