@@ -17,6 +17,8 @@ from typing import Any
 from gdrt_ds.completion import offer_completion
 from gdrt_ds.inference.recommending import (
     KnownTitles,
+    histories_of,
+    history_lines,
     parse_history,
     read_histories,
     recommend,
@@ -91,13 +93,14 @@ def main(argv: list[str] | None = None) -> None:
 
         if options.k < 1:
             raise UserError(f"--k {options.k} is too small", "give at least 1")
-        read_histories(options.history, options.file, set())  # wrong uses are told before the model is loaded
+        lines = history_lines(options.history, options.file)
+        histories_of(lines, set())  # wrong uses are told before the model is loaded
         tell(f"loading the model of {options.run}")
         recommender = open_run(options.run, single_process_runtime(), options.overrides, base=options.base)
         tell(recommender.precision)
         titles_known = KnownTitles(recommender.catalogue.entries)
         known = titles_known.texts
-        given = read_histories(options.history, options.file, titles_known)
+        given = histories_of(lines, titles_known)
         histories = [titles_known.texts_of(titles) for titles in given]
         for title in unknown_titles(histories, known):
             print(f"note: {title!r} is not in the catalogue; its text is used as it is", file=sys.stderr)

@@ -72,7 +72,8 @@ def read_parts(folder: Path, required: str | None = None) -> dict[int, dict[str,
     """
     found = {}
     for path in sorted(folder.glob("rank_*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        # Bytes: a torn line may end within a letter.
+        for line in path.read_bytes().split(b"\n"):
             if not line.strip():
                 continue
             try:

@@ -64,33 +64,50 @@ def read_histories(history: str | None, file: str | None, known: Container[str])
     Raises:
         UserError: neither or both are given, the file is unreadable, or a line has no title.
     """
+    return histories_of(history_lines(history, file), known)
+
+
+def history_lines(history: str | None, file: str | None) -> list[tuple[str, str]]:
+    """(where, text) of --history, or of every line of --file. A file is read once: it may be a pipe.
+
+    Raises:
+        UserError: neither or both are given, or the file is unreadable or has no line.
+    """
     if (history is None) == (file is None):
         raise UserError(
             "give either --history or --file",
             '--history "title; title; ..." or --file FILE with one history per line',
         )
-    if history is not None:
-        lines = [("--history", history)]
-    else:
-        lines = _lines_of(file)
+    lines = [("--history", history)] if history is not None else _lines_of(str(file))
+    if not lines:
+        raise UserError(f"--file {file}: no title found", "write one history per line")
+    return lines
+
+
+def histories_of(lines: list[tuple[str, str]], known: Container[str]) -> list[list[str]]:
+    """The titles of every line of `history_lines`.
+
+    Raises:
+        UserError: a line has no title.
+    """
     histories = [parse_history(line, known) for _, line in lines]
-    empty = [where for (where, _), titles in zip(lines, histories) if not titles]
-    if empty or not histories:
-        raise UserError(f"{empty[0] if empty else file}: no title found", "separate titles by `; `")
+    for (where, _), titles in zip(lines, histories):
+        if not titles:
+            raise UserError(f"{where}: no title found", "separate titles by `; `")
     return histories
 
 
 def _lines_of(file: str) -> list[tuple[str, str]]:
     """(where, text) of every line of a file that is not blank."""
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--file {file}: cannot be read ({error})", "give a UTF-8 text file with one history per line"
         ) from None
-    return [
-        (f"{file}, line {number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()
-    ]
+    # A title may hold characters that `splitlines` takes for the end of a line.
+    lines = enumerate(text.split("\n"), 1)
+    return [(f"{file}, line {number}", line) for number, line in lines if line.strip()]
 
 
 def unknown_titles(histories: Iterable[list[str]], known: set[str]) -> list[str]:

@@ -103,7 +103,10 @@ def _write(source: Path, tokenizer, ids: list[int], target: Path, seed: int) -> 
         and len(place.shape) == 2
         and place.shape[0] == old
     }
-    if not any(name.split(".")[-2] in EMBEDDINGS for name in resized):
+    # Tied weights are one tensor, and a folder may keep it under the head's name.
+    tied = config.get("tie_word_embeddings", texts.get("tie_word_embeddings", False))
+    wanted = (*EMBEDDINGS, *HEADS) if tied else EMBEDDINGS
+    if not any(name.split(".")[-2] in wanted for name in resized):
         raise UserError(
             f"{source}: no embedding of {old} rows is found in its weight files",
             "add the tokens and rows yourself, save both as a model folder, and leave model.new_tokens away",

@@ -38,3 +38,24 @@ class ServiceMetrics:
     def text(self) -> bytes:
         """The page /metrics."""
         return generate_latest(self.registry)
+
+
+class CountedAnswers:
+    """Wraps an ASGI application and counts its answers to POST /v1/recommend, refusals included.
+
+    It stands outside of everything else that answers: a refused body never reaches a route.
+    """
+
+    def __init__(self, app, requests: Counter):
+        self.app = app
+        self.requests = requests
+
+    async def __call__(self, scope, receive, send) -> None:
+        counted = scope["type"] == "http" and (scope["method"], scope["path"]) == ("POST", "/v1/recommend")
+
+        async def counting(message) -> None:
+            if counted and message["type"] == "http.response.start":
+                self.requests.labels(str(message["status"])).inc()
+            await send(message)
+
+        await self.app(scope, receive, counting)

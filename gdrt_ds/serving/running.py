@@ -17,11 +17,18 @@ MAX_ENDING_S = 120
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a listening socket; port 0 takes a free one.
+    """Returns a socket of that address; port 0 takes a free one.
+
+    It does not listen before `run_service`: until then clients are refused, and do not wait for an answer.
 
     Raises:
-        UserError: the address is taken or is none of this machine's.
+        UserError: the address is taken, empty, or none of this machine's.
     """
+    if not host:
+        raise UserError(
+            "--host is empty, which would mean every address of this machine",
+            "leave it out for this machine alone, or give --host 0.0.0.0",
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     place = socket.socket(family, socket.SOCK_STREAM)
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -29,10 +36,14 @@ def listen(host: str, port: int) -> socket.socket:
         place.bind((host, port))
     except (OSError, OverflowError) as error:
         place.close()
-        raise UserError(
-            f"--host {host} --port {port}: cannot listen there ({error})", "give another port or address"
-        ) from None
+        raise _cannot_listen(host, port, error) from None
     return place
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> UserError:
+    return UserError(
+        f"--host {host} --port {port}: cannot listen there ({error})", "give another port or address"
+    )
 
 
 def run_service(app, place: socket.socket, tell: Callable[[str], None]) -> None:
@@ -42,7 +53,15 @@ def run_service(app, place: socket.socket, tell: Callable[[str], None]) -> None:
         app: the application.
         place: where it listens.
         tell: called with one line when requests are answered, and one when that ends.
+
+    Raises:
+        UserError: another service took the address meanwhile.
     """
+    host, port = place.getsockname()[:2]
+    try:
+        place.listen()
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from None
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -51,7 +70,6 @@ def run_service(app, place: socket.socket, tell: Callable[[str], None]) -> None:
         timeout_graceful_shutdown=MAX_ENDING_S,
         server_header=False,
     )
-    host, port = place.getsockname()[:2]
     server = AnnouncingServer(config, lambda: tell(f"ready: http://{host}:{port}"))
     # uvicorn raises the signal again when it has finished; the process would then not end with status 0.
     for number in (signal.SIGTERM, signal.SIGINT):

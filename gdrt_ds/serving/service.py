@@ -28,7 +28,7 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.files import finite
 from gdrt_ds.inference.recommender import Recommender
 from gdrt_ds.serving.limits import BodyLimit
-from gdrt_ds.serving.metrics import ServiceMetrics
+from gdrt_ds.serving.metrics import CountedAnswers, ServiceMetrics
 from gdrt_ds.serving.worker import Busy, TooLate, Worker
 
 RETRY_AFTER_S = 1
@@ -113,8 +113,9 @@ def make_service(recommender: Recommender, limits: Limits | None = None) -> Fast
 
     app = FastAPI(title="gdrt-serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_seconds=limits.max_body_s)
+    app.add_middleware(CountedAnswers, requests=metrics.requests)  # the last one added is the outermost
     app.state.worker = worker
-    _add_error_answers(app, metrics)
+    _add_error_answers(app)
     _add_recommend(app, worker, metrics, limits)
     _add_reports(app, recommender, worker, metrics, limits)
     return app
@@ -126,7 +127,6 @@ def _add_recommend(app: FastAPI, worker: Worker, metrics: ServiceMetrics, limits
     async def recommend(asked: Asked) -> Response:  # type: ignore[valid-type]
         start = time.monotonic()
         response = await answer(asked)
-        metrics.requests.labels(str(response.status_code)).inc()
         if response.status_code == 200:
             metrics.request_seconds.observe(time.monotonic() - start)
         return response
@@ -192,13 +192,12 @@ def _add_reports(
         )
 
 
-def _add_error_answers(app: FastAPI, metrics: ServiceMetrics) -> None:
+def _add_error_answers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def wrong_request(request: Request, error: RequestValidationError) -> Response:
         # The library's own answer repeats the input, which may be large, or NaN, which JSON cannot hold.
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][1:])
-        metrics.requests.labels("422").inc()
         text = str(first["msg"])
         return problem(422, f"{place[:SHOWN]}: {text[:SHOWN]}" if place else text[:SHOWN])
 

@@ -47,6 +47,14 @@ SMALL_ENOUGH_TO_KEEP = 1 << 25
 """Elements that may stay gathered whatever the size of a layer: 32 MiB of packed weights."""
 
 
+SMALLEST_BUCKET = 1 << 20
+"""Elements of gradient that are reduced together at least, where they exist.
+
+hidden_size squared, which transformers fills in too, is 4,096 at a hidden size of 64. There each tensor of an
+adapter is a bucket and a collective of its own, and a run of two ranks on gloo takes 1.4 times as long.
+"""
+
+
 def zero3_limits(hidden_size: int, layer_elements: int) -> dict[str, int]:
     """Returns what "auto" means for the limits of ZeRO-3, in elements as they are stored.
 
@@ -133,7 +141,7 @@ def fill_deepspeed_config(
     zero = filled.get("zero_optimization") or {}
     autos = {
         **zero3_limits(hidden_size, layer_elements or 12 * hidden_size**2),
-        "reduce_bucket_size": hidden_size * hidden_size,
+        "reduce_bucket_size": max(hidden_size * hidden_size, SMALLEST_BUCKET),
         "allgather_bucket_size": int(2e8),
         "overlap_comm": torch.cuda.is_available(),
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.folders import open_evaluation
@@ -21,6 +21,7 @@ from gdrt_ds.config import DataSection, RunConfig
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import load_corpus
 from gdrt_ds.errors import UserError
+from gdrt_ds.models.built_in import make_tiny_model
 from gdrt_ds.models.new_tokens import find_tokens, with_new_tokens
 from gdrt_ds.planning.compatibility import refusals
 from gdrt_ds.recommend import main as recommend
@@ -137,6 +138,22 @@ def test_a_base_with_new_tokens_has_the_old_rows_and_drawn_ones(tmp_path, family
         assert rows[ids].isfinite().all() and rows[ids].abs().max() < 10 * kept.abs().max()
     text = torch.tensor([[4, 5, 6, 7]])
     torch.testing.assert_close(after(text).logits[..., :old], before(text).logits[..., :old])
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_tied_rows_grow_under_whichever_name_they_are_kept(tmp_path, kept):
+    source = make_tiny_model(tmp_path / "tied", ["one two three"], 0, tie_embeddings=True)
+    file = source / "model.safetensors"  # `smollm2-135m` keeps the name of the head, like this one
+    weights = {kept if value.shape[0] > 200 else name: value for name, value in load_file(file).items()}
+    assert kept in weights
+    save_file(weights, file, {"format": "pt"})
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    folder = with_new_tokens(source, tokenizer, NEW, tmp_path / "base", seed=3)
+    before, after = (AutoModelForCausalLM.from_pretrained(place) for place in (source, folder))
+    rows, old = after.get_input_embeddings().weight, before.get_input_embeddings().weight
+    assert torch.equal(rows[: len(old)], old) and len(rows) == len(old) + len(NEW)
+    assert after.get_output_embeddings().weight is rows
+    assert len({tuple(row.tolist()) for row in rows[-len(NEW) :]}) == len(NEW)
 
 
 def test_a_base_is_made_once_and_never_overwritten_by_other_tokens(tmp_path):

@@ -18,6 +18,7 @@ from eval.audit import AuditOptions, FinishedAudits, running
 from eval.floors import choose, fit_floors
 from eval.loading import load_subject
 from eval.metrics.calibration import nll_curve
+from eval.predictions.parts import read_parts
 from eval.predictions.rows import SCORE_DECIMALS
 from eval.run import main, parse
 from eval.scoring import expected_rank, per_item_scores
@@ -194,6 +195,14 @@ def test_a_restart_goes_on_where_a_killed_evaluation_ended(run, evaluated, tmp_p
     main(["--run", str(run), "--output", str(tmp_path / "out"), *FAST])
     assert len(scored) == 10
     assert list(map(strip, rows(tmp_path / "out"))) == list(map(strip, rows(evaluated)))
+
+
+def test_a_line_that_is_torn_within_a_letter_is_passed_over(tmp_path):
+    whole = json.dumps({"sample_id": 0, "user_id": "José"}, ensure_ascii=False).encode()
+    torn = whole.replace(b": 0", b": 1")[:-3]
+    assert torn.endswith("José".encode()[:-1])
+    (tmp_path / "rank_0.jsonl").write_bytes(whole + b"\n" + torn)
+    assert read_parts(tmp_path) == {0: {"sample_id": 0, "user_id": "José"}}
 
 
 def test_rows_of_an_earlier_version_are_scored_again_and_said(run, evaluated, tmp_path, capsys):

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from gdrt_ds.data.catalogue import CatalogueEntry
 from gdrt_ds.errors import UserError
-from gdrt_ds.inference.recommending import KnownTitles, parse_history, texts_of_names
+from gdrt_ds.inference.recommending import (
+    KnownTitles,
+    histories_of,
+    history_lines,
+    parse_history,
+    read_histories,
+    texts_of_names,
+)
 
 
 def test_a_title_that_holds_the_separator_is_kept_whole():
@@ -64,3 +73,22 @@ def test_a_name_of_items_with_different_texts_is_refused_unless_it_is_the_whole_
     twin = CatalogueEntry("9", ["9"], "<a_8>", 1, name="Up (2009)")
     with pytest.raises(UserError, match="2 items with different texts"):
         texts_of_names(["Up (2009)"], [*ENTRIES, twin])
+
+
+def test_a_file_of_histories_may_be_a_pipe_and_begin_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / "histories.txt"
+    file.write_bytes("\ufeffHeat; Up\r\n\r\nUp\u2028 and away\r\n".encode())
+    assert read_histories(None, str(file), set()) == [["Heat", "Up"], ["Up\u2028 and away"]]
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stream:
+        stream.write("Heat; Up\n")
+    try:
+        lines = history_lines(None, f"/dev/fd/{reading}")
+    finally:
+        os.close(reading)
+    # Read before the model is loaded, and parsed once more with its titles.
+    assert histories_of(lines, set()) == [["Heat", "Up"]]
+    assert histories_of(lines, {"Heat; Up"}) == [["Heat; Up"]]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="empty.txt: no title found"):
+        read_histories(None, str(tmp_path / "empty.txt"), set())

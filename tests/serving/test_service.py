@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from gdrt_ds.errors import UserError
 from gdrt_ds.inference.recommender import open_run
 from gdrt_ds.inference.recommending import recommend
 from gdrt_ds.runtime import Runtime
+from gdrt_ds.serving.running import listen, run_service
 from gdrt_ds.serving.worker import Worker
 from tests.eval.run_folders import make_run
 from tests.serving.service_process import Client, serving
@@ -68,6 +71,34 @@ def test_200_histories_asked_at_once_get_the_lists_of_recommend(recommender, his
     assert 'gdrt_requests_total{status="200"} 200.0' in numbers
     batches = float(numbers.split("gdrt_batch_size_count ")[1].split()[0])
     assert batches < 200  # requests that wait together are scored together
+
+
+def test_refused_requests_are_counted(recommender):
+    with serving(recommender, max_body_s=0.5) as (client, _):
+        for body in (b" " * (1 << 20), b'{"history": ["\xff\xfe"]}', b"{", b'{"history": []}'):
+            client.post(body)
+        client.request("GET", "/v1/recommend")
+        head = b"POST /v1/recommend HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n"
+        assert b" 408 " in client.raw(head)
+        _, _, page = client.request("GET", "/metrics")
+    counted = dict(re.findall(r'gdrt_requests_total\{status="(\d+)"\} ([\d.]+)', page))
+    assert counted == {"413": "1.0", "400": "1.0", "422": "2.0", "408": "1.0"}
+
+
+def test_an_address_that_another_service_took_is_told():
+    first, second = listen("127.0.0.1", 0), None
+    try:
+        second = listen("127.0.0.1", first.getsockname()[1])  # both are still loading their models
+        first.listen()
+        with pytest.raises(UserError, match="--port [0-9]+: cannot listen there"):
+            run_service(None, second, print)
+        with pytest.raises(UserError, match="--port [0-9]+: cannot listen there"):
+            listen("127.0.0.1", first.getsockname()[1])
+    finally:
+        for place in filter(None, (first, second)):
+            place.close()
+    with pytest.raises(UserError, match="--host is empty"):
+        listen("", 0)
 
 
 def test_histories_that_are_scored_alone_have_the_same_scores_to_the_bit(recommender, histories):

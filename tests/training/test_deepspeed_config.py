@@ -131,6 +131,13 @@ def test_presets_differ():
         contents[name] = raw
 
 
+@pytest.mark.parametrize("hidden, elements", [(64, 1 << 20), (1024, 1 << 20), (4096, 4096**2)])
+def test_the_gradients_of_a_small_model_are_reduced_together(hidden, elements):
+    raw = read_deepspeed_config("ds_configs/zero1.json")
+    filled = fill_deepspeed_config(raw, RUN, PLAN, torch.float32, hidden)
+    assert filled["zero_optimization"]["reduce_bucket_size"] == elements
+
+
 @pytest.mark.parametrize("layer", [1 << 20, 1 << 27])
 def test_limits_of_zero3_follow_the_packed_layer(layer):
     limits = zero3_limits(4096, layer)
