@@ -90,6 +90,33 @@ def test_files_that_are_missing_broken_or_no_mapping_are_told_apart(tmp_path):
         load_config(None, ["objective.tau=1", "objective=sft"][::-1])
 
 
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        (
+            b"train: {lr: 0.1}\ndro: {}\ntrain: {max_steps: 2}\n",
+            "`train` stands twice, in lines 1 and 3",
+        ),
+        (b"train:\n  lr: 0.1\n  lr: 0.2\n", "`lr` stands twice, in lines 2 and 3"),
+        ("# größe\n".encode("latin-1"), "it is not UTF-8"),
+        ("train: {lr: 0.1}".encode("utf-16"), "it is not UTF-8"),
+        (b"train.lr: 0.1\n", "`train.lr` with a dot; in a file write `lr` beneath `train:`"),
+    ],
+)
+def test_files_that_say_something_else_than_they_seem_to_are_refused(tmp_path, text, problem):
+    (tmp_path / "a.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=problem):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_a_byte_order_mark_and_merged_settings_are_read(tmp_path):
+    text = "\ufefftrain: &short {max_steps: 2, lr: 0.1}\n"
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    assert load_config(tmp_path / "a.yaml").train.max_steps == 2
+    (tmp_path / "b.yaml").write_text("model: {lora: &l {r: 4}}\ntrain: {lr: 0.1}\n")
+    assert load_config(tmp_path / "b.yaml").model.lora.r == 4
+
+
 def test_yaml_never_makes_objects(tmp_path):
     path = tmp_path / "evil.yaml"
     path.write_text("objective: !!python/object/apply:os.getcwd []\n")

@@ -72,18 +72,18 @@ class BatchPlan:
         parts = []
         while position < stop:
             epoch, offset = divmod(position, count)
-            order = self._order(epoch, count)
+            order = self.order(epoch)
             take = min(stop - position, count - offset)
             parts.append(order[offset : offset + take])
             position += take
         return np.sort(np.concatenate(parts).astype(np.int64))
 
-    def _order(self, epoch: int, count: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
         """All samples of an epoch: in the order of the data where windows grow, else a seeded permutation."""
         order = None if self.store is None else self.store.order(epoch)
         if order is not None:
             return order
-        return permutation(self.seed, epoch, count)
+        return permutation(self.seed, epoch, self.count)
 
     def _lengths_of(self, samples: np.ndarray | list[int]) -> np.ndarray:
         """int64[...]: tokens of each sample."""

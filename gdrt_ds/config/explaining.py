@@ -202,8 +202,7 @@ def refuse(errors: list[Any], tree: Mapping[str, Any], file: str, overridden: Co
         origin = _origin(key, message, file, overridden)
         if found[0]["type"] == "extra_forbidden":
             key = _whole_name(tree, key)
-            hint = nearest_key(key)
-            problems.append(f"{origin}: unknown key `{key}`" + (f"; did you mean `{hint}`?" if hint else ""))
+            problems.append(f"{origin}: unknown key `{key}`{_meant(key)}")
             fixes.append(_keys_beside(key))
         elif key:
             problems.append(f"{origin}: {key} = {_given(tree, key)!r}: {message}")
@@ -212,6 +211,15 @@ def refuse(errors: list[Any], tree: Mapping[str, Any], file: str, overridden: Co
             problems.append(f"{origin}: {message}")
             fixes.append(REFERENCE)
     return UserError("; ".join(problems), "; ".join(dict.fromkeys(fixes)))
+
+
+def _meant(key: str) -> str:
+    """What an unknown key was probably meant to be, behind its name in a message."""
+    if key in fields_of():  # a file has sections; only overrides have dots
+        section, _, name = key.rpartition(".")
+        return f" with a dot; in a file write `{name}` beneath `{section}:`"
+    hint = nearest_key(key)
+    return f"; did you mean `{hint}`?" if hint else ""
 
 
 def _keys_beside(key: str) -> str:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from gdrt_ds.config.explaining import fields_of, refuse
 from gdrt_ds.config.sections import RunConfig
+from gdrt_ds.config.yaml_files import read_yaml
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import no_such_preset, preset_path
 
@@ -69,12 +70,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         file = preset_path(path)
         if not file.is_file():
             raise no_such_preset("--config", path, "configs", ".yaml")
-        try:
-            tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"--config {path}: not valid YAML: {error}", "check the indentation at that line"
-            ) from None
+        tree = read_yaml(file, f"--config {path}") or {}
         if not isinstance(tree, dict):
             raise UserError(
                 f"--config {path}: expected a mapping of sections, found {type(tree).__name__}",

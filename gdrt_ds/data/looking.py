@@ -39,7 +39,7 @@ class Seen:
         columns: role -> column; only tables have them.
         lacking: needed roles for which no column is known -> the columns there are.
         unused: columns of the interactions that play no role, e.g. one of times under an unknown name.
-        domain: what an item is called in the prompt.
+        domain: what an item is called in the prompt; None where the reader says it.
         groups_by: of rows of prompt and completion, the groups that their columns allow; None for logs.
     """
 
@@ -49,7 +49,7 @@ class Seen:
     columns: dict[str, str] = field(default_factory=dict)
     lacking: dict[str, list[str]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
-    domain: str = "item"
+    domain: str | None = "item"
     groups_by: str | None = None
 
 
@@ -66,7 +66,9 @@ def look_at(path: str, items: str | None = None) -> Seen:
         seen = _look_at_rows(data.path)
     elif reader is not readers()["table"]:
         name = next(name for name, known in readers().items() if known is reader)
-        seen = Seen(name, path, items, domain=guess_domain(Path(path).name))
+        # The other readers know what their items are; only windows go by the folder's name.
+        domain = guess_domain(Path(path).resolve().name) if name == "windows" else None
+        seen = Seen(name, path, items, domain=domain)
     else:
         seen = _look_at_table(data)
     # A config names a data set of the hub as it was given, not by its files on this machine.

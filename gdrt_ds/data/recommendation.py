@@ -16,6 +16,7 @@ from gdrt_ds.data.coded_windows import CodedWindows
 from gdrt_ds.data.columns import WindowTable
 from gdrt_ds.data.corpus import Corpus, Sample, load_corpus
 from gdrt_ds.data.growing import GrowingStore, stitch
+from gdrt_ds.data.kept_prompt import template_of
 from gdrt_ds.data.prompts import PromptEncoder, TokenStore, store_of
 from gdrt_ds.data.templates import PromptTemplate, template_texts
 from gdrt_ds.data.training_data import Auxiliary, GroupValues
@@ -47,10 +48,10 @@ class RecommendationSource:
     def encode(self, config: RunConfig, tokenizer: Any) -> Recommendation:
         """Tokenises train and valid."""
         corpus, catalogue = self.corpus, self.catalogue
-        template = PromptTemplate.from_config(config.prompt, corpus.domain, tokenizer)
+        template, kept = template_of(config, corpus.domain, tokenizer)
         encoder = PromptEncoder(template, tokenizer, config.prompt.max_length)
         data = Recommendation(corpus, catalogue, template, encoder)
-        data.notes += [*corpus.notes, *catalogue.notes()]
+        data.notes += [*corpus.notes, *catalogue.notes(), *kept]
         for split in ("train", "valid"):
             if split == "valid" and not corpus.splits.get("valid"):
                 data.notes.append("no validation split: no early stopping, the last checkpoint is the best")

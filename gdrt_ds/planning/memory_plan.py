@@ -206,7 +206,7 @@ def estimate(
     model = take_inventory(config.model, model_config)
     rows = micro_batch_size(config, world, config.train.packing)
     basis = (
-        f"{tokens:,} tokens per micro-batch"
+        f"{tokens:,} tokens in the largest micro-batch"
         if tokens
         else f"{rows} rows of {config.prompt.max_length} tokens, the longest allowed"
     )

@@ -22,6 +22,7 @@ from gdrt_ds.models.source import compute_dtype, dtype_line, dtype_name
 from gdrt_ds.models.stored_four_bit import check_stored
 from gdrt_ds.objectives import get_objective
 from gdrt_ds.planning.compatibility import check_combination
+from gdrt_ds.planning.largest import largest_micro_batch
 from gdrt_ds.planning.memory_plan import MemoryPlan, estimate
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config, zero_stage
 from gdrt_ds.training.preflight import check_data, check_settings
@@ -145,33 +146,29 @@ def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
     layer = model.layer_elements(config.model)
     raw = read_deepspeed_config(config.deepspeed)
     engine = fill_deepspeed_config(raw, config, batches, dtype, model.hidden, layer)
-    tokens = padding_figures(store, batches, prepared.data.prefix_length)
-    step_tokens = tokens["padded" if packing[0] == "none" else packing[0]]
-    memory = memory_of(config, prepared, batches, step_tokens, engine, world)
     steps = total_steps(config, store)
+    tokens = padding_figures(store, batches, prepared.data.prefix_length)
+    largest = largest_micro_batch(store, batches, prepared.data.prefix_length, packing[0], steps)
+    memory = memory_of(config, prepared, largest, engine, world)
     return RunPlan(config, prepared, world, batches, steps, tokens, packing, dtype, engine, memory)
 
 
 def memory_of(
-    config: RunConfig, prepared: Prepared, plan: BatchPlan, tokens_per_step: float, filled: dict, world: int
+    config: RunConfig, prepared: Prepared, largest: tuple[int, int], filled: dict, world: int
 ) -> MemoryPlan:
-    """Returns the memory plan of the average micro-batch of these data.
+    """Returns the memory plan of the largest micro-batch of these data.
 
     Args:
         config: settings of the run.
         prepared: what `prepare` returns.
-        plan: what `plan_batches` returns.
-        tokens_per_step: a figure of `padding_figures`.
+        largest: its tokens and target tokens, from `largest_micro_batch`.
         filled: what `fill_deepspeed_config` returns.
         world: number of ranks.
     """
-    store = prepared.stores["train"]
     device_bytes = None
     if torch.cuda.is_available():
         device_bytes = torch.cuda.get_device_properties(0).total_memory
-    micro_batches = world * plan.accumulation
-    tokens = max(1, round(tokens_per_step / micro_batches))
-    targets = max(1, round(config.train.global_batch * float(store.num_target.mean()) / micro_batches))
+    tokens, targets = largest
     return estimate(
         config,
         prepared.model_config,

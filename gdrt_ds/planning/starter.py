@@ -24,7 +24,7 @@ def starter_config(seen: Seen, file: str, model: str) -> str:
         file: where the config will be, for the commands in its head.
         model: folder or hub name of the base model.
     """
-    name = Path(seen.path).stem or "mine"
+    name = Path(seen.path).resolve().stem or "mine"  # `..` and `.` have no name of their own
     template = "alpaca"
     reference = []
     if model == TINY:
@@ -76,11 +76,14 @@ def _prompt_lines(seen: Seen, template: str) -> list[str]:
     )
     if seen.groups_by is not None:
         return [length]  # rows bring their own wording
+    domain = []
+    if seen.domain is not None:
+        domain = [_line("domain", seen.domain, "what an item is called in the prompt")]
     return [
         _line(
             "template", template, "alpaca, plain, chat (the tokenizer's own), or a JSON file of your wording"
         ),
-        _line("domain", seen.domain, "what an item is called in the prompt"),
+        *domain,
         length.replace("the beginning of the prompt", "their oldest history"),
     ]
 

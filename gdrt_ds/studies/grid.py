@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from gdrt_ds.config.yaml_files import read_yaml
 from gdrt_ds.errors import UserError, did_you_mean
 from gdrt_ds.files import no_such_preset, preset_path
 
@@ -126,9 +126,7 @@ def load_study(path: str | Path, overrides: list[str] = ()) -> Study:
     if not file.is_file():
         raise no_such_preset("study", path, "configs/studies", ".yaml")
     try:
-        study = Study.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}", "check the indentation at that line") from None
+        study = Study.model_validate(read_yaml(file, str(path)) or {})
     except ValidationError as error:
         raise UserError(
             f"{path}: " + "; ".join(_describe(e) for e in error.errors()),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gdrt_ds.batches import BatchPlan
-from gdrt_ds.batches.prefix_tree import in_order, shared_lengths
+from gdrt_ds.batches.cost import tokens_of
 from gdrt_ds.config import RunConfig, micro_batch_size
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.data.sources import read_source
@@ -177,10 +177,6 @@ def padding_figures(
     for step in range(steps):
         for members in (members for slots in plan.step(step) for members in slots if len(members)):
             rows = [store.row(sample)[:-1] for sample in members]
-            lengths = [len(row) for row in rows]
-            shared = shared_lengths([rows[index] for index in in_order(rows)])
-            tokens["padded"] += max(lengths) * len(rows)
-            tokens["packed"] += sum(lengths)
-            tokens["shared_prefix"] += sum(lengths) - head * (len(rows) - 1)
-            tokens["prefix_tree"] += sum(lengths) - int(shared.sum())
+            for name in tokens:
+                tokens[name] += tokens_of(rows, head, "none" if name == "padded" else name)
     return {name: count / steps for name, count in tokens.items()}

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from gdrt_ds.commands import doctor
+from gdrt_ds.models import built_in
 from gdrt_ds.planning import diagnosis
 from gdrt_ds.planning.machine import describe_machine, disk
 
@@ -93,3 +94,13 @@ def test_four_bit_weights_that_come_back_wrong_are_noticed(monkeypatch):
     monkeypatch.setattr(functional, "dequantize_4bit", lambda packed, state: torch.zeros(64, 64))
     said, finding = diagnosis.try_four_bit(torch.device("cpu"))
     assert said == "wrong results" and finding.essential
+
+
+def test_a_default_model_that_is_not_installed_is_told_and_stops_nobody(monkeypatch, capsys):
+    assert diagnosis.without_default_model("smollm2-135m") is None
+    monkeypatch.setattr(built_in, "SMOLLM2_PACKAGE", "llm-that-is-not-here")
+    assert diagnosis.without_default_model("my/model") is None
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
+    assert "model.path = smollm2-135m: the package llm-that-is-not-here is not installed" in text
+    assert "or set model.path to a model folder" in text

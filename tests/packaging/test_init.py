@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from gdrt_ds.data.readers.movielens import READER as MOVIELENS
 from gdrt_ds.data.sources import read_source
 from gdrt_ds.errors import UserError
 from gdrt_ds.objectives import get_objective
+from gdrt_ds.planning.starter import starter_config
 
 
 @pytest.fixture
@@ -141,3 +143,18 @@ def test_rows_of_prompt_and_completion_get_the_groups_that_their_columns_allow(f
     assert sum(map(len, source.rows.splits.values())) == 20
     if by == "relevance":
         assert all(row.auxiliary for row in source.rows.splits["train"])
+
+
+def test_the_parent_folder_and_the_readers_own_word_for_items(folder, monkeypatch):
+    write_table(folder / "log.csv", "user,title,item,rating,timestamp", events())
+    look = look_at("log.csv")
+    assert look.domain == "item" and look_at("ml-100k").domain is None
+    (folder / "work").mkdir()
+    monkeypatch.chdir(folder / "work")
+    text = starter_config(look_at("../log.csv"), "gdrt.yaml", "tiny-random")
+    assert yaml.safe_load(text)["run"]["dir"] == "runs/log"
+    assert yaml.safe_load(starter_config(replace(look, path=".."), "x.yaml", "m"))["run"]["dir"] == (
+        f"runs/{folder.name}"
+    )
+    text = starter_config(replace(look, domain=None), "x.yaml", "m")
+    assert "domain" not in yaml.safe_load(text)["prompt"]
