@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 from eval.study.__main__ import main as eval_study
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import EXIT_INTERRUPTED, UserError
+from gdrt_ds.studies import runner
 from gdrt_ds.studies.grid import cells_of, load_study
 from gdrt_ds.studies.keeping import keep_cell, restore_cell
 from gdrt_ds.studies.runner import evaluation_of, run_of, settings_of, state_of
@@ -276,6 +279,30 @@ def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, t
     )
     assert "frozen-seed0: failed" in end.stdout  # it reads the run folder of a broken cell
     assert "4 of 6 cells are not evaluated yet" in (mine / "study.html").read_text()
+
+
+@pytest.mark.parametrize("killed, other", [("KILL", 0), ("TERM", 1)])
+def test_a_worker_that_a_signal_kills_fails_the_study_and_is_named(
+    tmp_path, monkeypatch, capsys, killed, other
+):
+    """A worker out of memory is killed by the kernel; the others end well or badly."""
+    script = f'case "$*" in *sft-seed0*) kill -{killed} $$;; esac; exit {other}'
+    monkeypatch.setattr(runner, "module_command", lambda name: ["sh", "-c", script, name])
+    study = load_study(study_file(tmp_path))
+    cells = [cell for cell in cells_of(study, tmp_path) if cell.name in ("sft-seed0", "sft-seed1")]
+    options = argparse.Namespace(study="tiny.yaml", overrides=[], keep=None)
+    number = getattr(signal, f"SIG{killed}").value
+    assert runner.run_workers(options, study, tmp_path, cells, 2) == 128 + number
+    said = capsys.readouterr().out
+    assert f"worker 1, which had sft-seed0, was killed by SIG{killed}" in said and "worker 2" not in said
+
+
+def test_an_evaluation_that_a_signal_kills_fails_the_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "module_command", lambda name: ["sh", "-c", "kill -KILL $$", name])
+    monkeypatch.setattr(runner, "state_of", lambda folder, cell: "trained")
+    study = load_study(study_file(tmp_path))
+    assert runner.work(study, tmp_path, cells_of(study, tmp_path)[:1]) > 0
+    assert "the evaluation, which had sft-seed0, was killed by SIGKILL" in capsys.readouterr().out
 
 
 @pytest.mark.distributed
