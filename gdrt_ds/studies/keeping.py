@@ -10,7 +10,9 @@ folder, the checkout, the home folder, and for data and models that a setting ta
 
 from __future__ import annotations
 
+import lzma
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from gdrt_ds.config import RunConfig
@@ -20,6 +22,8 @@ from gdrt_ds.files import REPOSITORY, replacing
 KEPT_SUFFIXES = (".yaml", ".json", ".jsonl", ".md")
 LARGEST_BYTES = 64 << 20
 """No text file of a run is larger. A zip that claims more is not one of ours."""
+DAMAGED = (zipfile.BadZipFile, ValueError, lzma.LZMAError, zlib.error, EOFError, RuntimeError)
+"""What `zipfile` raises for other files, damaged ones and kinds of compression that it does not know."""
 STAMP = (1980, 1, 1, 0, 0, 0)
 """Time of every entry: the same files give the same zip."""
 
@@ -51,29 +55,40 @@ def packed_path(kept: Path, name: str) -> Path:
 
 
 def restore_cell(source: Path, run: Path, config: RunConfig) -> None:
-    """Unpacks a kept cell into a run folder.
+    """Unpacks a kept cell into a run folder, whole or not at all.
 
     Args:
         source: the cell's file.
-        run: where the run folder shall be.
+        run: where the run folder shall be; nothing or an empty folder.
         config: the settings that the cell has here; their folders stand where the maker's did.
     Raises:
-        UserError: the file is no kept cell.
+        UserError: the file is no kept cell or is damaged, or the folder cannot be written.
     """
-    places = _places(run, config)
     try:
         with zipfile.ZipFile(source) as archive:
             for entry in archive.infolist():
                 _check_entry(entry)
-            for entry in archive.infolist():
-                target = run / entry.filename
-                target.parent.mkdir(parents=True, exist_ok=True)
-                text = archive.read(entry).decode("utf-8")
-                target.write_text(_with_places(text, places), encoding="utf-8")
-    except (zipfile.BadZipFile, ValueError) as problem:
+            run.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(run) as scratch:
+                _unpack(archive, scratch, _places(run, config))
+    except DAMAGED as problem:
         raise UserError(
-            f"{source} is no kept cell of a study ({problem})", "remove it; the cell is then trained again"
+            f"{source} is no kept cell of a study, or is damaged ({problem or type(problem).__name__})",
+            "remove it; the cell is then trained again",
         ) from None
+    except OSError as problem:
+        raise UserError(
+            f"{source} cannot be unpacked into {run} ({problem.strerror or problem})",
+            f"free disk space, and remove {run} if it holds something else",
+        ) from None
+
+
+def _unpack(archive: zipfile.ZipFile, folder: Path, places: list[tuple[str, str]]) -> None:
+    for entry in archive.infolist():
+        target = folder / entry.filename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = archive.read(entry).decode("utf-8")
+        target.write_text(_with_places(text, places), encoding="utf-8")
 
 
 def _places(run: Path, config: RunConfig) -> list[tuple[str, str]]:

@@ -228,6 +228,53 @@ def test_a_zip_that_is_no_kept_cell_is_refused(tmp_path, name):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("damage", ["first bytes", "later bytes", "unknown compression", "encrypted"])
+def test_a_damaged_kept_cell_is_refused_and_leaves_no_run_behind(tmp_path, damage):
+    """Half of a run folder would count as trained."""
+    run = tmp_path / "study" / "runs" / "cell"
+    evaluation = run / "eval" / "test-renormalised"
+    evaluation.mkdir(parents=True)
+    (run / "config.yaml").write_text("train: {}\n")
+    (run / "summary.json").write_text(json.dumps({"status": "completed"}))
+    (evaluation / "results.json").write_text(json.dumps({"rows": list(range(3000))}))
+    packed = keep_cell(run, RunConfig(), evaluation, tmp_path / "kept")
+    with zipfile.ZipFile(packed) as archive:
+        last = archive.infolist()[-1]
+    content = bytearray(packed.read_bytes())
+    data = last.header_offset + 30 + len(last.filename)
+    entry = content.rindex(b"PK\x01\x02")  # of the same file in the list at the end
+    if damage == "first bytes":
+        content[data + 4 : data + 9] = b"\xff" * 5  # the properties of LZMA
+    elif damage == "later bytes":
+        content[data + 40] ^= 0xFF
+    elif damage == "unknown compression":
+        content[entry + 10] = 97
+    else:
+        content[entry + 8] |= 1
+        content[last.header_offset + 6] |= 1
+    packed.write_bytes(content)
+
+    elsewhere = tmp_path / "elsewhere" / "runs" / "cell"
+    with pytest.raises(UserError, match="is damaged") as refused:
+        restore_cell(packed, elsewhere, RunConfig())
+    assert "remove it" in refused.value.fix
+    assert not elsewhere.exists() and not list(elsewhere.parent.iterdir())
+
+
+def test_a_kept_cell_is_not_unpacked_over_other_files(tmp_path):
+    run = tmp_path / "study" / "runs" / "cell"
+    (run / "eval").mkdir(parents=True)
+    (run / "config.yaml").write_text("train: {}\n")
+    packed = keep_cell(run, RunConfig(), run / "eval", tmp_path / "kept")
+    other = tmp_path / "elsewhere" / "runs" / "cell"
+    other.mkdir(parents=True)
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="cannot be unpacked") as refused:
+        restore_cell(packed, other, RunConfig())
+    assert f"remove {other}" in refused.value.fix
+    assert [file.name for file in other.iterdir()] == ["notes.txt"]
+
+
 def _entries(packed: Path) -> list[bytes]:
     with zipfile.ZipFile(packed) as archive:
         return [archive.read(entry) for entry in archive.infolist()]
