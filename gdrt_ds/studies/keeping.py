@@ -11,6 +11,7 @@ folder, the checkout, the home folder, and for data and models that a setting ta
 from __future__ import annotations
 
 import lzma
+import re
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -108,14 +109,40 @@ def _places(run: Path, config: RunConfig) -> list[tuple[str, str]]:
 
 
 def _without_places(text: str, places: list[tuple[str, str]]) -> str:
+    """The text with words for the places where they are whole paths, or the beginnings of longer ones."""
     for place, word in places:
-        text = text.replace(place, word)
+        if place in text and _names_a_folder(place):
+            text = _replaced_path(text, place, word)
     return text
+
+
+def _names_a_folder(place: str) -> bool:
+    """Whether a path says enough to be replaced: the root, `..` and one name alone stand for too much."""
+    named = [part for part in place.split("/") if part]
+    return len(named) + place.startswith("/") >= 2
+
+
+def _replaced_path(text: str, place: str, word: str) -> str:
+    """The text with the word for the place, but not for its letters in the middle of another path.
+
+    The letter of an escape in JSON, as in `\\n/home/me`, is no part of a path.
+    """
+    absolute = place.startswith("/")
+
+    def choose(found: re.Match[str]) -> str:
+        before = text[max(0, found.start() - 2) : found.start()]
+        inside = re.search(r"[\w.~-]$" if absolute else r"[\w./~-]$", before)
+        if inside and not re.fullmatch(r"\\[nrt]", before):
+            return place
+        return word
+
+    after = "" if place.endswith("/") else r"(?![\w~-]|\.\w)"
+    return re.sub(re.escape(place) + after, choose, text)
 
 
 def _with_places(text: str, places: list[tuple[str, str]]) -> str:
     for place, word in places:
-        text = text.replace(word, place)
+        text = text.replace(word, "" if place == "/" else place)
     return text
 
 

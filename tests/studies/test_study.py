@@ -189,6 +189,36 @@ def test_a_kept_cell_names_the_data_folder_of_whoever_reads_it(tmp_path):
     assert found == {"config": {"data.path": "../their/data"}}
 
 
+@pytest.mark.parametrize(
+    "home, texts",
+    [
+        ("/", ["Face/Off (1997)", "/data/log.csv", "1/2"]),
+        ("/me", ["/home/me", "/me-too/log.csv", "a/media", "Me/me.json", "/me.old"]),
+    ],
+)
+def test_a_kept_cell_changes_no_text_that_is_no_path_of_its_maker(tmp_path, monkeypatch, home, texts):
+    monkeypatch.setenv("HOME", home)
+    run = tmp_path / "study" / "runs" / "cell"
+    (run / "eval").mkdir(parents=True)
+    (run / "catalogue.jsonl").write_text("\n".join(texts))
+    packed = keep_cell(run, RunConfig(), run / "eval", tmp_path / "kept")
+    assert _entries(packed) == ["\n".join(texts).encode()]
+
+
+def test_a_kept_cell_names_no_home_folder_and_is_restored_where_home_is_the_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/me")
+    run = tmp_path / "study" / "runs" / "cell"
+    (run / "eval").mkdir(parents=True)
+    text = '["/me", "/me/a.csv", "file:///me/b", "\\n/me/c", "see /me."]'
+    (run / "summary.json").write_text(text)
+    packed = keep_cell(run, RunConfig(), run / "eval", tmp_path / "kept")
+    assert _entries(packed) == [text.replace("/me", "{home}").encode()]
+    monkeypatch.setenv("HOME", "/")
+    elsewhere = tmp_path / "elsewhere" / "runs" / "cell"
+    restore_cell(packed, elsewhere, RunConfig())
+    assert (elsewhere / "summary.json").read_text() == text.replace("/me", "")
+
+
 def test_a_command_that_may_run_for_so_long_ends_with_a_checkpoint_and_goes_on(finished, tmp_path):
     """The time is up before the first step: each command takes one step, and the last one takes the rest."""
     path, folder, _ = finished
