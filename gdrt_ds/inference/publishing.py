@@ -36,7 +36,8 @@ def write_adapter(
         catalogue, in words.
 
     Raises:
-        UserError: no adapter, or one that changes nothing or is not finite; an output folder in use.
+        UserError: no adapter, or one that changes nothing, is not finite or belongs to a base that the run
+            made itself; an output folder in use.
     """
     run = Path(run)
     output = Path(output)
@@ -65,7 +66,7 @@ def base_of(run: str | Path) -> str:
     """The base as the run names it.
 
     Raises:
-        UserError: this is no run folder with an adapter.
+        UserError: this is no run folder with an adapter that others can load.
     """
     return _open(Path(run)).model.path
 
@@ -79,7 +80,14 @@ def _open(run: Path) -> RunConfig:
         raise UserError(
             f"--run {run} has no adapter/ yet", "let the run finish, or resume it with resume=auto"
         )
-    return load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml")
+    if config.model.new_tokens:
+        raise UserError(
+            f"--adapter-only: the run has model.new_tokens = {config.model.new_tokens}, so its adapter belongs "
+            f"to {run / 'base'}, whose tokens no other base has",
+            "export the merged model: leave --adapter-only out",
+        )
+    return config
 
 
 def check_weights(file: Path) -> None:

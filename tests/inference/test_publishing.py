@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -145,6 +147,32 @@ def test_adapters_that_change_nothing_or_are_not_finite_are_refused(run, tmp_pat
     with pytest.raises(UserError, match="no adapter"):
         write_adapter(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("upload", [[], ["--push", "owner/films", "--base-name", BASE]])
+def test_an_adapter_on_a_base_with_new_tokens_is_refused(run, tmp_path, hub, capsys, upload):
+    """Its rows for the new tokens do not fit the base of the hub."""
+    hub("", offline=True)  # the refusal comes before what an upload lacks
+    mine = copy_of(run, tmp_path / "run")
+    change_config(mine, {"model": {"new_tokens": "<[a-c]_[0-9]+>"}})
+    with pytest.raises(SystemExit):
+        main([*command(mine, tmp_path / "out"), *upload])
+    said = capsys.readouterr().err
+    assert "model.new_tokens = <[a-c]_[0-9]+>" in said and "leave --adapter-only out" in said
+    assert not (tmp_path / "out").exists()
+
+
+def copy_of(run, folder):
+    """A run folder that a test may change."""
+    return shutil.copytree(run, folder)
+
+
+def change_config(run, changes) -> None:
+    """Sets keys of sections in config.yaml."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for section, values in changes.items():
+        config[section].update(values)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
 
 
 @pytest.mark.parametrize(
