@@ -50,7 +50,7 @@ class Adapter:
 def adapter_card(about: Adapter) -> str:
     """Returns the text of README.md."""
     summary = read_json(about.run / "summary.json")
-    results = own_evaluation(about.run) or {}
+    results = own_evaluation(about.run, about.config) or {}
     lines = [
         front_matter(about, results),
         *_what_it_is(about),

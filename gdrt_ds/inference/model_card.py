@@ -1,8 +1,8 @@
 """The README.md of an exported model: what it is, how to load it, from what, and with which figures.
 
 A card states only what the run folder records. Its figures are those of the newest full evaluation of this
-very adapter: evaluations of the base model, of another adapter or of a part of the samples (--limit) are
-passed over.
+very adapter on the base as trained: evaluations of the base model, of another adapter or on another base, of
+a part of the samples (--limit) and by a search are passed over.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from gdrt_ds.config import ModelSection, RunConfig
 from gdrt_ds.files import sha256_of
+from gdrt_ds.models.fingerprint import base_fingerprint
 from gdrt_ds.models.quantization import get_quantization, storage_dtype
 from gdrt_ds.models.source import compute_dtype, dtype_name
 
@@ -91,7 +92,7 @@ class Export:
 def model_card(about: Export) -> str:
     """Returns the text of README.md."""
     summary = read_json(about.run / "summary.json")
-    results = own_evaluation(about.run) or {}
+    results = own_evaluation(about.run, about.config) or {}
     lines = [
         *_front_matter(),
         *_what_it_is(about),
@@ -104,23 +105,58 @@ def model_card(about: Export) -> str:
     return "\n".join(lines)
 
 
-def own_evaluation(run: Path) -> dict[str, Any] | None:
-    """The results.json of the newest full evaluation of the run's own adapter inside the run folder.
+def own_evaluation(run: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The results.json of the newest exact evaluation of the run's own adapter, on the base as trained.
 
-    An evaluation names the SHA-256 of the adapter that it scored, which is empty for a base model, and its
-    `limit`. Both are under `scoring_key`, which results of format 1 call `scoring`.
+    It is of the whole test split. Scores over the catalogue's tokens (`renormalised`) come before those over
+    the vocabulary (`full`); searches are passed over. An evaluation names the SHA-256 of the adapter that it
+    scored, which is empty for a base model, and its `limit`. Both are under `scoring_key`, which results of
+    format 1 call `scoring`.
     """
     adapter = run / "adapter" / "adapter_model.safetensors"
     if not adapter.is_file():
         return None
     digest = sha256_of(adapter)
+    bases = _fingerprints_as_trained(run, config)
     written = sorted(run.glob("**/results.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found: dict[str, dict[str, Any]] = {}
     for path in written:
         results = read_json(path)
         key = _scoring_key(results)
-        if results.get("metrics") and key.get("adapter") == digest and key.get("limit") is None:
-            return results
-    return None
+        own = key.get("adapter") == digest and key.get("limit") is None
+        if results.get("metrics") and own and results.get("split", "test") == "test":
+            if _on_the_base(results, bases, config.model):
+                mode = results.get("mode") or key.get("mode") or "renormalised"
+                found.setdefault(mode, results)
+    return found.get("renormalised") or found.get("full")
+
+
+def _on_the_base(results: dict[str, Any], bases: set[str], trained: ModelSection) -> bool:
+    """Whether an evaluation scored the base as trained: by its fingerprint, else by its settings."""
+    fingerprint = _scoring_key(results).get("model")
+    if fingerprint and bases:
+        return fingerprint in bases
+    evaluated = (results.get("config") or {}).get("model") or {}
+    names = ("path", "revision", "quantization", "double_quant", "quant_storage")
+    return all(evaluated.get(name, getattr(trained, name)) == getattr(trained, name) for name in names)
+
+
+def _fingerprints_as_trained(run: Path, config: RunConfig) -> set[str]:
+    """Fingerprints of the base that an evaluation of it can have; none if the base is not on this machine.
+
+    Evaluations load it in the dtype of the training, or in float32.
+    """
+    recorded = read_json(run / "adapter" / "adapter_config.json").get("base_model_name_or_path")
+    places = [place for place in (run / "base", recorded, config.model.path) if place]
+    base = next((Path(place) for place in places if (Path(place) / "config.json").is_file()), None)
+    if base is None:
+        return set()
+    summary = read_json(run / "summary.json")
+    dtypes = {torch.float32, torch.bfloat16, torch.float16}
+    if summary.get("dtype"):
+        dtypes = {torch.float32, trained_dtype(config.model, summary)}
+    found = {base_fingerprint(base, config.model, dtype) for dtype in dtypes}
+    return found | {summary["base_fingerprint"]} if summary.get("base_fingerprint") else found
 
 
 def _scoring_key(results: dict[str, Any]) -> dict[str, Any]:
@@ -292,6 +328,7 @@ def _configuration(about: Export) -> list[str]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object of a JSON file; empty if the file is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
