@@ -208,9 +208,15 @@ def _group_losses(run: Path, summary: dict[str, Any]) -> list[float | None] | No
     file = run / "validation.jsonl"
     if not file.is_file():
         return None
-    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     step = summary.get("adapter_step")
-    chosen = [row for row in found if row.get("step") == step]
+    chosen = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # a killed run left half a line
+            continue
+        if isinstance(row, dict) and row.get("step") == step:
+            chosen.append(row)
     if not chosen:
         return None
     return chosen[-1].get("group_loss")

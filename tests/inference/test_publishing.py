@@ -17,8 +17,10 @@ from gdrt_ds.data.trie_file import load_trie
 from gdrt_ds.errors import UserError
 from gdrt_ds.export import main
 from gdrt_ds.files import sha256_of
+from gdrt_ds.inference import exporting
 from gdrt_ds.inference.publishing import check_upload, write_adapter
 from gdrt_ds.inference.recommender import open_run
+from gdrt_ds.models.weight_writer import shard_bytes
 from gdrt_ds.runtime import Runtime
 from tests.eval.run_folders import make_run
 
@@ -160,6 +162,75 @@ def test_an_adapter_on_a_base_with_new_tokens_is_refused(run, tmp_path, hub, cap
     said = capsys.readouterr().err
     assert "model.new_tokens = <[a-c]_[0-9]+>" in said and "leave --adapter-only out" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(params=["merged", "adapter alone"])
+def export_to(request, run, capsys):
+    """Runs the export of either kind, which must be refused; returns what it says."""
+
+    def refused(output, *more) -> str:
+        words = [*command(run, output), *more]
+        if request.param == "merged":
+            words.remove("--adapter-only")
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: ") and "fix: " in said
+        return said
+
+    return refused
+
+
+def test_outputs_that_cannot_be_used_are_refused_in_words(export_to, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    assert f"--output {tmp_path / 'file'} is a file" in export_to(tmp_path / "file")
+    assert f"--output {tmp_path} is not empty" in export_to(tmp_path)
+    assert "cannot be used (File name too long)" in export_to(tmp_path / ("x" * 300))
+    assert "cannot be written" in export_to(tmp_path / "file" / "below")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert "--output . is the folder that you are in" in export_to(".")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_link_to_an_empty_folder_is_an_output(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    assert main(command(run, tmp_path / "link")) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("size", ["4 gigs", "0MB", "GB", "4"])
+def test_a_shard_size_that_is_none_is_refused_before_the_model_is_loaded(run, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(exporting, "_write_model", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(UserError, match=f"--shard-size {size} is no size of a file"):
+        exporting.export(run, tmp_path / "out", shard_size=size)
+    assert [shard_bytes(text) for text in ("4GB", " 1.5 mb", "2KB")] == [4 * 10**9, 1_500_000, 2000]
+
+
+def test_damaged_files_of_an_adapter_are_refused_in_words(run, tmp_path):
+    mine = copy_of(run, tmp_path / "run")
+    weights, settings = (
+        mine / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json")
+    )
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="is not a readable safetensors file"):
+        write_adapter(mine, tmp_path / "out")
+    weights.write_bytes(whole)
+    for text in ("{", "[]"):
+        settings.write_text(text)
+        with pytest.raises(UserError, match="adapter_config.json cannot be read"):
+            write_adapter(mine, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_a_line_of_a_killed_run_does_not_stop_the_card(run, tmp_path):
+    mine = copy_of(run, tmp_path / "run")
+    with open(mine / "validation.jsonl", "a") as stream:
+        stream.write('{"step": 20, "group_lo')
+    write_adapter(mine, tmp_path / "out")
+    assert "| r in [-inf, -3) | 70 | 2.2500 |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def copy_of(run, folder):
