@@ -24,4 +24,5 @@ Exports:
     publishing.py         an adapter as others can use it, and its way to the hub
     model_card.py         the README of an exported model
     adapter_card.py       the README of a published adapter
+    public_names.py       what it says in place of paths
 """

@@ -23,6 +23,7 @@ from gdrt_ds.inference.model_card import (
     recorded,
     trained_dtype,
 )
+from gdrt_ds.inference.public_names import public_path, public_settings
 from gdrt_ds.models.quantization import get_quantization, storage_dtype
 from gdrt_ds.models.source import dtype_name
 
@@ -77,7 +78,7 @@ def front_matter(about: Adapter, results: dict[str, Any]) -> str:
                 EvalResult(
                     task_type="text-generation",
                     dataset_type="recommendation",
-                    dataset_name=_short(about.config.data.path),
+                    dataset_name=public_path(about.config.data.path, about.run, about.config),
                     dataset_split=results.get("split"),
                     metric_type=name,
                     metric_value=round(float(value), 6),
@@ -146,7 +147,7 @@ def _data(about: Adapter, summary: dict[str, Any], results: dict[str, Any]) -> l
     return [
         "## Data",
         "",
-        f"`{_short(data.path)}`, split by {data.split}. Fingerprint of the data: "
+        f"`{public_path(data.path, about.run, about.config)}`, split by {data.split}. Fingerprint of the data: "
         f"{recorded(fingerprint)}.{samples} "
         "This folder holds the titles of the catalogue, and nothing about users.",
         "",
@@ -271,29 +272,11 @@ def _limits(about: Adapter, results: dict[str, Any]) -> list[str]:
 
 def _settings(about: Adapter, summary: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in (summary.get("versions") or {}).items())
-    text = yaml.safe_dump(public_settings(about.config.model_dump(mode="json")), sort_keys=False)
+    text = yaml.safe_dump(public_settings(about.config, about.run), sort_keys=False)
     lines = ["## Settings", ""]
     if versions:
         lines += [versions, ""]
     return [*lines, "```yaml", text.rstrip(), "```", ""]
-
-
-def public_settings(value: Any) -> Any:
-    """Returns settings in which every path is cut to its last part."""
-    if isinstance(value, dict):
-        return {key: public_settings(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [public_settings(item) for item in value]
-    if isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or Path(value).exists()):
-        return _short(value)
-    return value
-
-
-def _short(path: str) -> str:
-    """The last part of a path; a name stays as it is."""
-    if path.startswith(("/", "~", ".")) or Path(path).exists():
-        return Path(path).name or path
-    return path
 
 
 def _number(value: float | None) -> str:

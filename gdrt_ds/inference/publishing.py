@@ -17,6 +17,7 @@ from gdrt_ds.files import write_json
 from gdrt_ds.inference.adapter_card import Adapter, adapter_card
 from gdrt_ds.inference.catalogue_files import write_catalogue
 from gdrt_ds.inference.output_folder import check_output, writing_to
+from gdrt_ds.inference.public_names import public_path
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 REPAIR = "the file is damaged: copy the run again from where it was trained, or train again"
@@ -30,7 +31,8 @@ def write_adapter(
     Args:
         run: run folder of a finished training.
         output: new or empty folder.
-        base_name: the base as others name it, e.g. `owner/name` on the hub; None = as the run names it.
+        base_name: the base as others name it, e.g. `owner/name` on the hub; None = as the run names it, of a
+            folder the last part.
         name: the adapter as others name it; None = the run's name.
 
     Returns:
@@ -47,7 +49,7 @@ def write_adapter(
     check_weights(run / "adapter" / "adapter_model.safetensors")
     _adapter_settings(run / "adapter" / "adapter_config.json")
     target = check_output(output)
-    base = base_name or config.model.path
+    base = base_name or public_path(config.model.path, run, config)
     about = Adapter(run, config, base, name or run.resolve().name)
     with writing_to(target) as scratch:
         shutil.copytree(run / "adapter", scratch, ignore=shutil.ignore_patterns("README.md"))
@@ -58,12 +60,13 @@ def write_adapter(
 
 
 def base_of(run: str | Path) -> str:
-    """The base as the run names it.
+    """The base as the run names it; of a folder the last part.
 
     Raises:
         UserError: this is no run folder with an adapter that others can load.
     """
-    return _open(Path(run)).model.path
+    config = _open(Path(run))
+    return public_path(config.model.path, Path(run), config)
 
 
 def _open(run: Path) -> RunConfig:

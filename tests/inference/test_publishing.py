@@ -13,11 +13,13 @@ from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from gdrt_ds.config import load_config
 from gdrt_ds.data.trie_file import load_trie
 from gdrt_ds.errors import UserError
 from gdrt_ds.export import main
 from gdrt_ds.files import sha256_of
 from gdrt_ds.inference import exporting
+from gdrt_ds.inference.public_names import public_settings
 from gdrt_ds.inference.publishing import check_upload, write_adapter
 from gdrt_ds.inference.recommender import open_run
 from gdrt_ds.models.weight_writer import shard_bytes
@@ -231,6 +233,43 @@ def test_half_a_line_of_a_killed_run_does_not_stop_the_card(run, tmp_path):
         stream.write('{"step": 20, "group_lo')
     write_adapter(mine, tmp_path / "out")
     assert "| r in [-inf, -3) | 70 | 2.2500 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_paths_of_the_settings_are_cut_wherever_the_export_is_called(run, tmp_path, monkeypatch):
+    """None of them exists here; an export is often made on another machine or from another folder."""
+    mine = copy_of(run, tmp_path / "work" / "runs" / "one")
+    base = tmp_path / "work" / "secret" / "base-model"
+    base.parent.mkdir()
+    shutil.move(mine / "base", base)
+    (tmp_path / "work" / "secret" / "items").mkdir()
+    data = {"path": "secret/clients/acme/log.csv", "items": "secret/items", "users": "secret/users.csv"}
+    data["train_file"] = "../secret/train.csv"
+    model = {"path": "secret/base-model", "tokenizer": str(base)}
+    change_config(mine, {"data": data, "model": model, "run": {"dir": "runs/one"}})
+    change_config(mine, {"prompt": {"domain": "x" * 300}, "dro": {"frozen_weights": "/secret/runs/two"}})
+    settings = json.loads((mine / "adapter" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(base)
+    (mine / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    monkeypatch.chdir(tmp_path)
+    done = write_adapter(mine, tmp_path / "out")
+    assert done["base"] == "base-model"
+    for file in (tmp_path / "out").iterdir():
+        assert b"secret" not in file.read_bytes() and str(tmp_path).encode() not in file.read_bytes(), file
+    card = (tmp_path / "out" / "README.md").read_text()
+    for line in ("`log.csv`", "items: items", "users: users.csv", "path: base-model", "dir: one", "x" * 300):
+        assert line in card
+
+
+def test_names_of_the_hub_stay_in_the_settings(run, tmp_path):
+    config = load_config(run / "config.yaml")
+    config.data.path, config.model.path = "owner/log:small", BASE
+    config.data.items, config.deepspeed = "owner/items", "ds_configs/zero3_qlora.json"
+    config.data.mixture = {"owner/rows": 1.0, "/a/rows.jsonl": 2.0, "/b/rows.jsonl": 3.0}
+    found = public_settings(config, tmp_path)
+    assert found["data"]["path"] == "owner/log:small" and found["data"]["items"] == "owner/items"
+    assert found["model"]["path"] == BASE and found["deepspeed"] == "zero3_qlora.json"
+    assert found["data"]["mixture"] == {"owner/rows": 1.0, "rows.jsonl": 2.0, "rows.jsonl (2)": 3.0}
+    assert found["prompt"]["template"] == "alpaca" and found["data"]["format"] == "auto"
 
 
 def copy_of(run, folder):
