@@ -16,6 +16,7 @@ import torch
 
 from gdrt_ds.config import ModelSection, RunConfig
 from gdrt_ds.files import sha256_of
+from gdrt_ds.inference.row_model import is_row_run
 from gdrt_ds.models.fingerprint import base_fingerprint
 from gdrt_ds.models.quantization import get_quantization, storage_dtype
 from gdrt_ds.models.source import compute_dtype, dtype_name
@@ -183,7 +184,7 @@ def _what_it_is(about: Export) -> list[str]:
     if about.base == "trained" and about.quantised:
         source = f" (weights dequantised from {config.model.quantization.upper()}, as trained)"
     return [
-        f"# {about.run.name}: {config.objective} recommender",
+        f"# {about.run.name}: {config.objective} {'model' if is_row_run(about.run) else 'recommender'}",
         "",
         f"A LoRA adapter trained by gdrt_ds with the objective `{config.objective}`, merged into "
         f"`{config.model.path}`{source}, stored as {about.dtype_name}. It loads with "
@@ -269,10 +270,13 @@ def _data(about: Export, summary: dict[str, Any], results: dict[str, Any]) -> li
     # Runs of earlier versions do not record the fingerprint; their evaluations do.
     fingerprint = summary.get("data_fingerprint") or _scoring_key(results).get("corpus")
     data = about.config.data
+    what = f"`{data.path}`, split by {data.split}"
+    if is_row_run(about.run):
+        what = ", ".join(f"`{path}`" for path in data.mixture or [data.path])
     return [
         "## Data",
         "",
-        f"`{data.path}`, split by {data.split}. Fingerprint of the data: {recorded(fingerprint)}.",
+        f"{what}. Fingerprint of the data: {recorded(fingerprint)}.",
         "",
     ]
 
@@ -292,11 +296,12 @@ def _metrics(about: Export, results: dict[str, Any]) -> list[str]:
             f"This adapter has no full evaluation yet (`python -m eval.run --run {about.run}`).",
             "",
         ]
+    items = f", {results['num_items']} items" if results.get("num_items") else ""  # rows have no items
     lines = [
         "## Metrics",
         "",
         f"Measured on base + adapter as trained: split {results.get('split')}, "
-        f"{results.get('num_samples')} samples, {results.get('num_items')} items.",
+        f"{results.get('num_samples')} samples{items}.",
         "",
     ]
     return [*lines, *metric_table(results), ""]

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from eval.run import main as evaluate
 from gdrt_ds.config import load_config
 from gdrt_ds.data.trie_file import load_trie
 from gdrt_ds.errors import UserError
@@ -264,12 +265,37 @@ def test_names_of_the_hub_stay_in_the_settings(run, tmp_path):
     config = load_config(run / "config.yaml")
     config.data.path, config.model.path = "owner/log:small", BASE
     config.data.items, config.deepspeed = "owner/items", "ds_configs/zero3_qlora.json"
+    config.run.dir = "clients/acme"  # no name of the hub, wherever the run lies now
     config.data.mixture = {"owner/rows": 1.0, "/a/rows.jsonl": 2.0, "/b/rows.jsonl": 3.0}
     found = public_settings(config, tmp_path)
     assert found["data"]["path"] == "owner/log:small" and found["data"]["items"] == "owner/items"
     assert found["model"]["path"] == BASE and found["deepspeed"] == "zero3_qlora.json"
     assert found["data"]["mixture"] == {"owner/rows": 1.0, "rows.jsonl": 2.0, "rows.jsonl (2)": 3.0}
+    assert found["run"]["dir"] == "acme"
     assert found["prompt"]["template"] == "alpaca" and found["data"]["format"] == "auto"
+
+
+def test_the_adapter_of_a_run_on_rows_has_its_prompt_and_a_card_about_rows(tmp_path, capsys):
+    rows = "".join(json.dumps({"prompt": f"p {n}", "completion": f" c {n % 3}"}) + "\n" for n in range(60))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    settings = [f"data.path={tmp_path / 'rows.jsonl'}", "data.format=sft", "objective=sft"]
+    mine = make_run(tmp_path / "run", settings)
+    evaluate(["--run", str(mine), "--floors", "none", "--bootstrap", "20"])
+    done = write_adapter(mine, tmp_path / "out")
+    assert done["catalogue"] == "no catalogue: the run has no catalogue.jsonl"
+    assert (tmp_path / "out" / "prompt.json").read_bytes() == (mine / "prompt.json").read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    about, _, settings = card.partition("## Settings")
+    assert not re.search("catalogue|title|recommend|history|split by", about), about
+    assert "answers with a completion" in about and "`rows.jsonl`: rows of prompt and completion" in about
+    assert "rows, scored over the vocabulary" in about and "| nll |" in about
+
+    exporting.export(mine, tmp_path / "merged")
+    about, _, settings = (
+        (tmp_path / "merged" / "README.md").read_text().partition("## Training configuration")
+    )
+    assert not re.search("recommender|split by|items", about) and "| nll |" in about
+    assert (tmp_path / "merged" / "prompt.json").is_file()
 
 
 def copy_of(run, folder):
