@@ -14,11 +14,24 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.files import write_json
 
 
+def what_is_scored(split: str, mode: str, scoring: str, *, on_rows: bool = False) -> list[str]:
+    """The parts of an evaluation folder's name that tell evaluations of one run apart.
+
+    Args:
+        on_rows: the run is on rows of prompt and completion (`data.format=sft`), which have one mode.
+    """
+    if on_rows:
+        return [split, "full"]
+    if mode in ("best_first", "beam") and scoring != "renormalised":
+        return [split, mode, scoring]
+    return [split, mode]
+
+
 def default_folder(run: Path | None, name: str, what: list[str], *, limit: int | None, is_base: bool) -> Path:
     """RUN/eval/WHAT[-limitN][-base]; ./eval-NAME-WHAT[-limitN] for models trained elsewhere.
 
     Args:
-        what: split, mode and whatever else tells evaluations of one run apart.
+        what: from `what_is_scored`.
     """
     parts = list(what)
     if limit:

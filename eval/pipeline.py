@@ -12,7 +12,7 @@ from eval.floors import AUTO, Choice, choose, fit_floors, floor_predictions, min
 from eval.folders import FORMAT
 from eval.loading import Subject
 from eval.metrics import evaluate, evaluate_targets
-from eval.output import default_folder, with_earlier_audits, write_evaluation
+from eval.output import default_folder, what_is_scored, with_earlier_audits, write_evaluation
 from eval.predictions import (
     Exactness,
     Progress,
@@ -39,9 +39,7 @@ def evaluation_runtime() -> Runtime:
 
 def default_output(subject: Subject, options: ScoringOptions) -> Path:
     """RUN/eval/SPLIT-MODE[-SCORING][-limitN][-base]; ./eval-NAME-SPLIT-MODE for models trained elsewhere."""
-    what = [subject.split, options.mode]
-    if not options.exact and options.scoring != "renormalised":
-        what.append(options.scoring)
+    what = what_is_scored(subject.split, options.mode, options.scoring)
     is_base = subject.recommender.adapter is None
     return default_folder(subject.run, subject.name, what, limit=subject.limit, is_base=is_base)
 

@@ -77,8 +77,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def publish_adapter(options: argparse.Namespace) -> None:
     """Writes the adapter's folder, and uploads it if that is asked for."""
+    base = base_of(options.run)
     if options.push:
-        check_upload(options.push, options.base_name or base_of(options.run))
+        check_upload(options.push, options.base_name or base)
     done = write_adapter(options.run, options.output, options.base_name, options.push)
     print(f"{done['folder']}: adapter for {done['base']}; {done['catalogue']}")
     if options.push:

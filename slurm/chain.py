@@ -349,11 +349,12 @@ def _evaluation_jobs(request: Request) -> list[Job]:
 def _compared_folders(request: Request) -> list[str]:
     """Evaluation folders that the comparison takes."""
     args = request.args
-    name = evaluation_name(shlex.split(args.eval_args))
+    words = shlex.split(args.eval_args)
+    on_rows = trains_on_rows(request.config)
     folders = list(args.compare_with)
     if not args.no_base:
-        folders.append(str(Path(request.runs[0]) / "eval" / f"{name}-base"))
-    return folders + [str(Path(run) / "eval" / name) for run in request.runs]
+        folders.append(evaluation_folder(request.runs[0], words, on_rows=on_rows, is_base=True))
+    return folders + [evaluation_folder(run, words, on_rows=on_rows) for run in request.runs]
 
 
 def is_grid(args: argparse.Namespace) -> bool:
@@ -361,20 +362,41 @@ def is_grid(args: argparse.Namespace) -> bool:
     return max(len(args.objectives or []), len(args.seeds), len(args.taus)) > 1
 
 
-def evaluation_name(words: list[str]) -> str:
-    """Returns the folder that eval.run chooses inside RUN/eval for these arguments."""
+def evaluation_folder(run: str, words: list[str], *, on_rows: bool, is_base: bool = False) -> str:
+    """Returns the folder that eval.run chooses inside RUN/eval for these arguments.
+
+    Args:
+        words: arguments of eval.run.
+        on_rows: the run is on rows of prompt and completion.
+        is_base: its base model is evaluated.
+
+    Raises:
+        UserError: the arguments name another folder, or a mode that rows do not have.
+    """
+    from eval.output import default_folder, what_is_scored
     from eval.run import parse
 
     chosen = parse(["--run", "x", *words])
     if chosen.output:
+        problem = "--eval-args --output: the chain's comparison needs the default evaluation folders"
+        raise UserError(problem, "leave --output out")
+    if on_rows and chosen.mode in ("best_first", "beam"):
         raise UserError(
-            "--eval-args --output: the chain's comparison needs the default evaluation folders",
-            "leave --output out",
+            f"--eval-args --mode {chosen.mode}: rows of prompt and completion have no catalogue to search",
+            "leave --mode out",
         )
-    parts = [chosen.split, chosen.mode]
-    if chosen.mode in ("best_first", "beam") and chosen.scoring != "renormalised":
-        parts.append(chosen.scoring)
-    return "-".join(parts + ([f"limit{chosen.limit}"] if chosen.limit else []))
+    what = what_is_scored(chosen.split, chosen.mode, chosen.scoring, on_rows=on_rows)
+    return str(default_folder(Path(run), "", what, limit=chosen.limit, is_base=is_base))
+
+
+def trains_on_rows(config: RunConfig) -> bool:
+    """Whether the data are rows of prompt and completion; data that are not there yet have a catalogue."""
+    from gdrt_ds.data.corpus import reader_of
+
+    try:
+        return bool(reader_of(config.data).supervised)
+    except UserError:  # the training says what is wrong with them
+        return False
 
 
 def refuse_second(record: Path) -> None:

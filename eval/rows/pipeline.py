@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
-from eval.output import default_folder, with_earlier_audits, write_evaluation
+from eval.output import default_folder, what_is_scored, with_earlier_audits, write_evaluation
 from eval.predictions import Progress, claim_output
 from eval.rows import sensitivity
 from eval.rows.measure import measure
@@ -46,9 +46,8 @@ def wants_floors(given: str) -> bool:
 def default_output(subject: RowSubject) -> Path:
     """RUN/eval/SPLIT-full[-limitN][-base]; ./eval-NAME-SPLIT-full for models trained elsewhere."""
     is_base = subject.model.adapter is None
-    return default_folder(
-        subject.run, subject.name, [subject.split, "full"], limit=subject.limit, is_base=is_base
-    )
+    what = what_is_scored(subject.split, "full", "full", on_rows=True)
+    return default_folder(subject.run, subject.name, what, limit=subject.limit, is_base=is_base)
 
 
 def evaluate_rows(

@@ -19,8 +19,10 @@ Exports:
     export_in_memory.py   the way in memory
     export_checks.py      the written model gives the logits of base + adapter
     layer_by_layer.py     those logits, for a model larger than memory
+    output_folder.py      the folder that an export writes
     catalogue_files.py    catalogue, trie and prompt beside the model
     publishing.py         an adapter as others can use it, and its way to the hub
     model_card.py         the README of an exported model
     adapter_card.py       the README of a published adapter
+    public_names.py       what it says in place of paths
 """

@@ -23,6 +23,8 @@ from gdrt_ds.inference.model_card import (
     recorded,
     trained_dtype,
 )
+from gdrt_ds.inference.public_names import public_path, public_settings
+from gdrt_ds.inference.row_model import is_row_run
 from gdrt_ds.models.quantization import get_quantization, storage_dtype
 from gdrt_ds.models.source import dtype_name
 
@@ -46,11 +48,16 @@ class Adapter:
     base: str
     name: str
 
+    @property
+    def on_rows(self) -> bool:
+        """Whether the run is on rows of prompt and completion, which have no catalogue."""
+        return is_row_run(self.run)
+
 
 def adapter_card(about: Adapter) -> str:
     """Returns the text of README.md."""
     summary = read_json(about.run / "summary.json")
-    results = own_evaluation(about.run) or {}
+    results = own_evaluation(about.run, about.config) or {}
     lines = [
         front_matter(about, results),
         *_what_it_is(about),
@@ -58,7 +65,7 @@ def adapter_card(about: Adapter) -> str:
         *_data(about, summary, results),
         *_objective(about),
         *_groups(about, summary, results),
-        *_metrics(results),
+        *_metrics(about, results),
         *_limits(about, results),
         *_settings(about, summary),
     ]
@@ -76,8 +83,8 @@ def front_matter(about: Adapter, results: dict[str, Any]) -> str:
             figures.append(
                 EvalResult(
                     task_type="text-generation",
-                    dataset_type="recommendation",
-                    dataset_name=_short(about.config.data.path),
+                    dataset_type="text" if about.on_rows else "recommendation",
+                    dataset_name=public_path(about.config.data.path, about.run, about.config),
                     dataset_split=results.get("split"),
                     metric_type=name,
                     metric_value=round(float(value), 6),
@@ -87,7 +94,7 @@ def front_matter(about: Adapter, results: dict[str, Any]) -> str:
         base_model=about.base,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["recommendation", "gdrt", "lora", about.config.objective],
+        tags=[*([] if about.on_rows else ["recommendation"]), "gdrt", "lora", about.config.objective],
         model_name=about.name,
         eval_results=figures or None,
     )
@@ -95,20 +102,32 @@ def front_matter(about: Adapter, results: dict[str, Any]) -> str:
 
 
 def _what_it_is(about: Adapter) -> list[str]:
+    kind = "recommender"
+    answers = (
+        "Asked with a user's history, the model answers with the title of the next item of its catalogue."
+    )
+    if about.on_rows:
+        kind = "model"
+        answers = "Asked with a prompt like those of its data, the model answers with a completion."
+    files = [
+        "| `adapter_model.safetensors`, `adapter_config.json` | the adapter |",
+        "| `tokenizer*` | the tokenizer of training |",
+    ]
+    if (about.run / "prompt.json").is_file():
+        files.append("| `prompt.json` | the prompt; other prompts were not trained |")
+    if (about.run / "catalogue.jsonl").is_file():
+        files.append(
+            "| `catalogue.jsonl`, `catalogue_trie.safetensors` | the titles, their tokens as a tree |"
+        )
     return [
-        f"# {about.name}: a {about.config.objective} recommender on {about.base}",
+        f"# {about.name}: a {about.config.objective} {kind} on {about.base}",
         "",
         f"A LoRA adapter (PEFT) for `{about.base}`, trained by gdrt_ds with the objective "
-        f"`{about.config.objective}`. Asked with a user's history, the model answers with the title "
-        "of the next "
-        "item of its catalogue.",
+        f"`{about.config.objective}`. {answers}",
         "",
         "| file | what it is |",
         "|---|---|",
-        "| `adapter_model.safetensors`, `adapter_config.json` | the adapter |",
-        "| `tokenizer*` | the tokenizer of training |",
-        "| `prompt.json` | the prompt; other prompts were not trained |",
-        "| `catalogue.jsonl`, `catalogue_trie.safetensors` | the titles, and their tokens as a tree |",
+        *files,
         "",
     ]
 
@@ -143,12 +162,16 @@ def _data(about: Adapter, summary: dict[str, Any], results: dict[str, Any]) -> l
     key = results.get("scoring_key") or {}
     fingerprint = summary.get("data_fingerprint") or key.get("corpus")
     samples = f" {summary['samples']} samples were read in training." if summary.get("samples") else ""
+    names = [public_path(path, about.run, about.config) for path in data.mixture or [data.path]]
+    what = ", ".join(f"`{name}`" for name in names)
+    what += ": rows of prompt and completion." if about.on_rows else f", split by {data.split}."
+    holds = "the titles of the catalogue, and nothing about users"
+    if about.on_rows:
+        holds = "none of these rows"
     return [
         "## Data",
         "",
-        f"`{_short(data.path)}`, split by {data.split}. Fingerprint of the data: "
-        f"{recorded(fingerprint)}.{samples} "
-        "This folder holds the titles of the catalogue, and nothing about users.",
+        f"{what} Fingerprint of the data: {recorded(fingerprint)}.{samples} This folder holds {holds}.",
         "",
     ]
 
@@ -208,45 +231,60 @@ def _group_losses(run: Path, summary: dict[str, Any]) -> list[float | None] | No
     file = run / "validation.jsonl"
     if not file.is_file():
         return None
-    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     step = summary.get("adapter_step")
-    chosen = [row for row in found if row.get("step") == step]
+    chosen = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # a killed run left half a line
+            continue
+        if isinstance(row, dict) and row.get("step") == step:
+            chosen.append(row)
     if not chosen:
         return None
     return chosen[-1].get("group_loss")
 
 
-def _metrics(results: dict[str, Any]) -> list[str]:
+def _metrics(about: Adapter, results: dict[str, Any]) -> list[str]:
     if not results:
         return ["## Metrics", "", "This adapter was not evaluated as a whole.", ""]
+    what = f"{results.get('num_samples')} samples, {results.get('num_items')} titles, all of them scored"
+    over = " over users"
+    if about.on_rows:
+        what, over = f"{results.get('num_samples')} rows, scored over the vocabulary", ""
     lines = [
         "## Metrics",
         "",
-        f"Split {results.get('split')}, {results.get('num_samples')} samples, "
-        f"{results.get('num_items')} titles, all "
-        "of them scored. Intervals are 95 % over users.",
+        f"Split {results.get('split')}, {what}. Intervals are 95 %{over}.",
         "",
     ]
     return [*lines, *metric_table(results), ""]
 
 
 def _limits(about: Adapter, results: dict[str, Any]) -> list[str]:
+    scope = (
+        "It recommends titles of its catalogue, asked with the prompt of `prompt.json`. Other titles, "
+        "prompts and languages were neither trained nor measured."
+    )
+    if about.on_rows:
+        scope = (
+            "It completes prompts like those of its data, in the form of `prompt.json`. Other tasks, prompts "
+            "and languages were neither trained nor measured."
+        )
     lines = [
         "## Limits",
         "",
-        "- It recommends titles of its catalogue, asked with the prompt of `prompt.json`. Other "
-        "titles, prompts and "
-        "languages were neither trained nor measured.",
-        "- The figures are of one run with one seed, on the data named above. They say nothing about "
-        "other users.",
-        "- Groups are groups of *tokens*. The objective makes no promise about groups of people; "
-        "where the data name "
-        "such groups, the evaluation's breakdowns measure them.",
-        "- Recommendations can follow popularity, genre and the base model's own knowledge of "
-        "titles. The audits of "
-        "gdrt_ds measure that.",
-        "- The licence and the limits of the base model apply.",
+        f"- {scope}",
+        "- The figures are of one run with one seed, on the data named above. They say nothing about others.",
+        "- Groups are groups of *tokens*. The objective makes no promise about groups of people; where the "
+        "data name such groups, the evaluation's breakdowns measure them.",
     ]
+    if not about.on_rows:
+        lines.append(
+            "- Recommendations can follow popularity, genre and the base model's own knowledge of titles. "
+            "The audits of gdrt_ds measure that."
+        )
+    lines.append("- The licence and the limits of the base model apply.")
     kind = about.config.model.quantization.upper()
     if kind != "NONE":
         lines.append(
@@ -265,29 +303,11 @@ def _limits(about: Adapter, results: dict[str, Any]) -> list[str]:
 
 def _settings(about: Adapter, summary: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in (summary.get("versions") or {}).items())
-    text = yaml.safe_dump(public_settings(about.config.model_dump(mode="json")), sort_keys=False)
+    text = yaml.safe_dump(public_settings(about.config, about.run), sort_keys=False)
     lines = ["## Settings", ""]
     if versions:
         lines += [versions, ""]
     return [*lines, "```yaml", text.rstrip(), "```", ""]
-
-
-def public_settings(value: Any) -> Any:
-    """Returns settings in which every path is cut to its last part."""
-    if isinstance(value, dict):
-        return {key: public_settings(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [public_settings(item) for item in value]
-    if isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or Path(value).exists()):
-        return _short(value)
-    return value
-
-
-def _short(path: str) -> str:
-    """The last part of a path; a name stays as it is."""
-    if path.startswith(("/", "~", ".")) or Path(path).exists():
-        return Path(path).name or path
-    return path
 
 
 def _number(value: float | None) -> str:

@@ -20,18 +20,26 @@ from gdrt_ds.models.source import load_tokenizer
 
 
 def write_catalogue(run: Path, folder: Path, section: ModelSection) -> str:
-    """Writes catalogue, trie and prompt of a run beside an exported model; says what was written.
+    """Writes catalogue, trie and prompt of a run beside an exported model, as far as the run has them.
+
+    A run on rows of prompt and completion has a prompt and no catalogue.
 
     Args:
         run: the run folder.
         folder: the exported model, with its tokenizer.
         section: settings of the model.
+
+    Returns:
+        what was written of the catalogue, in words.
     """
-    missing = [name for name in ("catalogue.jsonl", "prompt.json") if not (run / name).is_file()]
+    missing = []
+    for name in ("catalogue.jsonl", "prompt.json"):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+        else:
+            missing.append(name)
     if missing:
         return f"no catalogue: the run has no {' and no '.join(missing)}"
-    for name in ("catalogue.jsonl", "prompt.json"):
-        shutil.copyfile(run / name, folder / name)
     catalogue = Catalogue.load(run / "catalogue.jsonl")
     tokenizer = load_tokenizer(folder, trust_remote_code=section.trust_remote_code)
     trie = catalogue_trie(catalogue, PromptTemplate.load(run / "prompt.json"), tokenizer)

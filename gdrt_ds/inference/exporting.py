@@ -10,28 +10,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from gdrt_ds.config import ModelSection, RunConfig, load_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import replacing
 from gdrt_ds.inference.catalogue_files import write_catalogue
 from gdrt_ds.inference.export_checks import Written
 from gdrt_ds.inference.export_in_memory import write_in_memory
 from gdrt_ds.inference.layer_by_layer import CannotStream
 from gdrt_ds.inference.merging import write_by_tensor
 from gdrt_ds.inference.model_card import Export, model_card
+from gdrt_ds.inference.output_folder import check_output, writing_to
 from gdrt_ds.inference.recommender import base_path
 from gdrt_ds.models.sharded_loading import CannotShard
 from gdrt_ds.models.source import read_model_config
 from gdrt_ds.models.stored_four_bit import stored_four_bit
+from gdrt_ds.models.weight_writer import shard_bytes
 
 
 @dataclass(frozen=True)
@@ -81,11 +79,11 @@ def export(
         are of the check of the written folder.
 
     Raises:
-        UserError: no adapter, or one that does not fit the base; an output folder in use; a full disk; a
-            merged model whose logits differ from those of base + adapter.
+        UserError: no adapter, or one that does not fit the base; an output that cannot be used; a shard size
+            that is none; a full disk; a merged model whose logits differ from those of base + adapter.
     """
-    output = Path(output)
-    _check_output(output)
+    target = check_output(Path(output))
+    shard_bytes(shard_size)
     opened = open_finished_run(Path(run))
     stored_as = stored_dtype(opened.base) if dtype == "auto" else getattr(torch, dtype)
     if base == "plain" and stored_four_bit(read_model_config(opened.base)) is not None:
@@ -94,7 +92,7 @@ def export(
             "give --base trained, which merges into the dequantised weights",
         )
     section = _loading_settings(opened.config.model, base)
-    with _writable(output) as scratch:
+    with writing_to(target) as scratch:
         merged, written = _write_model(opened, section, scratch, stored_as, shard_size, check, in_memory)
         about = Export(opened.folder, opened.config, base, stored_as, written.difference, written.largest)
         (scratch / "README.md").write_text(model_card(about), encoding="utf-8")
@@ -111,11 +109,6 @@ def export(
 
 
 # -- open ------------------------------------------------------------------------------------------
-def _check_output(output: Path) -> None:
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"--output {output} is not empty", "choose another folder")
-
-
 def open_finished_run(run: Path) -> OpenRun:
     """Reads a run folder that has an adapter.
 
@@ -177,22 +170,3 @@ def _write_model(
         why = "in memory, as asked"
     written = write_in_memory(section, opened.base, opened.adapter, folder, dtype, shard_size)
     return why, written
-
-
-# -- write -----------------------------------------------------------------------------------------
-@contextmanager
-def _writable(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that replaces it at the end (`files.replacing`).
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(output) as scratch:
-            yield scratch
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"--output {output} cannot be written ({getattr(error, 'strerror', None) or error})",
-            "free disk space or choose another folder",
-        ) from None

@@ -1,8 +1,8 @@
 """The README.md of an exported model: what it is, how to load it, from what, and with which figures.
 
 A card states only what the run folder records. Its figures are those of the newest full evaluation of this
-very adapter: evaluations of the base model, of another adapter or of a part of the samples (--limit) are
-passed over.
+very adapter on the base as trained: evaluations of the base model, of another adapter or on another base, of
+a part of the samples (--limit) and by a search are passed over.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 
 from gdrt_ds.config import ModelSection, RunConfig
 from gdrt_ds.files import sha256_of
+from gdrt_ds.inference.row_model import is_row_run
+from gdrt_ds.models.fingerprint import base_fingerprint
 from gdrt_ds.models.quantization import get_quantization, storage_dtype
 from gdrt_ds.models.source import compute_dtype, dtype_name
 
@@ -91,7 +93,7 @@ class Export:
 def model_card(about: Export) -> str:
     """Returns the text of README.md."""
     summary = read_json(about.run / "summary.json")
-    results = own_evaluation(about.run) or {}
+    results = own_evaluation(about.run, about.config) or {}
     lines = [
         *_front_matter(),
         *_what_it_is(about),
@@ -104,23 +106,58 @@ def model_card(about: Export) -> str:
     return "\n".join(lines)
 
 
-def own_evaluation(run: Path) -> dict[str, Any] | None:
-    """The results.json of the newest full evaluation of the run's own adapter inside the run folder.
+def own_evaluation(run: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The results.json of the newest exact evaluation of the run's own adapter, on the base as trained.
 
-    An evaluation names the SHA-256 of the adapter that it scored, which is empty for a base model, and its
-    `limit`. Both are under `scoring_key`, which results of format 1 call `scoring`.
+    It is of the whole test split. Scores over the catalogue's tokens (`renormalised`) come before those over
+    the vocabulary (`full`); searches are passed over. An evaluation names the SHA-256 of the adapter that it
+    scored, which is empty for a base model, and its `limit`. Both are under `scoring_key`, which results of
+    format 1 call `scoring`.
     """
     adapter = run / "adapter" / "adapter_model.safetensors"
     if not adapter.is_file():
         return None
     digest = sha256_of(adapter)
+    bases = _fingerprints_as_trained(run, config)
     written = sorted(run.glob("**/results.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found: dict[str, dict[str, Any]] = {}
     for path in written:
         results = read_json(path)
         key = _scoring_key(results)
-        if results.get("metrics") and key.get("adapter") == digest and key.get("limit") is None:
-            return results
-    return None
+        own = key.get("adapter") == digest and key.get("limit") is None
+        if results.get("metrics") and own and results.get("split", "test") == "test":
+            if _on_the_base(results, bases, config.model):
+                mode = results.get("mode") or key.get("mode") or "renormalised"
+                found.setdefault(mode, results)
+    return found.get("renormalised") or found.get("full")
+
+
+def _on_the_base(results: dict[str, Any], bases: set[str], trained: ModelSection) -> bool:
+    """Whether an evaluation scored the base as trained: by its fingerprint, else by its settings."""
+    fingerprint = _scoring_key(results).get("model")
+    if fingerprint and bases:
+        return fingerprint in bases
+    evaluated = (results.get("config") or {}).get("model") or {}
+    names = ("path", "revision", "quantization", "double_quant", "quant_storage")
+    return all(evaluated.get(name, getattr(trained, name)) == getattr(trained, name) for name in names)
+
+
+def _fingerprints_as_trained(run: Path, config: RunConfig) -> set[str]:
+    """Fingerprints of the base that an evaluation of it can have; none if the base is not on this machine.
+
+    Evaluations load it in the dtype of the training, or in float32.
+    """
+    recorded = read_json(run / "adapter" / "adapter_config.json").get("base_model_name_or_path")
+    places = [place for place in (run / "base", recorded, config.model.path) if place]
+    base = next((Path(place) for place in places if (Path(place) / "config.json").is_file()), None)
+    if base is None:
+        return set()
+    summary = read_json(run / "summary.json")
+    dtypes = {torch.float32, torch.bfloat16, torch.float16}
+    if summary.get("dtype"):
+        dtypes = {torch.float32, trained_dtype(config.model, summary)}
+    found = {base_fingerprint(base, config.model, dtype) for dtype in dtypes}
+    return found | {summary["base_fingerprint"]} if summary.get("base_fingerprint") else found
 
 
 def _scoring_key(results: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +184,7 @@ def _what_it_is(about: Export) -> list[str]:
     if about.base == "trained" and about.quantised:
         source = f" (weights dequantised from {config.model.quantization.upper()}, as trained)"
     return [
-        f"# {about.run.name}: {config.objective} recommender",
+        f"# {about.run.name}: {config.objective} {'model' if is_row_run(about.run) else 'recommender'}",
         "",
         f"A LoRA adapter trained by gdrt_ds with the objective `{config.objective}`, merged into "
         f"`{config.model.path}`{source}, stored as {about.dtype_name}. It loads with "
@@ -233,10 +270,13 @@ def _data(about: Export, summary: dict[str, Any], results: dict[str, Any]) -> li
     # Runs of earlier versions do not record the fingerprint; their evaluations do.
     fingerprint = summary.get("data_fingerprint") or _scoring_key(results).get("corpus")
     data = about.config.data
+    what = f"`{data.path}`, split by {data.split}"
+    if is_row_run(about.run):
+        what = ", ".join(f"`{path}`" for path in data.mixture or [data.path])
     return [
         "## Data",
         "",
-        f"`{data.path}`, split by {data.split}. Fingerprint of the data: {recorded(fingerprint)}.",
+        f"{what}. Fingerprint of the data: {recorded(fingerprint)}.",
         "",
     ]
 
@@ -256,11 +296,12 @@ def _metrics(about: Export, results: dict[str, Any]) -> list[str]:
             f"This adapter has no full evaluation yet (`python -m eval.run --run {about.run}`).",
             "",
         ]
+    items = f", {results['num_items']} items" if results.get("num_items") else ""  # rows have no items
     lines = [
         "## Metrics",
         "",
         f"Measured on base + adapter as trained: split {results.get('split')}, "
-        f"{results.get('num_samples')} samples, {results.get('num_items')} items.",
+        f"{results.get('num_samples')} samples{items}.",
         "",
     ]
     return [*lines, *metric_table(results), ""]
@@ -292,6 +333,7 @@ def _configuration(about: Export) -> list[str]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object of a JSON file; empty if the file is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}

@@ -13,11 +13,14 @@ from typing import Any
 
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import replacing, write_json
+from gdrt_ds.files import write_json
 from gdrt_ds.inference.adapter_card import Adapter, adapter_card
 from gdrt_ds.inference.catalogue_files import write_catalogue
+from gdrt_ds.inference.output_folder import check_output, writing_to
+from gdrt_ds.inference.public_names import public_path
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+REPAIR = "the file is damaged: copy the run again from where it was trained, or train again"
 
 
 def write_adapter(
@@ -28,7 +31,8 @@ def write_adapter(
     Args:
         run: run folder of a finished training.
         output: new or empty folder.
-        base_name: the base as others name it, e.g. `owner/name` on the hub; None = as the run names it.
+        base_name: the base as others name it, e.g. `owner/name` on the hub; None = as the run names it, of a
+            folder the last part.
         name: the adapter as others name it; None = the run's name.
 
     Returns:
@@ -36,38 +40,33 @@ def write_adapter(
         catalogue, in words.
 
     Raises:
-        UserError: no adapter, or one that changes nothing or is not finite; an output folder in use.
+        UserError: no adapter, or one that changes nothing, is damaged or not finite, or belongs to a base
+            that the run made itself; an output that cannot be used.
     """
     run = Path(run)
     output = Path(output)
     config = _open(run)
     check_weights(run / "adapter" / "adapter_model.safetensors")
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"--output {output} is not empty", "choose another folder")
-    base = base_name or config.model.path
+    _adapter_settings(run / "adapter" / "adapter_config.json")
+    target = check_output(output)
+    base = base_name or public_path(config.model.path, run, config)
     about = Adapter(run, config, base, name or run.resolve().name)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(output) as scratch:
-            shutil.copytree(run / "adapter", scratch, ignore=shutil.ignore_patterns("README.md"))
-            _name_base(scratch / "adapter_config.json", base, config.model.revision)
-            catalogue = write_catalogue(run, scratch, config.model)
-            (scratch / "README.md").write_text(adapter_card(about), encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--output {output} cannot be written ({error.strerror or error})",
-            "free disk space or choose another folder",
-        ) from None
+    with writing_to(target) as scratch:
+        shutil.copytree(run / "adapter", scratch, ignore=shutil.ignore_patterns("README.md"))
+        _name_base(scratch / "adapter_config.json", base, config.model.revision)
+        catalogue = write_catalogue(run, scratch, config.model)
+        (scratch / "README.md").write_text(adapter_card(about), encoding="utf-8")
     return {"folder": str(output), "base": base, "catalogue": catalogue}
 
 
 def base_of(run: str | Path) -> str:
-    """The base as the run names it.
+    """The base as the run names it; of a folder the last part.
 
     Raises:
-        UserError: this is no run folder with an adapter.
+        UserError: this is no run folder with an adapter that others can load.
     """
-    return _open(Path(run)).model.path
+    config = _open(Path(run))
+    return public_path(config.model.path, Path(run), config)
 
 
 def _open(run: Path) -> RunConfig:
@@ -79,24 +78,34 @@ def _open(run: Path) -> RunConfig:
         raise UserError(
             f"--run {run} has no adapter/ yet", "let the run finish, or resume it with resume=auto"
         )
-    return load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml")
+    if config.model.new_tokens:
+        raise UserError(
+            f"--adapter-only: the run has model.new_tokens = {config.model.new_tokens}, so its adapter "
+            f"belongs to {run / 'base'}, whose tokens no other base has",
+            "export the merged model: leave --adapter-only out",
+        )
+    return config
 
 
 def check_weights(file: Path) -> None:
-    """Refuses an adapter whose lora_B are all zero, which changes nothing, or that is not finite.
+    """Refuses an adapter whose lora_B are all zero, which changes nothing, or that is damaged or not finite.
 
     Raises:
         UserError: see above.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     changes = False
-    with safe_open(str(file), "pt") as stored:
-        for name in stored.keys():
-            values = stored.get_tensor(name)
-            if not bool(values.isfinite().all()):
-                raise UserError(f"{file}: {name} is not finite", "use an earlier checkpoint of the run")
-            changes = changes or ("lora_B" in name or "lora_" not in name) and bool(values.any())
+    try:
+        with safe_open(str(file), "pt") as stored:
+            for name in stored.keys():
+                values = stored.get_tensor(name)
+                if not bool(values.isfinite().all()):
+                    raise UserError(f"{file}: {name} is not finite", "use an earlier checkpoint of the run")
+                changes = changes or ("lora_B" in name or "lora_" not in name) and bool(values.any())
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a readable safetensors file ({error})", REPAIR) from None
     if not changes:
         raise UserError(
             f"{file}: all lora_B matrices are zero, so the adapter changes nothing",
@@ -104,9 +113,24 @@ def check_weights(file: Path) -> None:
         )
 
 
+def _adapter_settings(file: Path) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error})", REPAIR) from None
+    return settings
+
+
 def _name_base(file: Path, base: str, revision: str | None) -> None:
     """Writes the base's public name into adapter_config.json, which names a folder of this machine."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = _adapter_settings(file)
     settings["base_model_name_or_path"] = base
     settings["revision"] = revision
     write_json(file, settings, indent=2)

@@ -8,6 +8,7 @@ those of transformers' save_pretrained.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gdrt_ds.errors import UserError
 from gdrt_ds.models.weight_files import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -37,6 +39,21 @@ class TensorShape:
         for length in self.shape:
             size *= length
         return size
+
+
+def shard_bytes(text: str) -> int:
+    """Returns the bytes of a size such as `4GB` or `500MB`.
+
+    Raises:
+        UserError: it is no such size.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT])B\s*", text, re.IGNORECASE)
+    size = int(float(found[1]) * 1000 ** (1 + "KMGT".index(found[2].upper()))) if found else 0
+    if size < 1:
+        raise UserError(
+            f"--shard-size {text} is no size of a file", "give a number and KB, MB, GB or TB, e.g. 4GB"
+        )
+    return size
 
 
 def write_weights(
@@ -64,7 +81,7 @@ def write_weights(
         tensors,
         get_storage_size=lambda tensor: tensor.num_bytes,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_size,
+        max_shard_size=shard_bytes(shard_size),
     )
     for file, names in split.filename_to_tensors.items():
         write_file(folder / file, {name: tensors[name] for name in names}, values)

@@ -10,7 +10,10 @@ folder, the checkout, the home folder, and for data and models that a setting ta
 
 from __future__ import annotations
 
+import lzma
+import re
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from gdrt_ds.config import RunConfig
@@ -20,6 +23,8 @@ from gdrt_ds.files import REPOSITORY, replacing
 KEPT_SUFFIXES = (".yaml", ".json", ".jsonl", ".md")
 LARGEST_BYTES = 64 << 20
 """No text file of a run is larger. A zip that claims more is not one of ours."""
+DAMAGED = (zipfile.BadZipFile, ValueError, lzma.LZMAError, zlib.error, EOFError, RuntimeError)
+"""What `zipfile` raises for other files, damaged ones and kinds of compression that it does not know."""
 STAMP = (1980, 1, 1, 0, 0, 0)
 """Time of every entry: the same files give the same zip."""
 
@@ -51,29 +56,40 @@ def packed_path(kept: Path, name: str) -> Path:
 
 
 def restore_cell(source: Path, run: Path, config: RunConfig) -> None:
-    """Unpacks a kept cell into a run folder.
+    """Unpacks a kept cell into a run folder, whole or not at all.
 
     Args:
         source: the cell's file.
-        run: where the run folder shall be.
+        run: where the run folder shall be; nothing or an empty folder.
         config: the settings that the cell has here; their folders stand where the maker's did.
     Raises:
-        UserError: the file is no kept cell.
+        UserError: the file is no kept cell or is damaged, or the folder cannot be written.
     """
-    places = _places(run, config)
     try:
         with zipfile.ZipFile(source) as archive:
             for entry in archive.infolist():
                 _check_entry(entry)
-            for entry in archive.infolist():
-                target = run / entry.filename
-                target.parent.mkdir(parents=True, exist_ok=True)
-                text = archive.read(entry).decode("utf-8")
-                target.write_text(_with_places(text, places), encoding="utf-8")
-    except (zipfile.BadZipFile, ValueError) as problem:
+            run.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(run) as scratch:
+                _unpack(archive, scratch, _places(run, config))
+    except DAMAGED as problem:
         raise UserError(
-            f"{source} is no kept cell of a study ({problem})", "remove it; the cell is then trained again"
+            f"{source} is no kept cell of a study, or is damaged ({problem or type(problem).__name__})",
+            "remove it; the cell is then trained again",
         ) from None
+    except OSError as problem:
+        raise UserError(
+            f"{source} cannot be unpacked into {run} ({problem.strerror or problem})",
+            f"free disk space, and remove {run} if it holds something else",
+        ) from None
+
+
+def _unpack(archive: zipfile.ZipFile, folder: Path, places: list[tuple[str, str]]) -> None:
+    for entry in archive.infolist():
+        target = folder / entry.filename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = archive.read(entry).decode("utf-8")
+        target.write_text(_with_places(text, places), encoding="utf-8")
 
 
 def _places(run: Path, config: RunConfig) -> list[tuple[str, str]]:
@@ -93,14 +109,40 @@ def _places(run: Path, config: RunConfig) -> list[tuple[str, str]]:
 
 
 def _without_places(text: str, places: list[tuple[str, str]]) -> str:
+    """The text with words for the places where they are whole paths, or the beginnings of longer ones."""
     for place, word in places:
-        text = text.replace(place, word)
+        if place in text and _names_a_folder(place):
+            text = _replaced_path(text, place, word)
     return text
+
+
+def _names_a_folder(place: str) -> bool:
+    """Whether a path says enough to be replaced: the root, `..` and one name alone stand for too much."""
+    named = [part for part in place.split("/") if part]
+    return len(named) + place.startswith("/") >= 2
+
+
+def _replaced_path(text: str, place: str, word: str) -> str:
+    """The text with the word for the place, but not for its letters in the middle of another path.
+
+    The letter of an escape in JSON, as in `\\n/home/me`, is no part of a path.
+    """
+    absolute = place.startswith("/")
+
+    def choose(found: re.Match[str]) -> str:
+        before = text[max(0, found.start() - 2) : found.start()]
+        inside = re.search(r"[\w.~-]$" if absolute else r"[\w./~-]$", before)
+        if inside and not re.fullmatch(r"\\[nrt]", before):
+            return place
+        return word
+
+    after = "" if place.endswith("/") else r"(?![\w~-]|\.\w)"
+    return re.sub(re.escape(place) + after, choose, text)
 
 
 def _with_places(text: str, places: list[tuple[str, str]]) -> str:
     for place, word in places:
-        text = text.replace(word, place)
+        text = text.replace(word, "" if place == "/" else place)
     return text
 
 

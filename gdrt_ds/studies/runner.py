@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -170,12 +171,33 @@ def evaluate(study: Study, folder: Path, cells: list[Cell]) -> int:
     if not due:
         return 0
     words = [*module_command("eval.study"), "--evaluate", *(str(run_of(folder, cell)) for cell in due)]
-    return subprocess.call([*words, f"--arguments={json.dumps(study.evaluate)}"], env=safe_environment())
+    words.append(f"--arguments={json.dumps(study.evaluate)}")
+    return exit_status(subprocess.call(words, env=safe_environment()), "the evaluation", due)
 
 
 def report(folder: Path) -> int:
     """Writes the page of a study: `python -m eval.study FOLDER`, from any working folder."""
-    return subprocess.call([*module_command("eval.study"), str(folder)], env=safe_environment())
+    status = subprocess.call([*module_command("eval.study"), str(folder)], env=safe_environment())
+    return exit_status(status, "the page's process", [])
+
+
+def exit_status(code: int, who: str, cells: list[Cell]) -> int:
+    """The exit status of a process that ended; of one that a signal killed, that is said and it is 128 + N.
+
+    Args:
+        code: as `subprocess` gives it: -N after signal N.
+        who: the process, in words.
+        cells: what it worked on.
+    """
+    if code >= 0:
+        return code
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    names = f", which had {', '.join(cell.name for cell in cells)}," if cells else ""
+    print(f"{who}{names} was killed by {name}", flush=True)
+    return 128 - code
 
 
 def restore(study: Study, folder: Path, kept: Path | None, cells: list[Cell]) -> None:
@@ -229,7 +251,11 @@ def shares(cells: list[Cell], workers: int) -> list[list[Cell]]:
 def run_workers(
     options: argparse.Namespace, study: Study, folder: Path, cells: list[Cell], workers: int
 ) -> int:
-    """Starts the workers as processes of this module and waits; an interruption is handed on to them."""
+    """Starts the workers as processes of this module and waits; an interruption is handed on to them.
+
+    Returns:
+        75 if one was interrupted, else the largest exit status; that of a killed worker is 128 + its signal.
+    """
     parts = shares([cell for cell in cells if state_of(folder, cell) != "done"], workers)
     if len(parts) <= 1:
         kept = Path(options.keep) if options.keep else None
@@ -254,7 +280,11 @@ def run_workers(
         codes = [
             process.wait() for process in processes
         ]  # the terminal sent them the same signal: they save and leave
-    return EXIT_INTERRUPTED if EXIT_INTERRUPTED in codes else max(codes)
+    ended = [
+        exit_status(code, f"worker {number}", part)
+        for number, (code, part) in enumerate(zip(codes, parts, strict=True), 1)
+    ]
+    return EXIT_INTERRUPTED if EXIT_INTERRUPTED in ended else max(ended)
 
 
 def visible_gpus() -> int:
@@ -350,9 +380,10 @@ def run_study(options: argparse.Namespace) -> int:
         print("interrupted: the same command goes on")
         return status
     page = report(folder)
+    unfinished = sum(state_of(folder, cell) != "done" for cell in cells)
     print(
         f"study {study.name}: {time.time() - started:.0f} s"
-        + (f"; {status} cell(s) failed, see {folder}/logs" if status else ""),
+        + (f"; {unfinished} cell(s) are not done, see {folder}/logs" if status else ""),
         flush=True,
     )
     return min(1, status) or page

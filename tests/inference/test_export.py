@@ -3,17 +3,20 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gdrt_ds.config import RunConfig, dump_config
+from gdrt_ds.config import RunConfig, dump_config, load_config
 from gdrt_ds.errors import UserError
 from gdrt_ds.export import main
 from gdrt_ds.files import sha256_of
 from gdrt_ds.inference.exporting import export
+from gdrt_ds.inference.model_card import own_evaluation
 from gdrt_ds.models.built_in import make_tiny_model
+from gdrt_ds.models.fingerprint import base_fingerprint
 from tests.models.test_model import TEXTS, load
 
 PROBE = torch.arange(3, 20)[None]
@@ -41,7 +44,7 @@ def make_run(folder, tie=False, zero=False, **model):
     return run, logits(loaded.model)
 
 
-def evaluate(run, name, value, written, **key):
+def evaluate(run, name, value, written, split="test", config=None, **key):
     """An evaluation folder that `eval.run` could have written, as far as the card reads it."""
     folder = run / "eval" / name
     folder.mkdir(parents=True)
@@ -49,7 +52,8 @@ def evaluate(run, name, value, written, **key):
     metric = {"value": value, "ci_low": value, "ci_high": value, "n": 40}
     results = {
         "metrics": {"ndcg@10": metric},
-        "split": "test",
+        "split": split,
+        "config": config or {},
         "num_samples": 40,
         "num_items": 24,
         "scoring_key": {"adapter": adapter, "limit": None, "corpus": "c0ffee", **key},
@@ -119,6 +123,35 @@ def test_the_card_takes_the_newest_full_evaluation_of_this_adapter(tmp_path):
     card = card_of(run, tmp_path / "out")
     assert "| ndcg@10 | 0.2222 | 0.2222 .. 0.2222 | 40 |" in card
     assert not re.search("0.1111|0.3333|0.4444|0.5555", card)
+
+
+def test_the_card_has_no_figures_of_another_base_a_search_or_another_split(tmp_path):
+    run, _ = make_run(tmp_path, quantization="nf4")
+    base, section = tmp_path / "tiny", load_config(run / "config.yaml").model
+    trained = base_fingerprint(base, section, torch.float32)
+    plain = base_fingerprint(base, section.model_copy(update={"quantization": "none"}), torch.float32)
+    evaluate(run, "a-plain", 0.1111, written=3000, model=plain, mode="renormalised")
+    evaluate(run, "b-beam", 0.2222, written=4000, model=trained, mode="beam")
+    evaluate(run, "c-search", 0.3333, written=5000, model=trained, mode="best_first")
+    evaluate(run, "d-valid", 0.4444, written=6000, split="valid", model=trained, mode="renormalised")
+    assert "no full evaluation yet" in card_of(run, tmp_path / "none", "float32", "trained")
+    evaluate(run, "e-full", 0.5555, written=2000, model=trained, mode="full")
+    assert "| ndcg@10 | 0.5555 |" in card_of(run, tmp_path / "full", "float32", "trained")
+    evaluate(run, "f-older", 0.6666, written=1000, model=trained, mode="renormalised")
+    assert "| ndcg@10 | 0.6666 |" in card_of(run, tmp_path / "exact", "float32", "trained")
+
+
+def test_without_a_fingerprint_the_settings_tell_the_base(tmp_path):
+    """As in evaluations of earlier versions, and where the base is not on this machine."""
+    run, _ = make_run(tmp_path, quantization="nf4")
+    config = load_config(run / "config.yaml")
+    for there in (True, False):
+        key = {} if there else {"model": "0" * 64}
+        evaluate(run, f"own-{there}", 0.1, 1000, config={"model": {"quantization": "nf4"}}, **key)
+        evaluate(run, f"plain-{there}", 0.2, 2000, config={"model": {"quantization": "none"}}, **key)
+        assert own_evaluation(run, config)["metrics"]["ndcg@10"]["value"] == 0.1
+        shutil.rmtree(run / "eval")
+        shutil.rmtree(tmp_path / "tiny", ignore_errors=True)
 
 
 def test_the_card_names_the_fingerprints_that_the_run_recorded(tmp_path):

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from eval.run import main as evaluate
+from gdrt_ds.config import load_config
 from gdrt_ds.data.trie_file import load_trie
 from gdrt_ds.errors import UserError
 from gdrt_ds.export import main
 from gdrt_ds.files import sha256_of
+from gdrt_ds.inference import exporting
+from gdrt_ds.inference.public_names import public_settings
 from gdrt_ds.inference.publishing import check_upload, write_adapter
 from gdrt_ds.inference.recommender import open_run
+from gdrt_ds.models.weight_writer import shard_bytes
 from gdrt_ds.runtime import Runtime
 from tests.eval.run_folders import make_run
 
@@ -145,6 +152,163 @@ def test_adapters_that_change_nothing_or_are_not_finite_are_refused(run, tmp_pat
     with pytest.raises(UserError, match="no adapter"):
         write_adapter(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("upload", [[], ["--push", "owner/films", "--base-name", BASE]])
+def test_an_adapter_on_a_base_with_new_tokens_is_refused(run, tmp_path, hub, capsys, upload):
+    """Its rows for the new tokens do not fit the base of the hub."""
+    hub("", offline=True)  # the refusal comes before what an upload lacks
+    mine = copy_of(run, tmp_path / "run")
+    change_config(mine, {"model": {"new_tokens": "<[a-c]_[0-9]+>"}})
+    with pytest.raises(SystemExit):
+        main([*command(mine, tmp_path / "out"), *upload])
+    said = capsys.readouterr().err
+    assert "model.new_tokens = <[a-c]_[0-9]+>" in said and "leave --adapter-only out" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(params=["merged", "adapter alone"])
+def export_to(request, run, capsys):
+    """Runs the export of either kind, which must be refused; returns what it says."""
+
+    def refused(output, *more) -> str:
+        words = [*command(run, output), *more]
+        if request.param == "merged":
+            words.remove("--adapter-only")
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: ") and "fix: " in said
+        return said
+
+    return refused
+
+
+def test_outputs_that_cannot_be_used_are_refused_in_words(export_to, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    assert f"--output {tmp_path / 'file'} is a file" in export_to(tmp_path / "file")
+    assert f"--output {tmp_path} is not empty" in export_to(tmp_path)
+    assert "cannot be used (File name too long)" in export_to(tmp_path / ("x" * 300))
+    assert "cannot be written" in export_to(tmp_path / "file" / "below")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert "--output . is the folder that you are in" in export_to(".")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_link_to_an_empty_folder_is_an_output(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    assert main(command(run, tmp_path / "link")) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("size", ["4 gigs", "0MB", "GB", "4"])
+def test_a_shard_size_that_is_none_is_refused_before_the_model_is_loaded(run, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(exporting, "_write_model", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(UserError, match=f"--shard-size {size} is no size of a file"):
+        exporting.export(run, tmp_path / "out", shard_size=size)
+    assert [shard_bytes(text) for text in ("4GB", " 1.5 mb", "2KB")] == [4 * 10**9, 1_500_000, 2000]
+
+
+def test_damaged_files_of_an_adapter_are_refused_in_words(run, tmp_path):
+    mine = copy_of(run, tmp_path / "run")
+    weights, settings = (
+        mine / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json")
+    )
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="is not a readable safetensors file"):
+        write_adapter(mine, tmp_path / "out")
+    weights.write_bytes(whole)
+    for text in ("{", "[]"):
+        settings.write_text(text)
+        with pytest.raises(UserError, match="adapter_config.json cannot be read"):
+            write_adapter(mine, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_a_line_of_a_killed_run_does_not_stop_the_card(run, tmp_path):
+    mine = copy_of(run, tmp_path / "run")
+    with open(mine / "validation.jsonl", "a") as stream:
+        stream.write('{"step": 20, "group_lo')
+    write_adapter(mine, tmp_path / "out")
+    assert "| r in [-inf, -3) | 70 | 2.2500 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_paths_of_the_settings_are_cut_wherever_the_export_is_called(run, tmp_path, monkeypatch):
+    """None of them exists here; an export is often made on another machine or from another folder."""
+    mine = copy_of(run, tmp_path / "work" / "runs" / "one")
+    base = tmp_path / "work" / "secret" / "base-model"
+    base.parent.mkdir()
+    shutil.move(mine / "base", base)
+    (tmp_path / "work" / "secret" / "items").mkdir()
+    data = {"path": "secret/clients/acme/log.csv", "items": "secret/items", "users": "secret/users.csv"}
+    data["train_file"] = "../secret/train.csv"
+    model = {"path": "secret/base-model", "tokenizer": str(base)}
+    change_config(mine, {"data": data, "model": model, "run": {"dir": "runs/one"}})
+    change_config(mine, {"prompt": {"domain": "x" * 300}, "dro": {"frozen_weights": "/secret/runs/two"}})
+    settings = json.loads((mine / "adapter" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(base)
+    (mine / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    monkeypatch.chdir(tmp_path)
+    done = write_adapter(mine, tmp_path / "out")
+    assert done["base"] == "base-model"
+    for file in (tmp_path / "out").iterdir():
+        assert b"secret" not in file.read_bytes() and str(tmp_path).encode() not in file.read_bytes(), file
+    card = (tmp_path / "out" / "README.md").read_text()
+    for line in ("`log.csv`", "items: items", "users: users.csv", "path: base-model", "dir: one", "x" * 300):
+        assert line in card
+
+
+def test_names_of_the_hub_stay_in_the_settings(run, tmp_path):
+    config = load_config(run / "config.yaml")
+    config.data.path, config.model.path = "owner/log:small", BASE
+    config.data.items, config.deepspeed = "owner/items", "ds_configs/zero3_qlora.json"
+    config.run.dir = "clients/acme"  # no name of the hub, wherever the run lies now
+    config.data.mixture = {"owner/rows": 1.0, "/a/rows.jsonl": 2.0, "/b/rows.jsonl": 3.0}
+    found = public_settings(config, tmp_path)
+    assert found["data"]["path"] == "owner/log:small" and found["data"]["items"] == "owner/items"
+    assert found["model"]["path"] == BASE and found["deepspeed"] == "zero3_qlora.json"
+    assert found["data"]["mixture"] == {"owner/rows": 1.0, "rows.jsonl": 2.0, "rows.jsonl (2)": 3.0}
+    assert found["run"]["dir"] == "acme"
+    assert found["prompt"]["template"] == "alpaca" and found["data"]["format"] == "auto"
+
+
+def test_the_adapter_of_a_run_on_rows_has_its_prompt_and_a_card_about_rows(tmp_path, capsys):
+    rows = "".join(json.dumps({"prompt": f"p {n}", "completion": f" c {n % 3}"}) + "\n" for n in range(60))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    settings = [f"data.path={tmp_path / 'rows.jsonl'}", "data.format=sft", "objective=sft"]
+    mine = make_run(tmp_path / "run", settings)
+    evaluate(["--run", str(mine), "--floors", "none", "--bootstrap", "20"])
+    done = write_adapter(mine, tmp_path / "out")
+    assert done["catalogue"] == "no catalogue: the run has no catalogue.jsonl"
+    assert (tmp_path / "out" / "prompt.json").read_bytes() == (mine / "prompt.json").read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    about, _, settings = card.partition("## Settings")
+    assert not re.search("catalogue|title|recommend|history|split by", about), about
+    assert "answers with a completion" in about and "`rows.jsonl`: rows of prompt and completion" in about
+    assert "rows, scored over the vocabulary" in about and "| nll |" in about
+
+    exporting.export(mine, tmp_path / "merged")
+    about, _, settings = (
+        (tmp_path / "merged" / "README.md").read_text().partition("## Training configuration")
+    )
+    assert not re.search("recommender|split by|items", about) and "| nll |" in about
+    assert (tmp_path / "merged" / "prompt.json").is_file()
+
+
+def copy_of(run, folder):
+    """A run folder that a test may change."""
+    return shutil.copytree(run, folder)
+
+
+def change_config(run, changes) -> None:
+    """Sets keys of sections in config.yaml."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for section, values in changes.items():
+        config[section].update(values)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
 
 
 @pytest.mark.parametrize(

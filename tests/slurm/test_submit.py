@@ -8,9 +8,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from harness import HOME
+
+from eval.pipeline import default_output as catalogue_output
+from eval.predictions.options import ScoringOptions
+from eval.rows.pipeline import default_output as rows_output
 
 SUBMIT = str(HOME / "slurm" / "submit.py")
 
@@ -205,6 +210,52 @@ def test_without_slurm_the_message_says_where_to_run_it(tmp_path):
         done.returncode == 2
         and "the command `sbatch` is not on this machine" in done.stderr
         and "deepspeed gdrt_ds/train.py" in done.stderr
+    )
+
+
+@pytest.mark.parametrize("given", ["data.format=sft", "data.format=auto"])
+def test_a_chain_on_rows_compares_the_folders_that_their_evaluations_write(tmp_path, given):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    run = tmp_path / "run"
+    done = dry_run(given, f"data.path={rows}", f"run.dir={run}")
+    assert done.returncode == 0, done.stderr
+    compared = next(line for line in done.stdout.splitlines() if "slurm/compare.sh" in line).split()
+    for base in (True, False):
+        model = SimpleNamespace(adapter=None if base else run / "adapter")
+        subject = SimpleNamespace(run=run, name="run", model=model, split="test", limit=None)
+        assert str(rows_output(subject)) in compared
+    done = dry_run("data.format=sft", f"data.path={rows}", f"run.dir={run}", "--eval-args=--mode beam")
+    assert (
+        done.returncode == 2
+        and "--eval-args --mode beam: rows of prompt and completion have no catalogue" in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "words, options",
+    [
+        ("", {}),
+        ("--mode full --limit 7", {"mode": "full"}),
+        ("--mode beam --scoring full", {"mode": "beam", "scoring": "full"}),
+    ],
+)
+def test_a_chain_compares_the_folders_that_evaluations_of_a_catalogue_write(tmp_path, words, options):
+    run = tmp_path / "run"
+    done = dry_run("data.path=planted", f"run.dir={run}", f"--eval-args={words}")
+    assert done.returncode == 0, done.stderr
+    compared = next(line for line in done.stdout.splitlines() if "slurm/compare.sh" in line).split()
+    for base in (True, False):
+        recommender = SimpleNamespace(adapter=None if base else run / "adapter")
+        limit = 7 if "--limit" in words else None
+        subject = SimpleNamespace(run=run, name="run", recommender=recommender, split="test", limit=limit)
+        assert str(catalogue_output(subject, ScoringOptions(**options))) in compared
+
+
+def dry_run(*words) -> subprocess.CompletedProcess:
+    config = str(HOME / "configs" / "smoke.yaml")
+    return subprocess.run(
+        [sys.executable, SUBMIT, "--config", config, "--dry-run", *words], capture_output=True, text=True
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 from eval.study.__main__ import main as eval_study
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import EXIT_INTERRUPTED, UserError
+from gdrt_ds.studies import runner
 from gdrt_ds.studies.grid import cells_of, load_study
 from gdrt_ds.studies.keeping import keep_cell, restore_cell
 from gdrt_ds.studies.runner import evaluation_of, run_of, settings_of, state_of
@@ -186,6 +189,36 @@ def test_a_kept_cell_names_the_data_folder_of_whoever_reads_it(tmp_path):
     assert found == {"config": {"data.path": "../their/data"}}
 
 
+@pytest.mark.parametrize(
+    "home, texts",
+    [
+        ("/", ["Face/Off (1997)", "/data/log.csv", "1/2"]),
+        ("/me", ["/home/me", "/me-too/log.csv", "a/media", "Me/me.json", "/me.old"]),
+    ],
+)
+def test_a_kept_cell_changes_no_text_that_is_no_path_of_its_maker(tmp_path, monkeypatch, home, texts):
+    monkeypatch.setenv("HOME", home)
+    run = tmp_path / "study" / "runs" / "cell"
+    (run / "eval").mkdir(parents=True)
+    (run / "catalogue.jsonl").write_text("\n".join(texts))
+    packed = keep_cell(run, RunConfig(), run / "eval", tmp_path / "kept")
+    assert _entries(packed) == ["\n".join(texts).encode()]
+
+
+def test_a_kept_cell_names_no_home_folder_and_is_restored_where_home_is_the_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/me")
+    run = tmp_path / "study" / "runs" / "cell"
+    (run / "eval").mkdir(parents=True)
+    text = '["/me", "/me/a.csv", "file:///me/b", "\\n/me/c", "see /me."]'
+    (run / "summary.json").write_text(text)
+    packed = keep_cell(run, RunConfig(), run / "eval", tmp_path / "kept")
+    assert _entries(packed) == [text.replace("/me", "{home}").encode()]
+    monkeypatch.setenv("HOME", "/")
+    elsewhere = tmp_path / "elsewhere" / "runs" / "cell"
+    restore_cell(packed, elsewhere, RunConfig())
+    assert (elsewhere / "summary.json").read_text() == text.replace("/me", "")
+
+
 def test_a_command_that_may_run_for_so_long_ends_with_a_checkpoint_and_goes_on(finished, tmp_path):
     """The time is up before the first step: each command takes one step, and the last one takes the rest."""
     path, folder, _ = finished
@@ -223,6 +256,53 @@ def test_a_zip_that_is_no_kept_cell_is_refused(tmp_path, name):
     with pytest.raises(UserError, match="no kept cell"):
         restore_cell(tmp_path / "cell.zip", tmp_path / "runs" / "cell", RunConfig())
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("damage", ["first bytes", "later bytes", "unknown compression", "encrypted"])
+def test_a_damaged_kept_cell_is_refused_and_leaves_no_run_behind(tmp_path, damage):
+    """Half of a run folder would count as trained."""
+    run = tmp_path / "study" / "runs" / "cell"
+    evaluation = run / "eval" / "test-renormalised"
+    evaluation.mkdir(parents=True)
+    (run / "config.yaml").write_text("train: {}\n")
+    (run / "summary.json").write_text(json.dumps({"status": "completed"}))
+    (evaluation / "results.json").write_text(json.dumps({"rows": list(range(3000))}))
+    packed = keep_cell(run, RunConfig(), evaluation, tmp_path / "kept")
+    with zipfile.ZipFile(packed) as archive:
+        last = archive.infolist()[-1]
+    content = bytearray(packed.read_bytes())
+    data = last.header_offset + 30 + len(last.filename)
+    entry = content.rindex(b"PK\x01\x02")  # of the same file in the list at the end
+    if damage == "first bytes":
+        content[data + 4 : data + 9] = b"\xff" * 5  # the properties of LZMA
+    elif damage == "later bytes":
+        content[data + 40] ^= 0xFF
+    elif damage == "unknown compression":
+        content[entry + 10] = 97
+    else:
+        content[entry + 8] |= 1
+        content[last.header_offset + 6] |= 1
+    packed.write_bytes(content)
+
+    elsewhere = tmp_path / "elsewhere" / "runs" / "cell"
+    with pytest.raises(UserError, match="is damaged") as refused:
+        restore_cell(packed, elsewhere, RunConfig())
+    assert "remove it" in refused.value.fix
+    assert not elsewhere.exists() and not list(elsewhere.parent.iterdir())
+
+
+def test_a_kept_cell_is_not_unpacked_over_other_files(tmp_path):
+    run = tmp_path / "study" / "runs" / "cell"
+    (run / "eval").mkdir(parents=True)
+    (run / "config.yaml").write_text("train: {}\n")
+    packed = keep_cell(run, RunConfig(), run / "eval", tmp_path / "kept")
+    other = tmp_path / "elsewhere" / "runs" / "cell"
+    other.mkdir(parents=True)
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="cannot be unpacked") as refused:
+        restore_cell(packed, other, RunConfig())
+    assert f"remove {other}" in refused.value.fix
+    assert [file.name for file in other.iterdir()] == ["notes.txt"]
 
 
 def _entries(packed: Path) -> list[bytes]:
@@ -276,6 +356,30 @@ def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, t
     )
     assert "frozen-seed0: failed" in end.stdout  # it reads the run folder of a broken cell
     assert "4 of 6 cells are not evaluated yet" in (mine / "study.html").read_text()
+
+
+@pytest.mark.parametrize("killed, other", [("KILL", 0), ("TERM", 1)])
+def test_a_worker_that_a_signal_kills_fails_the_study_and_is_named(
+    tmp_path, monkeypatch, capsys, killed, other
+):
+    """A worker out of memory is killed by the kernel; the others end well or badly."""
+    script = f'case "$*" in *sft-seed0*) kill -{killed} $$;; esac; exit {other}'
+    monkeypatch.setattr(runner, "module_command", lambda name: ["sh", "-c", script, name])
+    study = load_study(study_file(tmp_path))
+    cells = [cell for cell in cells_of(study, tmp_path) if cell.name in ("sft-seed0", "sft-seed1")]
+    options = argparse.Namespace(study="tiny.yaml", overrides=[], keep=None)
+    number = getattr(signal, f"SIG{killed}").value
+    assert runner.run_workers(options, study, tmp_path, cells, 2) == 128 + number
+    said = capsys.readouterr().out
+    assert f"worker 1, which had sft-seed0, was killed by SIG{killed}" in said and "worker 2" not in said
+
+
+def test_an_evaluation_that_a_signal_kills_fails_the_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "module_command", lambda name: ["sh", "-c", "kill -KILL $$", name])
+    monkeypatch.setattr(runner, "state_of", lambda folder, cell: "trained")
+    study = load_study(study_file(tmp_path))
+    assert runner.work(study, tmp_path, cells_of(study, tmp_path)[:1]) > 0
+    assert "the evaluation, which had sft-seed0, was killed by SIGKILL" in capsys.readouterr().out
 
 
 @pytest.mark.distributed
