@@ -194,3 +194,14 @@ def test_a_mutilated_parquet_is_an_error_that_names_the_file(tmp_path, monkeypat
     path.write_bytes(bytes(data))
     found, _, _ = read(path, monkeypatch, True)
     assert "interactions.parquet: cannot be read" in found
+
+
+@pytest.mark.parametrize("folder", ["plain", "shop[1]"])
+@pytest.mark.parametrize("name", ["log[1].csv", "log*.csv", "log?.csv"])
+def test_a_name_that_reads_like_a_pattern_is_the_name_of_that_file_alone(tmp_path, monkeypatch, folder, name):
+    place = tmp_path / folder
+    place.mkdir()
+    write(place, "user,item,timestamp\nother,2,1\n", "log1.csv")
+    path = write(place, "user,item,timestamp\nmine,2,1\n", name)
+    assert both(path, monkeypatch)
+    assert read(path, monkeypatch, True)[0][0] == ["mine"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gdrt_ds.data.readers._datasets import BUILDERS, quietly, texts_only
+from gdrt_ds.data.readers._datasets import BUILDERS, name_of, quietly, texts_only
 from gdrt_ds.data.readers._rows import header_of, open_text, suffix_of
 from gdrt_ds.data.readers.base import InteractionColumns, Item, Names, as_id, parse_number
 from gdrt_ds.files import cache_folder
@@ -155,7 +155,7 @@ def _batches(path: Path) -> Iterator[Any]:
     with quietly() as datasets:
         found = datasets.load_dataset(
             builder,
-            data_files=str(path.absolute()),
+            data_files=name_of(path),
             split="train",
             streaming=True,
             cache_dir=str(cache_folder() / "datasets"),
