@@ -167,6 +167,7 @@ def row_of(values: Mapping[str, Any], columns: Columns, number: int) -> TextRow:
     if not completion:
         raise BadField(columns.name("completion"), "it is missing or empty; a text is expected")
     user = columns.value(values, "user")
+    no_user = user is None or user != user or not str(user).strip()  # NaN is how a table writes a gap
     return TextRow(
         sample_id=0,
         prompt=prompt,
@@ -175,7 +176,7 @@ def row_of(values: Mapping[str, Any], columns: Columns, number: int) -> TextRow:
         group=_group(values, columns, completion),
         choices=choices,
         answer=answer,
-        user_id=f"row {number}" if user is None else _label(user),
+        user_id=f"row {number}" if no_user else _label(user),
         labels=columns.labels(values),
     )
 

@@ -83,6 +83,7 @@ GOOD = {
 }
 BAD = {
     "an empty id": "u,2,1,4\n,3,2,5\nw,4,3,5\n",
+    "an id of spaces": "u,2,1,4\n  ,3,2,5\nw,4,3,5\n",
     "an unknown item": "u,2,1,4\nv,77,2,5\n",
     "a time that is no number": "u,2,1,4\nv,3,soon,5\n",
     "an infinite time": "u,2,1,4\nv,3,inf,5\n",
@@ -147,6 +148,22 @@ def test_json_lines_give_what_rows_give(tmp_path, monkeypatch, case):
     both(path, monkeypatch, skip=True, split="leave_one_out")
 
 
+LARGE = [2**53 + 1, 2**53 + 2, 2**63 + 5, 2**63 + 6]
+
+
+@pytest.mark.parametrize("ids", [LARGE, [*LARGE[2:], 11], [*LARGE[:2], 1.5]], ids=["all", "64 bits", "float"])
+@pytest.mark.parametrize("role", ["user", "item"])
+def test_ids_that_no_float_holds_are_read_exactly(tmp_path, monkeypatch, ids, role):
+    other = {"user": "item", "item": "user"}[role]
+    text = "".join(json.dumps({role: ids[k % len(ids)], other: 2, "timestamp": k}) + "\n" for k in range(12))
+    path = write(tmp_path, text, "interactions.jsonl")
+    with open(tmp_path / "items.csv", "a", encoding="utf-8") as stream:
+        stream.writelines(f"{name},Large {name}\n" for name in ids)
+    assert not both(path, monkeypatch)
+    users, items, _, _ = read(path, monkeypatch, True)[0]
+    assert list(dict.fromkeys(users if role == "user" else items)) == [str(name) for name in ids]
+
+
 def test_a_torn_last_line_is_named(tmp_path, monkeypatch):
     whole = "".join(json.dumps(row) + "\n" for row in ROWS[0] * 20)
     path = write(tmp_path, whole[:-9], "interactions.jsonl")
@@ -180,6 +197,33 @@ def test_parquet_gives_what_rows_give_whatever_its_types(tmp_path, monkeypatch, 
     table = pyarrow.table(dict(zip(("user", "item", "timestamp"), kinds[seed], strict=True)))
     pyarrow.parquet.write_table(table, path)
     assert both(path, monkeypatch) == (seed < 3)
+
+
+@pytest.mark.parametrize("role", ["user", "item"])
+def test_an_id_that_is_not_a_number_in_parquet_is_a_bad_row(tmp_path, monkeypatch, role):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = write(tmp_path, "", "interactions.parquet")
+    columns = {"user": [1.0, 2.0, 3.0], "item": [2.0, 3.0, 4.0], "timestamp": [1, 2, 3]}
+    columns[role][1] = float("nan")
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert not both(path, monkeypatch)
+    assert f"interactions.parquet, line 2, field `{role}`: empty id" in read(path, monkeypatch, True)[0]
+    (users, items, _, _), notes, _ = read(path, monkeypatch, True, skip=True)
+    assert (users, items) == (["1", "3"], ["2", "4"]) and ": 1 (first: " in notes[0]
+
+
+def test_blank_ids_of_items_and_users_are_bad_rows(tmp_path, monkeypatch):
+    path = write(tmp_path, HEADER + GOOD["numbers"])
+    (tmp_path / "users.csv").write_text("user,city\n1,Ulm\n  ,Bonn\n")
+    assert "users.csv, line 3, field `user`: empty id" in read(path, monkeypatch, True)[0]
+    (tmp_path / "users.csv").unlink()
+    (tmp_path / "items.csv").write_text(ITEMS + " ,Blank\n")
+    assert (
+        f"items.csv, line {ITEMS.count(chr(10)) + 1}, field `item_id`: empty id"
+        in (read(path, monkeypatch, True)[0])
+    )
 
 
 def test_a_mutilated_parquet_is_an_error_that_names_the_file(tmp_path, monkeypatch):

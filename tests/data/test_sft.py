@@ -80,6 +80,13 @@ def test_rows_of_one_user_stay_in_one_split(tmp_path):
     assert [len(of_split) for of_split in users] == [8, 1, 1] and len(set.union(*users)) == 10
 
 
+@pytest.mark.parametrize("empty", ["", " ", None, float("nan")])
+def test_a_row_whose_user_is_empty_is_a_user_of_its_own(tmp_path, empty):
+    given = [{**row, "user": empty if place % 2 else "u"} for place, row in enumerate(rows(40))]
+    found = read(write_lines(tmp_path / "rows.jsonl", given)).splits
+    assert len({row.user_id for name in found for row in found[name]}) == 21
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "arrow"])
 def test_tables_are_read_by_the_library_datasets_and_equal_the_lines(tmp_path, suffix, monkeypatch):
     import datasets

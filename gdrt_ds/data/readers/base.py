@@ -327,10 +327,12 @@ def parse_genres(value: object) -> tuple[str, ...]:
 
 
 def as_id(value: object) -> str:
-    """Returns an id as text.
+    """Returns an id as text, which is empty where the value is none: a gap, a blank text, or not a number.
 
     12, 12.0 and "12" are the same id: a table library may widen an integer column with gaps to float.
     """
+    if value is None or value != value:  # NaN is how a table library writes a gap
+        return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()

@@ -141,11 +141,11 @@ def _read_rows(
     for line, row in read_rows(path, bad):
         values = []
         for column in (columns.user, columns.item):
-            value = row.get(column)
-            if value is None or value == "":
+            value = as_id(row.get(column))
+            if not value:
                 bad.report(path, line, column, "empty id")
                 break
-            values.append(as_id(value))
+            values.append(value)
         if len(values) < 2:
             continue
         try:
@@ -190,11 +190,10 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
     )
     items: dict[str, Item] = {}
     for line, row in rows_of_table(path, bad):
-        value = row.get(item_column)
-        if value is None or value == "":
+        item = as_id(row.get(item_column))
+        if not item:
             bad.report(path, line, item_column, "empty id")
             continue
-        item = as_id(value)
         title = _text(row, text_column)
         if not title:  # an interaction with it is a bad row, see read_events
             continue
@@ -255,10 +254,11 @@ def read_user_table(data: DataSection, folder: Path, bad: BadRows) -> dict[str, 
     )
     users = {}
     for line, row in rows_of_table(path, bad):
-        if row.get(column) in (None, ""):
+        user = as_id(row.get(column))
+        if not user:
             bad.report(path, line, column, "empty id")
             continue
-        users[as_id(row[column])] = {
+        users[user] = {
             name: str(value) for name, value in row.items() if name != column and value is not None
         }
     return users
