@@ -92,7 +92,6 @@ BAD = {
     "a long row": "u,2,1,4\nv,3,2,5,6\n",
     "only long rows": "u,2,1,4,9\nv,3,2,5,6\n",
     "a short row without the unused column": "u,2,1\n",
-    "a quote that never ends": 'u,2,1,4\n"v,3,2,5\nw,4,3,5\n',
 }
 
 
@@ -108,6 +107,43 @@ def test_a_bad_row_is_named_or_counted_in_the_same_words(tmp_path, monkeypatch, 
     path = write(tmp_path, HEADER + "a,1,1,1\n" * 20 + BAD[case])
     assert not both(path, monkeypatch)
     both(path, monkeypatch, skip=True)
+
+
+@pytest.mark.parametrize("name", ["interactions.csv", "interactions.tsv.gz"])
+@pytest.mark.parametrize("blank", ["", "\n"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_rows_that_are_all_longer_than_the_header_do_not_shift_the_columns(
+    tmp_path, monkeypatch, name, blank, skip
+):
+    text = "user,item,timestamp\n" + blank + "".join(f"{k % 3},{k % 5},4,{k}\n" for k in range(20))
+    path = write(tmp_path, text if ".csv" in name else text.replace(",", "\t"), name)
+    assert not both(path, monkeypatch, skip=skip)
+    found, notes, _ = read(path, monkeypatch, True, skip=skip)
+    said = notes[0] if skip else found
+    assert "4 fields where the header has 3" in said and f"{name}, line {2 + len(blank)}" in said
+    assert not skip or found[0] == []
+
+
+@pytest.mark.parametrize("table", ["items.csv", "users.csv"])
+def test_rows_of_other_tables_that_are_longer_than_the_header_are_named(tmp_path, monkeypatch, table):
+    path = write(tmp_path, HEADER + GOOD["numbers"])
+    text = {"items.csv": "item,title\n1,One,Drama\n2,Two,Drama\n", "users.csv": "user,city\n1,Ulm,3\n"}[table]
+    (tmp_path / table).write_text(text)
+    found, _, _ = read(path, monkeypatch, True)
+    assert f"{table}, line 2, field `(row)`: 3 fields where the header has 2" in found
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_quote_that_is_never_closed_is_an_error_that_names_its_line(tmp_path, monkeypatch, skip):
+    path = write(tmp_path, HEADER + "a,1,1,1\n" * 20 + 'u,2,1,4\n"v,3,2,5\nw,4,3,5\n')
+    assert not both(path, monkeypatch, skip=skip)
+    assert (
+        'interactions.csv, line 23: a cell opens a quote (")' in read(path, monkeypatch, True, skip=skip)[0]
+    )
+    write(tmp_path, HEADER + GOOD["numbers"])
+    (tmp_path / "items.csv").write_text(ITEMS + '90,"Two\nlines"\n91,12" ruler\n92,"Weird Al\n93,T\n')
+    line = (ITEMS + "\n\n\n").count("\n") + 1
+    assert f"items.csv, line {line}: a cell opens a quote" in read(path, monkeypatch, True, skip=skip)[0]
 
 
 @pytest.mark.parametrize("name", ["interactions.csv.gz", "interactions.tsv", "interactions.tsv.gz"])

@@ -104,6 +104,24 @@ def test_tables_are_read_by_the_library_datasets_and_equal_the_lines(tmp_path, s
     assert read(path).splits == lines.splits
 
 
+def test_a_csv_row_with_too_many_fields_is_named_or_counted(tmp_path):
+    lines = [f"p{n},c{n}" for n in range(30)]
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(["prompt,completion", *lines[:9], "p,c,more", *lines[9:]]))
+    assert "rows.csv, line 11, field `(row)`: 3 fields where the header has 2" in refusal(path)
+    found = read(path, "data.on_bad_row=skip")
+    assert sum(map(len, found.splits.values())) == 30
+    assert any("wrong number of fields: 1 (first: rows.csv, line 11" in note for note in found.notes)
+    path.write_text("\n".join(["prompt,completion", *(f"id{n},{line}" for n, line in enumerate(lines))]))
+    assert "rows.csv, line 2, field `(row)`: 3 fields where the header has 2" in refusal(path)
+
+
+def test_a_csv_header_with_a_name_twice_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,prompt\na,b,c\n")
+    assert "rows.csv: `prompt` stands twice in the header" in refusal(path)
+
+
 # -- what is refused
 GOOD = {"prompt": "a", "completion": "b"}
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gdrt_ds.data.readers._datasets import BUILDERS, name_of, quietly, texts_only
-from gdrt_ds.data.readers._rows import header_of, open_text, suffix_of
+from gdrt_ds.data.readers._rows import begins_too_long, header_of, open_text, suffix_of
 from gdrt_ds.data.readers.base import InteractionColumns, Item, Names, as_id, parse_number
 from gdrt_ds.files import cache_folder
 
@@ -155,6 +155,8 @@ def _batches(path: Path) -> Iterator[Any]:
         header = header_of(path, separator)
         if len(set(header)) < len(header):
             raise NotPlain("two columns have the same name")
+        if begins_too_long(path):
+            raise NotPlain("its first row has more fields than its header")
         options = {**texts_only(header, separator), "chunksize": BATCH}
     with quietly() as datasets:
         found = datasets.load_dataset(

@@ -8,6 +8,7 @@ text_rows.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.readers._datasets import BUILDERS, rows_of_file
-from gdrt_ds.data.readers._rows import header_of, read_rows, suffix_of
+from gdrt_ds.data.readers._rows import header_of, read_rows, rows_of_table, suffix_of
 from gdrt_ds.data.readers.base import BadRows, Reader
 from gdrt_ds.data.text_rows import ROLES, BadField, Columns, TextRow, TextRows, row_of
 from gdrt_ds.errors import UserError
@@ -113,12 +114,21 @@ def _rows_of(file: Path, bad: BadRows) -> Numbered:
     if suffix in LINES:
         return read_rows(file, bad)
     if suffix in BUILDERS:
-        header = header_of(file) if BUILDERS[suffix] == "csv" else None
-        return (
-            (number, {name: value for name, value in row.items() if value is not None})
-            for number, row in rows_of_file(file, suffix, header)
-        )
+        is_csv = BUILDERS[suffix] == "csv"
+        twice = [name for name, count in Counter(header_of(file) if is_csv else []).items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{file}: {' and '.join(f'`{name}`' for name in twice)} stands twice in the header",
+                "give every column a name of its own",
+            )
+        found = rows_of_table(file, bad) if is_csv else rows_of_file(file, suffix)
+        return ((number, _present(row, is_csv)) for number, row in found)
     raise UserError(f"{file}: unknown format `{file.suffix}`", f"use one of {', '.join(SUFFIXES)}")
+
+
+def _present(row: dict[str, Any], is_csv: bool) -> dict[str, Any]:
+    """The values that a row has; an empty cell of a CSV file is none."""
+    return {name: value for name, value in row.items() if value is not None and not (is_csv and value == "")}
 
 
 def _split_of(values: dict[str, Any], columns: Columns) -> str | None:
