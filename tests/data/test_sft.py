@@ -122,6 +122,12 @@ def test_a_csv_header_with_a_name_twice_is_refused(tmp_path):
     assert "rows.csv: `prompt` stands twice in the header" in refusal(path)
 
 
+def test_a_renamed_column_that_no_row_has_is_told(tmp_path):
+    notes = read(write_splits(tmp_path, (5, 3, 2)), "data.columns={user: reader, prompt: prompt}").notes
+    assert "data.columns.user=reader: no row has a value of it" in notes
+    assert not any("data.columns.prompt" in note for note in notes)
+
+
 # -- what is refused
 GOOD = {"prompt": "a", "completion": "b"}
 

@@ -246,14 +246,15 @@ def pick_column(
 
     It is data.columns.<role> where that is given, else the first alias that is there.
 
+    Args:
+        renamed: `data.columns`. A caller with several files leaves those names out that another file has.
+
     Raises:
         UserError: the named column is not there, or none of the aliases is and the role is required.
     """
     if role in renamed:
         if renamed[role] in header:
             return renamed[role]
-        if not required:
-            return None
         raise UserError(
             f"data.columns.{role}={renamed[role]}: {path.name} has no such column; it has "
             f"{', '.join(header)}",

@@ -40,8 +40,11 @@ def read_text_rows(data: DataSection, bad: BadRows) -> TextRows:
     notes: list[str] = []
     splits: dict[str, list[TextRow]] = {name: [] for name in SPLITS}
     undivided: list[TextRow] = []
+    unseen = dict(data.columns)
     for name, split, rows in _files(data, bad):
         for number, values in rows:
+            if unseen:
+                unseen = {role: name for role, name in unseen.items() if name not in values}
             try:
                 row = row_of(values, columns, len(undivided) + sum(map(len, splits.values())))
                 own = split or _split_of(values, columns)
@@ -49,6 +52,7 @@ def read_text_rows(data: DataSection, bad: BadRows) -> TextRows:
                 bad.report(name, number, error.name, str(error))
                 continue
             (undivided if own is None else splits[own]).append(row)
+    notes += [f"data.columns.{role}={name}: no row has a value of it" for role, name in unseen.items()]
     if undivided and any(splits.values()):
         raise UserError(
             f"data.path={data.path}: {len(undivided)} rows have no `{columns.name('split')}` and others have",

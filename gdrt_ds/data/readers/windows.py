@@ -70,7 +70,12 @@ def read_windows(data: DataSection, bad: BadRows) -> Windows:
                 "name a file of train windows, or leave data.train_file empty for train.csv",
             )
     titles: dict[str, str] = {}
-    splits = {split: _read_split(path, data, bad, titles) for split, path in paths.items() if path.is_file()}
+    elsewhere = _columns_of_items(folder, data)
+    splits = {
+        split: _read_split(path, data, bad, titles, elsewhere)
+        for split, path in paths.items()
+        if path.is_file()
+    }
     items = _read_items(folder, data, bad, titles)
     for split in splits:
         splits[split] = _titled(splits[split], items, paths[split], bad)
@@ -106,18 +111,19 @@ def _require_train(path: Path, data: DataSection) -> None:
 
 
 def _read_split(
-    path: Path, data: DataSection, bad: BadRows, titles: dict[str, str]
+    path: Path, data: DataSection, bad: BadRows, titles: dict[str, str], elsewhere: list[str]
 ) -> list[tuple[int, Sample]]:
     header = header_of(path)
-    user_column = pick_column(path, header, "user", USER, data.columns)
-    time_column = pick_column(path, header, "timestamp", TIMESTAMP, data.columns, required=False)
-    window = pick_column(path, header, "item", WINDOW, data.columns, required=False)
+    renamed = {role: name for role, name in data.columns.items() if name in header or name not in elsewhere}
+    user_column = pick_column(path, header, "user", USER, renamed)
+    time_column = pick_column(path, header, "timestamp", TIMESTAMP, renamed, required=False)
+    window = pick_column(path, header, "item", WINDOW, renamed, required=False)
     history_column = target_column = history_titles = target_title = None
     if window is None:
         history_titles = pick_column(path, header, "history_title", HISTORY_TITLE, {}, required=False)
-        target_title = pick_column(path, header, "title", TARGET_TITLE, data.columns, required=False)
+        target_title = pick_column(path, header, "title", TARGET_TITLE, renamed, required=False)
         history_column = pick_column(path, header, "history", HISTORY, {}, required=False)
-        target_column = pick_column(path, header, "item", TARGET, data.columns, required=False)
+        target_column = pick_column(path, header, "item", TARGET, renamed, required=False)
         if history_column is None or target_column is None:
             history_column = history_titles
             target_column = target_title
@@ -195,12 +201,22 @@ def _read_split(
     return samples
 
 
-def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str, str]) -> dict[str, Item]:
+def _items_file(folder: Path, data: DataSection) -> Path | None:
+    """The file of the items' titles; None where the windows have to carry them."""
     if data.items:
-        path = Path(data.items)
-    else:
-        places = [folder / name for name in ITEM_NAME_FILES + ITEM_TABLE_FILES]
-        path = next((place for place in places if place.is_file()), None)
+        return Path(data.items)
+    places = [folder / name for name in ITEM_NAME_FILES + ITEM_TABLE_FILES]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _columns_of_items(folder: Path, data: DataSection) -> list[str]:
+    """The columns of the item table, which `data.columns` may mean; none where the titles have no table."""
+    path = _items_file(folder, data)
+    return header_of(path) if path is not None and path.is_file() and path.suffix != ".json" else []
+
+
+def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str, str]) -> dict[str, Item]:
+    path = _items_file(folder, data)
     if data.item_text and (path is None or path.suffix == ".json"):
         raise UserError(
             f"data.item_text={data.item_text}: the titles come from {path.name if path else 'the windows'}, "
