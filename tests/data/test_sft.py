@@ -130,6 +130,8 @@ def test_a_renamed_column_that_no_row_has_is_told(tmp_path):
 
 # -- what is refused
 GOOD = {"prompt": "a", "completion": "b"}
+HALF = "A \ud83d"
+TURNS = [{"role": "user", "content": HALF}, {"role": "assistant", "content": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,13 @@ GOOD = {"prompt": "a", "completion": "b"}
         ({"messages": [{"role": "user", "content": "a"}]}, "messages", "its last turn must be the assistant"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages", "turn 1 has the role 'robot'"),
         ([1, 2], "(row)", "a JSON object is expected"),
+        ({**GOOD, "prompt": HALF}, "prompt", "holds half of a character"),
+        ({**GOOD, "completion": HALF}, "completion", "holds half of a character"),
+        ({**GOOD, "auxiliary_prompt": HALF}, "auxiliary_prompt", "holds half of a character"),
+        ({**GOOD, "choices": ["b", HALF]}, "choices", "holds half of a character"),
+        ({**GOOD, "group": HALF}, "group", "holds half of a character"),
+        ({"messages": TURNS}, "messages", "holds half of a character"),
+        ({"messages": TURNS[::-1] + TURNS[1:]}, "messages", "holds half of a character"),
     ],
 )
 def test_a_bad_row_is_named_by_file_line_and_field_or_left_out_and_counted(tmp_path, bad, field, problem):
@@ -180,6 +189,14 @@ def test_a_hub_name_without_network_is_a_clear_error():
     text = refusal("nobody/nothing-like-this")
     assert "data.path=nobody/nothing-like-this: no such file or folder, and the hub does not give it" in text
     assert "no such file or folder" in refusal("not a name")
+
+
+def test_every_name_of_the_valid_file_is_read(tmp_path):
+    write_splits(tmp_path, (4, 4, 4))
+    for name in ("val", "validation", "dev"):
+        path = (tmp_path / "valid.jsonl").rename(tmp_path / f"{name}.jsonl")
+        assert len(read(tmp_path).splits["valid"]) == 4
+        path.rename(tmp_path / "valid.jsonl")
 
 
 def test_two_files_of_one_split_and_a_folder_without_train_are_refused(tmp_path):

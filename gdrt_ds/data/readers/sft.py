@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gdrt_ds.config import DataSection
+from gdrt_ds.data.readers import windows
 from gdrt_ds.data.readers._datasets import BUILDERS, rows_of_file
 from gdrt_ds.data.readers._rows import header_of, read_rows, rows_of_table, suffix_of
 from gdrt_ds.data.readers.base import BadRows, Reader
@@ -24,7 +25,7 @@ from gdrt_ds.data.text_rows import ROLES, BadField, Columns, TextRow, TextRows, 
 from gdrt_ds.errors import UserError
 
 SPLITS = ("train", "valid", "test")
-SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
+SPLIT_NAMES = {"train": "train", **dict.fromkeys(windows.VALID, "valid"), "test": "test"}
 LINES = (".jsonl", ".json")
 SUFFIXES = (*LINES, *BUILDERS)
 Numbered = Iterator[tuple[int, dict[str, Any]]]

@@ -33,6 +33,7 @@ from gdrt_ds.data.readers.base import (
     parse_genres,
     parse_number,
 )
+from gdrt_ds.data.text_rows import HALF, is_whole
 from gdrt_ds.errors import UserError, nearest
 
 INTERACTION_NAMES = ("interactions", "inter", "ratings", "events", "reviews")
@@ -194,7 +195,13 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
         if not item:
             bad.report(path, line, item_column, "empty id")
             continue
-        title = _text(row, text_column)
+        try:
+            title, provider, name = (
+                _text(row, field := column) for column in (text_column, provider_column, name_column)
+            )
+        except ValueError as error:
+            bad.report(path, line, field, str(error))
+            continue
         if not title:  # an interaction with it is a bad row, see read_events
             continue
         if item in items and items[item].title != title:
@@ -207,8 +214,7 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
             )
             continue
         genres = parse_genres(row.get(genres_column)) if genres_column else ()
-        provider = _text(row, provider_column) or None
-        items[item] = Item(item, title, provider, genres, _text(row, name_column) or None)
+        items[item] = Item(item, title, provider or None, genres, name or None)
     return items
 
 
@@ -234,10 +240,17 @@ def text_columns(path: Path, header: list[str], data: DataSection) -> tuple[str,
 
 
 def _text(row: dict, column: str | None) -> str:
-    """The cleaned text of a column; empty where the row or the table has none."""
+    """The cleaned text of a column; empty where the row or the table has none.
+
+    Raises:
+        ValueError: the text is not whole.
+    """
     if column is None or row.get(column) is None:
         return ""
-    return clean_title(str(row[column]))
+    text = clean_title(str(row[column]))
+    if not is_whole(text):
+        raise ValueError(f"{text!r} {HALF}")
+    return text
 
 
 def read_user_table(data: DataSection, folder: Path, bad: BadRows) -> dict[str, dict[str, str]]:
