@@ -80,6 +80,34 @@ def test_rows_of_one_user_stay_in_one_split(tmp_path):
     assert [len(of_split) for of_split in users] == [8, 1, 1] and len(set.union(*users)) == 10
 
 
+def pairs_of(found, name):
+    return [(row.prompt, row.completion) for row in found.splits[name]]
+
+
+def told_as_trained_on(found):
+    return [note for note in found.notes if "are trained on" in note]
+
+
+def test_equal_rows_stay_in_one_split_and_others_are_dealt_as_without_them(tmp_path):
+    given = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(40)]
+    single = read(write_lines(tmp_path / "single.jsonl", given))
+    twice = read(write_lines(tmp_path / "twice.jsonl", given * 2))
+    for name in ("train", "valid", "test"):
+        assert sorted(pairs_of(twice, name)) == sorted(pairs_of(single, name) * 2)
+    assert not told_as_trained_on(twice)
+    assert [row.prompt for row in single.splits["test"]] == ["p6", "p13", "p23", "p29"]
+
+
+def test_held_out_rows_that_train_holds_too_are_told(tmp_path):
+    given = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(9)]
+    for split, rows_of_split in (("train", given[:6]), ("valid", given[5:7]), ("test", given[4:9])):
+        write_lines(tmp_path / f"{split}.jsonl", rows_of_split)
+    told = told_as_trained_on(read(tmp_path))
+    assert [note.split(" rows")[0] for note in told] == ["valid: 1 of 2", "test: 2 of 5"]
+    by_user = [{**row, "user": f"u{n}"} for n in range(20) for row in given]
+    assert len(told_as_trained_on(read(write_lines(tmp_path / "users.jsonl", by_user)))) == 2
+
+
 @pytest.mark.parametrize("empty", ["", " ", None, float("nan")])
 def test_a_row_whose_user_is_empty_is_a_user_of_its_own(tmp_path, empty):
     given = [{**row, "user": empty if place % 2 else "u"} for place, row in enumerate(rows(40))]

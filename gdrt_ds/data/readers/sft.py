@@ -21,7 +21,7 @@ from gdrt_ds.data.readers import windows
 from gdrt_ds.data.readers._datasets import BUILDERS, rows_of_file
 from gdrt_ds.data.readers._rows import header_of, read_rows, rows_of_table, suffix_of
 from gdrt_ds.data.readers.base import BadRows, Reader
-from gdrt_ds.data.text_rows import ROLES, BadField, Columns, TextRow, TextRows, row_of
+from gdrt_ds.data.text_rows import ROLES, BadField, Columns, Prompt, TextRow, TextRows, row_of
 from gdrt_ds.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -68,6 +68,7 @@ def read_text_rows(data: DataSection, bad: BadRows) -> TextRows:
         )
     limits = {name: getattr(data, f"limit_{name}") for name in SPLITS}
     chosen = {name: _limited(splits[name], name, limits[name], data.sample_seed, notes) for name in SPLITS}
+    notes += _trained_on(chosen)
     numbered = {name: [replace(row, sample_id=i) for i, row in enumerate(chosen[name])] for name in SPLITS}
     return TextRows(numbered, [*bad.notes(), *notes])
 
@@ -147,22 +148,48 @@ def _split_of(values: dict[str, Any], columns: Columns) -> str | None:
 
 
 def _shares(rows: list[TextRow], data: DataSection, notes: list[str]) -> dict[str, list[TextRow]]:
-    """Deals rows out at random in the shares of `data.split_ratio`; rows of one user stay together."""
-    users = list(dict.fromkeys(row.user_id for row in rows))
-    order = np.random.default_rng([data.sample_seed, 31]).permutation(len(users))
-    first = round(len(users) * data.split_ratio[0])
-    second = round(len(users) * (data.split_ratio[0] + data.split_ratio[1]))
+    """Deals rows out at random in the shares of `data.split_ratio`.
+
+    Rows of one user stay together. So do equal rows of users who have no other row.
+    """
+    rows_of = Counter(row.user_id for row in rows)
+    unit_of = [_pair(row) if rows_of[row.user_id] == 1 else row.user_id for row in rows]
+    units = list(dict.fromkeys(unit_of))
+    order = np.random.default_rng([data.sample_seed, 31]).permutation(len(units))
+    first = round(len(units) * data.split_ratio[0])
+    second = round(len(units) * (data.split_ratio[0] + data.split_ratio[1]))
     split_of = {}
     for place, index in enumerate(order.tolist()):
         name = "train" if place < first else "valid" if place < second else "test"
-        split_of[users[index]] = name
-    splits = {name: [row for row in rows if split_of[row.user_id] == name] for name in SPLITS}
+        split_of[units[index]] = name
+    splits = {
+        name: [row for row, unit in zip(rows, unit_of, strict=True) if split_of[unit] == name]
+        for name in SPLITS
+    }
     sizes = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
     notes.append(
         f"no splits are given: seeded shares of {len(rows)} rows (data.split_ratio, "
         f"data.sample_seed={data.sample_seed}): {sizes}"
     )
     return splits
+
+
+def _pair(row: TextRow) -> tuple[Prompt, str]:
+    return row.prompt, row.completion
+
+
+def _trained_on(splits: dict[str, list[TextRow]]) -> list[str]:
+    """A line for every held-out split that shares rows with train."""
+    known = set(map(_pair, splits["train"]))
+    lines = []
+    for name in ("valid", "test"):
+        shared = sum(_pair(row) in known for row in splits[name])
+        if shared:
+            lines.append(
+                f"{name}: {shared} of {len(splits[name])} rows are also rows of train (same prompt and "
+                "completion): their targets are trained on"
+            )
+    return lines
 
 
 def _limited(rows: list[TextRow], name: str, limit: int | None, seed: int, notes: list[str]) -> list[TextRow]:
