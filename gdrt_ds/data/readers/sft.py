@@ -22,6 +22,7 @@ from gdrt_ds.data.readers._datasets import BUILDERS, rows_of_file
 from gdrt_ds.data.readers._rows import header_of, read_rows, rows_of_table, suffix_of
 from gdrt_ds.data.readers.base import BadRows, Reader
 from gdrt_ds.data.text_rows import ROLES, BadField, Columns, Prompt, TextRow, TextRows, row_of
+from gdrt_ds.data.unused import unused_for_rows
 from gdrt_ds.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -59,6 +60,7 @@ def read_text_rows(data: DataSection, bad: BadRows) -> TextRows:
             f"data.path={data.path}: {len(undivided)} rows have no `{columns.name('split')}` and others have",
             "give every row a split, or none",
         )
+    notes += unused_for_rows(data, has_splits=not undivided)
     if undivided:
         splits = _shares(undivided, data, notes)
     if not splits["train"]:

@@ -48,6 +48,14 @@ PROVIDER = ("provider", "brand", "author", "director", "publisher", "store", "st
 GENRES = ("genres", "genre", "categories", "category", "class")
 
 
+USES = (
+    "items",
+    "users",
+    *(f"columns.{role}" for role in ("user", "item", "timestamp", "rating", "title", "provider", "genres")),
+)
+"""Settings that the tables of interactions, items and users are read by."""
+
+
 def find_table(folder: Path, names: tuple[str, ...]) -> Path | None:
     """Returns the first `name + suffix` that is in the folder, or None."""
     return next(
@@ -278,4 +286,6 @@ def read_user_table(data: DataSection, folder: Path, bad: BadRows) -> dict[str, 
 
 
 # A table is what is left when nothing else recognises the data, so it is asked last.
-READER = Reader(lambda data: Path(data.path).exists(), read_table, order=90, item_table=True)
+READER = Reader(
+    lambda data: Path(data.path).exists(), read_table, order=90, item_table=True, uses=lambda data: USES
+)

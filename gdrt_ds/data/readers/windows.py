@@ -242,7 +242,15 @@ def _items_file(folder: Path, data: DataSection) -> Path | None:
 def _columns_of_items(folder: Path, data: DataSection) -> list[str]:
     """The columns of the item table, which `data.columns` may mean; none where the titles have no table."""
     path = _items_file(folder, data)
-    return header_of(path) if path is not None and path.is_file() and path.suffix != ".json" else []
+    return header_of(path) if path is not None and _is_table(path) else []
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file of titles has columns; an object {item id: title} has none."""
+    if path.suffix != ".json" or not path.is_file():
+        return path.is_file()
+    with open_text(path) as stream:
+        return stream.read(1000).lstrip().startswith("[")
 
 
 def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str, str]) -> dict[str, Item]:
@@ -331,4 +339,12 @@ def _has_windows(data: DataSection) -> bool:
     )
 
 
-READER = Reader(_has_windows, read_windows, order=20, item_table=True)
+def _uses(data: DataSection) -> list[str]:
+    roles = ["user", "item", "timestamp"]
+    path = _items_file(Path(data.path), data)
+    if path is None or _is_table(path):
+        roles += ["title"] if path is None else ["title", "provider", "genres"]
+    return ["items", "users", "train_file", *(f"columns.{role}" for role in roles)]
+
+
+READER = Reader(_has_windows, read_windows, order=20, item_table=True, uses=_uses)
