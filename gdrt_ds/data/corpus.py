@@ -23,6 +23,7 @@ from gdrt_ds.data.log_cache import kept_log
 from gdrt_ds.data.popularity import count_items
 from gdrt_ds.data.readers._hub import on_this_machine
 from gdrt_ds.data.readers.base import BadRows, InteractionColumns, Interactions, Item, Reader, Sample, Windows
+from gdrt_ds.data.unused import unused_by_reader, unused_for_log, unused_for_windows
 from gdrt_ds.data.window_facts import add_record, add_windows, also_in_train
 from gdrt_ds.errors import UserError, nearest
 from gdrt_ds.registry import parts
@@ -114,11 +115,15 @@ def _built(reader: Reader, data: DataSection, given: DataSection) -> Corpus:
     notes: list[str] = []
     if isinstance(found, (Interactions, InteractionColumns)):
         windows, notes = make_windows(found, data)
+        notes += unused_for_log(data)
     else:
         windows = found
+        notes += unused_for_windows(data, "valid" in windows.splits)
+    format_ = next(name for name, known in readers().items() if known is reader)
     notes = bad.notes() + notes
-    if data.train_file and reader is not readers()["windows"]:
-        notes.append(f"data.train_file = {data.train_file} is not used: only the format `windows` has it")
+    if data.revision and data is given:
+        notes.append(f"data.revision = {data.revision} is not used: nothing is read from the hub")
+    notes += unused_by_reader(given, format_, reader.uses(data) if reader.uses else None)
     splits = _finish_splits(windows, data, notes)
     notes += _trained_on(splits)
     is_name = given.path in embedded_names() or given.path != data.path

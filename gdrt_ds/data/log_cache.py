@@ -23,7 +23,7 @@ from gdrt_ds.data.popularity import count_items
 from gdrt_ds.data.readers.base import Item, Names
 from gdrt_ds.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Of the layout of the folders and of what is computed; another number finds no folder of this one."""
 SMALLEST_BYTES = 16 << 20
 """Files that are smaller than this together are not kept."""

@@ -39,6 +39,8 @@ LISTS = ("messages", "auxiliary_prompt", "group", "choices")
 SPEAKERS = ("system", "user", "assistant")
 MOST_LABEL = 200
 """Characters of a column that counts as a label; longer texts are no labels."""
+HALF = "holds half of a character (a surrogate without the other one of its pair)"
+"""What is said of a text that is not whole."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,18 @@ class Columns:
         return pair <= there or self._name["messages"] in there
 
 
+def is_whole(text: str) -> bool:
+    """Whether a text has no half of a character.
+
+    JSON can write one half of a pair, as in "\\ud83d", and no tokenizer and no file takes it.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def row_of(values: Mapping[str, Any], columns: Columns, number: int) -> TextRow:
     """Checks one row.
 
@@ -167,7 +181,8 @@ def row_of(values: Mapping[str, Any], columns: Columns, number: int) -> TextRow:
     if not completion:
         raise BadField(columns.name("completion"), "it is missing or empty; a text is expected")
     user = columns.value(values, "user")
-    return TextRow(
+    no_user = user is None or user != user or not str(user).strip()  # NaN is how a table writes a gap
+    row = TextRow(
         sample_id=0,
         prompt=prompt,
         completion=completion,
@@ -175,9 +190,27 @@ def row_of(values: Mapping[str, Any], columns: Columns, number: int) -> TextRow:
         group=_group(values, columns, completion),
         choices=choices,
         answer=answer,
-        user_id=f"row {number}" if user is None else _label(user),
+        user_id=f"row {number}" if no_user else _label(user),
         labels=columns.labels(values),
     )
+    for role, texts in _roles_of(row).items():
+        if not all(map(is_whole, texts)):
+            raise BadField(columns.name(role), f"it {HALF}")
+    return row
+
+
+def _roles_of(row: TextRow) -> dict[str, list[str]]:
+    """The texts of a row that become tokens or names of groups, by their role."""
+    spans = [row.group] if isinstance(row.group, str) else [span.label for span in row.group or ()]
+    texts = {"completion": [row.completion], "choices": list(row.choices), "group": spans}
+    for role, prompt in (("prompt", row.prompt), ("auxiliary_prompt", row.auxiliary or "")):
+        if isinstance(prompt, str):
+            texts[role] = [prompt]
+        else:
+            texts.setdefault("messages", []).extend(turn.content for turn in prompt)
+    if not isinstance(row.prompt, str):  # its last turn is the completion
+        texts["messages"] += texts.pop("completion")
+    return texts
 
 
 def _texts(values: Mapping[str, Any], columns: Columns) -> tuple[Prompt, str | None]:

@@ -144,6 +144,30 @@ def test_a_bad_window_is_named_by_file_line_and_field_or_counted(tmp_path, row, 
         assert targets(corpus.split("train"))[1] == ("7", ("2",), "1")
 
 
+@pytest.mark.parametrize("role", ["timestamp", "rating"])
+def test_a_renamed_column_that_is_not_there_is_an_error_where_it_is_optional_too(tmp_path, role):
+    write_table(tmp_path)
+    with pytest.raises(UserError, match=f"data.columns.{role}=wen: .* no such column; it has user_id,"):
+        load_corpus(section(tmp_path, split="leave_one_out", columns={role: "wen"}))
+
+
+@pytest.mark.parametrize("role", ["timestamp", "item"])
+def test_a_renamed_column_that_windows_do_not_have_is_an_error(tmp_path, role):
+    write_windows(tmp_path)
+    with pytest.raises(
+        UserError, match=f"data.columns.{role}=wen: train.csv has no such column; it has user"
+    ):
+        load_corpus(section(tmp_path, columns={role: "wen"}))
+
+
+def test_a_column_of_the_item_table_is_not_looked_for_in_the_windows(tmp_path):
+    write_windows(tmp_path)
+    (tmp_path / "id2name4Rec.json").unlink()
+    (tmp_path / "items.csv").write_text("asin,label\n1,One\n2,Two\n3,Three\n4,Four\n")
+    corpus = load_corpus(section(tmp_path, columns={"item": "asin", "title": "label"}))
+    assert corpus.items["4"].title == "Four" and len(corpus.splits["test"]) == 1
+
+
 def test_missing_files_columns_and_titles_are_clear_errors(tmp_path):
     with pytest.raises(UserError, match="no such file or folder") as caught:
         load_corpus(section(tmp_path / "nowhere"))

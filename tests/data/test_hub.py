@@ -130,6 +130,13 @@ def test_rows_without_a_train_split_are_refused_with_the_splits_that_are_there(h
         corpus.reader_of(DataSection(path="owner/rows"))
 
 
+def test_two_splits_that_are_both_valid_are_refused(hub):
+    rows = {"prompt": ["a"], "completion": ["x"]}
+    hub("owner/rows", train=rows, val=rows, validation=rows)
+    with pytest.raises(UserError, match="owner/rows: two of its splits are one of train, valid and test"):
+        corpus.reader_of(DataSection(path="owner/rows"))
+
+
 def test_init_names_the_data_set_as_it_was_given(hub):
     hub("shop/reviews", train={**EVENTS, "title": [f"T {item}" for item in EVENTS["parent_asin"]]})
     seen = look_at("shop/reviews")

@@ -83,6 +83,7 @@ GOOD = {
 }
 BAD = {
     "an empty id": "u,2,1,4\n,3,2,5\nw,4,3,5\n",
+    "an id of spaces": "u,2,1,4\n  ,3,2,5\nw,4,3,5\n",
     "an unknown item": "u,2,1,4\nv,77,2,5\n",
     "a time that is no number": "u,2,1,4\nv,3,soon,5\n",
     "an infinite time": "u,2,1,4\nv,3,inf,5\n",
@@ -91,7 +92,6 @@ BAD = {
     "a long row": "u,2,1,4\nv,3,2,5,6\n",
     "only long rows": "u,2,1,4,9\nv,3,2,5,6\n",
     "a short row without the unused column": "u,2,1\n",
-    "a quote that never ends": 'u,2,1,4\n"v,3,2,5\nw,4,3,5\n',
 }
 
 
@@ -107,6 +107,43 @@ def test_a_bad_row_is_named_or_counted_in_the_same_words(tmp_path, monkeypatch, 
     path = write(tmp_path, HEADER + "a,1,1,1\n" * 20 + BAD[case])
     assert not both(path, monkeypatch)
     both(path, monkeypatch, skip=True)
+
+
+@pytest.mark.parametrize("name", ["interactions.csv", "interactions.tsv.gz"])
+@pytest.mark.parametrize("blank", ["", "\n"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_rows_that_are_all_longer_than_the_header_do_not_shift_the_columns(
+    tmp_path, monkeypatch, name, blank, skip
+):
+    text = "user,item,timestamp\n" + blank + "".join(f"{k % 3},{k % 5},4,{k}\n" for k in range(20))
+    path = write(tmp_path, text if ".csv" in name else text.replace(",", "\t"), name)
+    assert not both(path, monkeypatch, skip=skip)
+    found, notes, _ = read(path, monkeypatch, True, skip=skip)
+    said = notes[0] if skip else found
+    assert "4 fields where the header has 3" in said and f"{name}, line {2 + len(blank)}" in said
+    assert not skip or found[0] == []
+
+
+@pytest.mark.parametrize("table", ["items.csv", "users.csv"])
+def test_rows_of_other_tables_that_are_longer_than_the_header_are_named(tmp_path, monkeypatch, table):
+    path = write(tmp_path, HEADER + GOOD["numbers"])
+    text = {"items.csv": "item,title\n1,One,Drama\n2,Two,Drama\n", "users.csv": "user,city\n1,Ulm,3\n"}[table]
+    (tmp_path / table).write_text(text)
+    found, _, _ = read(path, monkeypatch, True)
+    assert f"{table}, line 2, field `(row)`: 3 fields where the header has 2" in found
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_quote_that_is_never_closed_is_an_error_that_names_its_line(tmp_path, monkeypatch, skip):
+    path = write(tmp_path, HEADER + "a,1,1,1\n" * 20 + 'u,2,1,4\n"v,3,2,5\nw,4,3,5\n')
+    assert not both(path, monkeypatch, skip=skip)
+    assert (
+        'interactions.csv, line 23: a cell opens a quote (")' in read(path, monkeypatch, True, skip=skip)[0]
+    )
+    write(tmp_path, HEADER + GOOD["numbers"])
+    (tmp_path / "items.csv").write_text(ITEMS + '90,"Two\nlines"\n91,12" ruler\n92,"Weird Al\n93,T\n')
+    line = (ITEMS + "\n\n\n").count("\n") + 1
+    assert f"items.csv, line {line}: a cell opens a quote" in read(path, monkeypatch, True, skip=skip)[0]
 
 
 @pytest.mark.parametrize("name", ["interactions.csv.gz", "interactions.tsv", "interactions.tsv.gz"])
@@ -147,6 +184,22 @@ def test_json_lines_give_what_rows_give(tmp_path, monkeypatch, case):
     both(path, monkeypatch, skip=True, split="leave_one_out")
 
 
+LARGE = [2**53 + 1, 2**53 + 2, 2**63 + 5, 2**63 + 6]
+
+
+@pytest.mark.parametrize("ids", [LARGE, [*LARGE[2:], 11], [*LARGE[:2], 1.5]], ids=["all", "64 bits", "float"])
+@pytest.mark.parametrize("role", ["user", "item"])
+def test_ids_that_no_float_holds_are_read_exactly(tmp_path, monkeypatch, ids, role):
+    other = {"user": "item", "item": "user"}[role]
+    text = "".join(json.dumps({role: ids[k % len(ids)], other: 2, "timestamp": k}) + "\n" for k in range(12))
+    path = write(tmp_path, text, "interactions.jsonl")
+    with open(tmp_path / "items.csv", "a", encoding="utf-8") as stream:
+        stream.writelines(f"{name},Large {name}\n" for name in ids)
+    assert not both(path, monkeypatch)
+    users, items, _, _ = read(path, monkeypatch, True)[0]
+    assert list(dict.fromkeys(users if role == "user" else items)) == [str(name) for name in ids]
+
+
 def test_a_torn_last_line_is_named(tmp_path, monkeypatch):
     whole = "".join(json.dumps(row) + "\n" for row in ROWS[0] * 20)
     path = write(tmp_path, whole[:-9], "interactions.jsonl")
@@ -182,6 +235,33 @@ def test_parquet_gives_what_rows_give_whatever_its_types(tmp_path, monkeypatch, 
     assert both(path, monkeypatch) == (seed < 3)
 
 
+@pytest.mark.parametrize("role", ["user", "item"])
+def test_an_id_that_is_not_a_number_in_parquet_is_a_bad_row(tmp_path, monkeypatch, role):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = write(tmp_path, "", "interactions.parquet")
+    columns = {"user": [1.0, 2.0, 3.0], "item": [2.0, 3.0, 4.0], "timestamp": [1, 2, 3]}
+    columns[role][1] = float("nan")
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert not both(path, monkeypatch)
+    assert f"interactions.parquet, line 2, field `{role}`: empty id" in read(path, monkeypatch, True)[0]
+    (users, items, _, _), notes, _ = read(path, monkeypatch, True, skip=True)
+    assert (users, items) == (["1", "3"], ["2", "4"]) and ": 1 (first: " in notes[0]
+
+
+def test_blank_ids_of_items_and_users_are_bad_rows(tmp_path, monkeypatch):
+    path = write(tmp_path, HEADER + GOOD["numbers"])
+    (tmp_path / "users.csv").write_text("user,city\n1,Ulm\n  ,Bonn\n")
+    assert "users.csv, line 3, field `user`: empty id" in read(path, monkeypatch, True)[0]
+    (tmp_path / "users.csv").unlink()
+    (tmp_path / "items.csv").write_text(ITEMS + " ,Blank\n")
+    assert (
+        f"items.csv, line {ITEMS.count(chr(10)) + 1}, field `item_id`: empty id"
+        in (read(path, monkeypatch, True)[0])
+    )
+
+
 def test_a_mutilated_parquet_is_an_error_that_names_the_file(tmp_path, monkeypatch):
     import pyarrow
     import pyarrow.parquet
@@ -194,3 +274,14 @@ def test_a_mutilated_parquet_is_an_error_that_names_the_file(tmp_path, monkeypat
     path.write_bytes(bytes(data))
     found, _, _ = read(path, monkeypatch, True)
     assert "interactions.parquet: cannot be read" in found
+
+
+@pytest.mark.parametrize("folder", ["plain", "shop[1]"])
+@pytest.mark.parametrize("name", ["log[1].csv", "log*.csv", "log?.csv"])
+def test_a_name_that_reads_like_a_pattern_is_the_name_of_that_file_alone(tmp_path, monkeypatch, folder, name):
+    place = tmp_path / folder
+    place.mkdir()
+    write(place, "user,item,timestamp\nother,2,1\n", "log1.csv")
+    path = write(place, "user,item,timestamp\nmine,2,1\n", name)
+    assert both(path, monkeypatch)
+    assert read(path, monkeypatch, True)[0][0] == ["mine"]

@@ -80,6 +80,41 @@ def test_rows_of_one_user_stay_in_one_split(tmp_path):
     assert [len(of_split) for of_split in users] == [8, 1, 1] and len(set.union(*users)) == 10
 
 
+def pairs_of(found, name):
+    return [(row.prompt, row.completion) for row in found.splits[name]]
+
+
+def told_as_trained_on(found):
+    return [note for note in found.notes if "are trained on" in note]
+
+
+def test_equal_rows_stay_in_one_split_and_others_are_dealt_as_without_them(tmp_path):
+    given = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(40)]
+    single = read(write_lines(tmp_path / "single.jsonl", given))
+    twice = read(write_lines(tmp_path / "twice.jsonl", given * 2))
+    for name in ("train", "valid", "test"):
+        assert sorted(pairs_of(twice, name)) == sorted(pairs_of(single, name) * 2)
+    assert not told_as_trained_on(twice)
+    assert [row.prompt for row in single.splits["test"]] == ["p6", "p13", "p23", "p29"]
+
+
+def test_held_out_rows_that_train_holds_too_are_told(tmp_path):
+    given = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(9)]
+    for split, rows_of_split in (("train", given[:6]), ("valid", given[5:7]), ("test", given[4:9])):
+        write_lines(tmp_path / f"{split}.jsonl", rows_of_split)
+    told = told_as_trained_on(read(tmp_path))
+    assert [note.split(" rows")[0] for note in told] == ["valid: 1 of 2", "test: 2 of 5"]
+    by_user = [{**row, "user": f"u{n}"} for n in range(20) for row in given]
+    assert len(told_as_trained_on(read(write_lines(tmp_path / "users.jsonl", by_user)))) == 2
+
+
+@pytest.mark.parametrize("empty", ["", " ", None, float("nan")])
+def test_a_row_whose_user_is_empty_is_a_user_of_its_own(tmp_path, empty):
+    given = [{**row, "user": empty if place % 2 else "u"} for place, row in enumerate(rows(40))]
+    found = read(write_lines(tmp_path / "rows.jsonl", given)).splits
+    assert len({row.user_id for name in found for row in found[name]}) == 21
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "arrow"])
 def test_tables_are_read_by_the_library_datasets_and_equal_the_lines(tmp_path, suffix, monkeypatch):
     import datasets
@@ -97,8 +132,34 @@ def test_tables_are_read_by_the_library_datasets_and_equal_the_lines(tmp_path, s
     assert read(path).splits == lines.splits
 
 
+def test_a_csv_row_with_too_many_fields_is_named_or_counted(tmp_path):
+    lines = [f"p{n},c{n}" for n in range(30)]
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(["prompt,completion", *lines[:9], "p,c,more", *lines[9:]]))
+    assert "rows.csv, line 11, field `(row)`: 3 fields where the header has 2" in refusal(path)
+    found = read(path, "data.on_bad_row=skip")
+    assert sum(map(len, found.splits.values())) == 30
+    assert any("wrong number of fields: 1 (first: rows.csv, line 11" in note for note in found.notes)
+    path.write_text("\n".join(["prompt,completion", *(f"id{n},{line}" for n, line in enumerate(lines))]))
+    assert "rows.csv, line 2, field `(row)`: 3 fields where the header has 2" in refusal(path)
+
+
+def test_a_csv_header_with_a_name_twice_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,prompt\na,b,c\n")
+    assert "rows.csv: `prompt` stands twice in the header" in refusal(path)
+
+
+def test_a_renamed_column_that_no_row_has_is_told(tmp_path):
+    notes = read(write_splits(tmp_path, (5, 3, 2)), "data.columns={user: reader, prompt: prompt}").notes
+    assert "data.columns.user=reader: no row has a value of it" in notes
+    assert not any("data.columns.prompt" in note for note in notes)
+
+
 # -- what is refused
 GOOD = {"prompt": "a", "completion": "b"}
+HALF = "A \ud83d"
+TURNS = [{"role": "user", "content": HALF}, {"role": "assistant", "content": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +178,13 @@ GOOD = {"prompt": "a", "completion": "b"}
         ({"messages": [{"role": "user", "content": "a"}]}, "messages", "its last turn must be the assistant"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages", "turn 1 has the role 'robot'"),
         ([1, 2], "(row)", "a JSON object is expected"),
+        ({**GOOD, "prompt": HALF}, "prompt", "holds half of a character"),
+        ({**GOOD, "completion": HALF}, "completion", "holds half of a character"),
+        ({**GOOD, "auxiliary_prompt": HALF}, "auxiliary_prompt", "holds half of a character"),
+        ({**GOOD, "choices": ["b", HALF]}, "choices", "holds half of a character"),
+        ({**GOOD, "group": HALF}, "group", "holds half of a character"),
+        ({"messages": TURNS}, "messages", "holds half of a character"),
+        ({"messages": TURNS[::-1] + TURNS[1:]}, "messages", "holds half of a character"),
     ],
 )
 def test_a_bad_row_is_named_by_file_line_and_field_or_left_out_and_counted(tmp_path, bad, field, problem):
@@ -149,6 +217,14 @@ def test_a_hub_name_without_network_is_a_clear_error():
     text = refusal("nobody/nothing-like-this")
     assert "data.path=nobody/nothing-like-this: no such file or folder, and the hub does not give it" in text
     assert "no such file or folder" in refusal("not a name")
+
+
+def test_every_name_of_the_valid_file_is_read(tmp_path):
+    write_splits(tmp_path, (4, 4, 4))
+    for name in ("val", "validation", "dev"):
+        path = (tmp_path / "valid.jsonl").rename(tmp_path / f"{name}.jsonl")
+        assert len(read(tmp_path).splits["valid"]) == 4
+        path.rename(tmp_path / "valid.jsonl")
 
 
 def test_two_files_of_one_split_and_a_folder_without_train_are_refused(tmp_path):

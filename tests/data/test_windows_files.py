@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from gdrt_ds.data.corpus import load_corpus
@@ -48,3 +50,85 @@ def test_a_train_file_that_the_format_does_not_have_is_told(tmp_path):
         section(write_table(tmp_path), split_ratio=(0.5, 0.25, 0.25), train_file="train_1.csv")
     ).notes
     assert any("data.train_file = train_1.csv is not used" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["valid.jsonl", "validation.csv", "val.csv", "val.jsonl", "dev.csv"])
+def test_every_name_of_the_valid_file_is_read(tmp_path, name):
+    write_windows(tmp_path)
+    row = {"user_id": 9, "item_ids": [4, 1], "timestamp": 5}
+    text = json.dumps(row) if ".jsonl" in name else 'user_id,item_ids,timestamp\n9,"[4, 1]",5\n'
+    (tmp_path / name).write_text(text)
+    assert [sample.user_id for sample in load_corpus(section(tmp_path)).splits["valid"]] == ["9"]
+
+
+def test_two_files_of_the_valid_split_are_refused(tmp_path):
+    write_windows(tmp_path, valid=['9,"[4, 1]",5'])
+    (tmp_path / "val.csv").write_bytes((tmp_path / "valid.csv").read_bytes())
+    with pytest.raises(UserError, match="valid.csv and val.csv are both the valid split"):
+        load_corpus(section(tmp_path))
+
+
+PAIRS = {"user_id": 7, "item_ids": [1, 2, 3], "timestamp": 1}
+TITLED = {
+    "user_id": 7,
+    "history_item_id": [1, 2],
+    "history_item_title": ["A", "B"],
+    "item_id": 3,
+    "item_title": "C",
+    "timestamp": 1,
+}
+
+
+@pytest.mark.parametrize("value", ["left out", None])
+@pytest.mark.parametrize(
+    ("good", "field"),
+    [
+        (PAIRS, "item_ids"),
+        (PAIRS, "user_id"),
+        (TITLED, "history_item_id"),
+        (TITLED, "item_id"),
+        (TITLED, "history_item_title"),
+        (TITLED, "item_title"),
+        (TITLED, "user_id"),
+    ],
+)
+def test_a_row_of_json_that_lacks_a_key_is_a_bad_row(tmp_path, good, field, value):
+    write_windows(tmp_path)
+    (tmp_path / "train.csv").unlink()
+    row = {**good, field: None}
+    if value == "left out":
+        del row[field]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in [good, good, row]))
+    with pytest.raises(UserError, match=f"train.jsonl, line 3, field `{field}`: "):
+        load_corpus(section(tmp_path))
+    corpus = load_corpus(section(tmp_path, on_bad_row="skip", split_ratio=(1, 0, 0)))
+    assert len(corpus.splits["train"]) == 2
+    assert any(": 1 (first: train.jsonl, line 3" in note for note in corpus.notes)
+
+
+def test_a_row_of_json_without_a_time_or_a_label_stays(tmp_path):
+    write_windows(tmp_path)
+    (tmp_path / "train.csv").unlink()
+    rows = [{**PAIRS, "kind": "x"}, {key: value for key, value in PAIRS.items() if key != "timestamp"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = load_corpus(section(tmp_path, split_ratio=(1, 0, 0))).splits["train"]
+    assert [sample.timestamp for sample in train] == [1.0, None]
+
+
+HALF = "A \ud83d"
+
+
+def test_half_of_a_character_in_a_title_is_a_bad_row(tmp_path):
+    write_windows(tmp_path, names={"1": "One", "2": HALF, "3": "Three", "4": "Four"})
+    with pytest.raises(UserError, match="id2name4Rec.json, field `2`: .* holds half of a character"):
+        load_corpus(section(tmp_path))
+    (tmp_path / "id2name4Rec.json").unlink()
+    rows = [{"item_id": place, "title": title} for place, title in enumerate(["One", HALF], start=1)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="items.jsonl, line 2, field `title`: .* holds half of a character"):
+        load_corpus(section(tmp_path))
+    (tmp_path / "train.csv").unlink()
+    for field, title in (("item_title", HALF), ("history_item_title", ["A", HALF])):
+        (tmp_path / "train.jsonl").write_text(json.dumps({**TITLED, field: title}))
+        with pytest.raises(UserError, match=f"train.jsonl, line 1, field `{field}`: .* half of a character"):
+            load_corpus(section(tmp_path))

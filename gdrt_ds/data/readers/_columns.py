@@ -17,13 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from gdrt_ds.data.readers._datasets import BUILDERS, quietly, texts_only
-from gdrt_ds.data.readers._rows import header_of, open_text, suffix_of
+from gdrt_ds.data.readers._datasets import BUILDERS, name_of, quietly, texts_only
+from gdrt_ds.data.readers._rows import begins_too_long, header_of, open_text, suffix_of
 from gdrt_ds.data.readers.base import InteractionColumns, Item, Names, as_id, parse_number
 from gdrt_ds.files import cache_folder
 
 BATCH = 200_000
 """Rows of a batch."""
+
+
+EXACT = 2**53
+"""From here on a float stands for several whole numbers, so it may be that of two users."""
 
 
 class NotPlain(Exception):
@@ -151,11 +155,13 @@ def _batches(path: Path) -> Iterator[Any]:
         header = header_of(path, separator)
         if len(set(header)) < len(header):
             raise NotPlain("two columns have the same name")
+        if begins_too_long(path):
+            raise NotPlain("its first row has more fields than its header")
         options = {**texts_only(header, separator), "chunksize": BATCH}
     with quietly() as datasets:
         found = datasets.load_dataset(
             builder,
-            data_files=str(path.absolute()),
+            data_files=name_of(path),
             split="train",
             streaming=True,
             cache_dir=str(cache_folder() / "datasets"),
@@ -172,6 +178,7 @@ def _numbered(column: Any, number_of: Callable[[str], int]) -> np.ndarray:
     if pyarrow.types.is_dictionary(kind):
         column = column.cast(kind.value_type)
         kind = column.type
+    is_float = pyarrow.types.is_floating(kind)
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)):
             raise NotPlain(f"ids are of type {kind}")
@@ -179,9 +186,12 @@ def _numbered(column: Any, number_of: Callable[[str], int]) -> np.ndarray:
     for chunk in column.chunks:
         encoded = chunk.dictionary_encode()
         values = encoded.dictionary.to_pylist()
-        if any(value is None or value == "" for value in values):
+        if is_float and any(value is not None and abs(value) >= EXACT for value in values):
+            raise NotPlain("ids are read as floats, which are too large to be exact")
+        ids = [as_id(value) for value in values]
+        if not all(ids):
             raise NotPlain("an id is empty")
-        numbers = np.array([number_of(as_id(value)) for value in values], dtype=np.int32)
+        numbers = np.array([number_of(name) for name in ids], dtype=np.int32)
         parts.append(numbers[encoded.indices.to_numpy(zero_copy_only=False)])
     return np.concatenate(parts)
 

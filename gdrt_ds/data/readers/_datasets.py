@@ -7,6 +7,7 @@ line can then be named and left out. Data sets of the hub stand in _hub.py.
 from __future__ import annotations
 
 import contextlib
+import glob
 import gzip
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,12 @@ def columns_of_file(path: Path, suffix: str) -> list[str]:
 
 
 def _streamed(builder: str, path: Path, **options: Any) -> Any:
-    return load(builder, data_files=str(path.absolute()), split="train", streaming=True, **options)
+    return load(builder, data_files=name_of(path), split="train", streaming=True, **options)
+
+
+def name_of(path: Path) -> str:
+    """A path as `data_files` wants it: the library takes `[`, `*` and `?` in it for a pattern."""
+    return glob.escape(str(path.absolute()))
 
 
 def texts_only(header: list[str], separator: str) -> dict[str, Any]:

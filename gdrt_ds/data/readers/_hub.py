@@ -98,7 +98,13 @@ def _are_windows(columns: Iterable[str]) -> bool:
 
 def _by_split(setting: str, name: str, splits: Any) -> dict[str, Any]:
     """train, valid and test, whatever the hub calls them; a split of another name is left out."""
-    found = {SPLIT_NAMES[split]: table for split, table in splits.items() if split in SPLIT_NAMES}
+    known = [split for split in splits if split in SPLIT_NAMES]
+    found = {SPLIT_NAMES[split]: splits[split] for split in known}
+    if len(found) < len(known):
+        raise UserError(
+            f"{setting}={name}: two of its splits are one of train, valid and test: {', '.join(known)}",
+            "download the data set, keep one of them, and give its folder as data.path",
+        )
     if "train" not in found:
         raise UserError(
             f"{setting}={name}: no split is named train; there are {', '.join(splits)}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ TABLE_SUFFIXES = (
     ".jsonl.gz",
     ".json.gz",
 )
+_END = "\x1e(end of the file)\x1e"
+"""A last line for the reader of CSV: it becomes part of a cell whose quote is still open."""
 _UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 
@@ -98,31 +101,58 @@ def read_rows(path: Path, bad: BadRows, delimiter: str | None = None) -> Iterato
 def rows_of_table(path: Path, bad: BadRows) -> Iterator[tuple[int, dict]]:
     """`read_rows`, by the library `datasets` where the file is in order: the same rows and line numbers."""
     suffix = suffix_of(path)
-    rows = rows_in_order(path, suffix, header_of(path)) if suffix in (".csv", ".tsv") else None
+    rows = None
+    if suffix in (".csv", ".tsv") and not begins_too_long(path):
+        rows = rows_in_order(path, suffix, header_of(path))
     return read_rows(path, bad) if rows is None else iter(rows)
+
+
+def begins_too_long(path: Path) -> bool:
+    """Whether the first row of a CSV file has more fields than its header.
+
+    The library takes the first fields of such a file for row names, and all columns shift. It refuses a row
+    that is too long further down.
+    """
+    delimiter = "\t" if suffix_of(path) == ".tsv" else ","
+    with open_text(path) as stream:
+        found = csv.reader(stream, delimiter=delimiter)
+        rows = (row for row in found if len(row) > 1 or "".join(row).strip())  # blank lines do not count
+        try:
+            header, first = next(rows, []), next(rows, [])
+        except csv.Error:
+            return True
+    return len(first) > len(header)
 
 
 def _read_delimited(path: Path, bad: BadRows, delimiter: str) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(1 << 28)
     with open_text(path) as stream:
-        reader = csv.reader(stream, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL)
+        lines = itertools.chain(stream, [_END])
+        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL)
         try:
             header = next(reader, None)
         except csv.Error as error:
             raise UserError(f"{path}, line 1: {error}", "check the header of the file") from None
-        if not header:
+        if not header or header == [_END]:
             raise UserError(f"{path}: the file is empty", "a header line with the column names is expected")
         header = [name.strip() for name in header]
         while True:
+            start = reader.line_num + 1
             try:
                 row = next(reader, None)
             except csv.Error as error:
                 bad.report(path, reader.line_num, "(row)", str(error), "not valid CSV")
                 continue
-            if row is None:
+            if row is None or row == [_END]:
                 return
             if not row:
                 continue
+            if row[-1].endswith(_END):
+                raise UserError(
+                    f'{path.name}, line {start}: a cell opens a quote (") that is never closed, so all lines '
+                    "from there on would be one cell",
+                    'close the quote; a quote inside of a cell is written as "" in a cell in quotes',
+                )
             if len(row) != len(header):
                 bad.report(
                     path,
@@ -216,14 +246,15 @@ def pick_column(
 
     It is data.columns.<role> where that is given, else the first alias that is there.
 
+    Args:
+        renamed: `data.columns`. A caller with several files leaves those names out that another file has.
+
     Raises:
         UserError: the named column is not there, or none of the aliases is and the role is required.
     """
     if role in renamed:
         if renamed[role] in header:
             return renamed[role]
-        if not required:
-            return None
         raise UserError(
             f"data.columns.{role}={renamed[role]}: {path.name} has no such column; it has "
             f"{', '.join(header)}",

@@ -16,7 +16,7 @@ from pathlib import Path
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.readers._rows import header_of, require_file
 from gdrt_ds.data.readers.base import BadRows, InteractionColumns, Reader, guess_domain
-from gdrt_ds.data.readers.table import read_events, read_item_table, read_user_table
+from gdrt_ds.data.readers.table import USES, read_events, read_item_table, read_user_table
 from gdrt_ds.errors import UserError
 
 _KEYS = (("reviewerID", "asin"), ("user_id", "parent_asin"), ("user_id", "asin"))
@@ -80,4 +80,6 @@ def _reviews_file(path: Path) -> Path | None:
     return None
 
 
-READER = Reader(lambda data: is_amazon_reviews(Path(data.path)), read_amazon_reviews, order=40)
+READER = Reader(
+    lambda data: is_amazon_reviews(Path(data.path)), read_amazon_reviews, order=40, uses=lambda data: USES
+)

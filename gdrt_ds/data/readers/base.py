@@ -12,7 +12,7 @@ import html
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -228,6 +228,8 @@ class Reader:
         order: readers are asked in this order, the special before the general.
         embedded: names of data sets that need no path.
         item_table: items may come from a table, a column of which `data.item_text` can name.
+        uses: which of the settings items, users, train_file, planted and columns.ROLE it reads for these
+            data. The others are told where the user gave them; None = nothing is told.
         supervised: the data are rows of prompt and completion (`TextRows` of text_rows.py), without a
             catalogue; `data.path` may then be a data set of the hub.
     """
@@ -238,6 +240,7 @@ class Reader:
     embedded: tuple[str, ...] = ()
     item_table: bool = False
     supervised: bool = False
+    uses: Callable[[DataSection], Collection[str]] | None = None
 
 
 def clean_title(text: str) -> str:
@@ -327,10 +330,12 @@ def parse_genres(value: object) -> tuple[str, ...]:
 
 
 def as_id(value: object) -> str:
-    """Returns an id as text.
+    """Returns an id as text, which is empty where the value is none: a gap, a blank text, or not a number.
 
     12, 12.0 and "12" are the same id: a table library may widen an integer column with gaps to float.
     """
+    if value is None or value != value:  # NaN is how a table library writes a gap
+        return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()

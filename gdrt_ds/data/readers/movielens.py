@@ -289,4 +289,13 @@ def _read(data: DataSection, bad: BadRows) -> InteractionColumns:
     return read_movielens(data, bad)
 
 
-READER = Reader(_detect, _read, order=30, embedded=("ml-100k",))
+def _uses(data: DataSection) -> tuple[str, ...]:
+    from gdrt_ds.data.readers.table import USES
+
+    if _is_embedded(data):
+        return ("columns.provider",)
+    old = any((Path(data.path) / name).is_file() for name in ("u.data", "ratings.dat"))
+    return () if old else USES
+
+
+READER = Reader(_detect, _read, order=30, embedded=("ml-100k",), uses=_uses)

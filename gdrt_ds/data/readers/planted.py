@@ -168,4 +168,10 @@ def _is_planted(data: DataSection) -> bool:
     return data.path == "planted" and not Path(data.path).exists()
 
 
-READER = Reader(_is_planted, lambda data, bad: make_planted(data), order=10, embedded=("planted",))
+READER = Reader(
+    _is_planted,
+    lambda data, bad: make_planted(data),
+    order=10,
+    embedded=("planted",),
+    uses=lambda data: ("planted",),
+)

@@ -8,6 +8,7 @@ text_rows.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,16 @@ from typing import Any
 import numpy as np
 
 from gdrt_ds.config import DataSection
+from gdrt_ds.data.readers import windows
 from gdrt_ds.data.readers._datasets import BUILDERS, rows_of_file
-from gdrt_ds.data.readers._rows import header_of, read_rows, suffix_of
+from gdrt_ds.data.readers._rows import header_of, read_rows, rows_of_table, suffix_of
 from gdrt_ds.data.readers.base import BadRows, Reader
-from gdrt_ds.data.text_rows import ROLES, BadField, Columns, TextRow, TextRows, row_of
+from gdrt_ds.data.text_rows import ROLES, BadField, Columns, Prompt, TextRow, TextRows, row_of
+from gdrt_ds.data.unused import unused_for_rows
 from gdrt_ds.errors import UserError
 
 SPLITS = ("train", "valid", "test")
-SPLIT_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}
+SPLIT_NAMES = {"train": "train", **dict.fromkeys(windows.VALID, "valid"), "test": "test"}
 LINES = (".jsonl", ".json")
 SUFFIXES = (*LINES, *BUILDERS)
 Numbered = Iterator[tuple[int, dict[str, Any]]]
@@ -39,8 +42,11 @@ def read_text_rows(data: DataSection, bad: BadRows) -> TextRows:
     notes: list[str] = []
     splits: dict[str, list[TextRow]] = {name: [] for name in SPLITS}
     undivided: list[TextRow] = []
+    unseen = dict(data.columns)
     for name, split, rows in _files(data, bad):
         for number, values in rows:
+            if unseen:
+                unseen = {role: name for role, name in unseen.items() if name not in values}
             try:
                 row = row_of(values, columns, len(undivided) + sum(map(len, splits.values())))
                 own = split or _split_of(values, columns)
@@ -48,11 +54,13 @@ def read_text_rows(data: DataSection, bad: BadRows) -> TextRows:
                 bad.report(name, number, error.name, str(error))
                 continue
             (undivided if own is None else splits[own]).append(row)
+    notes += [f"data.columns.{role}={name}: no row has a value of it" for role, name in unseen.items()]
     if undivided and any(splits.values()):
         raise UserError(
             f"data.path={data.path}: {len(undivided)} rows have no `{columns.name('split')}` and others have",
             "give every row a split, or none",
         )
+    notes += unused_for_rows(data, has_splits=not undivided)
     if undivided:
         splits = _shares(undivided, data, notes)
     if not splits["train"]:
@@ -62,6 +70,7 @@ def read_text_rows(data: DataSection, bad: BadRows) -> TextRows:
         )
     limits = {name: getattr(data, f"limit_{name}") for name in SPLITS}
     chosen = {name: _limited(splits[name], name, limits[name], data.sample_seed, notes) for name in SPLITS}
+    notes += _trained_on(chosen)
     numbered = {name: [replace(row, sample_id=i) for i, row in enumerate(chosen[name])] for name in SPLITS}
     return TextRows(numbered, [*bad.notes(), *notes])
 
@@ -113,12 +122,21 @@ def _rows_of(file: Path, bad: BadRows) -> Numbered:
     if suffix in LINES:
         return read_rows(file, bad)
     if suffix in BUILDERS:
-        header = header_of(file) if BUILDERS[suffix] == "csv" else None
-        return (
-            (number, {name: value for name, value in row.items() if value is not None})
-            for number, row in rows_of_file(file, suffix, header)
-        )
+        is_csv = BUILDERS[suffix] == "csv"
+        twice = [name for name, count in Counter(header_of(file) if is_csv else []).items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{file}: {' and '.join(f'`{name}`' for name in twice)} stands twice in the header",
+                "give every column a name of its own",
+            )
+        found = rows_of_table(file, bad) if is_csv else rows_of_file(file, suffix)
+        return ((number, _present(row, is_csv)) for number, row in found)
     raise UserError(f"{file}: unknown format `{file.suffix}`", f"use one of {', '.join(SUFFIXES)}")
+
+
+def _present(row: dict[str, Any], is_csv: bool) -> dict[str, Any]:
+    """The values that a row has; an empty cell of a CSV file is none."""
+    return {name: value for name, value in row.items() if value is not None and not (is_csv and value == "")}
 
 
 def _split_of(values: dict[str, Any], columns: Columns) -> str | None:
@@ -132,22 +150,48 @@ def _split_of(values: dict[str, Any], columns: Columns) -> str | None:
 
 
 def _shares(rows: list[TextRow], data: DataSection, notes: list[str]) -> dict[str, list[TextRow]]:
-    """Deals rows out at random in the shares of `data.split_ratio`; rows of one user stay together."""
-    users = list(dict.fromkeys(row.user_id for row in rows))
-    order = np.random.default_rng([data.sample_seed, 31]).permutation(len(users))
-    first = round(len(users) * data.split_ratio[0])
-    second = round(len(users) * (data.split_ratio[0] + data.split_ratio[1]))
+    """Deals rows out at random in the shares of `data.split_ratio`.
+
+    Rows of one user stay together. So do equal rows of users who have no other row.
+    """
+    rows_of = Counter(row.user_id for row in rows)
+    unit_of = [_pair(row) if rows_of[row.user_id] == 1 else row.user_id for row in rows]
+    units = list(dict.fromkeys(unit_of))
+    order = np.random.default_rng([data.sample_seed, 31]).permutation(len(units))
+    first = round(len(units) * data.split_ratio[0])
+    second = round(len(units) * (data.split_ratio[0] + data.split_ratio[1]))
     split_of = {}
     for place, index in enumerate(order.tolist()):
         name = "train" if place < first else "valid" if place < second else "test"
-        split_of[users[index]] = name
-    splits = {name: [row for row in rows if split_of[row.user_id] == name] for name in SPLITS}
+        split_of[units[index]] = name
+    splits = {
+        name: [row for row, unit in zip(rows, unit_of, strict=True) if split_of[unit] == name]
+        for name in SPLITS
+    }
     sizes = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
     notes.append(
         f"no splits are given: seeded shares of {len(rows)} rows (data.split_ratio, "
         f"data.sample_seed={data.sample_seed}): {sizes}"
     )
     return splits
+
+
+def _pair(row: TextRow) -> tuple[Prompt, str]:
+    return row.prompt, row.completion
+
+
+def _trained_on(splits: dict[str, list[TextRow]]) -> list[str]:
+    """A line for every held-out split that shares rows with train."""
+    known = set(map(_pair, splits["train"]))
+    lines = []
+    for name in ("valid", "test"):
+        shared = sum(_pair(row) in known for row in splits[name])
+        if shared:
+            lines.append(
+                f"{name}: {shared} of {len(splits[name])} rows are also rows of train (same prompt and "
+                "completion): their targets are trained on"
+            )
+    return lines
 
 
 def _limited(rows: list[TextRow], name: str, limit: int | None, seed: int, notes: list[str]) -> list[TextRow]:

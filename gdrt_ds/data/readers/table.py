@@ -33,6 +33,7 @@ from gdrt_ds.data.readers.base import (
     parse_genres,
     parse_number,
 )
+from gdrt_ds.data.text_rows import HALF, is_whole
 from gdrt_ds.errors import UserError, nearest
 
 INTERACTION_NAMES = ("interactions", "inter", "ratings", "events", "reviews")
@@ -45,6 +46,14 @@ RATING = ("rating", "overall", "score", "stars")
 TITLE = ("title", "item_title", "movie_title", "name")
 PROVIDER = ("provider", "brand", "author", "director", "publisher", "store", "studio")
 GENRES = ("genres", "genre", "categories", "category", "class")
+
+
+USES = (
+    "items",
+    "users",
+    *(f"columns.{role}" for role in ("user", "item", "timestamp", "rating", "title", "provider", "genres")),
+)
+"""Settings that the tables of interactions, items and users are read by."""
 
 
 def find_table(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -141,11 +150,11 @@ def _read_rows(
     for line, row in read_rows(path, bad):
         values = []
         for column in (columns.user, columns.item):
-            value = row.get(column)
-            if value is None or value == "":
+            value = as_id(row.get(column))
+            if not value:
                 bad.report(path, line, column, "empty id")
                 break
-            values.append(as_id(value))
+            values.append(value)
         if len(values) < 2:
             continue
         try:
@@ -190,12 +199,17 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
     )
     items: dict[str, Item] = {}
     for line, row in rows_of_table(path, bad):
-        value = row.get(item_column)
-        if value is None or value == "":
+        item = as_id(row.get(item_column))
+        if not item:
             bad.report(path, line, item_column, "empty id")
             continue
-        item = as_id(value)
-        title = _text(row, text_column)
+        try:
+            title, provider, name = (
+                _text(row, field := column) for column in (text_column, provider_column, name_column)
+            )
+        except ValueError as error:
+            bad.report(path, line, field, str(error))
+            continue
         if not title:  # an interaction with it is a bad row, see read_events
             continue
         if item in items and items[item].title != title:
@@ -208,8 +222,7 @@ def read_item_table(path: Path, data: DataSection, bad: BadRows) -> dict[str, It
             )
             continue
         genres = parse_genres(row.get(genres_column)) if genres_column else ()
-        provider = _text(row, provider_column) or None
-        items[item] = Item(item, title, provider, genres, _text(row, name_column) or None)
+        items[item] = Item(item, title, provider or None, genres, name or None)
     return items
 
 
@@ -235,10 +248,17 @@ def text_columns(path: Path, header: list[str], data: DataSection) -> tuple[str,
 
 
 def _text(row: dict, column: str | None) -> str:
-    """The cleaned text of a column; empty where the row or the table has none."""
+    """The cleaned text of a column; empty where the row or the table has none.
+
+    Raises:
+        ValueError: the text is not whole.
+    """
     if column is None or row.get(column) is None:
         return ""
-    return clean_title(str(row[column]))
+    text = clean_title(str(row[column]))
+    if not is_whole(text):
+        raise ValueError(f"{text!r} {HALF}")
+    return text
 
 
 def read_user_table(data: DataSection, folder: Path, bad: BadRows) -> dict[str, dict[str, str]]:
@@ -255,14 +275,17 @@ def read_user_table(data: DataSection, folder: Path, bad: BadRows) -> dict[str, 
     )
     users = {}
     for line, row in rows_of_table(path, bad):
-        if row.get(column) in (None, ""):
+        user = as_id(row.get(column))
+        if not user:
             bad.report(path, line, column, "empty id")
             continue
-        users[as_id(row[column])] = {
+        users[user] = {
             name: str(value) for name, value in row.items() if name != column and value is not None
         }
     return users
 
 
 # A table is what is left when nothing else recognises the data, so it is asked last.
-READER = Reader(lambda data: Path(data.path).exists(), read_table, order=90, item_table=True)
+READER = Reader(
+    lambda data: Path(data.path).exists(), read_table, order=90, item_table=True, uses=lambda data: USES
+)

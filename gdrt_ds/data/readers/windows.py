@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.readers._rows import header_of, open_text, pick_column, require_file, rows_of_table
@@ -28,10 +29,13 @@ from gdrt_ds.data.readers.base import (
     parse_number,
 )
 from gdrt_ds.data.readers.table import find_table, read_item_table, read_user_table
+from gdrt_ds.data.text_rows import HALF, is_whole
 from gdrt_ds.errors import UserError
 
 ITEM_NAME_FILES = ("id2name4Rec.json", "id2name.json")
 ITEM_TABLE_FILES = ("items.csv", "items.tsv", "items.jsonl", "items.parquet")
+VALID = ("valid", "validation", "val", "dev")
+"""Names of the valid split's file."""
 USER = ("user_id", "user", "uid")
 WINDOW = ("item_ids", "items", "sequence")
 HISTORY = ("history_item_id", "history_item_ids", "history_ids", "history_item_asin", "item_asins")
@@ -70,7 +74,12 @@ def read_windows(data: DataSection, bad: BadRows) -> Windows:
                 "name a file of train windows, or leave data.train_file empty for train.csv",
             )
     titles: dict[str, str] = {}
-    splits = {split: _read_split(path, data, bad, titles) for split, path in paths.items() if path.is_file()}
+    elsewhere = _columns_of_items(folder, data)
+    splits = {
+        split: _read_split(path, data, bad, titles, elsewhere)
+        for split, path in paths.items()
+        if path.is_file()
+    }
     items = _read_items(folder, data, bad, titles)
     for split in splits:
         splits[split] = _titled(splits[split], items, paths[split], bad)
@@ -78,13 +87,24 @@ def read_windows(data: DataSection, bad: BadRows) -> Windows:
 
 
 def _split_file(folder: Path, split: str) -> Path:
-    """The file of a split's windows; the name that it should have where there is none."""
-    return find_table(folder, (split,)) or folder / f"{split}.csv"
+    """The file of a split's windows; the name that it should have where there is none.
+
+    Raises:
+        UserError: two files are the valid split.
+    """
+    names = VALID if split == "valid" else (split,)
+    found = [file for name in names if (file := find_table(folder, (name,)))]
+    if len(found) > 1:
+        raise UserError(
+            f"data.path={folder}: {' and '.join(file.name for file in found)} are both the {split} split",
+            "keep one of them",
+        )
+    return found[0] if found else folder / f"{split}.csv"
 
 
 def _no_folder(file: Path) -> UserError:
     fix = f"set data.path={file.parent}"
-    if file.name not in ("train.csv", "valid.csv", "test.csv"):
+    if file.name not in [f"{split}.csv" for split in ("train", "test", *VALID)]:
         fix += f" data.train_file={file.name}"
     return UserError(
         f"data.path={file}: this is one file of a folder of windows; the folder is expected", fix
@@ -106,18 +126,19 @@ def _require_train(path: Path, data: DataSection) -> None:
 
 
 def _read_split(
-    path: Path, data: DataSection, bad: BadRows, titles: dict[str, str]
+    path: Path, data: DataSection, bad: BadRows, titles: dict[str, str], elsewhere: list[str]
 ) -> list[tuple[int, Sample]]:
     header = header_of(path)
-    user_column = pick_column(path, header, "user", USER, data.columns)
-    time_column = pick_column(path, header, "timestamp", TIMESTAMP, data.columns, required=False)
-    window = pick_column(path, header, "item", WINDOW, data.columns, required=False)
+    renamed = {role: name for role, name in data.columns.items() if name in header or name not in elsewhere}
+    user_column = pick_column(path, header, "user", USER, renamed)
+    time_column = pick_column(path, header, "timestamp", TIMESTAMP, renamed, required=False)
+    window = pick_column(path, header, "item", WINDOW, renamed, required=False)
     history_column = target_column = history_titles = target_title = None
     if window is None:
         history_titles = pick_column(path, header, "history_title", HISTORY_TITLE, {}, required=False)
-        target_title = pick_column(path, header, "title", TARGET_TITLE, data.columns, required=False)
+        target_title = pick_column(path, header, "title", TARGET_TITLE, renamed, required=False)
         history_column = pick_column(path, header, "history", HISTORY, {}, required=False)
-        target_column = pick_column(path, header, "item", TARGET, data.columns, required=False)
+        target_column = pick_column(path, header, "item", TARGET, renamed, required=False)
         if history_column is None or target_column is None:
             history_column = history_titles
             target_column = target_title
@@ -138,32 +159,33 @@ def _read_split(
     ]
     samples: list[tuple[int, Sample]] = []
     for line, row in rows_of_table(path, bad):
-        field = window or history_column
         try:
-            sequence = [as_id(value) for value in parse_list(row[field])]
+            field = window or history_column
+            sequence = [as_id(value) for value in parse_list(_present(row, field))]
+            if window is None and history_titles and target_title:
+                field = history_titles
+                names = [_whole(name) for name in parse_list(_present(row, field))]
+                field = target_title
+                name_of_target = _whole(_present(row, field))
+            if window is None:
+                field = target_column
+                sequence.append(as_id(_present(row, field)))
         except ValueError as error:
-            bad.report(path, line, field, str(error), "malformed list")
+            is_list = field not in (target_title, target_column)
+            bad.report(path, line, field, str(error), "malformed list" if is_list else None)
             continue
-        if window is None:
-            target = as_id(row[target_column])
-            if history_titles and target_title:
-                try:
-                    names = [str(name) for name in parse_list(row[history_titles])]
-                except ValueError as error:
-                    bad.report(path, line, history_titles, str(error), "malformed list")
-                    continue
-                if len(names) != len(sequence):
-                    bad.report(
-                        path,
-                        line,
-                        history_titles,
-                        f"{len(names)} titles for {len(sequence)} items",
-                        "titles and ids differ in number",
-                    )
-                    continue
-                titles.update(zip(sequence, names))
-                titles[target] = str(row[target_title])
-            sequence.append(target)
+        field = window or history_column
+        if window is None and history_titles and target_title:
+            if len(names) != len(sequence) - 1:
+                bad.report(
+                    path,
+                    line,
+                    history_titles,
+                    f"{len(names)} titles for {len(sequence) - 1} items",
+                    "titles and ids differ in number",
+                )
+                continue
+            titles.update(zip(sequence, [*names, name_of_target]))
         if not all(sequence):
             bad.report(path, line, field, "an item id is empty", "empty item id")
             continue
@@ -178,29 +200,61 @@ def _read_split(
             )
             continue
         timestamp = None
-        if time_column and row[time_column] not in ("", None):
+        if time_column and row.get(time_column) not in ("", None):
             try:
                 timestamp = parse_number(row[time_column])
             except ValueError as error:
                 bad.report(path, line, time_column, str(error))
                 continue
-        user = as_id(row[user_column])
+        user = as_id(row.get(user_column))
         if not user:
             bad.report(path, line, user_column, "empty user id", "empty user id")
             continue
-        labels = {name: str(row[name]) for name in label_columns}
+        labels = {name: str(row.get(name)) for name in label_columns}
         samples.append(
             (line, Sample(len(samples), user, tuple(sequence[:-1]), sequence[-1], timestamp, labels))
         )
     return samples
 
 
-def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str, str]) -> dict[str, Item]:
+def _present(row: dict, column: str) -> Any:
+    """The value of a column; ValueError where the row has none, as a line of JSON may."""
+    if row.get(column) is None:
+        raise ValueError("it is missing")
+    return row[column]
+
+
+def _whole(title: object) -> str:
+    """A title as text; ValueError where it is not whole."""
+    if not is_whole(str(title)):
+        raise ValueError(f"the title {title!r} {HALF}")
+    return str(title)
+
+
+def _items_file(folder: Path, data: DataSection) -> Path | None:
+    """The file of the items' titles; None where the windows have to carry them."""
     if data.items:
-        path = Path(data.items)
-    else:
-        places = [folder / name for name in ITEM_NAME_FILES + ITEM_TABLE_FILES]
-        path = next((place for place in places if place.is_file()), None)
+        return Path(data.items)
+    places = [folder / name for name in ITEM_NAME_FILES + ITEM_TABLE_FILES]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _columns_of_items(folder: Path, data: DataSection) -> list[str]:
+    """The columns of the item table, which `data.columns` may mean; none where the titles have no table."""
+    path = _items_file(folder, data)
+    return header_of(path) if path is not None and _is_table(path) else []
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file of titles has columns; an object {item id: title} has none."""
+    if path.suffix != ".json" or not path.is_file():
+        return path.is_file()
+    with open_text(path) as stream:
+        return stream.read(1000).lstrip().startswith("[")
+
+
+def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str, str]) -> dict[str, Item]:
+    path = _items_file(folder, data)
     if data.item_text and (path is None or path.suffix == ".json"):
         raise UserError(
             f"data.item_text={data.item_text}: the titles come from {path.name if path else 'the windows'}, "
@@ -232,7 +286,9 @@ def _read_items(folder: Path, data: DataSection, bad: BadRows, titles: dict[str,
     items = {}
     for item, title in names.items():
         cleaned = clean_title(title) if isinstance(title, str) else ""
-        if cleaned:  # a window that uses an item without a title is a bad row, see _titled
+        if not is_whole(cleaned):
+            bad.report(path, None, item, f"the title {cleaned!r} {HALF}", "titles with half of a character")
+        elif cleaned:  # a window that uses an item without a title is a bad row, see _titled
             items[str(item)] = Item(str(item), cleaned)
     return items
 
@@ -276,11 +332,19 @@ def _has_windows(data: DataSection) -> bool:
     path = Path(data.path)
     if path.is_file():
         beside = any((path.parent / name).is_file() for name in ITEM_NAME_FILES)
-        return beside and data.items is None and path.name.startswith(("train", "valid", "test"))
+        return beside and data.items is None and path.name.startswith(("train", "test", *VALID))
     names = [data.train_file] if data.train_file else []
     return path.is_dir() and (
         any((path / name).is_file() for name in names) or find_table(path, ("train", "test")) is not None
     )
 
 
-READER = Reader(_has_windows, read_windows, order=20, item_table=True)
+def _uses(data: DataSection) -> list[str]:
+    roles = ["user", "item", "timestamp"]
+    path = _items_file(Path(data.path), data)
+    if path is None or _is_table(path):
+        roles += ["title"] if path is None else ["title", "provider", "genres"]
+    return ["items", "users", "train_file", *(f"columns.{role}" for role in roles)]
+
+
+READER = Reader(_has_windows, read_windows, order=20, item_table=True, uses=_uses)
