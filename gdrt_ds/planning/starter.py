@@ -176,4 +176,4 @@ def _reading_lines() -> list[str]:
 def _line(key: str, value: object, comment: str, depth: int = 1) -> str:
     """One key with its value as YAML and the comment in a column of its own."""
     text = yaml.safe_dump(value, allow_unicode=True, width=10_000).splitlines()[0]
-    return f"{'  ' * depth + key + ': ' + text:<40}# {comment}"
+    return f"{'  ' * depth + key + ': ' + text:<39} # {comment}"
