@@ -44,11 +44,21 @@ PLANTED = [
             (
                 "data/readers/sft.py",
                 "_shares",
-                "users = list(dict.fromkeys(row.user_id for row in rows))",
+                "rows_of = Counter(row.user_id for row in rows)",
                 "rows = [replace(row, user_id=str(place)) for place, row in enumerate(rows)]\n"
-                "    users = list(dict.fromkeys(row.user_id for row in rows))",
+                "    rows_of = Counter(row.user_id for row in rows)",
             ),
         ),
+    ),
+    (
+        "rows: equal rows are dealt to several splits",
+        "data/test_sft.py::test_equal_rows_stay_in_one_split_and_others_are_dealt_as_without_them",
+        (("data/readers/sft.py", "_shares", "if rows_of[row.user_id] == 1 else", "if False else"),),
+    ),
+    (
+        "data: rows that are longer than the header of a CSV file shift the columns",
+        "data/test_log_columns.py::test_rows_that_are_all_longer_than_the_header_do_not_shift_the_columns",
+        (("data/readers/_rows.py", "begins_too_long", "len(first) > len(header)", "False"),),
     ),
     (
         "rows: a mixture forgets the part of a weight below one",

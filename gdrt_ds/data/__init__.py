@@ -7,6 +7,7 @@ A log of interactions:
     interactions.py    rating filter, k-core, windows, the split in time
     columns.py         windows as columns, which become samples when they are asked for
     window_facts.py    digest of all windows, and which of them two splits share
+    unused.py          settings that nothing reads, told
     popularity.py      how often train has each item
     kept.py            folders of arrays in the cache, mapped by every process
     log_cache.py       a prepared log as such a folder
