@@ -2,6 +2,7 @@
 
 Templates of widely used models begin with "Today Date: ...". Rendered anew on another day they give other
 tokens, and a run could not go on. So a resumed run takes the words with which it began, from its prompt.json.
+The date stands before the user's message: a template that differs elsewhere is another one, and stays.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from gdrt_ds.data.templates import PromptTemplate
 
 CLOCK = "strftime_now"  # the function by which transformers' templates ask for the date
 NOTE = "prompt: the chat template writes the date; the words with which this run began are kept"
-MAY_DIFFER = ("before_instruction", "after_history")
-"""Pieces of a template that a date can stand in: what comes before and behind a user's message."""
 
 
 def template_of(config: RunConfig, domain: str, tokenizer: Any) -> tuple[PromptTemplate, list[str]]:
@@ -32,20 +31,24 @@ def template_of(config: RunConfig, domain: str, tokenizer: Any) -> tuple[PromptT
     if template.style != "chat" or saved is None:
         return template, []
     now = asdict(template)
-    if {**saved, **{name: now[name] for name in MAY_DIFFER}} != now or saved == now:
+    if {**saved, "before_instruction": now["before_instruction"]} != now or saved == now:
         return template, []
     return PromptTemplate(**saved), [NOTE]
 
 
 def row_encoder_of(config: RunConfig, tokenizer: Any) -> tuple[RowEncoder, list[str]]:
-    """The encoder of a run on rows, and a line where its conversations are worded as at its beginning."""
+    """The encoder of a run on rows, and a line where its conversations begin as at the run's beginning."""
     saved = _saved(config, tokenizer)
     encoder = RowEncoder(config.prompt, tokenizer)
     if saved is None or saved.get("style") != STYLE or not saved.get("pieces"):
         return encoder, []
     if saved.get("chat") != encoder.chat:
         return encoder, []
-    return RowEncoder(config.prompt, tokenizer, saved_pieces(saved)), [NOTE]
+    kept = saved_pieces(saved)
+    now = {roles: encoder.pieces_of(roles) for roles in kept}
+    if any(now[roles][1:] != pieces[1:] for roles, pieces in kept.items()) or now == kept:
+        return RowEncoder(config.prompt, tokenizer), []
+    return RowEncoder(config.prompt, tokenizer, kept), [NOTE]
 
 
 def _saved(config: RunConfig, tokenizer: Any) -> dict[str, Any] | None:
@@ -53,8 +56,8 @@ def _saved(config: RunConfig, tokenizer: Any) -> dict[str, Any] | None:
     if config.resume is None or CLOCK not in str(getattr(tokenizer, "chat_template", None)):
         return None
     run = Path(config.run.dir)
-    if config.resume != "auto":
-        run = Path(config.resume).absolute().parent.parent  # RUN/checkpoints/step_N
+    if config.resume != "auto" and Path(config.resume).is_dir():
+        run = Path(config.resume).absolute().parent.parent  # RUN/checkpoints/step_N, maybe of another run
     try:
         return json.loads((run / "prompt.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # nothing to go on from, which the resuming says itself

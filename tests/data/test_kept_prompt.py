@@ -36,6 +36,7 @@ def begun(request, tmp_path):
 
 def test_a_resumed_run_has_the_prompt_with_which_it_began(begun, tmp_path):
     config, fingerprint = begun
+    (tmp_path / "run" / "checkpoints" / "step_4").mkdir(parents=True)
     assert prepare(config).stores["train"].fingerprint != fingerprint, "the template writes no date"
     for resume in ("auto", str(tmp_path / "run" / "checkpoints" / "step_4")):
         again = prepare(config.model_copy(update={"resume": resume}))
@@ -51,6 +52,15 @@ def test_other_words_of_the_settings_are_not_replaced_by_kept_ones(begun):
         changed = config.prompt.model_copy(update={"domain": "poem"})
     data = prepare(config.model_copy(update={"resume": "auto", "prompt": changed}))
     assert kept_prompt.NOTE not in data.notes
+
+
+def test_a_template_that_changed_elsewhere_is_not_replaced(begun, tmp_path):
+    config, _ = begun
+    (template,) = (tmp_path / "model").rglob("chat_template.jinja")
+    template.write_text(CLOCK + TURNS.replace("<assistant>", "<bot>"))
+    data = prepare(config.model_copy(update={"resume": "auto"})).data
+    data.save(tmp_path)
+    assert kept_prompt.NOTE not in data.notes and "<bot>" in (tmp_path / "prompt.json").read_text()
 
 
 def test_a_template_without_a_date_is_rendered_anew(tmp_path):
