@@ -260,9 +260,9 @@ MUTATIONS = [
         (
             (
                 "batches/plan.py",
-                "BatchPlan._order",
-                "permutation(self.seed, epoch, count)",
-                "permutation(self.seed + self.world, epoch, count)",
+                "BatchPlan.order",
+                "permutation(self.seed, epoch, self.count)",
+                "permutation(self.seed + self.world, epoch, self.count)",
             ),
         ),
     ),

@@ -17,6 +17,7 @@ Its tokens:
 
     catalogue.py       the titles that can be recommended, each once
     templates.py       the literal pieces of a prompt
+    kept_prompt.py     the prompt of a run that is resumed, where it has a date
     prompts.py         samples as tokens, with the segment of each
     coded_windows.py   windows as numbers of catalogue entries
     window_store.py    their tokens, laid together when they are asked for
