@@ -134,6 +134,27 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_summary(run: str | Path) -> dict[str, Any]:
+    """Returns the summary.json of a run; empty for a run that has not ended.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = Path(run) / "summary.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError:  # not JSON, or not UTF-8
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} is damaged: it is not the JSON object that a run writes at its end",
+            "delete it and start the run's command again with resume=auto, which writes it again",
+        )
+    return content
+
+
 def finite(value: Any) -> Any:
     """Returns a JSON tree in which NaN and infinity are None.
 

@@ -5,7 +5,6 @@ scontrol knows the jobs that Slurm remembers and sacct older ones; the run folde
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 from chain import Chain, Job, known, load
 
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import read_summary
 
 WAITING = {
     "Resources": "waits for free nodes",
@@ -177,8 +177,7 @@ def one(chain: Chain, job: Job, record: dict[str, str], kinds: dict[str, str]) -
 
 
 def summary(chain: Chain) -> str:
-    path = Path(chain.runs[0]) / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8"))["status"] if path.is_file() else "unfinished"
+    return read_summary(chain.runs[0]).get("status", "unfinished")
 
 
 def progress(chain: Chain, job: Job) -> str:

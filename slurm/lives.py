@@ -29,6 +29,7 @@ if (HOME / "gdrt_ds").is_dir():  # a checkout; beside an installed wheel the fol
 
 from gdrt_ds.config import load_config  # noqa: E402
 from gdrt_ds.errors import EXIT_INTERRUPTED, LostPeer, StorageError, UserError  # noqa: E402
+from gdrt_ds.files import read_summary  # noqa: E402
 
 STATUSES = {
     137: "killed by signal 9: often out of memory, see `sacct -o MaxRSS` or the node's kernel log",
@@ -92,10 +93,7 @@ class Lives:
 
     def summary(self) -> dict:
         """Returns the run's summary.json; empty while there is none."""
-        path = self.run_dir / "summary.json"
-        if not path.is_file():
-            return {}
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_summary(self.run_dir)
 
 
 def limit(name: str, default: int) -> int:

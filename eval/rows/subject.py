@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from gdrt_ds.data.text_rows import TextRow
 from gdrt_ds.data.token_facts import whole
 from gdrt_ds.dro.groups import UNSEEN, GroupPlan, apply_groups, fit_groups
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import read_summary
 from gdrt_ds.inference.recommender import base_path, names_dtype
 from gdrt_ds.inference.row_model import RowModel, is_row_run, open_row_model, open_row_run
 
@@ -167,9 +167,8 @@ def _saved_relevance(subject: RowSubject) -> np.ndarray | None:
     assert subject.run is not None
     table = load_file(subject.run / "groups.safetensors")
     auxiliary = subject.data.auxiliary()
-    summary = subject.run / "summary.json"
-    trained = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-    same = trained.get("data_fingerprint", subject.data.fingerprint) == subject.data.fingerprint
+    trained_on = read_summary(subject.run).get("data_fingerprint", subject.data.fingerprint)
+    same = trained_on == subject.data.fingerprint
     if not same or not np.array_equal(table["entry_offsets"], auxiliary.store.target_offsets):
         subject.notes.append(
             "the data are not those that the run scored relevance on, so there are no relevance groups"

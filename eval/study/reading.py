@@ -10,6 +10,7 @@ from typing import Any
 
 from eval.folders import is_evaluation
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import read_summary
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,7 @@ def read_grid(folder: Path) -> Grid:
 
 def totals_of(folder: Path, cells: list[dict[str, Any]]) -> dict[str, Any]:
     """What the evaluated cells cost and ran on, from the summaries of their runs."""
-    summaries = [
-        json.loads((folder / cell["run"] / "summary.json").read_text(encoding="utf-8")) for cell in cells
-    ]
+    summaries = [read_summary(folder / cell["run"]) for cell in cells]
     return {
         "cells": len(cells),
         "train_seconds": round(sum(summary.get("seconds", 0) for summary in summaries)),

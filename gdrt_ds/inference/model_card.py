@@ -1,8 +1,9 @@
 """The README.md of an exported model: what it is, how to load it, from what, and with which figures.
 
 A card states only what the run folder records. Its figures are those of the newest full evaluation of this
-very adapter on the base as trained: evaluations of the base model, of another adapter or on another base, of
-a part of the samples (--limit) and by a search are passed over.
+very adapter on the base as trained, with the data and the prompt of the run: evaluations of the base model,
+of another adapter or on another base, of other histories, of a part of the samples (--limit) and by a search
+are passed over.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from gdrt_ds.inference.row_model import is_row_run
 from gdrt_ds.models.fingerprint import base_fingerprint
 from gdrt_ds.models.quantization import get_quantization, storage_dtype
 from gdrt_ds.models.source import compute_dtype, dtype_name
+
+# Settings that an evaluation may be given and that change what is asked.
+THE_SAME_WINDOWS = {
+    "data": ("limit_test", "history_length", "min_history"),
+    "prompt": ("history", "max_length"),
+}
 
 NF4_LOADING = """\
 import torch
@@ -109,16 +116,17 @@ def model_card(about: Export) -> str:
 def own_evaluation(run: Path, config: RunConfig) -> dict[str, Any] | None:
     """The results.json of the newest exact evaluation of the run's own adapter, on the base as trained.
 
-    It is of the whole test split. Scores over the catalogue's tokens (`renormalised`) come before those over
-    the vocabulary (`full`); searches are passed over. An evaluation names the SHA-256 of the adapter that it
-    scored, which is empty for a base model, and its `limit`. Both are under `scoring_key`, which results of
-    format 1 call `scoring`.
+    It is of the whole test split, with the data and the prompt of the run. Scores over the catalogue's tokens
+    (`renormalised`) come before those over the vocabulary (`full`); searches are passed over. An evaluation
+    names the SHA-256 of the adapter that it scored, which is empty for a base model, and its `limit`. Both
+    are under `scoring_key`, which results of format 1 call `scoring`.
     """
     adapter = run / "adapter" / "adapter_model.safetensors"
     if not adapter.is_file():
         return None
     digest = sha256_of(adapter)
     bases = _fingerprints_as_trained(run, config)
+    data = read_json(run / "summary.json").get("data_fingerprint")
     written = sorted(run.glob("**/results.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     found: dict[str, dict[str, Any]] = {}
     for path in written:
@@ -126,7 +134,7 @@ def own_evaluation(run: Path, config: RunConfig) -> dict[str, Any] | None:
         key = _scoring_key(results)
         own = key.get("adapter") == digest and key.get("limit") is None
         if results.get("metrics") and own and results.get("split", "test") == "test":
-            if _on_the_base(results, bases, config.model):
+            if _on_the_base(results, bases, config.model) and _on_the_windows(results, data, config):
                 mode = results.get("mode") or key.get("mode") or "renormalised"
                 found.setdefault(mode, results)
     return found.get("renormalised") or found.get("full")
@@ -140,6 +148,23 @@ def _on_the_base(results: dict[str, Any], bases: set[str], trained: ModelSection
     evaluated = (results.get("config") or {}).get("model") or {}
     names = ("path", "revision", "quantization", "double_quant", "quant_storage")
     return all(evaluated.get(name, getattr(trained, name)) == getattr(trained, name) for name in names)
+
+
+def _on_the_windows(results: dict[str, Any], data: str | None, trained: RunConfig) -> bool:
+    """Whether an evaluation asked what the run's config asks: `eval.run` takes other settings after it.
+
+    Args:
+        data: the fingerprint of the data that the run recorded; None in runs of earlier versions.
+    """
+    if data and _scoring_key(results).get("corpus", data) != data:
+        return False
+    evaluated = results.get("config") or {}
+    return all(
+        evaluated.get(section, {}).get(name, getattr(getattr(trained, section), name))
+        == getattr(getattr(trained, section), name)
+        for section, names in THE_SAME_WINDOWS.items()
+        for name in names
+    )
 
 
 def _fingerprints_as_trained(run: Path, config: RunConfig) -> set[str]:

@@ -24,6 +24,7 @@ from gdrt_ds.data.row_prompts import STYLE
 from gdrt_ds.data.templates import PromptTemplate
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import read_summary
 from gdrt_ds.inference.catalogue_scoring import TreePlan
 from gdrt_ds.inference.path_reader import PathReader, make_reader
 from gdrt_ds.inference.prompt_reader import PromptReader
@@ -385,10 +386,7 @@ def dtype_of_training(folder: Path, config: RunConfig, device: torch.device) -> 
 
     A device that does not compute in it takes float32.
     """
-    summary = folder / "summary.json"
-    name = config.model.dtype
-    if summary.is_file():
-        name = json.loads(summary.read_text(encoding="utf-8")).get("dtype") or name
+    name = read_summary(folder).get("dtype") or config.model.dtype
     try:
         return dtype_name(compute_dtype(name, device))
     except UserError:

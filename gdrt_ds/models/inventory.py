@@ -32,6 +32,7 @@ class Inventory:
             size.
         converted: transformers merges or splits the stored tensors while it loads, so ranks cannot read
             slices of them.
+        untied: embedding and lm_head are two matrices.
     """
 
     quantised: int
@@ -48,6 +49,7 @@ class Inventory:
     lora_inputs: int
     experts: int = 0
     converted: bool = False
+    untied: bool = False
 
     def layer_elements(self, section: ModelSection) -> int:
         """Returns the storage elements of one layer: what ZeRO-3 gathers for it, experts included.
@@ -110,7 +112,13 @@ def take_inventory(section: ModelSection, model_config) -> Inventory:
         lora_inputs=sum(i for n, (i, _) in shapes.items() if n != head) // layers,
         experts=sum(fused_experts(model).values()),
         converted=bool(weight_converters(model)),
+        untied=_is_untied(model),
     )
+
+
+def _is_untied(model: nn.Module) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is not model.get_input_embeddings().weight
 
 
 def _in_out(module: nn.Module) -> tuple[int, int]:

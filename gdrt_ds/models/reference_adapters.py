@@ -7,7 +7,6 @@ Each is the loaded base under another adapter, or under none: no weight of the b
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import read_summary
 
 TRAINED = "default"  # PEFT's name of the adapter that is trained
 AUXILIARY = "auxiliary"  # of groups.reference=auxiliary_sft
@@ -55,12 +55,7 @@ def load_reference_adapters(model: nn.Module, config: RunConfig, fingerprint: st
     """
     lines = []
     for name, folder in reference_adapters(config).items():
-        summary = folder.parent / "summary.json"
-        known = (
-            json.loads(summary.read_text(encoding="utf-8")).get("base_fingerprint")
-            if summary.is_file()
-            else None
-        )
+        known = read_summary(folder.parent).get("base_fingerprint")
         if known not in (None, fingerprint):
             raise UserError(
                 f"{folder}: trained on another base model, or on one stored in another way",

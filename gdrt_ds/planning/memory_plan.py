@@ -7,6 +7,8 @@ base        Packed 4-bit weights take half a byte each, other parameters s. ZeRO
 experts     Fused experts are no linear layers: they stay unquantised and take s. ZeRO-3 divides them by W.
 quant_state One byte per 64 values and 4 per 64*256 (double quantisation), or 4 per 64. Whole on every rank.
 adapter     Weights and gradients take s, float32 masters 4 and two moments 8. The stage says what is sharded.
+            Trained rows of tokens count as often as there are tables of them: one if embedding and lm_head
+            are tied, else two.
 gathered    Whole parameters that ZeRO-3 has gathered, see `gathered_bytes`. One rank gathers nothing. On
             CPUs gloo fills a second buffer of the same size and copies: the largest matrix counts twice.
 dequantised The largest matrix, dense, twice: in the forward, and as blocks in the backward. Or, where it is
@@ -14,6 +16,7 @@ dequantised The largest matrix, dense, twice: in the forward, and as blocks in t
 activations Per token and layer, see `activation_bytes_per_token`. With checkpointing they are the inputs of
             all layers and what one layer keeps.
 loss        A chunk of logits (its byte budget), hidden states and row gradients of the supervised tokens.
+            Trained rows of lm_head are added by a matrix of vocabulary times rows (models/token_rows.py).
 block masks What FlexAttention keeps of a packed row on a GPU, see gdrt_ds/batches/flex_rows.py.
 
 On a CPU the estimate is compared with resident memory beyond the import baseline, and engine buffers are
@@ -149,10 +152,15 @@ def gathered_bytes(config: RunConfig, model: Inventory, zero: dict[str, Any], pa
     layers = min(whole, int((elements + layer) * bytes_per_element))
     matrix = model.vocabulary * model.hidden
     matrices = 1
-    untied = model.plain >= 2 * matrix
-    if untied and int(limits["stage3_max_reuse_distance"]) >= matrix:
+    if model.untied and int(limits["stage3_max_reuse_distance"]) >= matrix:
         matrices = 2  # the embedding is still there when lm_head is gathered
     return layers + matrices * matrix * size
+
+
+def packed_bytes(section: ModelSection, model: Inventory, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of all packed weights and of their quant_state; none without quantization."""
+    bytes_of = get_quantization(section.quantization).bytes_of
+    return (0, 0) if bytes_of is None else bytes_of(section, dtype, model.quantised)
 
 
 def cpu_buffers(model: Inventory, live: int, size: int) -> dict[str, int]:
@@ -188,6 +196,7 @@ def estimate(
     *,
     tokens: int | None = None,
     targets: int | None = None,
+    token_rows: int = 0,
     deepspeed_config: dict[str, Any] | None = None,
 ) -> MemoryPlan:
     """Predicted peak per rank.
@@ -197,6 +206,7 @@ def estimate(
         device_memory_bytes: memory of one GPU; None on a CPU.
         tokens, targets: tokens and supervised tokens of the largest micro-batch; None = the longest
             allowed example, prompt.max_length tokens, 10 % of them targets, in every row.
+        token_rows: tokens of `model.lora.trainable_tokens`.
     """
     on_gpu = device_memory_bytes is not None
     dtype = compute_dtype(config.model.dtype, torch.device("cuda" if on_gpu else "cpu"))
@@ -213,16 +223,13 @@ def estimate(
     tokens = tokens or rows * config.prompt.max_length
     targets = targets or max(1, tokens // 10)
     shard = world if stage == 3 else 1
-    packed = 0
-    state = 0
-    bytes_of = get_quantization(config.model.quantization).bytes_of
-    if bytes_of is not None:
-        packed, state = bytes_of(config.model, dtype, model.quantised)
+    packed, state = packed_bytes(config.model, model, dtype)
     offload_param = (zero.get("offload_param") or {}).get("device", "none") != "none"
     offload_optimizer = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     experts = model.experts * size // shard
     resident = packed // shard + model.plain * size // shard
-    optimizer = model.lora * 12 // (world if stage else 1)
+    trained = model.lora + token_rows * model.hidden * (2 if model.untied else 1)
+    optimizer = trained * 12 // (world if stage else 1)
     live = 0
     if stage == 3 and world > 1:
         live = gathered_bytes(config, model, zero, packed, size)
@@ -230,7 +237,7 @@ def estimate(
     replicas = int(zero.get("zero_hpz_partition_size", 1) or 1)
     if stage == 3 and replicas > 1:
         secondary = (packed + model.plain * size) // replicas
-    gradients = model.lora * size // (world if stage >= 2 else 1) + model.lora * size
+    gradients = trained * size // (world if stage >= 2 else 1) + trained * size
     per_token = activation_bytes_per_token(model, size, config.model.lora.dropout)
     if config.model.gradient_checkpointing:
         activations = tokens * (model.layers * model.hidden * size + per_token)
@@ -243,16 +250,16 @@ def estimate(
         "base weights": 0 if offload_param else resident - experts,
         "fused experts": 0 if offload_param else experts,
         "quant_state": state,
-        "adapter and gradients": model.lora * size // shard + gradients,
+        "adapter and gradients": trained * size // shard + gradients,
         "optimizer": 0 if offload_optimizer else optimizer,
         "gathered parameters": live,
         "secondary shards": secondary,
         "dequantised and transient": transient,
         "activations": activations,
-        "loss": 2 * chunk + 2 * targets * model.hidden * size,
+        "loss": 2 * chunk + 2 * targets * model.hidden * size + token_rows * model.vocabulary * size,
     }
     notes = []
-    if model.experts and bytes_of is not None:
+    if model.experts and packed:
         notes.append(
             f"{model.experts:,} of {model.quantised + model.plain:,} parameters are fused experts, which "
             f"model.quantization = {config.model.quantization} does not reach: counted in {dtype_name(dtype)}"

@@ -20,6 +20,7 @@ from gdrt_ds.models.scoring_choice import scoring_line
 from gdrt_ds.models.skeleton import skeleton
 from gdrt_ds.models.source import compute_dtype, dtype_line, dtype_name
 from gdrt_ds.models.stored_four_bit import check_stored
+from gdrt_ds.models.token_rows import chosen_ids
 from gdrt_ds.objectives import get_objective
 from gdrt_ds.planning.compatibility import check_combination
 from gdrt_ds.planning.largest import largest_micro_batch
@@ -169,6 +170,8 @@ def memory_of(
     if torch.cuda.is_available():
         device_bytes = torch.cuda.get_device_properties(0).total_memory
     tokens, targets = largest
+    chosen = config.model.lora.trainable_tokens
+    rows = len(chosen_ids(prepared.tokenizer, chosen)) if chosen else 0
     return estimate(
         config,
         prepared.model_config,
@@ -176,6 +179,7 @@ def memory_of(
         device_bytes,
         tokens=tokens,
         targets=targets,
+        token_rows=rows,
         deepspeed_config=filled,
     )
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import yaml
 
 from gdrt_ds.config import RunConfig, dump_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import REPOSITORY, in_checkout, write_json, write_text
+from gdrt_ds.files import REPOSITORY, in_checkout, read_summary, write_json, write_text
 
 # Keys that may differ between the lives of one run: they change where or how, never what is computed.
 FREE_ON_RESUME = (
@@ -58,8 +57,7 @@ VERSIONED = (
 
 def status(folder: Path) -> str | None:
     """Returns the status of summary.json, or None for a run that has not ended."""
-    path = Path(folder) / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("status") if path.is_file() else None
+    return read_summary(folder).get("status")
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,12 +12,13 @@ from tests.golden.golden import HERE, differences
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(1800)
 def test_losses_weights_and_metrics_are_the_golden_ones():
     done = subprocess.run(
         [sys.executable, str(HERE / "golden.py")],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1500,
         env={**os.environ},
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -154,6 +154,23 @@ def test_without_a_fingerprint_the_settings_tell_the_base(tmp_path):
         shutil.rmtree(tmp_path / "tiny", ignore_errors=True)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"config": {"prompt": {"history": "shuffle"}}},
+        {"config": {"data": {"limit_test": 5}}},
+        {"config": {"data": {"history_length": 3}}},
+        {"corpus": "1" * 64},
+    ],
+)
+def test_the_card_has_no_figures_of_other_histories_or_other_data(tmp_path, other):
+    run, _ = make_run(tmp_path, quantization="none")
+    (run / "summary.json").write_text(json.dumps({"data_fingerprint": "0" * 64}))
+    evaluate(run, "a-own", 0.1111, written=1000, corpus="0" * 64)
+    evaluate(run, "b-other", 0.2222, written=2000, **{"corpus": "0" * 64, **other})
+    assert "| ndcg@10 | 0.1111 |" in card_of(run, tmp_path / "out")
+
+
 def test_the_card_names_the_fingerprints_that_the_run_recorded(tmp_path):
     run, _ = make_run(tmp_path, quantization="none")
     assert "Fingerprint of the data: not recorded by the version" in card_of(run, tmp_path / "earlier")

@@ -17,6 +17,7 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 from gdrt_ds.inference.exporting import export
 from gdrt_ds.inference.path_reader import make_reader
+from gdrt_ds.planning.memory_plan import estimate
 from gdrt_ds.training.model_with_loss import FusedLossModel
 from tests.eval.scoring_models import trie_of
 from tests.models.family_models import TITLES, make_family, spread_weights
@@ -135,6 +136,21 @@ def test_only_the_rows_of_the_chosen_tokens_are_trained_and_the_base_stays(path,
         assert fused_loss(model, ids).item() == pytest.approx(
             plain.model(input_ids=ids, labels=ids).loss.item(), rel=1e-5
         )
+
+
+def test_the_memory_plan_counts_every_trained_row_once_per_matrix(path, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(path)
+    plans = []
+    for rows in (None, "added"):
+        settings = RunConfig(model={"dtype": "float32", "lora": LORA | {"trainable_tokens": rows}})
+        plans.append(estimate(settings, config, 1, None, token_rows=len(NEW) if rows else 0).parts)
+    rows = rows_of(load(path, quantization="none", lora=LORA).model)
+    trained = sum(p.numel() for p in rows.values())
+    without, counted = plans
+    # On one rank of ZeRO-3 in float32: the rows, their gradients twice, a master and two moments.
+    assert counted["adapter and gradients"] - without["adapter and gradients"] == trained * 4 * 3
+    assert counted["optimizer"] - without["optimizer"] == trained * 12
+    assert counted["loss"] - without["loss"] == len(NEW) * config.vocab_size * 4
 
 
 def test_a_saved_adapter_is_scored_exactly_and_exported(path, tmp_path):

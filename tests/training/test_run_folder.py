@@ -37,6 +37,16 @@ def test_a_folder_with_a_run_is_taken_only_with_resume_or_overwrite(run):
     assert run_folder.claim(config(run, resume="auto")) == run
 
 
+@pytest.mark.parametrize("content", [b'{"status": "comp', b"\xff\xfe", b"[]"])
+def test_a_damaged_summary_is_named_and_may_be_overwritten(run, content):
+    (run / "summary.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"summary\.json is damaged") as error:
+        run_folder.status(run)
+    assert "resume=auto" in error.value.fix
+    run_folder.claim(config(run, overwrite=True))
+    assert run_folder.status(run) is None
+
+
 def test_resuming_names_the_settings_that_differ_and_allows_those_that_compute_nothing(run):
     with pytest.raises(UserError, match=r"dro\.tau: 1\.0 -> 2\.0"):
         run_folder.claim(config(run, resume="auto", dro={"tau": 2.0}))
