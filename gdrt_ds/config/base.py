@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -35,6 +36,12 @@ class Section(BaseModel):
         if isinstance(value, bool) and "bool" not in kinds and ("int" in kinds or "float" in kinds):
             raise ValueError("true and false are no numbers")
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _home_is_a_folder(cls, value: Any) -> Any:
+        """The shell leaves `~` alone behind `key=`, and nobody expands it in a file."""
+        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
     @field_validator("*")
     @classmethod

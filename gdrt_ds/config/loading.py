@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from gdrt_ds.config.explaining import fields_of, refuse
+from gdrt_ds.config.explaining import fields_of, is_section, refuse
 from gdrt_ds.config.sections import RunConfig
 from gdrt_ds.config.yaml_files import read_yaml
 from gdrt_ds.errors import UserError
@@ -24,6 +24,12 @@ def known_keys() -> list[str]:
     return list(fields_of())
 
 
+def _is_text(key: str) -> bool:
+    """Whether the setting is text, or empty, and nothing else."""
+    field = fields_of().get(key)
+    return field is not None and field.annotation in (str, str | None)
+
+
 def _set_dotted(tree: dict[str, Any], override: str) -> None:
     key, sep, text = override.partition("=")
     if not sep or not key:
@@ -32,11 +38,13 @@ def _set_dotted(tree: dict[str, Any], override: str) -> None:
         )
     try:
         value = yaml.safe_load(text) if text else None
+        if _is_text(key) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = text  # a revision of digits, for example
     except yaml.YAMLError as error:
         raise UserError(
             f"override `{override}`: the value is not valid YAML ({error})", "quote the value"
         ) from None
-    if isinstance(value, str):
+    if isinstance(value, str) and not _is_text(key):
         try:
             value = (
                 float(value) if "e" in value.lower() and not value.lower().startswith(("e", "inf")) else value
@@ -47,6 +55,8 @@ def _set_dotted(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     for depth, part in enumerate(parents):
         child = node.setdefault(part, {})
+        if child is None:  # a section whose keys are all commented out
+            child = node[part] = {}
         if not isinstance(child, dict):
             raise UserError(
                 f"override `{override}`: `{'.'.join(parents[: depth + 1])}` is a value, not a section",
@@ -76,6 +86,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
                 f"--config {path}: expected a mapping of sections, found {type(tree).__name__}",
                 "see configs/smoke.yaml",
             )
+        # A section whose keys are all commented out is an empty one.
+        sections = [name for name, field in RunConfig.model_fields.items() if is_section(field)]
+        tree = {key: {} if value is None and key in sections else value for key, value in tree.items()}
     for override in overrides:
         _set_dotted(tree, override)
     try:

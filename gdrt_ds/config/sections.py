@@ -27,8 +27,8 @@ class RunSection(Section):
     )
     overwrite: bool = Field(
         False,
-        description="Allows a run folder that holds a finished or a foreign run. That folder is emptied "
-        "first.",
+        description="Empties a run folder that holds a run, finished or not, before the new one trains. A "
+        "folder with files that are not a run is refused all the same.",
     )
     max_minutes: Annotated[float, Field(gt=0, le=525_600)] | None = Field(
         None,

@@ -186,5 +186,7 @@ def distinct(values: np.ndarray | TokenFacts) -> int:
 def group_counts(groups: np.ndarray | TokenFacts, num: int) -> np.ndarray:
     """int64[num]: target tokens of each group."""
     if isinstance(groups, TokenFacts):
-        return counted(groups.table, num, groups.counts())
+        counts = groups.counts()
+        there = counts > 0  # a title that train never has as a target may have no group
+        return counted(groups.table[there], num, counts[there])
     return np.bincount(groups, minlength=num)

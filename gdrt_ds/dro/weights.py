@@ -51,13 +51,15 @@ def exponentiated_gradient(q: Tensor, losses: Tensor, present: Tensor, eta: floa
     Groups that are absent keep their factor.
     """
     exponent = q.clamp_min(1e-300).log() + eta * torch.where(present, losses, 0.0)
-    return torch.softmax(exponent, 0)
+    # A group must be able to come back, and `restrict` must be able to divide by what is left of the others.
+    return torch.softmax(exponent, 0).clamp_min(1e-200)
 
 
 def restrict(q: Tensor, present: Tensor) -> Tensor:
     """Returns q over the groups present, renormalised: an absent group has no term."""
     kept = torch.where(present, q, 0.0)
-    return kept / kept.sum().clamp_min(1e-300)
+    total = kept.sum()
+    return kept / torch.where(total > 0, total, 1.0)
 
 
 def cvar_weights(losses: Tensor, p: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

@@ -132,6 +132,9 @@ class Objective:
     history_free_pass: bool = False
     per_token: Callable[[DroSection], bool] = field(default=lambda section: False)
     needs_catalogue: bool = False  # token_weights reads what only a catalogue gives (TokenTable)
+    # What it reads of `dro` and `options`, e.g. "dro.tau", beside what `needs_losses` brings. A run
+    # tells which settings were given and are not read. None: the objective does not say; no line then.
+    settings: tuple[str, ...] | None = None
 
     @property
     def requires_catalogue(self) -> bool:

@@ -38,4 +38,11 @@ OBJECTIVE = Objective(
     masked_softmax=True,
     top_k=lambda options: options.bear_k,
     live_weights=beam_weights,
+    settings=(
+        "options.bear_lambda",
+        "options.bear_xi",
+        "options.bear_k",
+        "options.bear_favours",
+        "options.msl_temperature",
+    ),
 )

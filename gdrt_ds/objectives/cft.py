@@ -22,4 +22,5 @@ OBJECTIVE = Objective(
     formula="F = mean_i l_i + alpha w_i CE(logits - logits_without_history)",
     token_term=counterfactual_term,
     history_free_pass=True,
+    settings=("options.cft_alpha", "options.cft_beta"),
 )

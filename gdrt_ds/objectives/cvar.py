@@ -15,4 +15,5 @@ OBJECTIVE = Objective(
     aggregate=worst_share,
     needs_losses=True,
     per_token=lambda section: section.cvar_over == "tokens",
+    settings=("dro.alpha", "dro.cvar_over", "dro.prior"),
 )

@@ -24,4 +24,5 @@ OBJECTIVE = Objective(
     source="Lin et al., Focal Loss for Dense Object Detection, ICCV 2017",
     formula="F = mean_i (1 - p_i)^gamma l_i",
     token_term=focal_term,
+    settings=("options.focal_gamma",),
 )

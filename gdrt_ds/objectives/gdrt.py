@@ -17,4 +17,5 @@ OBJECTIVE = Objective(
     formula="F = tau log sum_g p_g exp(L_g / tau); q_g = p_g exp(L_g / tau) / Z",
     aggregate=closed_form,
     needs_losses=True,
+    settings=("dro.tau", "dro.prior"),
 )

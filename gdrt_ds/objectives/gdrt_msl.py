@@ -10,4 +10,5 @@ OBJECTIVE = Objective(
     aggregate=closed_form,
     needs_losses=True,
     masked_softmax=True,
+    settings=("dro.tau", "dro.prior", "options.msl_temperature"),
 )

@@ -30,4 +30,5 @@ OBJECTIVE = Objective(
     aggregate=weights,
     needs_losses=True,
     remember=remember,
+    settings=("dro.eta",),
 )

@@ -18,4 +18,5 @@ OBJECTIVE = Objective(
     formula="F = sum_i w_i l_i / sum_i w_i, w_i = beta where only one next token is valid",
     token_weights=information_gain_weights,
     needs_catalogue=True,
+    settings=("options.igd_beta",),
 )

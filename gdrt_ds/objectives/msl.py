@@ -7,4 +7,5 @@ OBJECTIVE = Objective(
     source="MSL, SIGIR 2025, arXiv 2504.04178",
     formula="F = mean_i -log softmax over valid tokens of logits / temperature",
     masked_softmax=True,
+    settings=("options.msl_temperature",),
 )

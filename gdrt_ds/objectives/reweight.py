@@ -18,4 +18,5 @@ OBJECTIVE = Objective(
     source="inverse-propensity weighting, e.g. Schnabel et al., ICML 2016",
     formula="F = sum_i w_i l_i / sum_i w_i, w = train_count(target)^-power",
     token_weights=inverse_popularity,
+    settings=("options.reweight_power",),
 )

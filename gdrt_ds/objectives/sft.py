@@ -2,4 +2,6 @@
 
 from gdrt_ds.objectives.base import Objective
 
-OBJECTIVE = Objective(name="sft", source="the baseline of every LLM recommender", formula="F = sum_i l_i / n")
+OBJECTIVE = Objective(
+    name="sft", source="the baseline of every LLM recommender", formula="F = sum_i l_i / n", settings=()
+)

@@ -36,4 +36,5 @@ OBJECTIVE = Objective(
     aggregate=mean_and_worst,
     needs_losses=True,
     first_weights=token_shares,
+    settings=("dro.worst_weight",),
 )

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from gdrt_ds.config import RunConfig
+from gdrt_ds.config import ModelSection, RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.attention import choose_attention
+from gdrt_ds.models.new_tokens import HEADS
 from gdrt_ds.models.quantization import Setting, get_quantization
 from gdrt_ds.models.source import compute_dtype
 
@@ -44,6 +45,13 @@ def check_combination(
     choose_attention(config.model.attention, device, compute_dtype(config.model.dtype, device))
 
 
+def adapts_head(model: ModelSection) -> bool:
+    """Whether lm_head gets an adapter: by `model.train_head`, or as one of `model.lora.targets`."""
+    targets = model.lora.targets
+    named = isinstance(targets, list) and any(name.rsplit(".", 1)[-1] in HEADS for name in targets)
+    return model.train_head or named
+
+
 def _token_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Trained rows of tokens beside other parts."""
     model = config.model
@@ -52,11 +60,12 @@ def _token_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
             f"model.new_tokens = {model.new_tokens!r}, and nothing trains the rows of the new tokens",
             "set model.lora.trainable_tokens=added",
         )
-    if model.lora.trainable_tokens and model.train_head:
+    if model.lora.trainable_tokens and adapts_head(model):
         yield (
-            "model.lora.trainable_tokens with model.train_head = true: PEFT wraps lm_head either for rows of "
-            "tokens or for an adapter",
-            "set model.train_head=false: lm_head learns the rows of these tokens",
+            "model.lora.trainable_tokens with an adapter on lm_head (model.train_head = true, or lm_head in "
+            "model.lora.targets): PEFT wraps lm_head either for rows of tokens or for an adapter",
+            "set model.train_head=false and leave lm_head out of model.lora.targets: lm_head learns the rows "
+            "of these tokens",
         )
     if model.lora.trainable_tokens and (
         config.groups.reference == "auxiliary_sft" or config.dro.excess_adapter
@@ -116,11 +125,17 @@ def refusals(
             "outside the base layer's forward, where ZeRO-3 has freed it",
             "use ds_configs/zero1.json or zero2.json, or set model.lora.dora=false",
         )
-    if model.lora.dora and model.train_head:
+    if model.lora.dora and adapts_head(model):
         yield (
-            "model.lora.dora = true with model.train_head = true: the fused loss and the catalogue scoring "
-            "read lm_head row by row, and DoRA's scale of a row is not among what they read",
-            "set one of the two to false",
+            "model.lora.dora = true with an adapter on lm_head (model.train_head = true, or lm_head in "
+            "model.lora.targets): the fused loss and the catalogue scoring read lm_head row by row, and "
+            "DoRA's scale of a row is not among what they read",
+            "set model.lora.dora=false, or leave lm_head as it is",
+        )
+    if model.lora.targets == [] and not model.train_head:
+        yield (
+            "model.lora.targets is empty and model.train_head = false: no layer would get an adapter",
+            "name layers, or set model.lora.targets=all-linear",
         )
     yield from _token_rows(config)
     if model.loading == "sharded" and stage != 3:

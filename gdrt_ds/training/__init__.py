@@ -6,6 +6,7 @@ Its stages, in their order:
     job.py               a started run: its settings, ranks and folder
     preparation.py       settings to tokens
     preflight.py         what can be refused before weights are loaded
+    unused.py            settings that were given and that nothing reads
     deepspeed_config.py  the DeepSpeed JSON, every "auto" filled
     loading.py           the model under its engine
     leak_check.py        whether the samples of a packed row see each other

@@ -72,7 +72,9 @@ def agree(engine, problem: str | None, scratch: Path, what: str | None = None) -
         "free disk space (or stop the other process on this run folder) and go on with resume=auto; "
         "earlier checkpoints are intact"
     )
-    if mistake and what is not None:
+    if TAKEN_OVER in texts[which]:
+        fix = "stop this process; the newer one goes on"
+    elif mistake and what is not None:
         fix = (
             "the disk is not the reason: look at the losses in metrics.jsonl and lower train.lr; earlier "
             "checkpoints are intact"

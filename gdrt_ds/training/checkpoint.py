@@ -64,7 +64,7 @@ def save(
     life: int,
     fingerprint: str,
     keep: int = 2,
-    best: bool = False,
+    best_step: int | None = None,
     deepspeed_files: bool = True,
 ) -> Path:
     """Publishes RUN/checkpoints/step_<step>; every rank calls it.
@@ -74,7 +74,7 @@ def save(
         life: what `begin_life` returned for this start.
         fingerprint: of the frozen base (`LoadedModel.fingerprint`), compared at resume.
         keep: newest checkpoints that stay; the best one stays beside them.
-        best: this is the best so far by validation.
+        best_step: the step of the best validation so far, this one or one before.
 
     Raises:
         UserError: on every rank, if any rank could not write (disk full) or a newer life owns the run. The
@@ -97,7 +97,7 @@ def save(
         "fingerprint": fingerprint,
         "stage": engine.zero_optimization_stage(),
     }
-    problem = attempt(lambda: _publish(Path(run_dir), scratch, final, about, keep, best), on=rank == 0)
+    problem = attempt(lambda: _publish(Path(run_dir), scratch, final, about, keep, best_step), on=rank == 0)
     agree(engine, problem, scratch)
     return final
 
@@ -166,7 +166,18 @@ def _checkpoint_named(run_dir: str | Path, resume: str) -> Path:
             f"resume = {resume}: no such checkpoint folder",
             f"checkpoints of {run_dir}: {known}; or resume=auto",
         )
+    if (path / "checkpoints").is_dir() and not (path / MANIFEST).is_file():
+        known = ", ".join(str(p) for _, p in _published(path / "checkpoints")) or "it has none"
+        raise UserError(
+            f"resume = {resume}: that is a run folder and no checkpoint",
+            f"name one of its checkpoints: {known}",
+        )
     return path
+
+
+def newest_step(run_dir: str | Path) -> int:
+    """The step of the newest published checkpoint; 0 without one."""
+    return max((step for (_, step), _ in _published(Path(run_dir) / "checkpoints")), default=0)
 
 
 def verify(path: Path) -> str | None:
@@ -289,7 +300,9 @@ def _copied(copy_scripts: Callable[[str], object], folder: str) -> str | None:
     return None if problem is None else f"{problem} (while scripts were copied into {folder})"
 
 
-def _publish(run_dir: Path, scratch: Path, final: Path, about: dict, keep: int, best: bool) -> None:
+def _publish(
+    run_dir: Path, scratch: Path, final: Path, about: dict, keep: int, best_step: int | None
+) -> None:
     """Manifest, sync, fence, rename, `latest`, removal of old ones, in this order; on rank 0 only."""
     files = {}
     for file in sorted(p for p in scratch.rglob("*") if p.is_file()):
@@ -317,13 +330,26 @@ def _publish(run_dir: Path, scratch: Path, final: Path, about: dict, keep: int, 
         if replaced is not None:
             durable.remove(replaced)
         durable.write_atomic(final.parent / "latest", final.name)
-        if best:
-            durable.write_atomic(final.parent / "best", final.name)
-        _retain(final.parent, keep)
+        best = _mark_best(final.parent, best_step)
+        _retain(final.parent, keep, best)
 
 
-def _retain(folder: Path, keep: int) -> None:
-    best = (folder / "best").read_text().strip() if (folder / "best").is_file() else None
+def _mark_best(folder: Path, step: int | None) -> str | None:
+    """Lets the file `best` name the best checkpoint that there is; returns that name.
+
+    A process that ended between its rename and this line left an older name in the file. What the run knows
+    counts, or `_retain` would remove the best checkpoint.
+    """
+    file = folder / "best"
+    name = file.read_text().strip() if file.is_file() else None
+    known = f"step_{step}"
+    if step is not None and name != known and (folder / known).is_dir():
+        durable.write_atomic(file, known)
+        return known
+    return name
+
+
+def _retain(folder: Path, keep: int, best: str | None) -> None:
     readable = [path for (life, _), path in _published(folder) if life != math.inf]
     for index, path in enumerate(readable):
         if index >= keep and path.name != best:

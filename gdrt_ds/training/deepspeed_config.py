@@ -19,8 +19,10 @@ from gdrt_ds.files import no_such_preset, preset_path
 def read_deepspeed_config(path: str) -> dict[str, Any]:
     """Reads a DeepSpeed config: the user's file, or a shipped one, which is found from any folder.
 
+    Keys of value null count as left out.
+
     Raises:
-        UserError: missing file, invalid JSON, or a top-level value that is not an object.
+        UserError: missing file, invalid JSON, a section that is not an object, or a stage that is no number.
     """
     file = preset_path(path)
     if not file.is_file():
@@ -36,7 +38,50 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
             f"deepspeed config {path}: expected an object, found {type(config).__name__}",
             "see ds_configs/zero3_qlora.json",
         )
+    config = _without_nulls(config)
+    _check_sections(config, path)
     return config
+
+
+SECTIONS = (
+    "zero_optimization",
+    "zero_optimization.offload_param",
+    "zero_optimization.offload_optimizer",
+    "bf16",
+    "fp16",
+    "amp",
+    "torch_autocast",
+    "optimizer",
+    "optimizer.params",
+    "checkpoint",
+    "weight_quantization",
+    "compression_training",
+)
+"""Keys whose values are objects."""
+
+
+def _without_nulls(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _without_nulls(value) for key, value in node.items() if value is not None}
+    return node
+
+
+def _check_sections(config: dict[str, Any], path: str) -> None:
+    for name in SECTIONS:
+        node: Any = config
+        for part in name.split("."):
+            node = node.get(part, {})
+        if not isinstance(node, dict):
+            raise UserError(
+                f"deepspeed config {path}: {name} = {json.dumps(node)}, expected an object",
+                "see ds_configs/zero3_qlora.json, or leave the key out",
+            )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or not isinstance(stage, int):
+        raise UserError(
+            f"deepspeed config {path}: zero_optimization.stage = {json.dumps(stage)}, expected 1, 2 or 3",
+            "write the number",
+        )
 
 
 def zero_stage(config: dict[str, Any]) -> int:

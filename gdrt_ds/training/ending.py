@@ -73,11 +73,11 @@ def _refuse_without_a_sound_checkpoint(job: Job, result: Result) -> None:
         NonFiniteLoss: no validation was finite, or the checkpoint of the best one is not there.
     """
     best = result.best.figures
-    if best is not None and (_checkpoint_of(job, best["step"])).is_dir():
+    if best is not None and checkpoint.verify(_checkpoint_of(job, best["step"])) is None:
         return
     seen = "no validation was finite"
     if best is not None:
-        seen = f"the best validation was at step {best['step']}, of which no checkpoint was kept"
+        seen = f"the best validation was at step {best['step']}, of which there is no sound checkpoint"
     raise NonFiniteLoss(
         f"the last validation (step {result.last.step}) is not finite, and {seen}: no adapter is published",
         "lower train.lr and start anew; train.on_nonfinite=stop ends such a run at once, and with a lower "
@@ -113,9 +113,15 @@ def _publish_adapter(job: Job, prepared: Prepared, loaded: Loaded, result: Resul
     best = result.best.figures
     if best is not None and best["step"] != step:
         folder = _checkpoint_of(job, best["step"])
-        if folder.is_dir():
+        problem = checkpoint.verify(folder)
+        if problem is None:
             checkpoint.load(loaded.engine, folder, restore_rng=False)
             step = best["step"]
             job.say(f"adapter: from step {step}, the best by validation {job.config.train.select_by}")
+        else:
+            job.say(
+                f"warning: the checkpoint of the best validation, {folder}, cannot be read ({problem}); the "
+                f"adapter is of the last step, {step}"
+            )
     save_adapter(loaded.engine, job.folder / "adapter", tokenizer=prepared.tokenizer)
     return step

@@ -21,6 +21,7 @@ from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import EXIT_INTERRUPTED, Runtime, Watchdog, ignore_stop_signals
 from gdrt_ds.training import run_folder
+from gdrt_ds.training.checkpoint import newest_step
 from gdrt_ds.training.lives import begin_life, current_life
 from gdrt_ds.training.telemetry import say
 
@@ -33,6 +34,7 @@ class Job:
         folder: the run folder, claimed for this start.
         life: number of this start. A process of an earlier start may still be alive; it must not publish.
         started: time.time() at the start.
+        goes_on: the folder held a run before this start, whose files stay whatever happens.
     """
 
     config: RunConfig
@@ -40,6 +42,7 @@ class Job:
     folder: Path
     life: int
     started: float
+    goes_on: bool = False
 
     def say(self, text: str) -> None:
         """One line from rank 0."""
@@ -58,14 +61,15 @@ def open_job(config: RunConfig, runtime: Runtime) -> Job:
     """
     started = time.time()
 
-    def claim() -> tuple[str, int]:
+    def claim() -> tuple[str, int, bool]:
+        goes_on = config.resume is not None and (Path(config.run.dir) / "config.yaml").is_file()
         folder = run_folder.claim(config)
         (folder / "logs").mkdir(exist_ok=True)
-        return str(folder), begin_life(config.run.dir)
+        return str(folder), begin_life(config.run.dir), goes_on
 
-    folder, life = _on_main_rank(runtime, claim)
+    folder, life, goes_on = _on_main_rank(runtime, claim)
     _seed_everything(config.train.seed)
-    return Job(config, runtime, Path(folder), life, started)
+    return Job(config, runtime, Path(folder), life, started, goes_on)
 
 
 def _on_main_rank(runtime: Runtime, action: Callable[[], Any]) -> Any:
@@ -96,10 +100,13 @@ def _seed_everything(seed: int) -> None:
 
 
 def stop_if_asked(job: Job, step: int = 0) -> None:
-    """Ends all ranks with status 75 if any of them was asked to stop after `step` steps. Every rank calls it.
+    """Ends all ranks with status 75 if any of them was asked to stop. Every rank calls it.
 
     For the time before training, when there is nothing to save yet. Once training runs, the step's own
     all-reduce carries the request, and the run saves before it ends.
+
+    Args:
+        step: steps that are done; 0 where the checkpoint was not read yet, and then the newest one says it.
     """
     asked = torch.tensor([float(job.runtime.stop_signal is not None)], device=job.runtime.device)
     if job.runtime.world > 1:
@@ -107,7 +114,8 @@ def stop_if_asked(job: Job, step: int = 0) -> None:
     if asked.item() == 0:
         return
     if job.runtime.is_main:
-        run_folder.write_summary(job.folder, "interrupted", step=step, life=job.life)
+        done = step or newest_step(job.folder)
+        run_folder.write_summary(job.folder, "interrupted", step=done, life=job.life)
     job.say("interrupted by a signal before training; go on with resume=auto")
     job.runtime.barrier()
     ignore_stop_signals()
@@ -137,7 +145,7 @@ def _summarise_failure(job: Job, error: Exception) -> None:
         # The job was started again meanwhile: the newer process owns the run folder, so this one writes
         # nothing.
         return
-    if isinstance(error, UserError) and run_folder.release(job.folder):
+    if isinstance(error, UserError) and not job.goes_on and run_folder.release(job.folder):
         return
     message = f"{type(error).__name__}: {error}"[:2000]
     run_folder.write_summary(job.folder, "failed", error=message, life=job.life)

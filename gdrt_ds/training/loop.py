@@ -15,7 +15,7 @@ from gdrt_ds.training.loading import Loaded
 from gdrt_ds.training.optimizer import learning_rate
 from gdrt_ds.training.preparation import Prepared
 from gdrt_ds.training.resuming import Resumed, client_state
-from gdrt_ds.training.step import NonFiniteLoss, StepResult, StepRunner
+from gdrt_ds.training.step import LOWER_RATE, NonFiniteLoss, StepResult, StepRunner
 from gdrt_ds.training.telemetry import Telemetry
 from gdrt_ds.training.validation import Best, TitleLosses, Validation, validate
 
@@ -121,7 +121,7 @@ class _Loop:
         # The best validation keeps its checkpoint, because the adapter is made of it at the end.
         if is_best or self._checkpoint_is_due(done) or finished or stepped.stop:
             self._refuse_broken_weights(done, gradient_norm)
-            self._save(result, runner, grouped, is_best)
+            self._save(result, runner, grouped)
         if stepped.stop and not finished:
             return replace(result, interrupted=True)
         if result.stopped_early:
@@ -197,8 +197,7 @@ class _Loop:
         if self.job.config.train.on_nonfinite == "stop":
             raise NonFiniteLoss(
                 f"{told}; this step is not published",
-                "resume=auto goes on from the last checkpoint; lower train.lr, "
-                "or check model.dtype (float16 overflows)",
+                LOWER_RATE,
             )
         self.telemetry.note(f"warning: {told}; it never counts as the best")
 
@@ -211,11 +210,10 @@ class _Loop:
             raise NonFiniteLoss(
                 f"step {done - 1}: the gradient norm is {float(gradient_norm)} though the loss is finite; "
                 "this step is not published",
-                "resume=auto goes on from the last checkpoint; lower train.lr, "
-                "or check model.dtype (float16 overflows)",
+                LOWER_RATE,
             )
 
-    def _save(self, result: Result, runner: StepRunner, grouped: Grouped, is_best: bool) -> None:
+    def _save(self, result: Result, runner: StepRunner, grouped: Grouped) -> None:
         self.telemetry.flush()
         started = time.time()
         job, store = self.job, self.prepared.stores["train"]
@@ -228,7 +226,7 @@ class _Loop:
             life=job.life,
             fingerprint=self.loaded.base.fingerprint,
             keep=job.config.train.keep_checkpoints,
-            best=is_best,
+            best_step=None if result.best.figures is None else result.best.figures["step"],
         )
         self.watchdog.beat()
         self.telemetry.note(f"checkpoint: step {result.step} published in {time.time() - started:.1f} s")

@@ -22,6 +22,7 @@ from gdrt_ds.objectives.gdrt import closed_form
 from gdrt_ds.training import checkpoint
 from gdrt_ds.training.preparation import Prepared
 from gdrt_ds.training.step_inputs import frozen_weights_given
+from gdrt_ds.training.unused import unused_settings
 
 BOARDS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 """Setting of `log` -> the package that it needs."""
@@ -118,7 +119,7 @@ def check_data(config: RunConfig, prepared: Prepared) -> list[str]:
             f"set train.global_batch to at most {num_samples}, or raise data.limit_train or data.split_ratio",
         )
     num_groups, lines = _check_groups(config, prepared)
-    lines += _unused(config)
+    lines += unused_settings(config)
     if num_groups < config.groups.num:
         lines.append(
             f"groups.num = {config.groups.num}, but groups.by={config.groups.by} has {num_groups} labels: "
@@ -130,26 +131,6 @@ def check_data(config: RunConfig, prepared: Prepared) -> list[str]:
         lines.append(f"groups.num = 1: objective = {config.objective} with one group is the plain mean (sft)")
     if config.dro.frozen_weights is not None:
         frozen_weights_given(config.dro.frozen_weights, num_groups)
-    return lines
-
-
-def _unused(config: RunConfig) -> list[str]:
-    """Settings that were given and that the others leave without effect."""
-    groups = config.groups
-    lines = []
-    scores = groups.by in ("relevance", "random")
-    if groups.reference_adapter is not None and not (scores and groups.reference == "auxiliary_sft"):
-        lines.append(
-            f"groups.reference_adapter = {groups.reference_adapter} is not used with groups.by={groups.by} "
-            f"and groups.reference={groups.reference}"
-        )
-    if groups.column is not None and groups.by not in ("column", "user_attribute"):
-        lines.append(f"groups.column = {groups.column} is not used with groups.by={groups.by}")
-    if config.dro.excess and not get_objective(config.objective).needs_losses:
-        lines.append(
-            f"dro.excess = {config.dro.excess} is not used with objective={config.objective}, whose weights "
-            "do not hang on losses"
-        )
     return lines
 
 

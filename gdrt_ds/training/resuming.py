@@ -69,9 +69,14 @@ def resume(job: Job, prepared: Prepared, loaded: Loaded) -> Resumed:
         )
     job.say(f"resume: step {saved['step']} from {path}{where}")
     live_table = saved.get("live_table")
+    best = Best(saved["best"], saved["bad_validations"])
+    if path.resolve().parent.parent != job.folder.resolve() and best.figures is not None:
+        # Its value may be of another figure, and its checkpoint is not here.
+        job.say("resume: from another run folder, whose best validation does not count here")
+        best = Best()
     return Resumed(
         first_step=saved["step"],
-        best=Best(saved["best"], saved["bad_validations"]),
+        best=best,
         dro_state=saved["dro"],
         group_plan=GroupPlan(**saved["group_plan"]),
         live_table=None if live_table is None else live_table.numpy(),

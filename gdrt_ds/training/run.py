@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from gdrt_ds import dro
-from gdrt_ds.batches import MicroBatch
+from gdrt_ds.batches import BatchPlan, MicroBatch
 from gdrt_ds.config import RunConfig
 from gdrt_ds.data.prompts import common_head
+from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens
 from gdrt_ds.models.reference_adapters import EXCESS, reference
 from gdrt_ds.objectives import Objective, get_objective
@@ -62,6 +63,12 @@ def run_training(config: RunConfig, runtime: Runtime, *, keep_engine: bool = Tru
         UserError: every refusal of a setting, and what went wrong with the machine, in words.
     """
     if config.resume is not None and run_folder.status(Path(config.run.dir)) == "completed":
+        run_folder.refuse_changes(Path(config.run.dir), config)
+        if config.resume != "auto":
+            raise UserError(
+                f"resume = {config.resume}: {config.run.dir} is a finished run",
+                "give a new run.dir to go on from that checkpoint",
+            )
         say(runtime, f"{config.run.dir} is a finished run: nothing to do")
         return 0
     objective = get_objective(config.objective)
@@ -156,6 +163,8 @@ def train_tokens(
     facts = {}
     in_trie = None
     excess = job.config.dro.excess
+    if not objective.needs_losses or job.config.dro.frozen_weights is not None:
+        excess = False  # the weights do not hang on losses
     if prepared.data.catalogue is not None and (
         objective.masked_softmax or objective.token_weights or excess == "markov"
     ):
@@ -180,6 +189,18 @@ def train_tokens(
     return TrainTokens(prepared.stores["train"], grouped.groups["train"], grouped.plan.num, **facts)
 
 
+def samples_ahead(plan: BatchPlan, num_samples: int, first_step: int, total_steps: int) -> np.ndarray:
+    """int64, ascending: the samples that the steps from `first_step` on take.
+
+    A run that goes on within an epoch sees the rest of it, and then all samples in another order. Only two
+    epochs on end hold every sample wherever they begin, and no more steps than theirs have to be looked at.
+    """
+    steps_per_epoch = -(-num_samples // plan.global_batch)
+    last_step = min(total_steps, first_step + 2 * steps_per_epoch + 1)
+    steps = [plan.samples(step) for step in range(first_step, last_step)]
+    return np.unique(np.concatenate(steps or [[]])).astype(np.int64)
+
+
 def losses_to_exceed(
     job: Job,
     prepared: Prepared,
@@ -198,10 +219,7 @@ def losses_to_exceed(
             be no excess.
     """
     store = prepared.stores["train"]
-    steps_per_epoch = -(-len(store) // job.config.train.global_batch)
-    last_step = min(loaded.total_steps, first_step + steps_per_epoch + 1)
-    steps = [loaded.plan.samples(step) for step in range(first_step, last_step)]
-    used = np.unique(np.concatenate(steps or [[]])).astype(np.int64)
+    used = samples_ahead(loaded.plan, len(store), first_step, loaded.total_steps)
     loaded.engine.eval()
     with reference(loaded.base.model, EXCESS if job.config.dro.excess_adapter else None):
         losses = split_losses(

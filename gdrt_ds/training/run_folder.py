@@ -13,9 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gdrt_ds.config import RunConfig, dump_config
+from gdrt_ds.config.yaml_files import read_yaml
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import REPOSITORY, in_checkout, read_summary, write_json, write_text
 
@@ -55,6 +54,10 @@ VERSIONED = (
 )
 
 
+BASES = ("base", "base.lock", "base_plain", "base_plain.lock")
+"""Models that `--plan` already makes; the second is the one before tokens are added."""
+
+
 def status(folder: Path) -> str | None:
     """Returns the status of summary.json, or None for a run that has not ended."""
     return read_summary(folder).get("status")
@@ -75,7 +78,7 @@ def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     saved = Path(folder) / "config.yaml"
     if not saved.is_file():
         return []
-    before = _flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    before = _flatten(read_yaml(saved, str(saved)))
     now = _flatten(config.model_dump(mode="json"))
     defaults = _flatten(RunConfig().model_dump(mode="json"))
     for key in now.keys() - before.keys():
@@ -87,6 +90,20 @@ def changed_settings(folder: Path, config: RunConfig) -> list[str]:
         if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)
     ]
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
+
+
+def refuse_changes(folder: Path, config: RunConfig) -> None:
+    """Refuses to go on with a run under settings that compute something else.
+
+    Raises:
+        UserError: names them.
+    """
+    changed = changed_settings(folder, config)
+    if changed:
+        raise UserError(
+            f"resume = {config.resume}: the settings of {folder} differ ({'; '.join(changed[:6])})",
+            "resume with the saved settings, or start a new run.dir",
+        )
 
 
 def claim(config: RunConfig) -> Path:
@@ -112,8 +129,7 @@ def claim(config: RunConfig) -> Path:
     foreign = not saved.is_file() and {p.name for p in folder.iterdir() if not _empty_checkpoints(p)} - {
         *KEPT,
         ASIDE,
-        "base",
-        "base.lock",
+        *BASES,
     }
     if config.run.overwrite and config.resume is None:
         if foreign:
@@ -132,12 +148,7 @@ def claim(config: RunConfig) -> Path:
             "resume=auto goes on with it, run.overwrite=true empties it, or choose another run.dir",
         )
     elif saved.is_file():
-        changed = changed_settings(folder, config)
-        if changed:
-            raise UserError(
-                f"resume = {config.resume}: the settings of {folder} differ ({'; '.join(changed[:6])})",
-                "resume with the saved settings, or start a new run.dir",
-            )
+        refuse_changes(folder, config)
     write_text(saved, dump_config(config))
     return folder
 

@@ -38,6 +38,12 @@ from gdrt_ds.training.step_inputs import TrainTokens, allowed_tokens
 SMALLEST_COUNT = 1e-300  # stands in for a count of 0 under a division whose numerator is 0 too
 
 
+LOWER_RATE = (
+    "lower train.lr in a new run.dir, which goes on with resume=RUN/checkpoints/step_N of this one (in its "
+    "own folder a run keeps its settings), or check model.dtype (float16 overflows)"
+)
+
+
 class NonFiniteLoss(UserError):
     """NaN or inf on some rank; raised on every rank in the same step, before the optimizer."""
 
@@ -255,7 +261,7 @@ class StepRunner:
         weights = None if self.tokens.weights is None else self.tokens.weights[index]
         reference = None
         if self.tokens.reference is not None:
-            reference = self._sums_over_groups(groups, self.tokens.reference[index])
+            reference = self._sums_over_groups(groups, self._reference_losses(index))
         return StepFacts(
             micro_steps=[slots[self.runtime.rank] for slots in layout],
             counts=self._sums_over_groups(groups, weights),
@@ -263,6 +269,14 @@ class StepRunner:
             groups=groups,
             slots=self._token_slots(layout) if self.per_token else None,
         )
+
+    def _reference_losses(self, index: np.ndarray) -> np.ndarray:
+        """float64[M]: the reference losses of these target tokens."""
+        assert self.tokens.reference is not None
+        losses = self.tokens.reference[index]
+        if np.isnan(losses).any():
+            raise RuntimeError("a sample of this step has no reference loss (dro.excess); please report this")
+        return losses
 
     def _sums_over_groups(self, groups: np.ndarray, values: np.ndarray | None) -> Tensor:
         """float64[G] on the device.
@@ -474,8 +488,7 @@ class StepRunner:
     def _nonfinite_error(self, step: int, where: str) -> NonFiniteLoss:
         return NonFiniteLoss(
             f"step {step + 1}: NaN or inf in the {where} of some rank; no rank has taken this step",
-            "lower train.lr, check model.dtype (float16 overflows), or set train.on_nonfinite=skip; "
-            "resume=auto goes on from the last checkpoint",
+            f"{LOWER_RATE}; train.on_nonfinite=skip leaves such steps out",
         )
 
 

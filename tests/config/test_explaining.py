@@ -120,3 +120,26 @@ def test_settings_that_cannot_be_meant_together_are_refused(overrides, word):
 def test_a_truth_value_is_no_number(word):
     assert "no numbers" in refusal([f"train.max_steps={word}"]).problem
     assert yaml.safe_load(word) in (True, False)
+
+
+def test_text_of_digits_stays_text_on_the_command_line():
+    assert load_config(None, ["model.revision=1234567"]).model.revision == "1234567"
+    assert load_config(None, ["model.revision=12e4567"]).model.revision == "12e4567"
+    assert load_config(None, ["train.lr=1e-3"]).train.lr == 1e-3
+
+
+def test_a_section_whose_keys_are_all_commented_out_is_an_empty_one(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("dro:\n  # tau: 0.3\ntrain:\n  seed: 3\n")
+    assert load_config(path).dro.tau == 1.0
+    assert load_config(path, ["dro.tau=2"]).dro.tau == 2.0
+
+
+def test_a_folder_under_home_is_found_in_a_file_and_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "run.yaml"
+    path.write_text("run:\n  dir: ~/runs/x\n")
+    assert load_config(path).run.dir == str(tmp_path / "runs" / "x")
+    given = load_config(None, ["run.dir=~/runs/x", "resume=~/runs/y/checkpoints/step_1"])
+    assert given.run.dir == str(tmp_path / "runs" / "x")
+    assert given.resume == str(tmp_path / "runs" / "y" / "checkpoints" / "step_1")

@@ -197,3 +197,27 @@ def test_the_loss_of_a_group_is_a_mean_also_where_its_token_weights_sum_to_less_
     buffer = dro.StepBuffer(3, "cpu")
     buffer.add(torch.tensor([0.3, 6.0, 0.0]), torch.tensor([0.1, 2.0, 0.0]))
     assert torch.allclose(buffer.losses, torch.tensor([3.0, 3.0, 0.0], dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "eta, losses, steps", [(0.1, [12.0, 2.0], 1000), (0.1, [9.0, 4.0], 2000), (1, [9, 1], 200)]
+)
+def test_a_group_that_group_dro_has_given_up_has_all_the_weight_where_it_is_alone_and_can_come_back(
+    eta, losses, steps
+):
+    q, both = torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([True, True])
+    for _ in range(steps):
+        q = dro.exponentiated_gradient(q, torch.tensor(losses, dtype=torch.float64), both, eta)
+    assert q[0] == 1
+    alone = dro.restrict(q, torch.tensor([False, True]))
+    assert alone.tolist() == [0.0, 1.0]
+    for _ in range(steps):
+        q = dro.exponentiated_gradient(q, torch.tensor(losses[::-1], dtype=torch.float64), both, eta)
+    assert q[1] > 0.5
+
+
+def test_weights_over_no_group_are_nothing():
+    none = torch.tensor([False, False])
+    assert dro.restrict(torch.tensor([0.5, 0.5], dtype=torch.float64), none).tolist() == [0.0, 0.0]
+    frozen = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert dro.restrict(frozen, torch.tensor([True, False])).tolist() == [0.0, 0.0]

@@ -120,6 +120,17 @@ def test_popularity_position_and_labels_follow_the_sample(world):
     )
 
 
+def test_a_provider_of_titles_that_are_never_targets_of_train_is_in_no_group(world):
+    corpus, catalogue, samples, store, relevance = world
+    entries = [*catalogue.entries, SimpleNamespace(train_count=0, provider="C")]
+    more = SimpleNamespace(entries=entries, index_of={**catalogue.index_of, "i12": 12})
+    plan, groups = fit((corpus, more, samples, store, relevance), num=4, by="provider")
+    before, alone = fit(world, num=4, by="provider")
+    assert "C" not in plan.labels
+    assert plan.counts == before.counts == np.bincount(alone).tolist()
+    assert np.array_equal(groups, alone)
+
+
 def test_a_label_that_train_lacks_is_in_no_group_unless_there_is_one_for_others(world):
     corpus, catalogue, samples, store, _ = world
     odd = [replace(samples[0], labels={"kind": "new"}), *samples[1:]]

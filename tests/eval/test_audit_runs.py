@@ -59,7 +59,7 @@ def publish(run, step: int, scale: float, world: int = 2) -> None:
         "fingerprint": "",
         "stage": 3,
     }
-    checkpoint._publish(run, scratch, run / "checkpoints" / f"step_{step}", about, 10, False)
+    checkpoint._publish(run, scratch, run / "checkpoints" / f"step_{step}", about, 10, None)
 
 
 @pytest.fixture(scope="module")

@@ -280,6 +280,54 @@ def test_an_absent_group_is_never_the_worst_of_sft_go():
     assert value.item() == pytest.approx(-2.75)
 
 
+CHANGED = {
+    "dro.tau": 0.3,
+    "dro.prior": "uniform",
+    "dro.eta": 3.0,
+    "dro.alpha": 0.1,
+    "dro.cvar_over": "groups",
+    "dro.worst_weight": 2.0,
+    "options.focal_gamma": 5.0,
+    "options.cft_alpha": 0.7,
+    "options.cft_beta": 0.9,
+    "options.igd_beta": 0.5,
+    "options.reweight_power": 0.3,
+    "options.msl_temperature": 0.2,
+    "options.bear_lambda": 0.7,
+    "options.bear_xi": 1.5,
+    "options.bear_k": 3,
+    "options.bear_favours": "at_risk",
+}
+
+
+@pytest.mark.parametrize("name", sorted(objectives()))
+@pytest.mark.parametrize("setting", CHANGED)
+def test_an_objective_reads_the_settings_that_it_says_and_no_other(name, setting):
+    objective = get_objective(name)
+    section, _, field = setting.partition(".")
+    given = {field: CHANGED[setting]}
+
+    def figures(changed) -> list:
+        options = ObjectiveOptions(**changed if section == "options" else {})
+        parts = [objective.top_k(options) if objective.top_k else None]
+        parts.append(options.msl_temperature if objective.masked_softmax else None)  # read by the step
+        if objective.live_weights is not None:
+            kth, choices = np.linspace(-3, 0, N), np.arange(N) % 9
+            return [*parts, *bear_weights(LOSS, kth, choices, **options.model_dump()).tolist()]
+        # Groups as the worst share: the prior of single tokens is the same whatever it is.
+        base = {"cvar_over": "groups"} if name == "cvar" and field != "cvar_over" else {}
+        of_groups = DroSection(**base, **changed if section == "dro" else {})
+        if name == "sft_go":  # its weights sum to 1 + lambda, which `value_of` refuses
+            return [*parts, float(objective.aggregate(group_view(LOSS, section=of_groups))[1])]
+        return [*parts, value_of(name, of_groups, **options.model_dump())]
+
+    assert (figures(given) != figures({})) == (setting in objective.settings)
+
+
+def test_every_setting_of_an_objective_is_one_that_the_test_above_changes():
+    assert {setting for one in objectives().values() for setting in one.settings or ()} == set(CHANGED)
+
+
 def test_only_objectives_that_look_at_this_batch_need_a_first_pass():
     late = {name for name, objective in objectives().items() if objective.is_late(DroSection())}
     assert late == {"gdrt", "gdrt+msl", "group_dro", "cvar", "sft_go", "bear"}

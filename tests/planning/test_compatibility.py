@@ -81,6 +81,21 @@ def test_all_six_presets_are_there():
             {},
             "wraps lm_head either",
         ),
+        (
+            {"lora": {"dora": True, "targets": ["q_proj", "lm_head"]}},
+            {"zero_optimization": {"stage": 2}},
+            False,
+            {},
+            "lm_head row by row",
+        ),
+        (
+            {"lora": {"trainable_tokens": ["!"], "targets": ["q_proj", "lm_head"]}},
+            None,
+            False,
+            {},
+            "wraps lm_head either",
+        ),
+        ({"lora": {"targets": []}}, None, False, {}, "no layer would get an adapter"),
         ({"loading": "sharded"}, {"zero_optimization": {"stage": 2}}, False, {}, "only stage 3"),
         (
             {},

@@ -63,8 +63,9 @@ def test_the_ranks_of_a_machine_share_its_cores_unless_the_user_says_how_many(mo
     assert cpu_threads(2) == 5
 
 
-def test_the_lock_of_a_killed_build_is_removed_and_that_of_a_running_one_is_named(
-    tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("end", ["the build ends", "the lock gets old"])
+def test_the_lock_of_a_killed_build_is_removed_and_that_of_a_running_one_is_named_and_waited_for(
+    tmp_path, monkeypatch, capsys, end
 ):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -74,14 +75,28 @@ def test_the_lock_of_a_killed_build_is_removed_and_that_of_a_running_one_is_name
         lock.touch()
     old = time.time() - STALE_LOCK_S - 60
     os.utime(locks["killed"], (old, old))
+    waited = []
+
+    def wait(seconds):
+        waited.append(seconds)
+        assert locks["running"].exists() and len(waited) <= 3
+        if len(waited) == 3:
+            if end == "the build ends":
+                locks["running"].unlink()
+            else:
+                os.utime(locks["running"], (old, old))
+
+    monkeypatch.setattr(time, "sleep", wait)
     own_build_folder()
-    assert not locks["killed"].exists()
-    assert locks["running"].exists()
+    assert len(waited) == 3
+    assert not locks["killed"].exists() and not locks["running"].exists()
     said = capsys.readouterr().err
-    assert str(locks["running"]) in said and str(locks["killed"]) not in said
+    assert said.count(str(locks["running"])) == 1 and str(locks["killed"]) not in said
+    locks["running"].touch()
+    waited.clear()
     monkeypatch.setenv("LOCAL_RANK", "1")
     own_build_folder()
-    assert not capsys.readouterr().err
+    assert len(waited) == 3 and not capsys.readouterr().err
 
 
 def test_failures_of_the_machine_are_told_from_bugs():

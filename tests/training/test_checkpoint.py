@@ -14,7 +14,7 @@ from gdrt_ds.training import checkpoint, durable, lives
 from gdrt_ds.training.engine_state import export_rng, import_rng
 
 
-def publish(run, step, life=1, keep=9, best=False, content=b"weights"):
+def publish(run, step, life=1, keep=9, best_step=None, content=b"weights"):
     folder = run / "checkpoints"
     scratch = folder / f".step_{step}.life_{life}"
     (scratch / "deepspeed").mkdir(parents=True)
@@ -28,7 +28,7 @@ def publish(run, step, life=1, keep=9, best=False, content=b"weights"):
         "fingerprint": "f",
         "stage": 3,
     }
-    checkpoint._publish(run, scratch, folder / f"step_{step}", about, keep, best)
+    checkpoint._publish(run, scratch, folder / f"step_{step}", about, keep, best_step)
     return folder / f"step_{step}"
 
 
@@ -91,7 +91,7 @@ def test_leftovers_of_killed_saves_are_no_checkpoints_and_disappear_at_the_next_
 
 
 def test_retention_keeps_the_newest_and_the_best(run):
-    publish(run, 1, best=True)
+    publish(run, 1, best_step=1)
     for step in (2, 3, 4):
         publish(run, step, keep=2)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
@@ -101,6 +101,36 @@ def test_retention_keeps_the_newest_and_the_best(run):
         "step_3",
         "step_4",
     ]
+
+
+def test_the_best_stays_though_a_killed_process_could_not_name_it(run):
+    publish(run, 2, best_step=2)
+    publish(run, 4, best_step=2, keep=1)
+    # Step 4 was published as the best, and the process ended before the file said so.
+    assert (run / "checkpoints" / "best").read_text() == "step_2"
+    publish(run, 6, best_step=4, keep=1)
+    assert (run / "checkpoints" / "best").read_text() == "step_4"
+    assert {p.name for p in (run / "checkpoints").glob("step_*")} == {"step_4", "step_6"}
+
+
+def test_a_best_step_without_a_checkpoint_is_not_named(run):
+    publish(run, 1, best_step=1)
+    publish(run, 3, best_step=2, keep=1)
+    assert (run / "checkpoints" / "best").read_text() == "step_1"
+
+
+def test_a_run_folder_is_no_checkpoint_and_its_checkpoints_are_named(run, tmp_path):
+    publish(run, 3)
+    with pytest.raises(UserError, match="that is a run folder") as error:
+        checkpoint.check_resume(tmp_path / "other", str(run))
+    assert str(run / "checkpoints" / "step_3") in error.value.fix
+
+
+def test_the_newest_step_is_that_of_the_newest_checkpoint(run):
+    assert checkpoint.newest_step(run) == 0
+    publish(run, 9)
+    publish(run, 10)
+    assert checkpoint.newest_step(run) == 10
 
 
 def test_an_older_life_publishes_nothing(run):

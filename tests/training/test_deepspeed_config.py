@@ -145,3 +145,28 @@ def test_limits_of_zero3_follow_the_packed_layer(layer):
     assert limits["stage3_prefetch_bucket_size"] == layer
     assert limits["stage3_max_live_parameters"] >= 2 * layer
     assert limits["stage3_param_persistence_threshold"] < 4096 * 4096 // 4
+
+
+@pytest.mark.parametrize(
+    "section, words",
+    [
+        ({"bf16": True}, "bf16 = true, expected an object"),
+        ({"optimizer": {"type": "AdamW", "params": [1]}}, "optimizer.params = [1], expected an object"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}}, 'offload_optimizer = "cpu"'),
+        ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage = "auto", expected 1, 2 or 3'),
+    ],
+)
+def test_a_section_that_is_no_object_and_a_stage_that_is_no_number_are_refused(tmp_path, section, words):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(section))
+    with pytest.raises(UserError, match=re.escape(words)):
+        read_deepspeed_config(str(path))
+
+
+def test_null_counts_as_left_out(tmp_path):
+    path = tmp_path / "ds.json"
+    zero = {"stage": 1, "offload_optimizer": None}
+    path.write_text(json.dumps({"zero_optimization": zero, "fp16": None, "optimizer": {"params": None}}))
+    raw = read_deepspeed_config(str(path))
+    assert raw == {"zero_optimization": {"stage": 1}, "optimizer": {}}
+    assert fill(raw)["optimizer"]["params"]["lr"] == RUN.train.lr

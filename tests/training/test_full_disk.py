@@ -17,7 +17,7 @@ from gdrt_ds.dro.groups import GroupPlan
 from gdrt_ds.errors import StorageError, UserError
 from gdrt_ds.runtime import explain, single_process_runtime
 from gdrt_ds.training import checkpoint, grouping, run_folder
-from gdrt_ds.training.agreement import agree, attempt
+from gdrt_ds.training.agreement import TAKEN_OVER, agree, attempt
 
 
 @contextmanager
@@ -85,6 +85,16 @@ def test_scripts_that_deepspeed_cannot_copy_are_told_with_the_folder_they_go_to(
     with room_of(1000):
         problem = checkpoint._copied(copy_scripts, str(tmp_path))
     assert problem is not None and f"copied into {tmp_path}" in problem
+
+
+def test_a_process_that_a_newer_start_has_overtaken_is_told_to_stop(tmp_path):
+    def overtaken():
+        raise UserError(f"RUN {TAKEN_OVER} start number 2", "stop")
+
+    engine = SimpleNamespace(device=torch.device("cpu"))
+    with pytest.raises(UserError) as caught:
+        agree(engine, attempt(overtaken), tmp_path / ".step_3.life_1")
+    assert caught.value.fix == "stop this process; the newer one goes on"
 
 
 def test_an_adapter_that_is_broken_does_not_blame_the_disk(tmp_path):

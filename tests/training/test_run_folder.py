@@ -10,8 +10,11 @@ import yaml
 
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import LostPeer, StorageError, UserError
-from gdrt_ds.runtime import explain
+from gdrt_ds.files import read_summary
+from gdrt_ds.runtime import explain, single_process_runtime
 from gdrt_ds.training import run_folder
+from gdrt_ds.training.job import last_word, open_job, stop_if_asked
+from gdrt_ds.training.run import run_training
 
 
 def config(folder, **changes) -> RunConfig:
@@ -45,6 +48,50 @@ def test_a_damaged_summary_is_named_and_may_be_overwritten(run, content):
     assert "resume=auto" in error.value.fix
     run_folder.claim(config(run, overwrite=True))
     assert run_folder.status(run) is None
+
+
+def test_a_finished_run_is_not_passed_off_as_one_with_other_settings_or_from_a_checkpoint(run):
+    runtime = single_process_runtime()
+    assert run_training(config(run, resume="auto"), runtime) == 0
+    with pytest.raises(UserError, match=r"dro\.tau: 1\.0 -> 2\.0"):
+        run_training(config(run, resume="auto", dro={"tau": 2.0}), runtime)
+    with pytest.raises(UserError, match="resume = step_1: .* is a finished run") as error:
+        run_training(config(run, resume="step_1"), runtime)
+    assert "new run.dir" in error.value.fix
+
+
+def test_what_lay_in_a_run_that_goes_on_stays_when_the_start_fails(tmp_path):
+    folder = tmp_path / "run"
+    run_folder.claim(config(folder))
+    (folder / "slurm-123.out").write_text("log")
+    job = open_job(config(folder, resume="auto"), single_process_runtime())
+    with pytest.raises(UserError), last_word(job):
+        raise UserError("no space", "make some")
+    assert (folder / "slurm-123.out").read_text() == "log" and (folder / "config.yaml").is_file()
+    assert run_folder.status(folder) == "failed"
+
+
+def test_a_stop_before_training_says_the_step_of_the_newest_checkpoint(tmp_path, monkeypatch):
+    job = open_job(config(tmp_path / "run"), single_process_runtime())
+    monkeypatch.setattr("gdrt_ds.training.job.newest_step", lambda folder: 7)
+    monkeypatch.setattr("gdrt_ds.training.job.ignore_stop_signals", lambda: None)
+    stop_if_asked(job)  # nobody asked
+    job.runtime.stop_signal = 15
+    with pytest.raises(SystemExit):
+        stop_if_asked(job)
+    assert read_summary(tmp_path / "run")["step"] == 7
+
+
+def test_the_models_that_a_plan_makes_are_no_foreign_files(tmp_path):
+    for name in ("base", "base.lock", "base_plain", "base_plain.lock"):
+        (tmp_path / name).mkdir()
+    run_folder.claim(config(tmp_path))
+
+
+def test_a_config_that_is_no_yaml_is_refused_in_words(run):
+    (run / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"config\.yaml: not valid YAML"):
+        run_folder.claim(config(run, resume="auto"))
 
 
 def test_resuming_names_the_settings_that_differ_and_allows_those_that_compute_nothing(run):
