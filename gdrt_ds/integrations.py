@@ -294,7 +294,16 @@ def score_tokens(
 
     Returns:
         float32 [supervised tokens] per row, in order.
+
+    Raises:
+        UserError: the first token of a row is supervised.
     """
+    for index, row in enumerate(rows):
+        if row["labels"][0] != IGNORE:
+            raise UserError(
+                f"row {index}: its first token is supervised, and no token before it predicts it",
+                f"set the label of a row's first token to {IGNORE}",
+            )
     device, training, scores = next(model.parameters()).device, model.training, []
     model.eval()
     for start in range(0, len(rows), batch_size):

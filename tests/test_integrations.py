@@ -40,6 +40,12 @@ def test_trainer_takes_the_steps_of_the_objective_on_one_and_two_ranks(report, c
     assert runs["two"][0]["weights"] == runs["two"][1]["weights"]
 
 
+def test_a_first_token_that_is_supervised_has_no_score():
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [1, 2], "labels": [1, 2]}]
+    with pytest.raises(UserError, match="row 1: its first token is supervised"):
+        score_tokens(None, rows)
+
+
 @pytest.mark.distributed
 def test_infinite_tau_is_the_trainers_own_training(report):
     assert distance(report["sft"]["one"][0], report["trainer_alone"][0]) < 2e-6

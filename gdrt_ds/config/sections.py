@@ -274,7 +274,8 @@ class TrainSection(Section):
     )
     select_by: Literal["nll", "worst_group", "objective", "catalogue_nll"] = Field(
         "nll",
-        description="The validation figure that picks the best checkpoint. `catalogue_nll` is the loss of "
+        description="The validation figure that picks the best checkpoint. `objective` is gdrt's F of the "
+        "plain losses, with `dro.tau` and `dro.prior`, whatever is trained. `catalogue_nll` is the loss of "
         "the target among the catalogue's titles, which is what a ranking sees; it costs a second pass over "
         "the validation split.",
     )

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gdrt_ds.errors import UserError
+
 PROCESS_STARTED = time.monotonic()
 
 
@@ -104,10 +106,18 @@ def _from_slurm_variables() -> dict[str, Any]:
 def cpu_threads(local_world: int) -> int:
     """Returns the CPU threads of one rank: OMP_NUM_THREADS, else the machine's cores divided by its ranks.
 
-    By itself every rank would take all cores.
+    By itself every rank would take all cores. Of a list, as OpenMP allows it for nested threads, the first
+    number counts.
+
+    Raises:
+        UserError: OMP_NUM_THREADS is something else.
     """
-    if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"])
+    given = os.environ.get("OMP_NUM_THREADS")
+    if given:
+        first = given.split(",")[0].strip()
+        if not first.isdigit() or int(first) == 0:
+            raise UserError(f"OMP_NUM_THREADS = {given!r} is no number of threads", "set it to 1 or more")
+        return int(first)
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:

@@ -61,6 +61,12 @@ def test_the_ranks_of_a_machine_share_its_cores_unless_the_user_says_how_many(mo
     assert [cpu_threads(ranks) for ranks in (1, 2, 3, 16)] == [8, 4, 2, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert cpu_threads(2) == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    assert cpu_threads(2) == 4
+    for wrong in ("all", "0", "-1"):
+        monkeypatch.setenv("OMP_NUM_THREADS", wrong)
+        with pytest.raises(UserError, match="no number of threads"):
+            cpu_threads(2)
 
 
 @pytest.mark.parametrize("end", ["the build ends", "the lock gets old"])
