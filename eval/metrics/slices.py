@@ -10,11 +10,11 @@ Legend: N test samples, S slices, B bootstrap replicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
-from eval.intervals import Statistic
+from eval.intervals import Statistic, mean_statistic
 from eval.metrics.accuracy import gains, hit_rates, reciprocal_ranks
 from eval.metrics.inputs import Inputs
 
@@ -43,20 +43,16 @@ def measures(inputs: Inputs) -> dict[str, tuple[np.ndarray, bool]]:
 def slice_statistics(
     values_N: np.ndarray, slice_of_N: np.ndarray, bounds: tuple[float, float] = UNBOUNDED
 ) -> dict[str, Statistic]:
-    """One mean per slice, all from one feature matrix [N, 2S].
+    """One mean per slice.
+
+    Each has features of its own: its interval then counts the users in the slice, not those of all slices.
 
     Args:
         slice_of_N: name of each sample's slice, None where it has none.
     """
-    features, names, counts = _features(values_N, slice_of_N)
-    size = len(names)
-
-    def mean_of(place: int) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda totals: _rates(totals, size)[:, place]
-
     return {
-        name: Statistic(features, mean_of(place), int(counts[place]), True, bounds)
-        for place, name in enumerate(names)
+        name: mean_statistic(np.where(slice_of_N == name, values_N, np.nan), bounds)
+        for name in in_reading_order(slice_of_N)
     }
 
 
@@ -66,7 +62,7 @@ def summary_statistics(
     higher_is_better: bool,
     bounds: tuple[float, float] = UNBOUNDED,
 ) -> dict[str, Statistic]:
-    """worst, best, gap (max - min) and ratio (min / max) over the slices' means."""
+    """worst, best, gap (max - min) and ratio (min / max) over the slices' means, from one matrix [N, 2S]."""
     features, names, counts = _features(values_N, slice_of_N)
     size = len(names)
     n = int(counts.sum())
