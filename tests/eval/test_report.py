@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from examples import world
+from examples import entry, prediction, world
 
 from eval.metrics import evaluate, evaluate_targets
 from eval.report import read_training, terminal_table, write_report
@@ -294,6 +294,15 @@ def test_figures_for_reading():
         "0.0000",
         "–",
     ]
+
+
+def test_a_test_set_of_one_user_has_a_report_that_says_it_has_no_interval(tmp_path):
+    entries = [entry(f"i{n}", 5) for n in range(30)]
+    predictions = [prediction(n, "i0", rank, ["i0"], user_id="u") for n, rank in enumerate((1, 20, 25))]
+    found = evaluate(predictions, entries, num_bootstrap=20)
+    write_report(tmp_path, found, predictions, entries)
+    sentence = "in the top 10 for 33.3 % of the samples; one user gives no interval."
+    assert sentence in (tmp_path / "report.md").read_text()
 
 
 def test_a_torn_last_line_of_the_training_log_is_left_out_and_a_torn_middle_is_an_error(tmp_path):
