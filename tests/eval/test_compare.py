@@ -19,6 +19,7 @@ from examples import world
 from eval.compare import compare_runs, load_run
 from eval.compare.__main__ import main
 from eval.compare.audits import audit_rows
+from eval.compare.page import build_page
 from eval.compare.terminal import _table
 from eval.folders import FORMAT, labels_of
 from eval.metrics import evaluate
@@ -191,6 +192,30 @@ def test_slices_are_those_of_the_first_run_and_other_labels_are_noted_once(
         return [line.replace("other", "same") for line in text.splitlines() if line.startswith("| kind = ")]
 
     assert len(slices(page)) == 4 and slices(page) == slices(ours), "labels change no number of a slice"
+
+
+def test_the_first_sentence_groups_metrics_by_their_own_verdicts(folders):
+    found = compare_runs(loaded(folders[:2]), 100)
+    verdicts = {
+        "ndcg@10": "better",
+        "hr@10": "worse",
+        "mrr": "interval spans zero",
+        "nll": "too few users to say",
+        "mgu@5": "not defined",
+        "dgu@5": "interval spans zero",
+        "cvar_nll": "interval spans zero after Holm's correction",
+    }
+    for name, verdict in verdicts.items():
+        found.rows["sft"][name].verdict = verdict
+        found.rows["sft"][name].difference = float("nan") if verdict == "not defined" else 0.0
+    assert build_page(found).sections[0].paragraphs == [
+        "**sft** against base: better on NDCG@10 (+0 %); worse on HR@10 (+0 %); interval spans zero for MRR "
+        "(+0 %), DGU@5 (+0 %); too few users to say for Target NLL (+0 %); not defined for MGU@5; interval "
+        "spans zero after Holm's correction for CVaR of NLL (+0 %)."
+    ]
+    for name in verdicts:
+        found.rows["sft"][name].verdict = "differs"
+    assert build_page(found).sections[0].paragraphs[0].startswith("**sft** against base: differs for NDCG@10")
 
 
 def test_a_long_name_of_a_run_takes_no_words_from_the_other_columns_at_80_characters(capsys):
