@@ -230,11 +230,14 @@ def test_a_long_name_of_a_run_takes_no_words_from_the_other_columns_at_80_charac
             "-0.01082 to -0.00115",
             "interval spans zero after Holm's correction",
         ],
+        ["", "msl", "0.0320", "-0.0060", "-0.01082 to -0.00115", "not shown after Holm's correction"],
+        ["", "cvar", "0.0320", "-0.0060", "-0.01082 to -0.00115", "too few users to say"],
     ]
     columns = ["metric", "run", "value", "difference", "95 % interval", "verdict"]
     Console(width=80).print(_table("against sft", columns, lines))
     printed = capsys.readouterr().out
-    for words in ("metric", "NDCG@10 \u2191", "0.0320", "-0.0060", "-0.01082 to -0.00115", "spans 0 (Holm)"):
+    shown = ("metric", "NDCG@10 \u2191", "0.0320", "-0.0060", "-0.01082 to -0.00115", "spans 0 (Holm)")
+    for words in (*shown, "unclear (Holm)", "few users"):
         assert words in printed
     header = next(line for line in printed.splitlines() if "metric" in line)
     folded = [line[header.index("run") :].split(" ")[0] for line in printed.splitlines()]
