@@ -295,6 +295,38 @@ def test_a_difference_in_scoring_is_noted_and_a_limit_is_called_no_result(folder
     )
 
 
+def test_other_train_histories_and_other_histories_of_samples_are_noted(folders, tmp_path):
+    def lengthen(predictions, entries):
+        for row in predictions[:30]:
+            row["history_ids"] = [*row["history_ids"], row["history_ids"][0]]
+
+    def rewrite_counts(folder, change):
+        path = folder / "catalogue.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            change(row)
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+    same = write_folder(tmp_path / "same", 2.0)
+    other = write_folder(tmp_path / "other", 2.0, change=lengthen)
+    rewrite_counts(other, lambda row: row.update(history_count=row["history_count"] + 1))
+    without = write_folder(tmp_path / "without", 2.0)
+    rewrite_counts(without, lambda row: row.pop("history_count"))
+    runs = [load_run(folders[0], "base"), *(load_run(f, f.name) for f in (same, other, without))]
+    expected = [
+        "occurrences in train histories differ between base and other: their MGU and DGU are distances to "
+        "different shares",
+        "histories differ in 30 of 300 samples between base and other: the models were asked with other "
+        "histories",
+        "only base has the occurrences in train histories (history_count of its catalogue): MGU and DGU of "
+        "without are distances to the shares of its train counts instead",
+    ]
+    found = compare_runs(runs, 100)
+    assert found.notes == expected
+    assert set(build_page(found).sections[-1].paragraphs) > {f"Note: {note}." for note in expected}
+    assert compare_runs([runs[3], runs[0]], 100).notes == expected[2:]
+
+
 def test_audits_stand_side_by_side_where_two_runs_have_them(folders, tmp_path, capsys):
     def effect(value):
         return {
