@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from eval.scoring.ranking import TIE
+
 
 def probabilities(scores: np.ndarray) -> np.ndarray:
     """Log scores [..., I] -> probabilities that sum to one over the catalogue. NaN counts as impossible."""
@@ -32,12 +34,44 @@ def exposure(lists: np.ndarray, num_items: int) -> np.ndarray:
 
 
 def target_ranks(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """[U, I], [U] -> expected 1-based rank of each target under ties; NaN scores stand last."""
-    keys = np.where(np.isnan(scores), -np.inf, scores)
-    own = keys[np.arange(len(keys)), targets][:, None]
-    better = (keys > own).sum(axis=1)
-    equal = (keys == own).sum(axis=1)
+    """[U, I], [U] -> expected 1-based rank of each target under ties; a NaN score is the worst rank."""
+    better, equal = _places(scores, targets)
     return 1 + better + (equal - 1) / 2
+
+
+def target_gains(scores: np.ndarray, targets: np.ndarray, k: int = 10) -> np.ndarray:
+    """[U, I], [U] -> NDCG@k of each target: 1 / log2(rank + 1) within the first k, expected under ties."""
+    return _expected(scores, targets, 1 / np.log2(np.arange(k) + 2))
+
+
+def target_hits(scores: np.ndarray, targets: np.ndarray, k: int = 10) -> np.ndarray:
+    """[U, I], [U] -> probability that each target is among the first k under ties."""
+    return _expected(scores, targets, np.ones(k))
+
+
+def _expected(scores: np.ndarray, targets: np.ndarray, gain_at: np.ndarray) -> np.ndarray:
+    """Mean gain [U] over the places that each target shares with its ties, as in `eval.metrics.accuracy`.
+
+    Args:
+        gain_at: gain at the places 1, 2, ...; it is zero beyond.
+    """
+    better, equal = _places(scores, targets)
+    count = gain_at.size
+    cumulative = np.concatenate([[0.0], np.cumsum(gain_at)])
+    shared = cumulative[np.minimum(better + equal, count)] - cumulative[np.minimum(better, count)]
+    # Without a tie the gain is that of one place, which a difference of sums would round.
+    alone = np.append(gain_at, 0.0)[np.minimum(better, count)]
+    return np.where(equal == 1, alone, shared / equal)
+
+
+def _places(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[U] entries above each target, and [U] entries with its score (at most TIE away), itself included."""
+    own = scores[np.arange(len(scores)), targets][:, None]
+    with np.errstate(invalid="ignore"):  # infinite minus infinite
+        equal = np.where(np.isfinite(own), np.abs(scores - own) <= TIE, scores == own)
+    better = ((scores > own) & ~equal).sum(axis=1)
+    unknown = np.isnan(own[:, 0])
+    return np.where(unknown, scores.shape[1] - 1, better), np.where(unknown, 1, equal.sum(axis=1))
 
 
 def ndcg(rank: np.ndarray, k: int = 10) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from eval.compare import audits
 from eval.compare.comparison import Comparisons
 from eval.compare.figures import comparison_figures
@@ -128,25 +130,21 @@ def _conventions(found: Comparisons) -> Section:
 
 
 def _sentence(found: Comparisons, run: str) -> str:
-    """One run in one line: what is better, what is worse, and where no difference is shown."""
+    """One run in one line: what is better, what is worse, and what the others' own verdicts are."""
     base = found.runs[0].label
-    better = []
-    worse = []
-    undecided = []
+    by_verdict: dict[str, list[str]] = {"better": [], "worse": []}
     for name in found.family:
         row = found.rows[run][name]
         text = label(name)
-        if row.baseline:
+        if row.baseline and math.isfinite(row.difference):
             text += f" ({100 * row.difference / abs(row.baseline):+.0f} %)"
-        kinds = {"better": better, "worse": worse}
-        kinds.get(row.verdict, undecided).append(text)
+        by_verdict.setdefault(row.verdict, []).append(text)
     parts = []
-    if better:
-        parts.append(f"better on {', '.join(better)}")
-    if worse:
-        parts.append(f"worse on {', '.join(worse)}")
-    if not parts:
+    for word in ("better", "worse"):
+        names = by_verdict.pop(word)
+        if names:
+            parts.append(f"{word} on {', '.join(names)}")
+    if not parts and "differs" not in by_verdict:
         parts.append("no difference of the primary family is shown")
-    if undecided:
-        parts.append(f"interval spans zero for {', '.join(undecided)}")
+    parts += [f"{verdict} for {', '.join(names)}" for verdict, names in by_verdict.items()]
     return f"**{run}** against {base}: {'; '.join(parts)}."

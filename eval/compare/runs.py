@@ -113,6 +113,7 @@ def check_same(runs: Sequence[Run]) -> list[str]:
             theirs = run.results.get(key)
             if mine != theirs:
                 notes.append(f"{key} differs: {first.label} {mine}, {run.label} {theirs}")
+        notes += _other_histories(first, run)
     notes = [*_not_exact(runs), *notes]
     limits = sorted({str(run.results["limit"]) for run in runs if run.results.get("limit")})
     if limits:
@@ -133,6 +134,33 @@ def _not_exact(runs: Sequence[Run]) -> list[str]:
             "runs mean nothing; evaluate it again in float32"
         )
     return found
+
+
+def _other_histories(first: Run, run: Run) -> list[str]:
+    """One note where MGU and DGU rest on other history shares, one where the samples have other histories."""
+    notes = []
+    counts = first.history_counts
+    other_counts = run.history_counts
+    if (counts is None) != (other_counts is None):
+        known, unknown = (run, first) if counts is None else (first, run)
+        notes.append(
+            f"only {known.label} has the occurrences in train histories (history_count of its catalogue): "
+            f"MGU and DGU of {unknown.label} are distances to the shares of its train counts instead"
+        )
+    elif counts != other_counts:
+        notes.append(
+            f"occurrences in train histories differ between {first.label} and {run.label}: their MGU and DGU "
+            "are distances to different shares"
+        )
+    # Both lists are sorted by sample id, and the ids are the same.
+    pairs = zip(first.predictions, run.predictions, strict=True)
+    others = sum((one.get("history_ids") or []) != (two.get("history_ids") or []) for one, two in pairs)
+    if others:
+        notes.append(
+            f"histories differ in {others} of {len(first.predictions)} samples between {first.label} and "
+            f"{run.label}: the models were asked with other histories"
+        )
+    return notes
 
 
 def _refuse_other_data(first: Run, run: Run) -> None:

@@ -21,6 +21,8 @@ COLOURS = {"better": "green", "worse": "red"}
 SHORT_VERDICTS = {
     "interval spans zero": "spans 0",
     "interval spans zero after Holm's correction": "spans 0 (Holm)",
+    "not shown after Holm's correction": "unclear (Holm)",
+    "too few users to say": "few users",
 }
 NUMBERS = ("value", "difference", "95 % interval")
 READABLE = 10

@@ -15,7 +15,7 @@ from eval.intervals.interval import FEW_USERS, interval, small_sample
 from eval.intervals.resampling import Resampled
 
 POWER = 0.8  # a true difference of the detectable size is found in four of five test sets
-ROUNDING = 1e-12  # a standard error below this is rounding noise
+ROUNDING = 1e-12  # a difference or standard error below this, for values up to 1, is rounding noise
 
 
 @dataclass
@@ -62,10 +62,14 @@ def compare(baseline: Resampled, other: Resampled, num_users: int, level: float 
     finite = paired.replicates[np.isfinite(paired.replicates)]
     # One user has no spread: neither an error nor a p-value.
     error = paired.standard_error * small_sample(paired.units) if paired.units > 1 else float("nan")
+    rounding = _rounding(baseline.value, other.value)
+    if error <= rounding:
+        error = 0.0
     if finite.size == 0 or not np.isfinite(difference) or paired.units < 2:
         p_value = float("nan")
     elif error == 0:  # the same difference for every user: how often have all of them one sign by chance?
-        p_value = 1.0 if difference == 0 else max(1.0 / (finite.size + 1), 2.0 ** (1 - paired.units))
+        one_sign = max(1.0 / (finite.size + 1), 2.0 ** (1 - paired.units))
+        p_value = 1.0 if abs(difference) <= rounding else one_sign
     else:  # the replicates moved to the null: how often is a difference this large met by chance?
         moved = small_sample(paired.units) * np.abs(finite - finite.mean())
         p_value = _by_student((1 + np.sum(moved >= abs(difference))) / (finite.size + 1), paired.units)
@@ -77,10 +81,15 @@ def compare(baseline: Resampled, other: Resampled, num_users: int, level: float 
         ci_low=low,
         ci_high=high,
         p_value=float(p_value),
-        effect_size=_effect_size(difference, error, num_users),
+        effect_size=_effect_size(0.0 if abs(difference) <= rounding else difference, error, num_users),
         minimum_detectable=float(power),
         n=min(baseline.n, other.n),
     )
+
+
+def _rounding(baseline: float, value: float) -> float:
+    """What the arithmetic may leave of a difference of zero between two values of this size."""
+    return ROUNDING * max(1.0, abs(baseline), abs(value))
 
 
 def _by_student(p_value: float, units: int) -> float:
@@ -92,7 +101,7 @@ def _by_student(p_value: float, units: int) -> float:
 
 def _effect_size(difference: float, error: float, num_users: int) -> float:
     """difference / (standard error * sqrt(U)); 0 for identical predictions, NaN where it is undefined."""
-    if error > ROUNDING:
+    if error > 0:
         return float(difference / (error * np.sqrt(num_users)))
     return 0.0 if difference == 0 else float("nan")
 
@@ -140,7 +149,10 @@ def compare_family(
 
     Holm's correction runs over the metrics of `family` only; the rest is descriptive. An interval of a
     family member is also given at its Holm level (`ci_holm`), and the verdict in words follows the adjusted
-    p-value: "interval spans zero", "better" or "worse" (or "differs" where neither direction is better).
+    p-value: "interval spans zero", "better" or "worse" (or "differs" where neither direction is better). What
+    only the correction takes away is called "interval spans zero after Holm's correction". Where the
+    corrected interval excludes zero and the corrected p-value is too large, it is "not shown after Holm's
+    correction".
     """
     names = [name for name in other if name in baseline]
     rows = {name: compare(baseline[name], other[name], num_users, level) for name in names}
@@ -162,12 +174,16 @@ def _verdict(row: Comparison, higher_is_better: bool | None, alpha: float) -> st
         return "not defined"
     if not np.isfinite(row.p_value):
         return "too few users to say"
+    zero = _rounding(row.baseline, row.value)
     # Near-identical runs have intervals of curved statistics that begin at zero and miss it by a hair.
-    spans_zero = row.ci_low <= 0 <= row.ci_high or row.p_value > alpha
+    spans_zero = row.ci_low <= zero and row.ci_high >= -zero or row.p_value > alpha
     if row.family and row.ci_holm is not None:
         low, high = row.ci_holm
-        clear = row.p_holm is not None and row.p_holm <= alpha and (low > 0 or high < 0)
-        if not clear:
+        excludes_zero = low > zero or high < -zero
+        significant = row.p_holm is not None and row.p_holm <= alpha
+        if excludes_zero and not significant:
+            return "not shown after Holm's correction"
+        if not excludes_zero:
             return "interval spans zero" if spans_zero else "interval spans zero after Holm's correction"
     elif spans_zero:
         return "interval spans zero"

@@ -10,11 +10,12 @@ Legend: N test samples, S slices, B bootstrap replicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 
 import numpy as np
 
-from eval.intervals import Statistic
+from eval.intervals import Statistic, mean_statistic
 from eval.metrics.accuracy import gains, hit_rates, reciprocal_ranks
 from eval.metrics.inputs import Inputs
 
@@ -23,6 +24,9 @@ MAX_SLICES = 12
 SMALL = "(groups under 10)"
 OTHER = "(other)"
 HISTORY_LENGTH_EDGES = (0, 1, 3, 6, 10, 20, 50)  # 0 | 1-2 | 3-5 | 6-9 | 10-19 | 20-49 | 50+
+# 18, -2.5 or 1.2e+06 at the beginning of a name, e.g. of "18-24", "50+" and "-2.5 to 3 (excl.)".
+LEADING_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?(?=$|[-+ ])")
+EXACT_DIGITS = 17  # of a float64: different numbers then have different texts
 UNBOUNDED = (-np.inf, np.inf)
 
 
@@ -43,20 +47,16 @@ def measures(inputs: Inputs) -> dict[str, tuple[np.ndarray, bool]]:
 def slice_statistics(
     values_N: np.ndarray, slice_of_N: np.ndarray, bounds: tuple[float, float] = UNBOUNDED
 ) -> dict[str, Statistic]:
-    """One mean per slice, all from one feature matrix [N, 2S].
+    """One mean per slice.
+
+    Each has features of its own: its interval then counts the users in the slice, not those of all slices.
 
     Args:
         slice_of_N: name of each sample's slice, None where it has none.
     """
-    features, names, counts = _features(values_N, slice_of_N)
-    size = len(names)
-
-    def mean_of(place: int) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda totals: _rates(totals, size)[:, place]
-
     return {
-        name: Statistic(features, mean_of(place), int(counts[place]), True, bounds)
-        for place, name in enumerate(names)
+        name: mean_statistic(np.where(slice_of_N == name, values_N, np.nan), bounds)
+        for name in in_reading_order(slice_of_N)
     }
 
 
@@ -66,7 +66,7 @@ def summary_statistics(
     higher_is_better: bool,
     bounds: tuple[float, float] = UNBOUNDED,
 ) -> dict[str, Statistic]:
-    """worst, best, gap (max - min) and ratio (min / max) over the slices' means."""
+    """worst, best, gap (max - min) and ratio (min / max) over the slices' means, from one matrix [N, 2S]."""
     features, names, counts = _features(values_N, slice_of_N)
     size = len(names)
     n = int(counts.sum())
@@ -118,9 +118,8 @@ def in_reading_order(slice_of_N: np.ndarray) -> list[str]:
 
     def key(name: str) -> tuple[bool, float, str]:
         pooled = name.startswith("(")
-        number = name.split("-")[0].rstrip("+").split(" ")[0]
-        is_number = number.replace(".", "", 1).isdigit()
-        return pooled, float(number) if is_number else float("inf"), name
+        number = LEADING_NUMBER.match(name)
+        return pooled, float(number[0]) if number else float("inf"), name
 
     return sorted({name for name in slice_of_N if name is not None}, key=key)
 
@@ -180,11 +179,23 @@ def bin_numbers(values: np.ndarray) -> np.ndarray:
     edges = np.unique(np.nanquantile(numbers, [0, 0.25, 0.5, 0.75, 1]))
     last = len(edges) - 2
     place = np.clip(np.searchsorted(edges, numbers, side="right") - 1, 0, max(0, last))
+    texts = _edge_texts(edges)
+    between = " to " if edges[0] < 0 else "-"
     names = []
-    for index, (a, b) in enumerate(zip(edges, edges[1:])):
+    for index, (a, b) in enumerate(zip(texts, texts[1:])):
         excluded = "" if index == last else " (excl.)"
-        names.append(f"{a:g}-{b:g}{excluded}")
+        names.append(f"{a}{between}{b}{excluded}")
     return np.array([None if np.isnan(x) else names[p] for x, p in zip(numbers, place)], dtype=object)
+
+
+def _edge_texts(edges: np.ndarray) -> list[str]:
+    """The distinct edges as text, with as few digits from six on as keep them distinct."""
+    texts: list[str] = []
+    for digits in range(6, EXACT_DIGITS + 1):
+        texts = [f"{edge:.{digits}g}" for edge in edges]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 # -- all of it -----------------------------------------------------------------------------------------

@@ -175,6 +175,8 @@ def _sentence(
     if not hit or hit["value"] is None:
         return text
     text += f" The held-out item is in the top 10 for {percent(hit['value'])} of the samples"
+    if hit["ci_low"] is None or hit["ci_high"] is None:
+        return text + "; one user gives no interval."
     text += f" (95 % interval {percent(hit['ci_low'])} to {percent(hit['ci_high'])})"
     rates = {"chance": 10 / num_items}
     rates |= {

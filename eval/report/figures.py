@@ -184,12 +184,7 @@ def by_group(title: str, groups: Mapping[str, Mapping[str, Any]], measure: str) 
         return None
     name = {"ndcg@10": "NDCG@10", "nll": "Target NLL"}.get(measure, measure)
     high, low = max(shown, key=lambda g: shown[g]["value"]), min(shown, key=lambda g: shown[g]["value"])
-    apart = (shown[high]["ci_low"] or 0) > (shown[low]["ci_high"] or 0)
-    overlap = (
-        "their intervals do not overlap"
-        if apart
-        else "their intervals overlap, so this test set hardly tells them apart"
-    )
+    overlap = _overlap(shown[high], shown[low])
     if shown[high]["value"] > shown[low]["value"]:
         caption = f"Highest for {high}, lowest for {low}; {overlap} (95 %, over users)."
     else:
@@ -211,6 +206,15 @@ def by_group(title: str, groups: Mapping[str, Mapping[str, Any]], measure: str) 
         "horizontal": len(shown) > 8,
         "caption": caption,
     }
+
+
+def _overlap(high: Mapping[str, Any], low: Mapping[str, Any]) -> str:
+    """Whether the intervals of the slices with the highest and the lowest value overlap, in words."""
+    if high["ci_low"] is None or low["ci_high"] is None:
+        return "one of the two has no interval, so this test set does not tell them apart"
+    if high["ci_low"] > low["ci_high"]:
+        return "their intervals do not overlap"
+    return "their intervals overlap, so this test set hardly tells them apart"
 
 
 def training_figures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from eval.intervals import Statistic, mean_statistic
+from eval.intervals import Statistic, mean_statistic, ratio
 from eval.metrics.base import Metric
 from eval.metrics.calibration import TEMPERATURES, at_temperature, fit_temperature, lowest
 from eval.metrics.slices import pool_small
@@ -184,27 +184,37 @@ def _dimension(names: list[str], measures: dict[str, tuple[np.ndarray, np.ndarra
         features = np.concatenate([above, below], axis=1)
         size = len(names)
         counts = (below > 0).sum(0)
-
-        def of(
-            finish: Callable[[np.ndarray], np.ndarray],
-            n: int,
-            smooth: bool,
-            most: float = 1.0 if measure == "accuracy" else np.inf,
-            features=features,
-            size=size,
-        ) -> Statistic:
-            def of_totals(totals: np.ndarray) -> np.ndarray:
-                return finish(group_means(totals[:, :size], totals[:, size:]))
-
-            return Statistic(features, of_totals, n, smooth, (0, most))
-
+        most = 1.0 if measure == "accuracy" else np.inf
+        # A slice has features of its own: its interval then counts its users, and not those of all slices.
         for place, name in enumerate(names):
-            groups[name][measure] = of(lambda means, place=place: means[:, place], int(counts[place]), True)
-        total = int((below.sum(1) > 0).sum())
-        low = of(lambda means: np.nanmin(means, axis=1), total, False)
-        high = of(lambda means: np.nanmax(means, axis=1), total, False)
-        gap = of(lambda means: np.nanmax(means, axis=1) - np.nanmin(means, axis=1), total, False)
-        ratio = of(lambda means: np.nanmin(means, axis=1) / np.nanmax(means, axis=1), total, False, 1.0)
-        worst, best = (low, high) if higher else (high, low)
-        summary[measure] = {"worst": worst, "best": best, "gap": gap, "ratio": ratio}
+            own = features[:, [place, size + place]]
+            groups[name][measure] = Statistic(own, ratio, int(counts[place]), True, (0, most))
+        summary[measure] = _summary(features, size, (0, most), higher)
     return {"groups": groups, "summary": summary}
+
+
+def _summary(
+    features: np.ndarray, size: int, bounds: tuple[float, float], higher_is_better: bool
+) -> dict[str, Statistic]:
+    """worst, best, gap and ratio over the slices' means, from one matrix [N, 2S]."""
+    n = int((features[:, size:].sum(1) > 0).sum())
+
+    def lowest(totals: np.ndarray) -> np.ndarray:
+        return np.nanmin(group_means(totals[:, :size], totals[:, size:]), axis=1)
+
+    def highest(totals: np.ndarray) -> np.ndarray:
+        return np.nanmax(group_means(totals[:, :size], totals[:, size:]), axis=1)
+
+    def gap(totals: np.ndarray) -> np.ndarray:
+        return highest(totals) - lowest(totals)
+
+    def quotient(totals: np.ndarray) -> np.ndarray:
+        return lowest(totals) / highest(totals)
+
+    worst, best = (lowest, highest) if higher_is_better else (highest, lowest)
+    return {
+        "worst": Statistic(features, worst, n, False, bounds),
+        "best": Statistic(features, best, n, False, bounds),
+        "gap": Statistic(features, gap, n, False, bounds),
+        "ratio": Statistic(features, quotient, n, False, (0, 1)),
+    }

@@ -20,14 +20,16 @@ class BesideFloor:
     Attributes:
         difference: mean over the seeds.
         ci_low: the lowest of the seeds' lower ends, each of a 95 % interval over users.
-        ci_high: the highest of their upper ends. So the interval is wide enough for every seed.
+        ci_high: the highest of their upper ends. So the interval is wide enough for every seed. Both ends are
+            None where a seed has no interval (one test user).
         seeds: those whose evaluation has this floor.
-        verdict: better or worse where the interval excludes zero.
+        verdict: better or worse where the interval excludes zero; without an interval there are too few users
+            to say.
     """
 
     difference: float
-    ci_low: float
-    ci_high: float
+    ci_low: float | None
+    ci_high: float | None
     seeds: tuple[int, ...]
     verdict: str
 
@@ -55,11 +57,16 @@ def beside_floors(
 
 def _over_seeds(entries: Mapping[int, Mapping[str, Any]]) -> BesideFloor:
     """One metric of one row: its entries in results.json by seed."""
-    low = min(entry["ci_low"] for entry in entries.values())
-    high = max(entry["ci_high"] for entry in entries.values())
+    difference = sum(entry["value"] for entry in entries.values()) / len(entries)
+    seeds = tuple(sorted(entries))
+    lows = [entry["ci_low"] for entry in entries.values()]
+    highs = [entry["ci_high"] for entry in entries.values()]
+    if None in lows or None in highs:
+        return BesideFloor(difference, None, None, seeds, "too few users to say")
+    low = min(lows)
+    high = max(highs)
     higher_is_better = next(iter(entries.values()))["higher_is_better"]
     verdict = "interval spans zero"
     if low > 0 or high < 0:
         verdict = "better" if (low > 0) == higher_is_better else "worse"
-    difference = sum(entry["value"] for entry in entries.values()) / len(entries)
-    return BesideFloor(difference, low, high, tuple(sorted(entries)), verdict)
+    return BesideFloor(difference, low, high, seeds, verdict)

@@ -19,6 +19,7 @@ from examples import world
 from eval.compare import compare_runs, load_run
 from eval.compare.__main__ import main
 from eval.compare.audits import audit_rows
+from eval.compare.page import build_page
 from eval.compare.terminal import _table
 from eval.folders import FORMAT, labels_of
 from eval.metrics import evaluate
@@ -193,6 +194,30 @@ def test_slices_are_those_of_the_first_run_and_other_labels_are_noted_once(
     assert len(slices(page)) == 4 and slices(page) == slices(ours), "labels change no number of a slice"
 
 
+def test_the_first_sentence_groups_metrics_by_their_own_verdicts(folders):
+    found = compare_runs(loaded(folders[:2]), 100)
+    verdicts = {
+        "ndcg@10": "better",
+        "hr@10": "worse",
+        "mrr": "interval spans zero",
+        "nll": "too few users to say",
+        "mgu@5": "not defined",
+        "dgu@5": "interval spans zero",
+        "cvar_nll": "interval spans zero after Holm's correction",
+    }
+    for name, verdict in verdicts.items():
+        found.rows["sft"][name].verdict = verdict
+        found.rows["sft"][name].difference = float("nan") if verdict == "not defined" else 0.0
+    assert build_page(found).sections[0].paragraphs == [
+        "**sft** against base: better on NDCG@10 (+0 %); worse on HR@10 (+0 %); interval spans zero for MRR "
+        "(+0 %), DGU@5 (+0 %); too few users to say for Target NLL (+0 %); not defined for MGU@5; interval "
+        "spans zero after Holm's correction for CVaR of NLL (+0 %)."
+    ]
+    for name in verdicts:
+        found.rows["sft"][name].verdict = "differs"
+    assert build_page(found).sections[0].paragraphs[0].startswith("**sft** against base: differs for NDCG@10")
+
+
 def test_a_long_name_of_a_run_takes_no_words_from_the_other_columns_at_80_characters(capsys):
     name = "gdrt-gain-tau-0.3-seed0"
     lines = [
@@ -205,11 +230,14 @@ def test_a_long_name_of_a_run_takes_no_words_from_the_other_columns_at_80_charac
             "-0.01082 to -0.00115",
             "interval spans zero after Holm's correction",
         ],
+        ["", "msl", "0.0320", "-0.0060", "-0.01082 to -0.00115", "not shown after Holm's correction"],
+        ["", "cvar", "0.0320", "-0.0060", "-0.01082 to -0.00115", "too few users to say"],
     ]
     columns = ["metric", "run", "value", "difference", "95 % interval", "verdict"]
     Console(width=80).print(_table("against sft", columns, lines))
     printed = capsys.readouterr().out
-    for words in ("metric", "NDCG@10 \u2191", "0.0320", "-0.0060", "-0.01082 to -0.00115", "spans 0 (Holm)"):
+    shown = ("metric", "NDCG@10 \u2191", "0.0320", "-0.0060", "-0.01082 to -0.00115", "spans 0 (Holm)")
+    for words in (*shown, "unclear (Holm)", "few users"):
         assert words in printed
     header = next(line for line in printed.splitlines() if "metric" in line)
     folded = [line[header.index("run") :].split(" ")[0] for line in printed.splitlines()]
@@ -265,6 +293,38 @@ def test_a_difference_in_scoring_is_noted_and_a_limit_is_called_no_result(folder
         notes[0] == "not a result: limited to 300 samples"
         and "scoring differs: base renormalised, other full" in notes
     )
+
+
+def test_other_train_histories_and_other_histories_of_samples_are_noted(folders, tmp_path):
+    def lengthen(predictions, entries):
+        for row in predictions[:30]:
+            row["history_ids"] = [*row["history_ids"], row["history_ids"][0]]
+
+    def rewrite_counts(folder, change):
+        path = folder / "catalogue.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            change(row)
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+    same = write_folder(tmp_path / "same", 2.0)
+    other = write_folder(tmp_path / "other", 2.0, change=lengthen)
+    rewrite_counts(other, lambda row: row.update(history_count=row["history_count"] + 1))
+    without = write_folder(tmp_path / "without", 2.0)
+    rewrite_counts(without, lambda row: row.pop("history_count"))
+    runs = [load_run(folders[0], "base"), *(load_run(f, f.name) for f in (same, other, without))]
+    expected = [
+        "occurrences in train histories differ between base and other: their MGU and DGU are distances to "
+        "different shares",
+        "histories differ in 30 of 300 samples between base and other: the models were asked with other "
+        "histories",
+        "only base has the occurrences in train histories (history_count of its catalogue): MGU and DGU of "
+        "without are distances to the shares of its train counts instead",
+    ]
+    found = compare_runs(runs, 100)
+    assert found.notes == expected
+    assert set(build_page(found).sections[-1].paragraphs) > {f"Note: {note}." for note in expected}
+    assert compare_runs([runs[3], runs[0]], 100).notes == expected[2:]
 
 
 def test_audits_stand_side_by_side_where_two_runs_have_them(folders, tmp_path, capsys):

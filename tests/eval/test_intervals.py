@@ -242,6 +242,28 @@ def test_the_same_difference_for_each_of_a_few_users_is_as_rare_as_their_having_
     assert compare(found[0], found[1], users).p_value == pytest.approx(p_value)
 
 
+def test_what_rounding_leaves_of_a_constant_difference_is_no_spread():
+    """Sums of other numbers differ in their last bits, so that the replicates of a constant do too."""
+    users = np.arange(6)
+    losses = 1000 * np.random.default_rng(0).normal(4, 1, 6)
+    found = [
+        resample({"nll": mean_statistic(values)}, users, 1000)["nll"] for values in (losses, losses + 0.1)
+    ]
+    assert compare(found[0], found[1], 6).p_value == pytest.approx(2**-5)
+    alone = compare_family({"nll": found[0]}, {"nll": found[1]}, 6, ["nll"], {"nll": False})["nll"]
+    assert alone.verdict == "worse" and math.isnan(alone.effect_size)
+    doubled = {name: found for name in ("nll", "same")}
+    pair = [{name: runs[place] for name, runs in doubled.items()} for place in (0, 1)]
+    row = compare_family(*pair, 6, ["nll", "same"], {"nll": False, "same": False})["nll"]
+    assert row.p_holm == pytest.approx(2 * 2**-5) and row.ci_holm[0] == pytest.approx(0.1)
+    assert row.verdict == "not shown after Holm's correction"
+    hair = [
+        resample({"nll": mean_statistic(values)}, users, 1000)["nll"] for values in (losses, losses + 1e-12)
+    ]
+    none = compare_family({"nll": hair[0]}, {"nll": hair[1]}, 6, ["nll"], {"nll": False})["nll"]
+    assert (none.p_value, none.effect_size, none.verdict) == (1.0, 0.0, "interval spans zero")
+
+
 def test_a_tail_of_rank_shares_stays_in_its_range():
     shares = np.where(np.arange(40) < 4, 0.97, 0.1)
     sample = resample({"tail": tail_mean(shares, False, bounds=(0, 1))}, np.arange(40), 300)["tail"]

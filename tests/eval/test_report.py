@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from examples import world
+from examples import entry, prediction, world
 
 from eval.metrics import evaluate, evaluate_targets
 from eval.report import read_training, terminal_table, write_report
-from eval.report.figures import checked
+from eval.report.figures import by_group, checked
 from eval.report.plots import draw
 from eval.report.words import number, signed
 from gdrt_ds.errors import UserError
@@ -294,6 +294,28 @@ def test_figures_for_reading():
         "0.0000",
         "–",
     ]
+
+
+def test_a_test_set_of_one_user_has_a_report_that_says_it_has_no_interval(tmp_path):
+    entries = [entry(f"i{n}", 5) for n in range(30)]
+    predictions = [prediction(n, "i0", rank, ["i0"], user_id="u") for n, rank in enumerate((1, 20, 25))]
+    found = evaluate(predictions, entries, num_bootstrap=20)
+    write_report(tmp_path, found, predictions, entries)
+    sentence = "in the top 10 for 33.3 % of the samples; one user gives no interval."
+    assert sentence in (tmp_path / "report.md").read_text()
+
+
+def test_a_caption_tells_no_slices_apart_of_which_one_has_no_interval():
+    def caption(high, low):
+        groups = {
+            "a": {"nll": {"value": 5.0, "ci_low": high, "ci_high": 5.5, "n": 40}},
+            "b": {"nll": {"value": 4.0, "ci_low": 3.5, "ci_high": low, "n": 40}},
+        }
+        return by_group("kind", groups, "nll")["caption"]
+
+    assert "do not overlap" in caption(4.9, 4.5) and "intervals overlap" in caption(4.3, 4.5)
+    for ends in ((4.9, None), (None, 4.5), (None, None)):
+        assert "overlap" not in caption(*ends) and "has no interval" in caption(*ends)
 
 
 def test_a_torn_last_line_of_the_training_log_is_left_out_and_a_torn_middle_is_an_error(tmp_path):

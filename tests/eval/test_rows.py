@@ -158,6 +158,21 @@ def test_a_slice_in_which_every_row_is_right_has_room_below_it():
     assert interval(found) == pytest.approx((0.025 ** (1 / 12), 1))
 
 
+def test_a_slice_of_one_user_has_no_interval_of_its_loss():
+    rows = [prediction(n, [[1.0 + n % 3]], float(n % 2), "x") for n in range(20)]
+    rows += [{**prediction(20 + n, [[2.0 + n % 3]], 0.0, "y"), "user_id": "one"} for n in range(20)]
+    inputs = build_row_inputs(rows, [])
+    own = slices(inputs)["label:kind"]["groups"]
+    measured = {(name, measure): own[name][measure] for name in "xy" for measure in ("nll", "accuracy")}
+    found = resample(measured, inputs.user_of_sample, 100)
+    assert {key: one.units for key, one in found.items() if key[1] == "nll"} == {
+        ("x", "nll"): 20,
+        ("y", "nll"): 1,
+    }
+    assert np.isnan(interval(found["y", "nll"])).all() and np.isfinite(interval(found["x", "nll"])).all()
+    assert interval(found["y", "accuracy"]) == pytest.approx((0, 0.975)), "one user without a hit"
+
+
 def test_rows_without_a_finite_loss_are_counted_and_left_out():
     rows = [prediction(n, [[1.0]], 1.0, "x") for n in range(3)]
     rows[1]["groups"]["0"]["nll"] = None

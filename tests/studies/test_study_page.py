@@ -16,7 +16,7 @@ from eval.study.__main__ import write_study
 from eval.study.beside_floors import BesideFloor, beside_floors
 from eval.study.blocks import AUDITED
 from eval.study.figures import study_figures
-from eval.study.page import AUDITS_EXPLAINED, audits_section, sentence
+from eval.study.page import AUDITS_EXPLAINED, _against_floors, audits_section, sentence
 from eval.study.seeds import combine, seed_draws, t_interval
 from tests.eval.examples import world
 
@@ -138,6 +138,19 @@ def test_a_row_is_better_than_a_floor_only_if_each_of_its_seeds_is():
     )
     assert found["markov"]["gdrt"]["nll"] == BesideFloor(pytest.approx(-0.2), -0.4, -0.05, (0, 1), "better")
     assert found["sasrec"] == {"gdrt": {"nll": BesideFloor(0.5, 0.4, 0.6, (2,), "worse")}}
+
+
+def test_a_row_with_a_seed_without_an_interval_is_too_few_users_beside_a_floor():
+    def run(value, low, high):
+        entry = {"value": value, "ci_low": low, "ci_high": high, "higher_is_better": True}
+        return SimpleNamespace(results={"minus_floors": {"markov": {"ndcg@10": entry}}})
+
+    found = beside_floors({"sft": {0: run(0.25, None, None), 1: run(0.75, 0.5, 1.0)}})
+    beside = found["markov"]["sft"]["ndcg@10"]
+    assert beside == BesideFloor(0.5, None, None, (0, 1), "too few users to say")
+    block = SimpleNamespace(rows=["sft"], beside_floors=found)
+    (row,) = _against_floors(block, "").tables[0].rows
+    assert row[3:] == ["+0.5000", "– to –", "0, 1", "too few users to say"]
 
 
 def test_audits_are_drawn_with_intervals_where_a_row_has_several_seeds():
