@@ -74,11 +74,6 @@ def _places(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.where(unknown, scores.shape[1] - 1, better), np.where(unknown, 1, equal.sum(axis=1))
 
 
-def ndcg(rank: np.ndarray, k: int = 10) -> np.ndarray:
-    """Gain of one relevant item at each rank: 1 / log2(rank + 1) within the first k."""
-    return np.where(rank <= k, 1 / np.log2(rank + 1), 0.0)
-
-
 def gini(counts: np.ndarray) -> float:
     """Gini index: 0 = even, near 1 = one item takes all. Zeros count."""
     values = np.sort(np.asarray(counts, dtype=float))

@@ -10,7 +10,7 @@ from eval.audit.estimates import bootstrap, least_squares, spearman
 from eval.audit.model import dimensionality, position, pretraining, provider, selection, shift, titles
 from eval.audit.model.amplification import measure_change, measure_step
 from eval.audit.runs import cross_tuning
-from eval.audit.score_rows import exposure, ndcg, probabilities, target_ranks, top_lists
+from eval.audit.score_rows import exposure, probabilities, target_gains, target_hits, target_ranks, top_lists
 from eval.loading import load_subject
 from eval.report import figures
 from gdrt_ds.runtime import Runtime
@@ -169,7 +169,8 @@ def test_slots_that_draw_choices_are_found_beside_the_main_score_and_permuted_sl
     tower, _ = selection.measure(
         lambda rows: selection.fit_tower(mass[rows], slots[targets][rows]),
         slots[targets],
-        target_ranks(scores, targets),
+        target_hits(scores, targets),
+        target_gains(scores, targets),
         100,
         0,
     )
@@ -304,7 +305,8 @@ def test_statistics_equal_hand_computed_cases_and_scipy():
         target_ranks(scores, np.array([1, 2])).tolist() == [1.5, 2.5]
         and target_ranks(scores, np.array([3, 0]))[0] == 4
     )
-    assert ndcg(np.array([1.0, 3.0, 11.0])).tolist() == [1.0, 0.5, 0.0]
+    ranked = -np.arange(12.0) * np.ones((3, 1))
+    assert target_gains(ranked, np.array([0, 2, 10])).tolist() == [1.0, 0.5, 0.0]
     assert top_lists(scores[:1], 3)[0, 2] == 0 and exposure(np.array([[0, 1], [0, 2]]), 4).tolist() == [
         2,
         1,

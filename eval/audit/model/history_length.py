@@ -24,7 +24,7 @@ from eval.audit.base import Audit, Cost, Lack, result
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap
 from eval.audit.partners import partners
-from eval.audit.score_rows import ndcg, probabilities, target_ranks
+from eval.audit.score_rows import probabilities, target_gains
 from eval.audit.target_loss import target_nll
 from gdrt_ds.data.corpus import Sample
 
@@ -70,7 +70,7 @@ def measure(
     settings = {"num": num_bootstrap, "seed": seed}
     users = np.arange(len(targets))
     nll = {k: -np.log(probabilities(rows)[users, targets]) for k, rows in scores.items()}
-    gain = {k: ndcg(target_ranks(rows, targets)) for k, rows in scores.items()}
+    gain = {k: target_gains(rows, targets) for k, rows in scores.items()}
     found: dict[str, Estimate] = {}
     for k in scores:
         found[f"NDCG@10, {_words(k)}"] = bootstrap(gain[k], null=None, **settings)

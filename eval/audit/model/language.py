@@ -36,7 +36,7 @@ from eval.audit.base import Audit, Cost, result
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap
 from eval.audit.partners import partners
-from eval.audit.score_rows import ndcg, target_ranks
+from eval.audit.score_rows import target_gains
 from gdrt_ds.data.corpus import Sample
 from gdrt_ds.data.prompts import SEGMENTS
 
@@ -303,7 +303,7 @@ def _relevance(context: AuditContext, samples: list[Sample], settings: dict) -> 
     rows, spread = group_table(
         context.subject.group_of_entry[targets],
         -scores[np.arange(len(targets)), targets],
-        ndcg(target_ranks(scores, targets)),
+        target_gains(scores, targets),
         **settings,
     )
     note = f" Over relevance groups the worst NLL is {spread[WORST].text()}, the gap {spread[GAP].text()}."

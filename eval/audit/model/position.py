@@ -26,7 +26,7 @@ from eval.audit.context import AuditContext, History, few_users_fix
 from eval.audit.estimates import Estimate, bootstrap, permutation_p
 from eval.audit.list_overlap import jaccard, rank_biased_overlap
 from eval.audit.partners import partners
-from eval.audit.score_rows import ndcg, probabilities, target_ranks, top_lists
+from eval.audit.score_rows import probabilities, target_gains, top_lists
 from gdrt_ds.data.corpus import Sample
 
 DEFAULT_USERS = 12
@@ -75,7 +75,7 @@ def measure_orders(
         found[f"{name}, other orders"] = bootstrap(orders[:, j], **settings)
     for j, name in enumerate(AGREEMENTS):
         found[f"{name}, another user"] = bootstrap(others[:, j], **settings)
-    gains = np.stack([ndcg(target_ranks(permuted[:, p], targets)) for p in range(count)], axis=1)
+    gains = np.stack([target_gains(permuted[:, p], targets) for p in range(count)], axis=1)
     found["NDCG@10 spread over orders"] = bootstrap(gains.std(axis=1), **settings)
 
     def relative(rows: np.ndarray) -> float:

@@ -32,7 +32,7 @@ from scipy.optimize import minimize
 from eval.audit.base import Audit, estimate_series, estimate_table, matrix_cost, result
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap, permutation_p
-from eval.audit.score_rows import ndcg, target_ranks
+from eval.audit.score_rows import target_gains, target_hits
 
 DEFAULT_USERS = 100
 SLOTS = 8
@@ -124,14 +124,14 @@ def inverse_propensity(b: np.ndarray, slots: np.ndarray, clip: float = CLIP) -> 
 
 
 def measure(
-    fit: Fit, slots: np.ndarray, rank: np.ndarray, num_bootstrap: int, seed: int
+    fit: Fit, slots: np.ndarray, hits: np.ndarray, gains: np.ndarray, num_bootstrap: int, seed: int
 ) -> tuple[list[Estimate], dict[str, Estimate]]:
     """Estimates of b per slot, and metrics plain and weighed.
 
     Args:
         fit: user indices -> b [S].
         slots: [U] slots of the targets.
-        rank: [U] ranks of the targets.
+        hits, gains: [U] HR@10 and NDCG@10 of the targets.
     """
     users = len(slots)
     b = fit(np.arange(users))
@@ -147,7 +147,7 @@ def measure(
         weighed = weights @ rows[:, 1:] / weights.sum()
         return np.array([*plain, *weighed, *(weighed - plain)])
 
-    columns = np.stack([slots.astype(float), (rank <= 10).astype(float), ndcg(rank)], axis=1)
+    columns = np.stack([slots.astype(float), hits, gains], axis=1)
     values = bootstrap(columns, metrics, num=num_bootstrap, seed=seed)
     return tower, dict(zip(METRICS, values))
 
@@ -228,8 +228,9 @@ def run(context: AuditContext) -> dict:
         slots = logged_slots(label, samples, -scores[np.arange(len(samples)), targets], rng)
     else:
         slots = assumed_slots(context.popularity, scores, targets, rng)
-    rank = target_ranks(scores, targets)
-    tower, found = measure(slots.fit, slots.of_target, rank, options.num_bootstrap, options.seed)
+    hits = target_hits(scores, targets)
+    gains = target_gains(scores, targets)
+    tower, found = measure(slots.fit, slots.of_target, hits, gains, options.num_bootstrap, options.seed)
     b = np.array([term.value for term in tower])
     null = np.array([terms.std() for terms in slots.permuted])
     p = permutation_p(float(b.std()), null)

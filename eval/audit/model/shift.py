@@ -23,7 +23,7 @@ import numpy as np
 from eval.audit.base import Audit, Cost, estimate_series, result
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap, permutation_p
-from eval.audit.score_rows import ndcg, target_ranks
+from eval.audit.score_rows import target_gains
 from eval.audit.target_loss import target_nll
 from eval.intervals import holm
 
@@ -198,7 +198,7 @@ def run(context: AuditContext) -> dict:
     targets = context.targets(samples)
     popularity = context.popularity
     nll = -scores[np.arange(len(samples)), targets]
-    gain = ndcg(target_ranks(scores, targets))
+    gain = target_gains(scores, targets)
     axes = environments(samples, targets, popularity)
     found, tests = measure(nll, gain, axes, options.num_bootstrap, options.seed)
     noise = noise_cost(context, samples, targets)
