@@ -300,7 +300,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(objectives()))
+@pytest.mark.parametrize("name", sorted(n for n, one in objectives().items() if one.settings is not None))
 @pytest.mark.parametrize("setting", CHANGED)
 def test_an_objective_reads_the_settings_that_it_says_and_no_other(name, setting):
     objective = get_objective(name)
