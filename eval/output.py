@@ -10,19 +10,24 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.folders import RESULTS, is_evaluation, read_results
+from eval.modes import SEARCHES, scoring_of
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import write_json
 
 
-def what_is_scored(split: str, mode: str, scoring: str, *, on_rows: bool = False) -> list[str]:
+def what_is_scored(split: str, mode: str, scoring: str | None, *, on_rows: bool = False) -> list[str]:
     """The parts of an evaluation folder's name that tell evaluations of one run apart.
 
     Args:
+        scoring: the value of `--scoring`; None where it is left out.
         on_rows: the run is on rows of prompt and completion (`data.format=sft`), which have one mode.
+    Raises:
+        UserError: the scoring contradicts the mode.
     """
+    scoring = scoring_of(mode, scoring)
     if on_rows:
         return [split, "full"]
-    if mode in ("best_first", "beam") and scoring != "renormalised":
+    if mode in SEARCHES and scoring != "renormalised":
         return [split, mode, scoring]
     return [split, mode]
 

@@ -29,6 +29,11 @@ from gdrt_ds.training.run_folder import git_hash, versions
 # Ranks finish at different times and meet at a barrier: the longest share must fit.
 TIMEOUT_S = 7 * 24 * 3600
 
+_UNLIKE_FLOORS = (
+    "scoring full: the NLL of the model is over all token sequences, that of the floors over the catalogue, "
+    "so they are not compared; the calibrated NLL, where it is measured, is over the catalogue for both"
+)
+
 
 def evaluation_runtime() -> Runtime:
     """One process needs no process group; under a launcher every rank joins one."""
@@ -166,6 +171,9 @@ def measure(
         predictions, entries, history_item_counts=counts, num_bootstrap=num_bootstrap
     )
     notes = _notes(subject, options, predictions) + floor_notes
+    over_catalogue = options.scoring == "renormalised"
+    if floor_rows and not over_catalogue:
+        notes.append(_UNLIKE_FLOORS)
     if exactness is not None:
         results["exactness"] = exactness.figures()
         notes += exactness.notes()
@@ -189,7 +197,9 @@ def measure(
         "limit": subject.limit,
         "dtype": str(subject.recommender.reader.mask_dtype).removeprefix("torch."),
         "floors": found,
-        "minus_floors": minus_floors(predictions, floor_rows, entries, num_bootstrap),
+        "minus_floors": minus_floors(
+            predictions, floor_rows, entries, num_bootstrap, over_catalogue=over_catalogue
+        ),
         "config": subject.recommender.config.model_dump(mode="json"),
         "versions": versions(),
         "git_hash": git_hash(),

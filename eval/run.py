@@ -20,6 +20,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.modes import EXACT, MODES
 from gdrt_ds import __version__
 from gdrt_ds.completion import offer_completion
 from gdrt_ds.invocation import command_name
@@ -62,15 +63,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mode",
         default="renormalised",
-        choices=("renormalised", "full", "best_first", "beam"),
+        choices=MODES,
         help="exact over the catalogue's tokens (default) or over the whole vocabulary; certified top-k; "
         "beam search",
     )
     parser.add_argument(
         "--scoring",
-        default="renormalised",
-        choices=("renormalised", "full"),
-        help="for best_first and beam: probabilities over the catalogue's tokens or the whole vocabulary",
+        choices=EXACT,
+        help="for best_first and beam: probabilities over the catalogue's tokens (renormalised, the default) "
+        "or over the whole vocabulary (full)",
     )
     parser.add_argument("--objective", dest="scoring", action=FormerName, help=argparse.SUPPRESS)
     parser.add_argument("--k", type=int, default=50, help="length of the lists (default 50)")
@@ -136,7 +137,7 @@ def checked_options(options: argparse.Namespace) -> tuple[ScoringOptions, AuditO
     refuse_below(1, "--limit", options.limit, "or leave it out")
     scoring = ScoringOptions(
         options.mode,
-        options.scoring,
+        options.scoring or "",
         options.k,
         options.batch_size,
         options.max_score_bytes,

@@ -17,17 +17,27 @@ from gdrt_ds.files import finite
 
 CUT_OFF = 10
 METRICS = (f"ndcg@{CUT_OFF}", f"hr@{CUT_OFF}", "nll", "nll_calibrated")
+OF_ONE_NORMALISATION = ("nll",)
 Rows = list[dict[str, Any]]
 
 
 def minus_floors(
-    predictions: Rows, floors: Mapping[str, Rows], entries: Sequence[Any], num_bootstrap: int, seed: int = 0
+    predictions: Rows,
+    floors: Mapping[str, Rows],
+    entries: Sequence[Any],
+    num_bootstrap: int,
+    seed: int = 0,
+    *,
+    over_catalogue: bool = True,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Returns by floor, for each of METRICS that both have, the figures of model - floor.
 
     Args:
         predictions: of the model, as in predictions.jsonl.
         floors: by name, predictions for the same samples.
+        over_catalogue: whether the model's probabilities sum to one over the catalogue, as the floors' do. If
+            they sum to one over all token sequences, `nll` is left out: it holds what the model gives to
+            text that is no title.
     """
     num_users = len({row["user_id"] for row in predictions})
     own, metrics = _resampled(predictions, entries, num_bootstrap, seed)
@@ -37,7 +47,7 @@ def minus_floors(
         differences[floor] = {
             name: _figure(found[name], own[name], num_users, metrics[name].higher_is_better)
             for name in METRICS
-            if name in own and name in found
+            if name in own and name in found and (over_catalogue or name not in OF_ONE_NORMALISATION)
         }
     return differences
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from eval.modes import EXACT, MODES, scoring_of
 from eval.numbers import refuse_below
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.catalogue_scoring import SCORINGS
-
-MODES = ("renormalised", "full", "best_first", "beam")
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,8 @@ class ScoringOptions:
         mode: `renormalised` or `full` scores the whole catalogue exactly, with probabilities over the
             catalogue's tokens or over the whole vocabulary; `best_first` finds a certified exact top-k;
             `beam` is constrained beam search.
-        scoring: `renormalised` or `full` for best_first and beam. In the exact modes it is the mode.
+        scoring: `renormalised` or `full` for best_first and beam. In the exact modes it is the mode. Empty
+            until the object is made: the mode, or `renormalised` for a search.
         k: length of the lists.
         batch_size: users scored at once.
         max_score_bytes: bound on working memory beside weights and prompts, in bytes.
@@ -29,11 +29,12 @@ class ScoringOptions:
         max_nodes: best_first gives up certification after this many nodes per user; None = never.
 
     Raises:
-        UserError: an unknown mode or scoring, a number below 1, or a length penalty that is not finite.
+        UserError: an unknown mode or scoring, a scoring that contradicts an exact mode, a number below 1, or
+            a length penalty that is not finite.
     """
 
     mode: str = "renormalised"
-    scoring: str = "renormalised"
+    scoring: str = ""
     k: int = 50
     batch_size: int = 8
     max_score_bytes: int = 2 << 30
@@ -44,7 +45,7 @@ class ScoringOptions:
     def __post_init__(self):
         if self.mode not in MODES:
             raise UserError(f"--mode {self.mode} is unknown", f"choose one of {', '.join(MODES)}")
-        if self.scoring not in SCORINGS:
+        if self.scoring and self.scoring not in SCORINGS:
             raise UserError(f"--scoring {self.scoring} is unknown", f"choose one of {', '.join(SCORINGS)}")
         for name in ("k", "batch_size", "beams", "max_score_bytes", "max_nodes"):
             refuse_below(1, f"--{name.replace('_', '-')}", getattr(self, name))
@@ -53,10 +54,9 @@ class ScoringOptions:
                 f"--length-penalty {self.length_penalty} is no finite number",
                 "give 0 (no penalty), 1 (transformers' default) or another number",
             )
-        if self.exact:
-            object.__setattr__(self, "scoring", self.mode)
+        object.__setattr__(self, "scoring", scoring_of(self.mode, self.scoring))
 
     @property
     def exact(self) -> bool:
         """Whether every item of the catalogue gets its exact score."""
-        return self.mode in SCORINGS
+        return self.mode in EXACT

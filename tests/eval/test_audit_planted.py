@@ -1,5 +1,7 @@
 """Each planted bias makes the right audit speak and no other; permuted labels silence every audit."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from planted_context import HONEST_DATA, PlantedContext
@@ -178,7 +180,26 @@ def test_slots_that_draw_choices_are_found_beside_the_main_score_and_permuted_sl
     nll = rng.normal(size=300) + 2.0 * (
         np.arange(300) % 4 == 0
     )  # logged slots: what stood on top was chosen though little relevant
-    assert selection.fit_labelled(nll, np.arange(300) % 4).argmax() == 0
+    assert selection.fit_labelled(nll, np.arange(300) % 4, 4).argmax() == 0
+
+
+def test_a_logged_slot_that_resamples_lack_has_the_mean_relevance_there():
+    rng = np.random.default_rng(0)
+    place = np.append(rng.integers(0, 5, 39), 5)  # one of 40 choices stood in the last slot
+    nll = rng.normal(4, 1, 40)
+    nll[-1] = nll.max() + 3  # and was the least relevant one
+    samples = [SimpleNamespace(labels={"slot": str(slot + 1)}) for slot in place]
+    found = selection.logged_slots("slot", samples, nll, rng)
+    tower, _ = selection.measure(found.fit, found.of_target, np.full(40, 3.0), 100, 0)
+    assert [term.n for term in tower] == [40] * 6 and found.names[-1] == "slot 6"
+    without = found.fit(np.arange(39))
+    # The mean relevance of all choices, as relevance is measured among them, less the mean over slots.
+    relevance = np.exp(-(nll[:39] - nll[:39].min()) / nll[:39].std())
+    sums = np.bincount(place[:39], weights=relevance, minlength=6) + 0.5 * relevance.mean()
+    by_hand = -np.log(sums / (np.bincount(place[:39], minlength=6) + 0.5))
+    assert by_hand[-1] == pytest.approx(-np.log(relevance.mean()))
+    assert without == pytest.approx(by_hand - by_hand.mean())
+    assert tower[-1].low < without[-1] < tower[-1].value
 
 
 def test_effective_rank_counts_directions_and_permuted_columns_have_all_of_them():

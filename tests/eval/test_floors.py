@@ -83,6 +83,18 @@ def test_the_difference_to_a_floor_pairs_users(subject):
     assert found["ci_high"] == pytest.approx(high, abs=0.15 * (high - low))
 
 
+def test_probabilities_over_all_text_are_not_compared_with_those_of_floors(run, tmp_path):
+    arguments = ["--run", str(run), "--limit", "10", "--bootstrap", "20", "--floors", "popularity"]
+    main([*arguments, "--mode", "full", "--output", str(tmp_path / "full")])
+    results = json.loads((tmp_path / "full" / "results.json").read_text())
+    assert set(results["minus_floors"]["popularity"]) == {"ndcg@10", "hr@10", "nll_calibrated"}
+    (note,) = [note for note in results["notes"] if "they are not compared" in note]
+    report = (tmp_path / "full" / "report.md").read_text()
+    assert note in report
+    cards = {line.split(" | ")[0]: line for line in report.split("This run minus each floor")[0].splitlines()}
+    assert "popularity" not in cards["| Target NLL"] and "popularity" in cards["| NLL, calibrated"]
+
+
 def test_sasrec_is_left_out_where_nobody_asked_and_training_takes_long(subject, monkeypatch, capsys):
     monkeypatch.setattr(sasrec, "UNASKED_SECONDS", 0)
     fitted, notes = fit_floors(subject, choose("auto", subject.corpus))

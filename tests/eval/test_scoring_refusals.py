@@ -114,6 +114,20 @@ def test_numbers_that_cannot_be_meant_are_refused_before_anything_is_scored(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "given, fix",
+    [
+        (["--scoring", "full"], "--scoring full contradicts --mode renormalised"),
+        (["--objective", "full"], "--scoring full contradicts --mode renormalised"),
+        (["--mode", "full", "--scoring", "renormalised"], "--scoring renormalised contradicts --mode full"),
+    ],
+)
+def test_a_scoring_that_an_exact_mode_contradicts_is_refused(run, tmp_path, capsys, given, fix):
+    message = fails(capsys, ["--run", run, "--output", tmp_path / "out", *given])
+    assert fix in message and f"use --mode {given[-1]}" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_length_penalty_is_a_finite_number(run, tmp_path, capsys):
     message = fails(capsys, ["--run", run, "--mode", "beam", "--length-penalty", "nan"])
     assert "--length-penalty nan is no finite number" in message

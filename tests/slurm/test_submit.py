@@ -237,6 +237,8 @@ def test_a_chain_on_rows_compares_the_folders_that_their_evaluations_write(tmp_p
     [
         ("", {}),
         ("--mode full --limit 7", {"mode": "full"}),
+        ("--mode full --scoring full", {"mode": "full"}),
+        ("--mode beam", {"mode": "beam", "scoring": "renormalised"}),
         ("--mode beam --scoring full", {"mode": "beam", "scoring": "full"}),
     ],
 )
@@ -250,6 +252,12 @@ def test_a_chain_compares_the_folders_that_evaluations_of_a_catalogue_write(tmp_
         limit = 7 if "--limit" in words else None
         subject = SimpleNamespace(run=run, name="run", recommender=recommender, split="test", limit=limit)
         assert str(catalogue_output(subject, ScoringOptions(**options))) in compared
+
+
+def test_a_chain_whose_evaluations_would_be_refused_is_refused(tmp_path):
+    run = tmp_path / "run"
+    done = dry_run("data.path=planted", f"run.dir={run}", "--eval-args=--scoring full")
+    assert done.returncode == 2 and "use --mode full" in done.stderr
 
 
 def dry_run(*words) -> subprocess.CompletedProcess:

@@ -101,13 +101,15 @@ def fit_tower(log_mass: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return b - b.mean()
 
 
-def fit_labelled(nll: np.ndarray, slots: np.ndarray) -> np.ndarray:
+def fit_labelled(nll: np.ndarray, slots: np.ndarray, num: int) -> np.ndarray:
     """b [S], mean 0, where only the chosen item's slot [U] is known.
 
     It is -log mean relevance of the slot's choices. A slot whose choices are little relevant was chosen for
     its place.
+
+    Args:
+        num: S. A resample of users can lack the last slot, so it cannot be read from `slots`.
     """
-    num = int(slots.max()) + 1
     relevance = np.exp(-(nll - nll.min()) / max(float(nll.std()), 1e-9))
     # Half a choice of mean relevance in every slot keeps an empty one finite.
     counts = np.bincount(slots, minlength=num) + 0.5
@@ -178,9 +180,9 @@ def logged_slots(label: str, samples, nll: np.ndarray, rng: np.random.Generator)
     of_target = np.searchsorted(levels, values)
 
     def fit(users: np.ndarray) -> np.ndarray:
-        return fit_labelled(nll[users], of_target[users])
+        return fit_labelled(nll[users], of_target[users], len(levels))
 
-    permuted = [fit_labelled(nll, rng.permutation(of_target)) for _ in range(PERMUTATIONS)]
+    permuted = [fit_labelled(nll, rng.permutation(of_target), len(levels)) for _ in range(PERMUTATIONS)]
     names = [f"slot {level:g}" for level in levels]
     return Slots(f"the logged slots (label `{label}`)", names, of_target, fit, permuted)
 
