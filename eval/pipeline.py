@@ -242,7 +242,7 @@ def _notes(subject: Subject, options: ScoringOptions, predictions: list[dict[str
 
 def write(output: Path, results: dict[str, Any], predictions: list[dict[str, Any]], subject: Subject) -> None:
     """Writes results.json and the reports, and prints the table."""
-    from eval.report import terminal_table, write_report
+    from eval.report import terminal_table, trained_in, write_report
 
     def write_reports() -> None:
         write_report(
@@ -250,7 +250,7 @@ def write(output: Path, results: dict[str, Any], predictions: list[dict[str, Any
             results,
             predictions,
             subject.catalogue.entries,
-            run_folder=subject.run,
+            run_folder=trained_in(subject.run, subject.recommender.adapter),
             history_item_counts=subject.train_history_counts(),
         )
 

@@ -90,7 +90,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="bound on working memory beside weights and prompts",
     )
     parser.add_argument(
-        "--limit", type=int, help="a sample of this many users; marks the output `not a result`"
+        "--limit", type=int, help="this many of the samples, by chance; marks the output `not a result`"
     )
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the intervals")
     parser.add_argument(

@@ -78,7 +78,7 @@ def predict(
         ranks = f" on {runtime.world} ranks" if runtime.world > 1 else ""
         finished = f" ({len(done)} are finished)" if done else ""
         print(
-            f"scoring: {len(missing)} users{finished} against {len(subject.catalogue)} titles{ranks}",
+            f"scoring: {len(missing)} samples{finished} against {len(subject.catalogue)} titles{ranks}",
             flush=True,
         )
     runtime.barrier()  # every rank has read the parts before any rank appends

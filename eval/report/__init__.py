@@ -126,6 +126,11 @@ def write_catalogue(
     return path
 
 
+def trained_in(run: Path | None, adapter: object) -> Path | None:
+    """The run whose training made the model that is scored: none where it is the base without its adapter."""
+    return None if adapter is None else run
+
+
 def read_training(run_folder: str | Path | None) -> list[dict[str, Any]]:
     """Rows of RUN/metrics.jsonl; empty without a run folder or before the first step.
 

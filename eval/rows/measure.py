@@ -83,7 +83,8 @@ def floors_of(subject: RowSubject, inputs: RowInputs, num_bootstrap: int) -> dic
             "accuracy": np.array([row.get("correct", np.nan) for row in rows]),
             "choice_nll": np.array([row.get("choice_nll", np.nan) for row in rows]),
         }
-        pair = {name: mean_statistic(value) for name, value in values.items()}
+        bounds = {"accuracy": (0.0, 1.0), "choice_nll": (0.0, np.inf)}
+        pair = {name: mean_statistic(value, bounds[name]) for name, value in values.items()}
         samples = resample(pair, inputs.user_of_sample, num_bootstrap)
         found[floor] = {name: figure(samples[name], DIRECTION.get(name, False)) for name in pair}
     return found

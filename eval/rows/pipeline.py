@@ -9,6 +9,7 @@ from typing import Any
 from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
 from eval.output import default_folder, what_is_scored, with_earlier_audits, write_evaluation
 from eval.predictions import Progress, claim_output
+from eval.report import trained_in
 from eval.rows import sensitivity
 from eval.rows.measure import measure
 from eval.rows.predict import predict, scoring_key
@@ -95,7 +96,6 @@ def evaluate_rows(
         return None
     results = measure(subject, predictions, floors=floors, num_bootstrap=num_bootstrap)
     results["audits"] = with_earlier_audits(output, key, found)
-    write_evaluation(
-        output, results, lambda: write_report(output, results, subject.run), terminal_table(results)
-    )
+    run = trained_in(subject.run, subject.model.adapter)
+    write_evaluation(output, results, lambda: write_report(output, results, run), terminal_table(results))
     return results

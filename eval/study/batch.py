@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+INTERRUPTED = 128 + signal.SIGINT
+
 
 def evaluate_runs(runs: Sequence[str], arguments: Sequence[str]) -> int:
-    """Runs `eval.run` on one run folder after the other; one that fails does not end the others.
+    """Runs `eval.run` on one run folder after the other; one that fails does not end the others. Ctrl-C does.
 
     The output of each goes to RUN/logs/evaluation.log, its evaluation to RUN/eval/test-renormalised.
 
@@ -24,6 +28,8 @@ def evaluate_runs(runs: Sequence[str], arguments: Sequence[str]) -> int:
         if status:
             failures += 1
             print(f"{run.name}: evaluation failed with status {status} (log: {log})", flush=True)
+            if status == INTERRUPTED:
+                raise SystemExit(INTERRUPTED)
         else:
             print(f"{run.name}: evaluated", flush=True)
     return failures
@@ -44,4 +50,7 @@ def _evaluate(run: Path, arguments: Sequence[str], log: Path) -> object:
             evaluate(words)
         except SystemExit as end:
             return end.code
+        except Exception:  # a bug, which must not end the evaluations of the other runs
+            traceback.print_exc()
+            return 1
     return 0

@@ -212,6 +212,18 @@ def test_a_restart_scores_what_is_missing_and_gives_the_same(run, subject, tmp_p
     assert len((tmp_path / "b" / "parts" / "rank_0.jsonl").read_text().splitlines()) == 31
 
 
+def test_the_report_of_the_base_does_not_show_the_training_of_its_adapter(run, tmp_path):
+    steps = [{"step": step, "loss": 3.0 - step, "lr": 0.1} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    try:
+        for name, words in (("tuned", []), ("base", ["--base"])):
+            out = tmp_path / name
+            evaluate(["--run", str(run), *words, "--output", str(out), "--bootstrap", "100", *LABELS])
+            assert ("## Training" in (out / "report.md").read_text()) == (name == "tuned")
+    finally:
+        (run / "metrics.jsonl").unlink()
+
+
 def test_two_evaluations_are_compared_and_other_rows_are_refused(run, evaluated, tmp_path, capsys):
     evaluate(["--run", str(run), "--base", "--output", str(tmp_path / "base"), "--bootstrap", "100", *LABELS])
     status = compare(
