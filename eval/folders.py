@@ -127,7 +127,8 @@ def load_evaluations(paths: Sequence[str | Path], at_least: int) -> list[Evaluat
     A folder that is given twice counts once.
 
     Raises:
-        UserError: there are fewer than `at_least`, or one is not evaluated or cannot be read.
+        UserError: there are fewer than `at_least`, one is not evaluated or cannot be read, or they are of
+            different splits.
     """
     folders = list(dict.fromkeys(find_evaluation(Path(path)).resolve() for path in paths))
     if len(folders) < at_least:
@@ -135,7 +136,44 @@ def load_evaluations(paths: Sequence[str | Path], at_least: int) -> list[Evaluat
             f"{len(folders)} folder(s) given, at least {at_least} are compared",
             "give --runs DIR DIR ... of evaluated runs",
         )
-    return [open_evaluation(folder, label) for folder, label in zip(folders, labels_of(folders), strict=True)]
+    found = [
+        open_evaluation(folder, label) for folder, label in zip(folders, labels_of(folders), strict=True)
+    ]
+    splits = _values(found, "split")
+    if len(set(splits.values())) > 1:
+        named = ", ".join(f"{label} {split}" for label, split in splits.items())
+        raise UserError(
+            f"the evaluations are of different splits: {named}",
+            "give evaluation folders of one split, e.g. RUN/eval/test-renormalised, instead of run folders",
+        )
+    return found
+
+
+def unlike(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Sentences on what a reader has to know of evaluations that are set side by side.
+
+    They name limited evaluations, and differences in how or on how many samples they were scored.
+    """
+    notes = []
+    limits = {run.label: run.results["limit"] for run in evaluations if run.results.get("limit")}
+    if limits:
+        named = ", ".join(f"{label} to {limit} samples" for label, limit in limits.items())
+        notes.append(f"Not a result: limited evaluations (--limit): {named}.")
+    names = {"scoring": "scoring", "mode": "mode"}
+    if len({run.setting("data.path") for run in evaluations}) == 1:
+        names["num_samples"] = "number of samples"  # other data have other samples anyway
+    for key, name in names.items():
+        values = _values(evaluations, key)
+        if len(set(values.values())) > 1:
+            named = ", ".join(f"{label} {value}" for label, value in values.items())
+            notes.append(f"The evaluations differ in their {name}: {named}.")
+    return notes
+
+
+def _values(evaluations: Sequence[Evaluation], key: str) -> dict[str, Any]:
+    """Label -> a value of results.json, of the evaluations that have it."""
+    found = {run.label: run.results.get(key) for run in evaluations}
+    return {label: value for label, value in found.items() if value is not None}
 
 
 def is_evaluation(folder: Path) -> bool:
@@ -146,7 +184,8 @@ def is_evaluation(folder: Path) -> bool:
 def find_evaluation(folder: Path) -> Path:
     """The folder itself if it is an evaluation folder, else the newest evaluation of a run's own model.
 
-    Evaluations of a run's base model, whose folder names end in `-base`, are left out.
+    Evaluations with a limit are taken only where there is no other. Those of a run's base model, whose
+    folder names end in `-base`, are left out.
 
     Raises:
         UserError: nothing was evaluated there.
@@ -160,6 +199,9 @@ def find_evaluation(folder: Path) -> Path:
             f"{folder} holds no evaluation (no {RESULTS})",
             f"evaluate it first: python -m eval.run --run {folder}",
         )
+    for newest in reversed(own):
+        if not read_results(newest).get("limit"):
+            return newest
     return own[-1]
 
 

@@ -38,7 +38,10 @@ def write_page(name: str, options: argparse.Namespace) -> str:
     audit = find_part(OVER_RUNS, "AUDIT", name, "audit")
     settings = AuditOptions(runs=tuple(options.folders), num_bootstrap=options.bootstrap)
     found = finite(audit.headed(audit.compare(options.folders, settings)))
-    page = Page("Audit over runs", f"{len(options.folders)} folders", "", [], [audit_section(name, found)])
+    # A limited evaluation marks the page like every other page that shows it.
+    warning = " ".join(note for note in found.get("notes", []) if note.startswith("Not a result"))
+    folders = f"{len(options.folders)} folders"
+    page = Page("Audit over runs", folders, warning, [], [audit_section(name, found)])
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / f"{name}.json", found)

@@ -11,7 +11,7 @@ from eval.audit.context import AuditContext, TooFewUsers
 from eval.audit.costs import CostEstimate
 from eval.audit.finished import FinishedAudits
 from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
-from eval.folders import load_evaluations
+from eval.folders import load_evaluations, unlike
 from gdrt_ds.errors import UserError, nearest
 from gdrt_ds.files import finite
 from gdrt_ds.registry import parts
@@ -106,12 +106,13 @@ def check_audits(names: Sequence[str], context: AuditContext) -> None:
     """Refuses what cannot run, before hours of scoring and before the first audit.
 
     Raises:
-        UserError: an unknown name, a folder of `--runs` that was never evaluated, or an audit asked for by
-            name that lacks something.
+        UserError: an unknown name, a folder of `--runs` that was never evaluated, folders of `--runs` of
+            different splits, or an audit asked for by name that lacks something.
     """
     chosen, _ = choose(names)
     if context.options.runs:
-        load_evaluations(context.options.runs, 1)
+        for note in unlike(load_evaluations(context.options.runs, 1)):
+            _say(context, f"--runs: {note}")
     for name in chosen:
         if name in names:
             lacking = _lack_of(audits()[name], context)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from eval import folders
+from eval.audit.__main__ import main as audit_runs
 from eval.folders import current_scoring_key, find_evaluation, labels_of, load_evaluations, read_results
 from gdrt_ds.errors import UserError
 
@@ -69,8 +71,6 @@ def test_a_scoring_key_of_this_version_stays():
 
 
 def test_a_run_stands_for_its_newest_evaluation_of_its_own_model(tmp_path):
-    import os
-
     for age, name in enumerate(("test-full", "test-renormalised", "test-renormalised-base")):
         path = write(tmp_path / "run" / "eval" / name, old_results()) / "results.json"
         os.utime(path, (1000 + age, 1000 + age))
@@ -81,6 +81,48 @@ def test_a_run_stands_for_its_newest_evaluation_of_its_own_model(tmp_path):
         load_evaluations([tmp_path / "run"], 2)
     with pytest.raises(UserError, match="holds no evaluation"):
         find_evaluation(tmp_path)
+
+
+def test_a_limited_evaluation_stands_for_a_run_only_where_there_is_no_other(tmp_path):
+    limited = write(tmp_path / "run" / "eval" / "test-full-limit5", old_results(limit=5))
+    assert find_evaluation(tmp_path / "run") == limited
+    whole = write(tmp_path / "run" / "eval" / "test-full", old_results())
+    os.utime(whole / "results.json", (1000, 1000))  # older than the limited one
+    assert find_evaluation(tmp_path / "run") == whole
+
+
+def side_by_side(folder: Path, second: dict) -> list[Path]:
+    """Two evaluations with two measures each; `second` changes the other one."""
+    found = []
+    for place, (name, changes) in enumerate((("sft", {}), ("gdrt", second))):
+        metrics = {
+            metric: {"value": 0.3 - 0.01 * place, "ci_low": 0.2, "ci_high": 0.4, "higher_is_better": False}
+            for metric in ("mgu@5", "dgu@5")
+        }
+        own = {"format": folders.FORMAT, "name": name, "objective": name, "split": "test", "mode": "full"}
+        own |= {"scoring": "full", "num_samples": 90, "limit": None, "metrics": metrics}
+        found.append(write(folder / name / "eval" / "test-full", {**own, **changes}))
+    return found
+
+
+def test_evaluations_of_different_splits_are_not_set_side_by_side(tmp_path):
+    pair = side_by_side(tmp_path, {"split": "valid"})
+    with pytest.raises(UserError, match="different splits: sft test, gdrt valid"):
+        load_evaluations(pair, 2)
+
+
+def test_an_audit_over_runs_says_what_the_evaluations_do_not_share(tmp_path, capsys):
+    alike = side_by_side(tmp_path / "alike", {})
+    assert folders.unlike(load_evaluations(alike, 2)) == []
+    pair = side_by_side(tmp_path / "pair", {"limit": 20, "num_samples": 20, "scoring": "renormalised"})
+    audit_runs(["debiasing", *map(str, pair), "--output", str(tmp_path), "--bootstrap", "20"])
+    printed = capsys.readouterr().out
+    page = (tmp_path / "debiasing.md").read_text(encoding="utf-8")
+    for text in (printed, page):
+        assert "Not a result: limited evaluations (--limit): gdrt to 20 samples." in text
+        assert "differ in their scoring: sft full, gdrt renormalised." in text
+        assert "differ in their number of samples: sft 90, gdrt 20." in text
+    assert "**Not a result: limited evaluations" in page.split("## Audit")[0], "as a warning under the title"
 
 
 def test_damaged_files_are_named_with_the_line(tmp_path):

@@ -32,7 +32,7 @@ from eval.audit.base import audit_over_runs, result
 from eval.audit.bias_measures import METRICS, audit_measure
 from eval.audit.estimates import Estimate, permutation_p
 from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
-from eval.folders import BASE, Evaluation, load_evaluations
+from eval.folders import BASE, Evaluation, load_evaluations, unlike
 from eval.intervals import holm
 from gdrt_ds.errors import UserError
 
@@ -212,7 +212,7 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
     """The audit over evaluation (or run) folders.
 
     Raises:
-        UserError: too few folders, measures or repeated settings to compare.
+        UserError: too few folders, measures or repeated settings to compare, or different splits.
     """
     given = load_evaluations(paths, AT_LEAST)
     runs = without_repeated_bases(given)
@@ -249,9 +249,10 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
     )
     if len(runs) < len(given):
         finding += f" Repeated evaluations of a base model are left out: {len(given) - len(runs)}."
+    notes = unlike(runs)
     nulls = ", ".join(f"{name} {clustering.null:.2f}" for name, clustering in clusterings.items())
     return result(
-        finding=finding,
+        finding=" ".join([finding, *notes]),
         effect=top.silhouette,
         effect_name=f"silhouette by {best}",
         speaks=any(clustering.p <= 0.05 for clustering in clusterings.values()),
@@ -260,6 +261,7 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
         measures={f"silhouette: {name}": c.silhouette for name, c in clusterings.items()},
         figures=[plane(runs, vectors, best, factors[best]), variance_figure(names, found)],
         table=table(found),
+        notes=notes,
     )
 
 

@@ -27,7 +27,7 @@ from eval.audit.base import audit_over_runs, result
 from eval.audit.bias_measures import METRICS, audit_measure
 from eval.audit.estimates import bootstrap
 from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
-from eval.folders import Evaluation, load_evaluations
+from eval.folders import Evaluation, load_evaluations, unlike
 from gdrt_ds.errors import UserError
 
 AT_LEAST = 2
@@ -107,7 +107,7 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
     """The audit over evaluation (or run) folders.
 
     Raises:
-        UserError: too few folders, or too few measures that all of them have.
+        UserError: too few folders, different splits, or too few measures that all of them have.
     """
     runs = baseline_first(load_evaluations(paths, AT_LEAST))
     values = [badness(run) for run in runs]
@@ -135,8 +135,9 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
             f"{better} of {len(names)} measures better, {worse} worse"
         )
     last = runs[-1].label
+    notes = unlike(runs)
     return result(
-        finding=f"Against {runs[0].label}: {'; '.join(sentences)}.",
+        finding=" ".join([f"Against {runs[0].label}: {'; '.join(sentences)}.", *notes]),
         effect=effects[last],
         effect_name=f"mean z of {last}",
         speaks=not effects[last].spans_null,
@@ -145,6 +146,7 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
         figures=[figure(names, z)],
         control=f"signs of z flipped: mean z within {', '.join(limits)} in 95 % of the draws",
         table=table(runs, values, names, z),
+        notes=notes,
     )
 
 
