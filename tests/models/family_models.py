@@ -178,7 +178,9 @@ def make_family(name: str, folder: Path) -> Path:
     if path.exists():
         return path
     tokenizer = transformers.AutoTokenizer.from_pretrained(make_tiny_model(folder / "words", TITLES, 0))
-    model = transformers.AutoModelForCausalLM.from_config(family_config(name, len(tokenizer)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for vectors: some families draw decay rates, for example
+        model = transformers.AutoModelForCausalLM.from_config(family_config(name, len(tokenizer)))
     spread_weights(model)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
