@@ -120,12 +120,17 @@ def score_into(
 
 
 def join_parts(
-    output: Path, sample_ids: Sequence[int], what: str, required: str | None = None
+    output: Path,
+    sample_ids: Sequence[int],
+    what: str,
+    required: str | None = None,
+    renew: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Writes predictions.jsonl from all parts and returns its objects.
 
     Args:
         sample_ids: of the split, in its order. what: "samples", for the message. required: see `read_parts`.
+        renew: gives an object with what its scores do not depend on written anew.
 
     Raises:
         UserError: some are missing, because a rank ended early.
@@ -138,6 +143,8 @@ def join_parts(
             "start the same command again: it goes on where it ended",
         )
     found = [done[sample_id] for sample_id in sample_ids]
+    if renew is not None:
+        found = [renew(row) for row in found]
     write_text(output / PREDICTIONS, _json_lines(found))
     return found
 

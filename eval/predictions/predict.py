@@ -12,6 +12,7 @@ import numpy as np
 from eval.loading import Subject
 from eval.predictions.options import ScoringOptions
 from eval.predictions.parts import adapter_hash, join_parts, read_parts, score_into
+from eval.predictions.rows import relevance_group
 from eval.predictions.scorer import SampleScorer
 from gdrt_ds.data.corpus import Sample
 from gdrt_ds.runtime import Runtime
@@ -40,7 +41,7 @@ def scoring_key(subject: Subject, options: ScoringOptions) -> dict[str, Any]:
         "k": options.k,
         "beams": options.beams if beam else None,
         "length_penalty": options.length_penalty if beam else None,
-        "max_nodes": options.max_nodes,
+        "max_nodes": options.max_nodes if options.mode == "best_first" else None,
         "dtype": str(recommender.reader.mask_dtype).removeprefix("torch."),
     }
 
@@ -94,7 +95,12 @@ def predict(
     if not runtime.is_main:
         return None, kept
     ids = [sample.sample_id for sample in subject.samples]
-    return join_parts(output, ids, "samples", required), kept
+
+    def with_own_group(row: dict[str, Any]) -> dict[str, Any]:
+        # Parts of a base model may come from another run's evaluation of it, which had its own groups.
+        return {**row, "relevance_group": relevance_group(subject, row["target_id"])}
+
+    return join_parts(output, ids, "samples", required, with_own_group), kept
 
 
 def _batches(samples: list[Sample], lengths: list[int], size: int) -> Iterator[list[Sample]]:

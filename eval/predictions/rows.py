@@ -22,6 +22,13 @@ def item_order(subject: Subject) -> np.ndarray:
     return order
 
 
+def relevance_group(subject: Subject, item: str) -> int | None:
+    """The relevance group of a target; None where the run has none."""
+    if subject.group_of_entry is None:
+        return None
+    return int(subject.group_of_entry[subject.catalogue.index_of[item]])
+
+
 def describe(
     subject: Subject,
     sample: Sample,
@@ -51,9 +58,6 @@ def describe(
     def id_of(item: str) -> str:
         return catalogue.entries[catalogue.index_of[item]].item_id
 
-    group = None
-    if subject.group_of_entry is not None:
-        group = int(subject.group_of_entry[catalogue.index_of[sample.target]])
     rounded = None
     if curve is not None:
         rounded = finite([round(value, CURVE_DECIMALS) for value in curve.tolist()])
@@ -70,6 +74,6 @@ def describe(
         "nll_at_temperatures": rounded,
         "user": subject.corpus.users.get(sample.user_id, {}),
         "labels": dict(sample.labels),
-        "relevance_group": group,
+        "relevance_group": relevance_group(subject, sample.target),
         **extra,
     }

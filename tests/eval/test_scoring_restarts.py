@@ -4,12 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from eval import loading
 from eval import predictions as predictions_module
 from eval.audit import AuditOptions, FinishedAudits, running
 from eval.predictions.parts import read_parts
 from eval.run import main
+from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.runtime import Runtime
 from tests.eval.run_folders import fails, make_run
 
@@ -56,6 +59,22 @@ def test_a_restart_goes_on_where_a_killed_evaluation_ended(run, evaluated, tmp_p
     main(["--run", str(run), "--output", str(tmp_path / "out"), *FAST])
     assert len(scored) == 10
     assert list(map(strip, rows(tmp_path / "out"))) == list(map(strip, rows(evaluated)))
+
+
+def test_finished_samples_get_the_relevance_groups_of_the_run_that_takes_them_up(run, tmp_path, monkeypatch):
+    """Two runs with one base and other groups evaluate that base into one folder."""
+    out = tmp_path / "out"
+    base = ["--run", str(run), "--base", "--output", str(out), "--limit", "10", *FAST]
+    main(base)
+    before = rows(out)
+    monkeypatch.setattr(loading, "relevance_groups", lambda run, corpus, catalogue: np.arange(24) % 3)
+    main(base)
+    index_of = Catalogue.load(run / "catalogue.jsonl").index_of
+    groups = [index_of[row["target_id"]] % 3 for row in before]
+    assert groups != [row["relevance_group"] for row in before]
+    assert rows(out) == [{**row, "relevance_group": group} for row, group in zip(before, groups)]
+    slices = json.loads((out / "results.json").read_text())["breakdowns"]["relevance_group"]["groups"]
+    assert sum(values["nll"]["n"] for values in slices.values()) == 10
 
 
 def test_a_line_that_is_torn_within_a_letter_is_passed_over(tmp_path):
