@@ -7,7 +7,7 @@ Computes exact scores, metrics with intervals, floors and a report. A run on row
     python -m eval.run --run RUN_DIR --base       the run's base model under the same prompt and catalogue
     python -m eval.run --model PATH [--adapter PATH] --prompt FILE --data PATH
     torchrun --nproc_per_node 2 -m eval.run --run-dir RUN_DIR
-                                                  users are split over ranks (deepspeed and srun likewise)
+                                                  samples are split over ranks (deepspeed and srun likewise)
 
 torchrun takes --run for an abbreviation of its own --run-path, hence --run-dir. MODE is renormalised, full,
 best_first or beam. Settings of the run can be overridden with key.sub=value, e.g. model.dtype=float32.
@@ -28,10 +28,11 @@ from gdrt_ds.invocation import command_name
 if TYPE_CHECKING:
     from eval.audit.options import AuditOptions
     from eval.predictions.options import ScoringOptions
+    from gdrt_ds.runtime import Runtime
 
 
 INTERRUPTED = (
-    "users that are scored and audits that are finished are saved; the same command goes on from them"
+    "samples that are scored and audits that are finished are saved; the same command goes on from them"
 )
 
 
@@ -80,9 +81,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--length-penalty", type=float, default=0.0, help="beam mode; transformers' default is 1"
     )
     parser.add_argument(
-        "--max-nodes", type=int, help="best_first: stop certifying after this many nodes per user"
+        "--max-nodes", type=int, help="best_first: stop certifying after this many nodes per sample"
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="users scored at once")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples scored at once")
     parser.add_argument(
         "--max-score-bytes",
         type=int,
@@ -90,7 +91,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="bound on working memory beside weights and prompts",
     )
     parser.add_argument(
-        "--limit", type=int, help="this many of the samples, by chance; marks the output `not a result`"
+        "--limit",
+        type=int,
+        help="this many samples, drawn alike for every model; marks the output `not a result`",
     )
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of the intervals")
     parser.add_argument(
@@ -149,7 +152,38 @@ def checked_options(options: argparse.Namespace) -> tuple[ScoringOptions, AuditO
     return scoring, audits
 
 
-def evaluate_run_on_rows(options: argparse.Namespace, audit_options: AuditOptions) -> None:
+def without_effect(options: argparse.Namespace, scoring: ScoringOptions, audits: AuditOptions) -> list[str]:
+    """Options that were given and change nothing in this evaluation, each with what it belongs to."""
+    given = {
+        ("--beams", "--mode beam"): scoring.beams != type(scoring).beams,
+        ("--length-penalty", "--mode beam"): scoring.length_penalty != type(scoring).length_penalty,
+        ("--max-nodes", "--mode best_first"): scoring.max_nodes is not None,
+        ("--audit-users", "--audit"): audits.users is not None,
+        ("--permutations", "--audit"): audits.permutations != type(audits).permutations,
+        ("--runs", "--audit"): bool(audits.runs),
+    }
+    in_force = {f"--mode {scoring.mode}"}
+    if options.audit.strip(" ,"):
+        in_force.add("--audit")
+    return [
+        f"{name} (belongs to {owner})"
+        for (name, owner), is_given in given.items()
+        if is_given and owner not in in_force
+    ]
+
+
+def say_without_effect(
+    options: argparse.Namespace, scoring: ScoringOptions, audits: AuditOptions, runtime: Runtime
+) -> None:
+    """One line on rank 0 about options without effect, if there are any."""
+    names = without_effect(options, scoring, audits)
+    if names and runtime.is_main:
+        print(f"not used: {', '.join(names)}", flush=True)
+
+
+def evaluate_run_on_rows(
+    options: argparse.Namespace, scoring: ScoringOptions, audit_options: AuditOptions
+) -> None:
     """Evaluates a model of rows of prompt and completion (`data.format=sft`); see eval/rows/."""
     from eval.pipeline import evaluation_runtime
     from eval.rows.pipeline import check_mode, evaluate_rows, wants_floors
@@ -158,6 +192,7 @@ def evaluate_run_on_rows(options: argparse.Namespace, audit_options: AuditOption
     check_mode(options.mode)
     floors = wants_floors(options.floors)
     runtime = evaluation_runtime()
+    say_without_effect(options, scoring, audit_options, runtime)
     subject = load_rows(runtime, **what_is_evaluated(options))
     evaluate_rows(
         subject,
@@ -188,12 +223,13 @@ def main(arguments: list[str] | None = None) -> None:
 
         scoring, audit_options = checked_options(options)
         if is_about_rows(options.run, options.data, options.model, options.prompt, options.overrides):
-            evaluate_run_on_rows(options, audit_options)
+            evaluate_run_on_rows(options, scoring, audit_options)
             return
         from eval.loading import load_subject
         from eval.pipeline import evaluation_runtime, run_evaluation
 
         runtime = evaluation_runtime()
+        say_without_effect(options, scoring, audit_options, runtime)
         subject = load_subject(runtime, **what_is_evaluated(options))
         run_evaluation(
             subject,

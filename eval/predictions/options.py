@@ -22,11 +22,11 @@ class ScoringOptions:
         scoring: `renormalised` or `full` for best_first and beam. In the exact modes it is the mode. Empty
             until the object is made: the mode, or `renormalised` for a search.
         k: length of the lists.
-        batch_size: users scored at once.
+        batch_size: samples scored at once.
         max_score_bytes: bound on working memory beside weights and prompts, in bytes.
         beams: width of beam mode.
         length_penalty: of beam mode; transformers' default is 1.
-        max_nodes: best_first gives up certification after this many nodes per user; None = never.
+        max_nodes: best_first gives up certification after this many nodes per sample; None = never.
 
     Raises:
         UserError: an unknown mode or scoring, a scoring that contradicts an exact mode, a number below 1, or

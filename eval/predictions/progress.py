@@ -17,7 +17,7 @@ class Progress:
         unit: what is counted.
     """
 
-    def __init__(self, runtime: Runtime, what: str, unit: str = "users"):
+    def __init__(self, runtime: Runtime, what: str, unit: str = "samples"):
         self.runtime = runtime
         self.what = what
         self.unit = unit

@@ -18,7 +18,7 @@ from eval.floors import choose, fit_floors
 from eval.loading import load_subject
 from eval.metrics.calibration import nll_curve
 from eval.predictions.rows import SCORE_DECIMALS
-from eval.run import main, parse
+from eval.run import checked_options, main, parse, without_effect
 from eval.scoring import expected_rank, per_item_scores
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.errors import UserError
@@ -183,6 +183,46 @@ def test_the_former_name_of_scoring_is_taken_and_said(capsys):
     options = parse(["--run", "x", "--mode", "beam", "--objective", "full"])
     assert options.scoring == "full"
     assert capsys.readouterr().out == "--objective is called --scoring now; the former name is still read\n"
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--beams", "30", "--max-nodes", "9"], ["--beams (belongs to --mode beam)", "--max-nodes"]),
+        (["--mode", "beam", "--beams", "30", "--length-penalty", "1"], []),
+        (["--mode", "best_first", "--max-nodes", "9", "--length-penalty", "1"], ["--length-penalty"]),
+        (["--audit-users", "9", "--permutations", "3", "--runs", "a"], ["--audit-users", "--perm", "--runs"]),
+        (["--audit", "position", "--audit-users", "9", "--permutations", "3", "--runs", "a"], []),
+        ([], []),
+    ],
+)
+def test_options_that_change_nothing_in_an_evaluation_are_named(words, said):
+    options = parse(["--run", "x", *words])
+    found = without_effect(options, *checked_options(options))
+    assert len(found) == len(said)
+    assert all(line.startswith(name) for line, name in zip(found, said, strict=True))
+
+
+def test_an_exact_evaluation_does_not_depend_on_a_limit_of_nodes(run, tmp_path, capsys):
+    words = ["--run", str(run), "--output", str(tmp_path), "--limit", "4", *FAST]
+    main([*words, "--max-nodes", "5"])
+    printed = capsys.readouterr().out
+    assert "not used: --max-nodes (belongs to --mode best_first)" in printed
+    assert "scoring: 4 samples against 24 titles" in printed and "4/4 samples, " in printed
+    main(words)
+    printed = capsys.readouterr().out
+    assert "not used" not in printed and "scoring: " not in printed, "the predictions are the same"
+
+
+def test_the_report_of_a_base_model_has_no_curves_of_the_training_of_its_run(run, tmp_path):
+    trained = tmp_path / "run"
+    shutil.copytree(run, trained)
+    log = "".join(json.dumps({"step": step, "loss": 3.0 - step}) + "\n" for step in (1, 2))
+    (trained / "metrics.jsonl").write_text(log)
+    for name, words in (("tuned", []), ("base", ["--base"])):
+        main(["--run", str(trained), "--output", str(tmp_path / name), "--limit", "4", *FAST, *words])
+        report = (tmp_path / name / "report.md").read_text(encoding="utf-8")
+        assert ("## Training" in report) is (name == "tuned")
 
 
 def test_the_searching_modes_agree_with_exact_ranks_where_they_give_one(run, evaluated, tmp_path):
