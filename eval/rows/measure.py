@@ -18,6 +18,7 @@ from eval.rows.subject import RowSubject
 from gdrt_ds.training.run_folder import git_hash, versions
 
 DIRECTION = {"nll": False, "accuracy": True}
+BOUNDS = {"accuracy": (0.0, 1.0), "choice_nll": (0.0, np.inf)}  # as in eval.rows.metrics
 PART_DIRECTION = {"gap": False, "ratio": True}
 
 
@@ -83,8 +84,7 @@ def floors_of(subject: RowSubject, inputs: RowInputs, num_bootstrap: int) -> dic
             "accuracy": np.array([row.get("correct", np.nan) for row in rows]),
             "choice_nll": np.array([row.get("choice_nll", np.nan) for row in rows]),
         }
-        bounds = {"accuracy": (0.0, 1.0), "choice_nll": (0.0, np.inf)}
-        pair = {name: mean_statistic(value, bounds[name]) for name, value in values.items()}
+        pair = {name: mean_statistic(value, BOUNDS[name]) for name, value in values.items()}
         samples = resample(pair, inputs.user_of_sample, num_bootstrap)
         found[floor] = {name: figure(samples[name], DIRECTION.get(name, False)) for name in pair}
     return found

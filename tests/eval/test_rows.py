@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from eval.intervals import interval, resample
 from eval.metrics.calibration import TEMPERATURES
 from eval.rows import sensitivity
 from eval.rows.inputs import build_row_inputs
+from eval.rows.measure import floors_of
 from eval.rows.metrics import slices, statistics
 from eval.rows.pipeline import evaluate_rows
 from eval.rows.predict import describe_all, judge
@@ -158,19 +162,13 @@ def test_a_slice_in_which_every_row_is_right_has_room_below_it():
     assert interval(found) == pytest.approx((0.025 ** (1 / 12), 1))
 
 
-def test_a_slice_of_one_user_has_no_interval_of_its_loss():
-    rows = [prediction(n, [[1.0 + n % 3]], float(n % 2), "x") for n in range(20)]
-    rows += [{**prediction(20 + n, [[2.0 + n % 3]], 0.0, "y"), "user_id": "one"} for n in range(20)]
-    inputs = build_row_inputs(rows, [])
-    own = slices(inputs)["label:kind"]["groups"]
-    measured = {(name, measure): own[name][measure] for name in "xy" for measure in ("nll", "accuracy")}
-    found = resample(measured, inputs.user_of_sample, 100)
-    assert {key: one.units for key, one in found.items() if key[1] == "nll"} == {
-        ("x", "nll"): 20,
-        ("y", "nll"): 1,
-    }
-    assert np.isnan(interval(found["y", "nll"])).all() and np.isfinite(interval(found["x", "nll"])).all()
-    assert interval(found["y", "accuracy"]) == pytest.approx((0, 0.975)), "one user without a hit"
+def test_a_floor_that_is_always_right_has_room_below_it():
+    inputs = build_row_inputs([prediction(n, [[1.0]], 1.0, "x") for n in range(24)], [])
+    rows = [SimpleNamespace(choices=("yes", "no"), answer=0)] * 24
+    subject = SimpleNamespace(rows=rows, train_completions=lambda: Counter(yes=5))
+    found = floors_of(subject, inputs, 100)["majority"]["accuracy"]
+    assert (found["value"], found["ci_high"]) == (1, 1)
+    assert found["ci_low"] == pytest.approx(0.025 ** (1 / 24))
 
 
 def test_rows_without_a_finite_loss_are_counted_and_left_out():
@@ -199,6 +197,18 @@ def test_an_evaluation_folder_has_results_predictions_and_a_report(evaluated):
     assert len(lines) == 30 and results["metrics"]["nll"]["value"] == pytest.approx(total / tokens)
     page = (evaluated / "report.html").read_text()
     assert "Evidence" in page and "group of the target token" in page
+
+
+def test_the_report_of_a_base_model_of_rows_has_no_training_curves(run, tmp_path):
+    trained = tmp_path / "run"
+    shutil.copytree(run, trained)
+    log = "".join(json.dumps({"step": step, "loss": 3.0 - step}) + "\n" for step in (1, 2))
+    (trained / "metrics.jsonl").write_text(log)
+    for base in (False, True):
+        subject = load_rows(Runtime(), run=str(trained), base=base, limit=4, overrides=LABELS)
+        evaluate_rows(subject, Runtime(), output=tmp_path / str(base), num_bootstrap=20)
+        report = (tmp_path / str(base) / "report.md").read_text(encoding="utf-8")
+        assert ("## Training" in report) is not base
 
 
 def test_a_restart_scores_what_is_missing_and_gives_the_same(run, subject, tmp_path):
