@@ -250,7 +250,7 @@ def write(output: Path, results: dict[str, Any], predictions: list[dict[str, Any
             results,
             predictions,
             subject.catalogue.entries,
-            run_folder=None if subject.recommender.adapter is None else subject.run,
+            run_folder=trained_in(subject.run, subject.recommender.adapter),
             history_item_counts=subject.train_history_counts(),
         )
 

@@ -96,8 +96,6 @@ def evaluate_rows(
         return None
     results = measure(subject, predictions, floors=floors, num_bootstrap=num_bootstrap)
     results["audits"] = with_earlier_audits(output, key, found)
-    trained_in = None if subject.model.adapter is None else subject.run  # a base model has no curves
-    write_evaluation(
-        output, results, lambda: write_report(output, results, trained_in), terminal_table(results)
-    )
+    run = trained_in(subject.run, subject.model.adapter)
+    write_evaluation(output, results, lambda: write_report(output, results, run), terminal_table(results))
     return results

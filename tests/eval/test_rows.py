@@ -162,6 +162,21 @@ def test_a_slice_in_which_every_row_is_right_has_room_below_it():
     assert interval(found) == pytest.approx((0.025 ** (1 / 12), 1))
 
 
+def test_a_slice_of_one_user_has_no_interval_of_its_loss():
+    rows = [prediction(n, [[1.0 + n % 3]], float(n % 2), "x") for n in range(20)]
+    rows += [{**prediction(20 + n, [[2.0 + n % 3]], 0.0, "y"), "user_id": "one"} for n in range(20)]
+    inputs = build_row_inputs(rows, [])
+    own = slices(inputs)["label:kind"]["groups"]
+    measured = {(name, measure): own[name][measure] for name in "xy" for measure in ("nll", "accuracy")}
+    found = resample(measured, inputs.user_of_sample, 100)
+    assert {key: one.units for key, one in found.items() if key[1] == "nll"} == {
+        ("x", "nll"): 20,
+        ("y", "nll"): 1,
+    }
+    assert np.isnan(interval(found["y", "nll"])).all() and np.isfinite(interval(found["x", "nll"])).all()
+    assert interval(found["y", "accuracy"]) == pytest.approx((0, 0.975)), "one user without a hit"
+
+
 def test_a_floor_that_is_always_right_has_room_below_it():
     inputs = build_row_inputs([prediction(n, [[1.0]], 1.0, "x") for n in range(24)], [])
     rows = [SimpleNamespace(choices=("yes", "no"), answer=0)] * 24
@@ -220,18 +235,6 @@ def test_a_restart_scores_what_is_missing_and_gives_the_same(run, subject, tmp_p
     again = evaluate_rows(subject, Runtime(), output=tmp_path / "b", num_bootstrap=100)
     assert again["metrics"] == whole["metrics"]
     assert len((tmp_path / "b" / "parts" / "rank_0.jsonl").read_text().splitlines()) == 31
-
-
-def test_the_report_of_the_base_does_not_show_the_training_of_its_adapter(run, tmp_path):
-    steps = [{"step": step, "loss": 3.0 - step, "lr": 0.1} for step in (1, 2)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    try:
-        for name, words in (("tuned", []), ("base", ["--base"])):
-            out = tmp_path / name
-            evaluate(["--run", str(run), *words, "--output", str(out), "--bootstrap", "100", *LABELS])
-            assert ("## Training" in (out / "report.md").read_text()) == (name == "tuned")
-    finally:
-        (run / "metrics.jsonl").unlink()
 
 
 def test_two_evaluations_are_compared_and_other_rows_are_refused(run, evaluated, tmp_path, capsys):
