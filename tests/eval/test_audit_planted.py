@@ -190,7 +190,7 @@ def test_a_logged_slot_that_resamples_lack_has_the_mean_relevance_there():
     nll[-1] = nll.max() + 3  # and was the least relevant one
     samples = [SimpleNamespace(labels={"slot": str(slot + 1)}) for slot in place]
     found = selection.logged_slots("slot", samples, nll, rng)
-    tower, _ = selection.measure(found.fit, found.of_target, np.full(40, 3.0), 100, 0)
+    tower, _ = selection.measure(found.fit, found.of_target, np.ones(40), np.ones(40), 100, 0)
     assert [term.n for term in tower] == [40] * 6 and found.names[-1] == "slot 6"
     without = found.fit(np.arange(39))
     # The mean relevance of all choices, as relevance is measured among them, less the mean over slots.
