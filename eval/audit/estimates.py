@@ -44,7 +44,9 @@ class Estimate:
         return Estimate(self.value - number, self.low - number, self.high - number, self.n, 0.0)
 
     def text(self, digits: int = 3) -> str:
-        """`0.41 [0.30, 0.52]`, and says so when the interval spans the null value."""
+        """`0.41 [0.30, 0.52]`, and says so when the interval spans the null value or is not defined."""
+        if not (np.isfinite(self.low) and np.isfinite(self.high)):
+            return f"{self.value:.{digits}g} (no interval)"
         plain = f"{self.value:.{digits}g} [{self.low:.{digits}g}, {self.high:.{digits}g}]"
         if self.null is not None and self.spans_null:
             return f"{plain} (the interval spans {self.null:g})"
@@ -87,7 +89,8 @@ def bootstrap(
         num, seed: of the resamples.
         bounds: given for a curved statistic (a distance, a share of the largest, Gini, a maximum), the range
             of its values. Repeated rows make it too large on average, so its interval is moved by estimate -
-            mean of the replicates and cut to this range.
+            mean of the replicates and cut to this range. Where every replicate lies on one end of a finite
+            range, resampling shows no spread, and the interval is undefined.
     Returns:
         an Estimate, or a list of them for a vector statistic.
     """
@@ -115,10 +118,8 @@ def _estimate(
     null: float | None,
     bounds: tuple[float, float] | None,
 ) -> Estimate:
-    everywhere = (-np.inf, np.inf)
-    low, high = interval(Resampled(value, replicates, n, bounds is None, everywhere), LEVEL)
-    if bounds is not None:
-        low, high = np.clip([low, high], *bounds).tolist()
+    within = (-np.inf, np.inf) if bounds is None else bounds
+    low, high = interval(Resampled(value, replicates, n, bounds is None, within), LEVEL)
     return Estimate(value, low, high, n, null)
 
 

@@ -146,6 +146,20 @@ def test_the_distance_of_providers_that_only_noise_moves_is_not_shown():
     assert above <= 3
 
 
+def test_a_curved_statistic_at_the_end_of_its_range_has_no_interval():
+    def largest_share(rows):
+        return rows.mean(axis=0).max()
+
+    lists = np.zeros((30, 4))
+    lists[:, 2] = 1  # every list is the same title
+    found = bootstrap(lists, largest_share, null=0.25, num=50, bounds=(0, 1))
+    assert found.value == 1 and np.isnan([found.low, found.high]).all() and found.spans_null
+    assert found.text() == "1 (no interval)" and found.as_dict()["ci_low"] is None
+    lists[:10] = [1, 0, 0, 0]
+    inside = bootstrap(lists, largest_share, null=0.25, num=50, bounds=(0, 1))
+    assert 0 < inside.low < inside.value < inside.high <= 1
+
+
 def test_slots_that_draw_choices_are_found_beside_the_main_score_and_permuted_slots_are_not():
     rng = np.random.default_rng(5)
     slots = selection.popularity_slots(rng.permutation(400).astype(float))
