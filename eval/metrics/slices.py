@@ -11,7 +11,7 @@ Legend: N test samples, S slices, B bootstrap replicates.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -69,13 +69,33 @@ def summary_statistics(
     """worst, best, gap (max - min) and ratio (min / max) over the slices' means, from one matrix [N, 2S]."""
     features, names, counts = _features(values_N, slice_of_N)
     size = len(names)
-    n = int(counts.sum())
+
+    def means(totals: np.ndarray) -> np.ndarray:
+        return _rates(totals, size)
+
+    return spread(features, means, int(counts.sum()), higher_is_better, bounds)
+
+
+def spread(
+    features: np.ndarray,
+    means: Callable[[np.ndarray], np.ndarray],
+    n: int,
+    higher_is_better: bool,
+    bounds: tuple[float, float],
+    of_gap: tuple[float, float] = (0, np.inf),
+) -> dict[str, Statistic]:
+    """worst, best, gap and ratio over slices.
+
+    Args:
+        means: totals of the features [B, 2S] -> the slices' means [B, S].
+        bounds: of a mean; of_gap: of a difference of two.
+    """
 
     def lowest(totals: np.ndarray) -> np.ndarray:
-        return np.nanmin(_rates(totals, size), axis=1)
+        return np.nanmin(means(totals), axis=1)
 
     def highest(totals: np.ndarray) -> np.ndarray:
-        return np.nanmax(_rates(totals, size), axis=1)
+        return np.nanmax(means(totals), axis=1)
 
     def gap(totals: np.ndarray) -> np.ndarray:
         return highest(totals) - lowest(totals)
@@ -87,7 +107,7 @@ def summary_statistics(
     return {
         "worst": Statistic(features, worst, n, False, bounds),
         "best": Statistic(features, best, n, False, bounds),
-        "gap": Statistic(features, gap, n, False, (0, np.inf)),
+        "gap": Statistic(features, gap, n, False, of_gap),
         "ratio": Statistic(features, ratio, n, False, (0, 1)),
     }
 

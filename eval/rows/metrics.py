@@ -17,7 +17,7 @@ import numpy as np
 from eval.intervals import Statistic, mean_statistic, ratio
 from eval.metrics.base import Metric
 from eval.metrics.calibration import TEMPERATURES, at_temperature, fit_temperature, lowest
-from eval.metrics.slices import pool_small
+from eval.metrics.slices import pool_small, spread
 from eval.rows.inputs import RowInputs
 
 MOST_LABELS = 12
@@ -199,22 +199,7 @@ def _summary(
     """worst, best, gap and ratio over the slices' means, from one matrix [N, 2S]."""
     n = int((features[:, size:].sum(1) > 0).sum())
 
-    def lowest(totals: np.ndarray) -> np.ndarray:
-        return np.nanmin(group_means(totals[:, :size], totals[:, size:]), axis=1)
+    def means(totals: np.ndarray) -> np.ndarray:
+        return group_means(totals[:, :size], totals[:, size:])
 
-    def highest(totals: np.ndarray) -> np.ndarray:
-        return np.nanmax(group_means(totals[:, :size], totals[:, size:]), axis=1)
-
-    def gap(totals: np.ndarray) -> np.ndarray:
-        return highest(totals) - lowest(totals)
-
-    def quotient(totals: np.ndarray) -> np.ndarray:
-        return lowest(totals) / highest(totals)
-
-    worst, best = (lowest, highest) if higher_is_better else (highest, lowest)
-    return {
-        "worst": Statistic(features, worst, n, False, bounds),
-        "best": Statistic(features, best, n, False, bounds),
-        "gap": Statistic(features, gap, n, False, bounds),
-        "ratio": Statistic(features, quotient, n, False, (0, 1)),
-    }
+    return spread(features, means, n, higher_is_better, bounds, of_gap=bounds)

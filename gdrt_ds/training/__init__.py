@@ -12,6 +12,7 @@ Its stages, in their order:
     leak_check.py        whether the samples of a packed row see each other
     grouping.py          the group of every target token
     step_inputs.py       the train split as a step needs it
+    broken_numbers.py    the error of a run whose numbers are no longer finite
     loop.py              step, validation, checkpoint, until the end
     ending.py            the adapter of the best step, and the summary
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from gdrt_ds.runtime import EXIT_INTERRUPTED
 from gdrt_ds.training import checkpoint, run_folder
 from gdrt_ds.training.adapter import save_adapter
+from gdrt_ds.training.broken_numbers import NonFiniteLoss
 from gdrt_ds.training.job import Job
 from gdrt_ds.training.loading import Loaded
 from gdrt_ds.training.loop import Result
 from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
 from gdrt_ds.training.preparation import Prepared
-from gdrt_ds.training.step import NonFiniteLoss
 from gdrt_ds.training.telemetry import duration
 
 

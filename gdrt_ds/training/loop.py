@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from gdrt_ds.runtime import Watchdog
 from gdrt_ds.training import checkpoint
+from gdrt_ds.training.broken_numbers import LOWER_RATE, NonFiniteLoss
 from gdrt_ds.training.flops import training_flops_per_token
 from gdrt_ds.training.grouping import Grouped, group_tokens, save_groups
 from gdrt_ds.training.job import Job
@@ -15,7 +16,7 @@ from gdrt_ds.training.loading import Loaded
 from gdrt_ds.training.optimizer import learning_rate
 from gdrt_ds.training.preparation import Prepared
 from gdrt_ds.training.resuming import Resumed, client_state
-from gdrt_ds.training.step import LOWER_RATE, NonFiniteLoss, StepResult, StepRunner
+from gdrt_ds.training.step import StepResult, StepRunner
 from gdrt_ds.training.telemetry import Telemetry
 from gdrt_ds.training.validation import Best, TitleLosses, Validation, validate
 

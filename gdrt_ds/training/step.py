@@ -29,23 +29,13 @@ from gdrt_ds import dro
 from gdrt_ds.batches import BatchPlan, MicroBatch, build_micro_batch
 from gdrt_ds.batches.token_keys import step_entropy
 from gdrt_ds.config import RunConfig
-from gdrt_ds.errors import UserError
 from gdrt_ds.loss import AllowedTokens, group_sums
 from gdrt_ds.objectives import GroupView, Objective
 from gdrt_ds.runtime import Runtime, to_device
+from gdrt_ds.training.broken_numbers import LOWER_RATE, NonFiniteLoss
 from gdrt_ds.training.step_inputs import TrainTokens, allowed_tokens
 
 SMALLEST_COUNT = 1e-300  # stands in for a count of 0 under a division whose numerator is 0 too
-
-
-LOWER_RATE = (
-    "lower train.lr in a new run.dir, which goes on with resume=RUN/checkpoints/step_N of this one (in its "
-    "own folder a run keeps its settings), or check model.dtype (float16 overflows)"
-)
-
-
-class NonFiniteLoss(UserError):
-    """NaN or inf on some rank; raised on every rank in the same step, before the optimizer."""
 
 
 @dataclass(frozen=True)

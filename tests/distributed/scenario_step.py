@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gdrt_ds.training.step import NonFiniteLoss
+from gdrt_ds.training.broken_numbers import NonFiniteLoss
 from tests.distributed.exact_cells import (
     LR,
     Cell,

@@ -435,7 +435,7 @@ MUTATIONS = [
     ),
     (
         slices,
-        "summary_statistics",
+        "spread",
         "if higher_is_better else",
         "if not higher_is_better else",
         test_groups_agree_with_fairlearn,
