@@ -200,7 +200,8 @@ def test_the_loss_of_a_group_is_a_mean_also_where_its_token_weights_sum_to_less_
 
 
 @pytest.mark.parametrize(
-    "eta, losses, steps", [(0.1, [12.0, 2.0], 1000), (0.1, [9.0, 4.0], 2000), (1, [9, 1], 200)]
+    "eta, losses, steps",
+    [(0.1, [12.0, 2.0], 1000), (0.1, [9.0, 4.0], 2000), (1, [9, 1], 200), (10, [12, 2], 20)],
 )
 def test_a_group_that_group_dro_has_given_up_has_all_the_weight_where_it_is_alone_and_can_come_back(
     eta, losses, steps
