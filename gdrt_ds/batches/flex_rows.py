@@ -111,10 +111,14 @@ def _make_block_mask(layout: TreeLayout, window: int | None, device: torch.devic
 
 
 def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
-    """FlexAttention's form of Bool[R, R]: how many blocks per row [1, 1, R], and which first [1, 1, R, R]."""
+    """FlexAttention's form of Bool[R, R]: how many blocks per row [1, 1, R], and which first [1, 1, R, R].
+
+    The kernels on a GPU read the indices as if they were contiguous, whatever their strides say. Those of a
+    transposed matrix are not: then the gradients of keys and values are those of other blocks.
+    """
     counts = dense.sum(-1, dtype=torch.int32)
     indices = torch.argsort(dense.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
-    return counts[None, None], indices[None, None]
+    return counts[None, None].contiguous(), indices[None, None].contiguous()
 
 
 def _rule(end: Tensor, positions: Tensor, window: int | None) -> Callable:

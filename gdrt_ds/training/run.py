@@ -32,7 +32,7 @@ from gdrt_ds.training import run_folder
 from gdrt_ds.training.ending import end
 from gdrt_ds.training.grouping import Grouped, group_tokens, relevance_cache, save_groups
 from gdrt_ds.training.job import Job, last_word, open_job, stop_if_asked
-from gdrt_ds.training.loading import Loaded, load
+from gdrt_ds.training.loading import free_engine, Loaded, load
 from gdrt_ds.training.loop import train
 from gdrt_ds.training.losses import split_losses
 from gdrt_ds.training.preflight import check_data, check_settings
@@ -79,7 +79,7 @@ def run_training(config: RunConfig, runtime: Runtime, *, keep_engine: bool = Tru
         prepared = prepare_data(job)
         loaded = load(job, prepared)
         if not keep_engine:
-            cleanup.callback(loaded.engine.destroy)
+            cleanup.callback(free_engine, loaded.engine)
         stop_if_asked(job)
         resumed, grouped, runner = make_ready(job, prepared, loaded, objective)
         with job.watchdog(config.train.timeout_s) as watchdog:

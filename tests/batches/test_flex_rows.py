@@ -175,6 +175,18 @@ def test_layers_that_are_compiled_themselves_call_the_same_graphs(counted):
     assert around.graphs <= 4  # before and after the attention, for one length and then for any
 
 
+def test_the_tensors_of_a_block_mask_are_contiguous():
+    """The kernels on a GPU read them so, whatever the strides say; those of a CPU obey the strides.
+
+    On the first GPU, transposed indices gave keys and values the gradients of other blocks.
+    """
+    mask = layout_block_mask(TreeLayout.build([300, 200, 500], 90), 64, CPU)
+    parts = {name: part for name, part in vars(mask).items() if isinstance(part, torch.Tensor)}
+    assert len(parts) == 8
+    for name, part in parts.items():
+        assert part.is_contiguous(), name
+
+
 def test_the_block_mask_is_made_once_per_layout_and_its_bytes_are_those_of_the_plan():
     layout = TreeLayout.build([300, 400, 90], 50)
     first = layout_block_mask(layout, None, CPU)

@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 import traceback
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from gdrt_ds.training.broken_numbers import NonFiniteLoss
+from gdrt_ds.training.loading import free_engine
 from tests.distributed.exact_cells import (
     LR,
     Cell,
@@ -107,7 +109,11 @@ def watch_steps(rank, world, cells, folder):
                 "all_tokens": step.all_tokens.item(),
             }
         )
-        _end(runner)
+        engine = weakref.ref(runner.engine)
+        free_engine(runner.engine)
+        del runner, watch
+        gc.collect()
+        report[-1]["freed"] = engine() is None
     return report
 
 

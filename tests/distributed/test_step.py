@@ -27,6 +27,12 @@ def test_a_step_makes_one_collective_beyond_deepspeeds_own(report):
             assert cell["collectives"] == {"buffer.py:reduce:all_reduce": 1}, cell
 
 
+def test_an_engine_that_is_freed_leaves_no_weights_behind(report):
+    for rank in report["watch"]:
+        for cell in rank:
+            assert cell["freed"], cell["cell"]
+
+
 def test_a_step_reads_the_device_once_for_the_flags(report):
     for rank in report["watch"]:
         for cell in rank:

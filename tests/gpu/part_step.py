@@ -21,7 +21,7 @@ from gdrt_ds.objectives import get_objective
 from gdrt_ds.planning.plan import plan_run
 from gdrt_ds.runtime import start_runtime
 from gdrt_ds.training.job import open_job
-from gdrt_ds.training.loading import load
+from gdrt_ds.training.loading import free_engine, load
 from gdrt_ds.training.run import make_ready, prepare_data
 from tests.gpu.rows import Row, Spot, at_most, same
 from tests.host_reads import HostReads
@@ -105,7 +105,7 @@ def take_steps(spot: Spot, runtime, settings: list[str], way: str) -> dict:
         found["tokens"] = result.tokens
     found["peak"] = loaded.memory.bytes_here() or 0
     found["planned"] = plan_run(config, prepared, 1).memory.peak_bytes
-    loaded.engine.destroy()
+    free_engine(loaded.engine)
     del loaded, runner
     gc.collect()
     if not spot.dry:
