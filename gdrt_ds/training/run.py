@@ -32,7 +32,7 @@ from gdrt_ds.training import run_folder
 from gdrt_ds.training.ending import end
 from gdrt_ds.training.grouping import Grouped, group_tokens, relevance_cache, save_groups
 from gdrt_ds.training.job import Job, last_word, open_job, stop_if_asked
-from gdrt_ds.training.loading import free_engine, Loaded, load
+from gdrt_ds.training.loading import Loaded, free_engine, load
 from gdrt_ds.training.loop import train
 from gdrt_ds.training.losses import split_losses
 from gdrt_ds.training.preflight import check_data, check_settings

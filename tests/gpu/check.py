@@ -25,7 +25,15 @@ sys.path.insert(0, str(ROOT))
 
 from tests.gpu.rows import Row, Spot  # noqa: E402
 
-PARTS = {"loss": 120, "attention": 180, "four_bit": 60, "step": 240, "run": 150, "cards": 60, "benchmarks": 370}
+PARTS = {
+    "loss": 120,
+    "attention": 180,
+    "four_bit": 60,
+    "step": 240,
+    "run": 150,
+    "cards": 60,
+    "benchmarks": 370,
+}
 """Part, in the order of use, and the seconds after which it is ended."""
 ALL_S = 590
 """Seconds for all parts; what is left of them bounds the last ones."""

@@ -33,7 +33,9 @@ def test_without_a_gpu_it_says_so_and_its_status_is_2(tmp_path):
 @pytest.mark.slow
 def test_all_parts_but_the_benchmarks_keep_their_bounds_at_toy_size(tmp_path):
     output = tmp_path / "folder" / "table.md"
-    done = run("--dry", "--only", "loss", "attention", "four_bit", "step", "run", "cards", "--output", str(output))
+    done = run(
+        "--dry", "--only", "loss", "attention", "four_bit", "step", "run", "cards", "--output", str(output)
+    )
     table = output.read_text(encoding="utf-8")
     assert done.returncode == 0, table + done.stderr
     assert "not kept" not in table
