@@ -260,7 +260,7 @@ def run_workers(
     if len(parts) <= 1:
         kept = Path(options.keep) if options.keep else None
         return work(study, folder, parts[0], kept) if parts else 0
-    gpus = visible_gpus()
+    cards = gpu_names(visible_gpus())
     threads = max(1, (os.cpu_count() or 1) // len(parts))
     environment = {"OMP_NUM_THREADS": str(threads)} | safe_environment()
     base = [*module_command("gdrt_ds.study"), options.study, "--dir", str(folder), *options.overrides]
@@ -268,7 +268,7 @@ def run_workers(
         base += ["--keep", str(options.keep)]
     processes = []
     for number, part in enumerate(parts):
-        own = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
+        own = {"CUDA_VISIBLE_DEVICES": cards[number % len(cards)]} if cards else {}
         processes.append(
             subprocess.Popen(
                 [*base, "--as-worker", "--only", ",".join(cell.name for cell in part)], env=environment | own
@@ -291,6 +291,12 @@ def visible_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def gpu_names(count: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each of the GPUs that this process sees."""
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] if named else [str(number) for number in range(count)]
 
 
 def default_workers(study: Study) -> int:

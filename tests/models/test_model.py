@@ -11,7 +11,16 @@ import transformers
 from gdrt_ds.config import ModelSection, TinySection, load_config
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.attention import choose_attention
-from gdrt_ds.models.built_in import make_tiny_model
+from gdrt_ds.models.built_in import (
+    COMPLETE_MARKER,
+    SMOLLM2_NAME,
+    SMOLLM2_PACKAGE,
+    SMOLLM2_VERSION,
+    SPECIAL_TOKENS,
+    find_smollm2,
+    make_tiny_model,
+    smollm2_folder,
+)
 from gdrt_ds.models.families import decoder, lm_head, lm_head_scaling
 from gdrt_ds.models.fingerprint import base_fingerprint
 from gdrt_ds.models.four_bit import FourBitLinear
@@ -226,3 +235,28 @@ def test_the_sizes_of_the_tiny_model_are_settings(tmp_path):
 def test_sizes_that_attention_cannot_divide_are_refused(sizes):
     with pytest.raises(UserError, match=r"model\.tiny"):
         load_config(None, [f"model.tiny={sizes}"])
+
+
+def test_smollm2_has_its_own_special_tokens_whatever_transformers_reads_from_the_file():
+    """transformers 5.17 reads the start of a turn as its end: titles then ended by another token."""
+    tokenizer = load_tokenizer(smollm2_folder())
+    named = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
+    assert named == SPECIAL_TOKENS
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+
+
+def test_a_folder_of_smollm2_that_was_made_with_other_tokens_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("GDRT_CACHE", str(tmp_path))
+    target = tmp_path / f"{SMOLLM2_NAME}-{SMOLLM2_VERSION}"
+    target.mkdir()
+    origin = {"package": SMOLLM2_PACKAGE, "version": SMOLLM2_VERSION, "file": find_smollm2().name}
+    (target / COMPLETE_MARKER).write_text(json.dumps({**origin, **SPECIAL_TOKENS}))
+    assert smollm2_folder() == target
+    (target / COMPLETE_MARKER).write_text(json.dumps(origin))
+
+    def refuse(*_, **__):
+        raise OSError("converting again")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(UserError, match="converting again"):
+        smollm2_folder()

@@ -95,6 +95,7 @@ def test_flash_attn_packs_rows_that_share_nothing_and_says_what_it_cannot():
 
 def test_tree_sdpa_calls_sdpa_per_sample_where_others_take_flex_attention(monkeypatch):
     from gdrt_ds.batches import tree_attention as module
+    from gdrt_ds.models.attention import tree_sdpa  # noqa: F401 - registers itself
 
     called = []
     monkeypatch.setattr(module, "flex_rows", lambda *args: called.append("flex") or args[0])

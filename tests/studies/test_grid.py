@@ -11,7 +11,7 @@ from eval.study.blocks import audit_value
 from eval.study.reading import Grid
 from gdrt_ds.errors import UserError
 from gdrt_ds.studies.grid import cells_of, choose_cells, load_study
-from gdrt_ds.studies.runner import config_of, shares
+from gdrt_ds.studies.runner import config_of, gpu_names, shares
 from tests.studies.tiny_study import ROOT, STUDY, study_file
 
 pytestmark = pytest.mark.slow
@@ -180,3 +180,13 @@ def test_slurm_numbers_the_same_cells(tmp_path):
         words.startswith("--config configs/planted.yaml")
         and f"run.dir={tmp_path}/runs/{cells[2].name}" in words
     )
+
+
+def test_workers_share_the_gpus_that_the_study_was_given(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_names(2) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 7")
+    assert gpu_names(2) == ["5", "7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f1a")
+    assert gpu_names(1) == ["GPU-8f1a"]
+    assert gpu_names(0) == []
