@@ -25,7 +25,12 @@ from gdrt_ds.objectives import get_objective
 from gdrt_ds.planning.compatibility import check_combination
 from gdrt_ds.planning.largest import largest_micro_batch
 from gdrt_ds.planning.memory_plan import MemoryPlan, estimate
-from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config, zero_stage
+from gdrt_ds.training.deepspeed_config import (
+    fill_deepspeed_config,
+    lone_rank_line,
+    read_deepspeed_config,
+    zero_stage,
+)
 from gdrt_ds.training.preflight import check_data, check_settings
 from gdrt_ds.training.preparation import (
     FIRST_STEPS,
@@ -110,6 +115,8 @@ class RunPlan:
             f"engine: DeepSpeed ZeRO stage {zero_stage(self.engine)} on {self.world} rank(s), "
             f"{dtype_name(self.dtype)}"
         )
+        if line := lone_rank_line(self.engine, self.world):
+            yield line
         yield dtype_line(self.config.model.dtype, _device())
         yield from self.memory.lines()
 

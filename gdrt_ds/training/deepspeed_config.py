@@ -88,6 +88,21 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int((config.get("zero_optimization") or {}).get("stage", 0))
 
 
+def lone_rank_line(config: dict[str, Any], world: int) -> str:
+    """Says that ZeRO-3 gains nothing on one rank; empty where it may: with more ranks, or an offload.
+
+    Its work for every module is most of a step whose products are small (docs/gpu.md).
+    """
+    zero = config.get("zero_optimization") or {}
+    offloads = [zero.get(key) or {} for key in ("offload_param", "offload_optimizer")]
+    if world > 1 or zero_stage(config) < 3 or any(o.get("device", "none") != "none" for o in offloads):
+        return ""
+    return (
+        "engine: one rank has nothing to shard, and ZeRO-3 works for every module all the same: "
+        "deepspeed=ds_configs/zero1.json is faster"
+    )
+
+
 SMALL_ENOUGH_TO_KEEP = 1 << 25
 """Elements that may stay gathered whatever the size of a layer: 32 MiB of packed weights."""
 

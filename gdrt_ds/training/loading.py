@@ -20,7 +20,12 @@ from gdrt_ds.models.prefix_dropout import other_dropout
 from gdrt_ds.models.reference_adapters import load_reference_adapters
 from gdrt_ds.models.scoring_choice import scoring_line
 from gdrt_ds.models.source import compute_dtype
-from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config, zero_stage
+from gdrt_ds.training.deepspeed_config import (
+    fill_deepspeed_config,
+    lone_rank_line,
+    read_deepspeed_config,
+    zero_stage,
+)
 from gdrt_ds.training.job import Job
 from gdrt_ds.training.leak_check import confirm_packing, pass_once
 from gdrt_ds.training.memory_use import PeakMemory
@@ -89,6 +94,8 @@ def load(job: Job, prepared: Prepared) -> Loaded:
     if prepared.data.catalogue is not None:
         job.say(scoring_line(base.model))
     job.say(f"engine: DeepSpeed ZeRO stage {zero_stage(deepspeed_config)}; {plan.describe()}")
+    if line := lone_rank_line(deepspeed_config, runtime.world):
+        job.say(line)
     for line in load_reference_adapters(base.model, config, base.fingerprint):
         job.say(line)
     # The seed by which masks are found breaks a compiled graph at every dropout layer.

@@ -17,6 +17,7 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.files import REPOSITORY
 from gdrt_ds.training.deepspeed_config import (
     fill_deepspeed_config,
+    lone_rank_line,
     read_deepspeed_config,
     zero3_limits,
     zero_stage,
@@ -100,6 +101,19 @@ def test_an_auto_optimizer_is_filled_from_the_run_config():
         run,
     )["optimizer"]
     assert entry == {"type": "AdamW", "params": {"lr": 0.01, "betas": [0.8, 0.95], "weight_decay": 0.1}}
+
+
+def test_one_rank_with_zero3_is_told_that_it_shards_nothing_unless_something_is_offloaded():
+    zero3 = {"zero_optimization": {"stage": 3}}
+    assert "deepspeed=ds_configs/zero1.json is faster" in lone_rank_line(zero3, 1)
+    assert lone_rank_line(zero3, 2) == ""
+    assert lone_rank_line({"zero_optimization": {"stage": 2}}, 1) == ""
+    assert lone_rank_line({}, 1) == ""
+    for key in ("offload_param", "offload_optimizer"):
+        offload = {"zero_optimization": {"stage": 3, key: {"device": "cpu"}}}
+        assert lone_rank_line(offload, 1) == ""
+        offload["zero_optimization"][key]["device"] = "none"
+        assert lone_rank_line(offload, 1) != ""
 
 
 def test_files_that_are_missing_or_broken_are_told_with_the_nearest_preset(tmp_path):
