@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -118,6 +119,7 @@ def train_in_process(study: Study, folder: Path, cells: list[Cell]) -> int:
             print(f"{cell.name}: interrupted", flush=True)
             return EXIT_INTERRUPTED
         failures += status != 0
+        gc.collect()  # an engine is made of cycles; its weights must be gone before the next cell loads
         seconds = time.process_time() - started
         outcome = f"trained in {seconds:.0f} CPU s"
         if status != 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from dataclasses import dataclass
 from types import FunctionType
@@ -146,8 +145,8 @@ def free_engine(engine) -> None:
     """Ends an engine and lets go of its model, for a process that goes on without it.
 
     After ZeRO-3 DeepSpeed (0.19.8) refers to the model from a list of a module and from caches of a class, so
-    that `destroy` alone leaves every weight in memory. With them emptied it is freed with the caller's last
-    reference to it.
+    that `destroy` alone leaves every weight in memory. With them emptied, the collector of cycles frees it
+    once the caller has let go of it, too.
     """
     engine.destroy()
     own = set(engine.module.modules())
@@ -160,4 +159,3 @@ def free_engine(engine) -> None:
             if isinstance(member, FunctionType):  # a cached method lies in the closure of a decorator
                 for cell in member.__closure__ or ():
                     getattr(cell.cell_contents, "cache_clear", lambda: None)()
-    gc.collect()  # what of it only hooks refer to, in cycles

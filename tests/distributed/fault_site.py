@@ -107,19 +107,23 @@ class Site:
         return run
 
     def copy_until(self, source: Path, name: str, step: int) -> Path:
-        """A copy of a run as if it had been killed after publishing `step`.
+        """A copy of a run in a fresh folder, as if it had been killed after publishing `step`."""
+        return copy_until(source, self.fresh(name), step)
 
-        Its metrics go further than the checkpoint.
-        """
-        run = self.fresh(name)
-        shutil.copytree(source, run)
-        for path in (run / "checkpoints").glob("step_*"):
-            if int(path.name.split("_")[1]) > step:
-                shutil.rmtree(path)
-        (run / "checkpoints" / "latest").write_text(f"step_{step}")
-        (run / "summary.json").unlink()
-        shutil.rmtree(run / "adapter")
-        return run
+
+def copy_until(source: Path, run: Path, step: int) -> Path:
+    """A copy of a run as if it had been killed after publishing `step`.
+
+    Its metrics go further than the checkpoint.
+    """
+    shutil.copytree(source, run)
+    for path in (run / "checkpoints").glob("step_*"):
+        if int(path.name.split("_")[1]) > step:
+            shutil.rmtree(path)
+    (run / "checkpoints" / "latest").write_text(f"step_{step}")
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "adapter")
+    return run
 
 
 def metrics(run: Path) -> list[dict]:

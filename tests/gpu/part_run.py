@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from gdrt_ds.config import load_config
 from gdrt_ds.runtime import start_runtime
 from gdrt_ds.training.run import run_training
+from tests.distributed.fault_site import copy_until, metrics
 from tests.gpu.rows import Row, Spot, at_most, same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,10 +41,8 @@ def run(spot: Spot) -> list[Row]:
     rows = [same("training of the planted corpus: exit status", train(straight, settings), 0)]
     copy_until(straight, resumed, SAVED)
     rows.append(same("resumed in the middle: exit status", train(resumed, [*settings, "resume=auto"]), 0))
-    worst = max(
-        abs(a["loss"] - b["loss"]) / abs(b["loss"])
-        for a, b in zip(metrics(resumed), metrics(straight), strict=True)
-    )
+    found, wanted = (np.array([line["loss"] for line in metrics(folder)]) for folder in (resumed, straight))
+    worst = np.abs(found / wanted - 1).max()  # numpy's maximum of a NaN is a NaN
     rows.append(at_most("resumed in the middle: losses of all steps, relative", worst, 1e-4))
     name = "adapter/adapter_model.safetensors"
     equal = (straight / name).read_bytes() == (resumed / name).read_bytes()
@@ -55,21 +55,6 @@ def train(folder: Path, settings: list[str]) -> int:
     return run_training(config, start_runtime())
 
 
-def copy_until(source: Path, target: Path, step: int) -> None:
-    """A copy of a run as if it had been killed after publishing `step`."""
-    shutil.copytree(source, target)
-    for path in (target / "checkpoints").glob("step_*"):
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
-    (target / "checkpoints" / "latest").write_text(f"step_{step}")
-    (target / "summary.json").unlink()
-    shutil.rmtree(target / "adapter")
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def scores(spot: Spot, folder: Path) -> list[Row]:
     """Scores on the card against its own items one by one, and against the scores on the processor."""
     here = evaluate(folder, "here", {})
@@ -80,7 +65,7 @@ def scores(spot: Spot, folder: Path) -> list[Row]:
         return rows
     cpu = evaluate(folder, "cpu", {"CUDA_VISIBLE_DEVICES": ""})
     pairs = list(zip(predictions(here), predictions(cpu), strict=True))
-    worst = max(abs(a["target_nll"] - b["target_nll"]) for a, b in pairs)
+    worst = np.abs([a["target_nll"] - b["target_nll"] for a, b in pairs]).max()
     rows.append(at_most("scoring: the card against the processor, nats per target", worst, 1e-3))
     firsts = sum(a["top_ids"][0] == b["top_ids"][0] for a, b in pairs)
     rows.append(Row("scoring: lists with the same first title on both", f"{firsts} of {len(pairs)}"))
