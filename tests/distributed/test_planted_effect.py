@@ -118,7 +118,7 @@ def test_a_very_large_tau_is_sft_to_rounding(launch):
     lines = {
         row: [
             json.loads(line)
-            for line in (folder / "runs" / f"limit-{row}-seed10" / "metrics.jsonl").read_text().splitlines()
+            for line in (folder / "runs" / f"limit-{row}-seed11" / "metrics.jsonl").read_text().splitlines()
         ]
         for row in ("sft", "gdrt")
     }

@@ -220,33 +220,31 @@ def test_a_kept_cell_names_no_home_folder_and_is_restored_where_home_is_the_root
 
 
 def test_a_command_that_may_run_for_so_long_ends_with_a_checkpoint_and_goes_on(finished, tmp_path):
-    """The time is up before the first step: each command takes one step, and the last one takes the rest."""
+    """The time is up before the first step: each command takes one step, and the last one takes the rest.
+
+    With --keep the last one also keeps its cell, as soon as that is evaluated.
+    """
     path, folder, _ = finished
-    first = cells_of(load_study(path), tmp_path)[0]
+    study = tmp_path / "study"
+    first = cells_of(load_study(path), study)[0]
+    keeping = ("--keep", str(tmp_path / "kept"))
     for step in (1, 2):
-        ran = start(path, tmp_path, "--cell", "0", "run.max_minutes=0.0001")
+        ran = start(path, study, "--cell", "0", *keeping, "run.max_minutes=0.0001")
         assert ran.returncode == EXIT_INTERRUPTED, ran.stdout + ran.stderr
-        summary = json.loads((run_of(tmp_path, first) / "summary.json").read_text())
+        summary = json.loads((run_of(study, first) / "summary.json").read_text())
         assert summary["status"] == "interrupted" and summary["step"] == step
-    ran = start(path, tmp_path, "--cell", "0")
+    assert not (tmp_path / "kept").exists()
+    ran = start(path, study, "--cell", "0", *keeping)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    log = (tmp_path / "logs" / f"{first.name}.log").read_text()
+    log = (study / "logs" / f"{first.name}.log").read_text()
     assert "interrupted by run.max_minutes: all ranks saved step 1" in log
+    assert [file.name for file in (tmp_path / "kept").iterdir()] == [f"{first.name}.zip"]
 
     def losses(run: Path) -> list[list]:
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         return [[s["step"], s["loss"], s["grad_norm"]] for s in steps]
 
-    assert losses(run_of(tmp_path, first)) == losses(run_of(folder, first))
-
-
-def test_a_cell_is_kept_as_soon_as_it_is_evaluated(tmp_path):
-    one = study_file(tmp_path, STUDY.replace("seeds: [0, 1]", "seeds: [0]"))
-    kept = tmp_path / "kept"
-    ran = start(one, tmp_path / "study", "--keep", str(kept), "--cell", "0")
-    assert ran.returncode == 0, ran.stderr
-    first = cells_of(load_study(one), tmp_path)[0]
-    assert [file.name for file in kept.iterdir()] == [f"{first.name}.zip"]
+    assert losses(run_of(study, first)) == losses(run_of(folder, first))
 
 
 @pytest.mark.parametrize("name", ["../escape.json", "/tmp/escape.json", "adapter/weights.bin"])
