@@ -231,17 +231,22 @@ def make_tiny_model(
 
 
 def _write_model(model, folder: Path) -> None:
-    """Config and safetensors. Not `save_pretrained`.
+    """Config and safetensors: the same weights give the same bytes, which `base_fingerprint` compares.
 
-    Inside a process group it writes on rank 0 only, and whichever rank came first is here.
+    Not `save_pretrained`: inside a process group it writes on rank 0 only, and whichever rank came first is
+    here. Not safetensors' `save_model`: it notes names of tied weights beside the format, and two notes stand
+    in an order that changes from one writing to the next.
     """
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    once = {}
+    for name, tensor in sorted(model.state_dict().items()):
+        once.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor.contiguous()))  # tied weights once
+    save_file(dict(once.values()), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _text_digest(texts: list[str]) -> str:

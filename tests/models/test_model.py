@@ -17,6 +17,7 @@ from gdrt_ds.models.built_in import (
     SMOLLM2_PACKAGE,
     SMOLLM2_VERSION,
     SPECIAL_TOKENS,
+    _write_model,
     find_smollm2,
     make_tiny_model,
     smollm2_folder,
@@ -243,6 +244,29 @@ def test_smollm2_has_its_own_special_tokens_whatever_transformers_reads_from_the
     named = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
     assert named == SPECIAL_TOKENS
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+
+
+def test_the_same_weights_give_the_same_file_every_time(tmp_path):
+    """A base made again is the base of its adapters: their fingerprint covers the file's header."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=64,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                tie_word_embeddings=True,
+            )
+        )
+    for number in range(12):
+        _write_model(model, tmp_path / str(number))
+    assert len({(tmp_path / str(n) / "model.safetensors").read_bytes() for n in range(12)}) == 1
+    assert len({base_fingerprint(tmp_path / str(n)) for n in range(12)}) == 1
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "0", dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
 
 
 def test_a_folder_of_smollm2_that_was_made_with_other_tokens_is_made_again(tmp_path, monkeypatch):
