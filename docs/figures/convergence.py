@@ -5,8 +5,8 @@
 One row of panels per study, from its kept cells in docs/studies/cells/STUDY (`gdrt_ds.study --keep`): the
 loss of the target among the catalogue's titles, the attribution ratio and the history sensitivity, over the
 targets that were trained on. The last two are those of the audit `drift`, whose users also give the first
-where not every run of the study measured it in its validation. Thin lines are single seeds, thick ones their
-mean.
+where not every run of the study measured it in its validation. Cells without that audit are named and left
+out. Thin lines are single seeds, thick ones their mean.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Cell:
     curves: dict[str, Curve]
 
 
-def read_cell(path: Path) -> Cell:
+def read_cell(path: Path) -> Cell | None:
     """Reads a kept cell."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
@@ -62,6 +62,9 @@ def read_cell(path: Path) -> Cell:
         validation = [json.loads(line) for line in archive.read("validation.jsonl").splitlines()]
         found = next(name for name in names if name.startswith("eval/") and name.endswith("/results.json"))
         audits = json.loads(archive.read(found))["audits"]
+    if "drift" not in audits:
+        print(f"left out, without the audit drift: {path.relative_to(CELLS)}")
+        return None
     batch = settings["train"]["global_batch"]
     curves = {name: drift_curve(audits["drift"], name, batch) for name, _, _ in PANELS[1:]}
     curves["audited"] = drift_curve(audits["drift"], "target NLL", batch)
@@ -119,7 +122,7 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", default=list(TITLES))
     options = parser.parse_args()
     found = {
-        study: [read_cell(path) for path in sorted((CELLS / study).glob("*.zip"))]
+        study: [cell for path in sorted((CELLS / study).glob("*.zip")) if (cell := read_cell(path))]
         for study in options.studies
     }
     found = {study: cells for study, cells in found.items() if cells}

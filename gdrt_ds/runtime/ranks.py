@@ -55,8 +55,11 @@ class Runtime:
         return self.max_minutes is not None and time.monotonic() - PROCESS_STARTED >= 60 * self.max_minutes
 
     def barrier(self) -> None:
-        """Waits for all ranks; returns at once where there is no process group."""
-        if dist.is_initialized():
+        """Waits for all ranks; returns at once where there is no other.
+
+        DeepSpeed binds a group of one rank to no device, and at a barrier NCCL warns that it guesses one.
+        """
+        if self.world > 1 and dist.is_initialized():
             dist.barrier()
 
 

@@ -58,11 +58,18 @@ class Watchdog:
                 self._end(silent)
 
     def _end(self, silent: float) -> None:
-        reason = (
-            f"no step finished for {silent:.0f} s (train.timeout_s={self.timeout_s}): a peer is dead or hung"
-        )
+        likely = "a peer is dead or hung"
+        if self.runtime.world == 1:
+            likely = "this process hangs, or its machine or file system is too busy"
+        reason = f"no step finished for {silent:.0f} s (train.timeout_s={self.timeout_s}): {likely}"
         # A full or dead file system must not keep this rank from ending.
         with contextlib.suppress(OSError):
             self.dump(reason)
-        print(f"error: rank {self.runtime.rank}: {reason}; stacks: {self.path}", file=sys.stderr, flush=True)
+        print(
+            f"error: rank {self.runtime.rank}: {reason}; stacks: {self.path}\n"
+            "  fix: resume=auto goes on from the newest valid checkpoint; where steps do take that long, "
+            "raise train.timeout_s",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(LostPeer.status)

@@ -18,6 +18,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch.distributed as dist
+
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError, nearest
 from gdrt_ds.files import REPOSITORY, write_json
@@ -222,15 +224,19 @@ def work(study: Study, folder: Path, cells: list[Cell], kept: Path | None = None
     train = train_in_process if study.ranks == 1 else train_under_launcher
     batches = [cells] if kept is None else [[cell] for cell in cells]
     worst = 0
-    for batch in batches:
-        status = train(study, folder, batch)
-        if status == EXIT_INTERRUPTED:
-            return status
-        worst = max(worst, status, min(evaluate(study, folder, batch), 64))
-        for cell in batch:
-            if kept is not None and state_of(folder, cell) == "done":
-                settings = settings_of(study, folder, cell)
-                keep_cell(run_of(folder, cell), settings, evaluation_of(folder, cell), kept)
+    try:
+        for batch in batches:
+            status = train(study, folder, batch)
+            if status == EXIT_INTERRUPTED:
+                return status
+            worst = max(worst, status, min(evaluate(study, folder, batch), 64))
+            for cell in batch:
+                if kept is not None and state_of(folder, cell) == "done":
+                    settings = settings_of(study, folder, cell)
+                    keep_cell(run_of(folder, cell), settings, evaluation_of(folder, cell), kept)
+    finally:
+        if dist.is_initialized():  # NCCL warns of a group that nobody left
+            dist.destroy_process_group()
     return worst
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gdrt_ds.errors import EXIT_INTERRUPTED, LostPeer, StorageError, UserError
-from gdrt_ds.runtime import detect_rank, explain, own_build_folder, report_user_errors
+from gdrt_ds.runtime import Runtime, detect_rank, explain, own_build_folder, report_user_errors
 from gdrt_ds.runtime.build_folder import STALE_LOCK_S
 from gdrt_ds.runtime.ranks import cpu_threads
 
@@ -158,3 +158,33 @@ def test_the_slurm_scripts_read_the_statuses_without_importing_torch():
     code = "import sys; sys.path.insert(0, 'slurm'); import lives; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("world, waits", [(1, 0), (2, 1)])
+def test_a_rank_alone_waits_for_nobody(monkeypatch, world, waits):
+    """A barrier of one rank says nothing and makes NCCL warn that it guesses a device."""
+    calls = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: calls.append(1))
+    Runtime(world=world).barrier()
+    assert len(calls) == waits
+
+
+@pytest.mark.parametrize(
+    "world, words", [(1, "this process hangs, or its machine"), (2, "a peer is dead or hung")]
+)
+def test_a_rank_that_stopped_moving_ends_with_words_and_stacks(tmp_path, world, words):
+    program = f"""
+import sys, time
+from gdrt_ds.runtime.ranks import Runtime
+from gdrt_ds.runtime.watchdog import Watchdog
+with Watchdog(Runtime(world={world}), sys.argv[1], timeout_s=1):
+    time.sleep(60)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 70
+    assert words in done.stderr and "fix: resume=auto" in done.stderr
+    stacks = (tmp_path / "stacks_rank_0.txt").read_text(encoding="utf-8")
+    assert words in stacks and "time.sleep" not in stacks and 'File "<string>", line' in stacks
