@@ -19,12 +19,16 @@ import torch.distributed as dist
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime.build_folder import own_build_folder
 from gdrt_ds.runtime.devices import device_of_rank, name_accelerator
+from gdrt_ds.runtime.quick_imports import import_bitsandbytes
 from gdrt_ds.runtime.ranks import Runtime, cpu_threads, detect_rank, free_port
 from gdrt_ds.runtime.signals import catch_stop_signals
 
 
 def quiet_libraries() -> None:
-    """Keeps the log readable: silences what libraries say to each other's authors, and progress bars."""
+    """Keeps the log readable and the start short; call it before the imports that bring the libraries.
+
+    It silences what libraries say to each other's authors, and progress bars.
+    """
     for library in ("torch.distributed", "deepspeed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     # PEFT announces what it would save where an adapter is on lm_head; loading an adapter saves nothing.
@@ -35,6 +39,7 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    import_bitsandbytes()
 
 
 def single_process_runtime() -> Runtime:

@@ -19,6 +19,7 @@ from gdrt_ds.models.prefix_dropout import other_dropout
 from gdrt_ds.models.reference_adapters import load_reference_adapters
 from gdrt_ds.models.scoring_choice import scoring_line
 from gdrt_ds.models.source import compute_dtype
+from gdrt_ds.runtime import import_muon
 from gdrt_ds.training.deepspeed_config import (
     fill_deepspeed_config,
     lone_rank_line,
@@ -105,6 +106,7 @@ def load(job: Job, prepared: Prepared) -> Loaded:
     optimizer = None
     if "optimizer" not in deepspeed_config:
         optimizer = make_optimizer(trainable, config.train, deepspeed_config, runtime.device)
+    import_muon()
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=trainable,

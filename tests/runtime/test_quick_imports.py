@@ -1,0 +1,68 @@
+"""Libraries that compile while they are imported: the compiler comes with the first call, and not before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gdrt_ds.runtime.quick_imports import compiled_when_called
+
+STARTS = {
+    "a training": "from gdrt_ds.training.run import run_training",
+    "an evaluation": "from eval.loading import load_subject",
+}
+
+
+def test_a_function_is_compiled_at_its_first_call_and_once(monkeypatch):
+    asked = []
+
+    def compile_now(function, **settings):
+        asked.append(settings)
+        return lambda *values: ("compiled", function(*values))
+
+    monkeypatch.setattr(torch, "compile", compile_now)
+    with compiled_when_called():
+
+        @torch.compile
+        def double(x):
+            return 2 * x
+
+        @torch.compile(dynamic=False)
+        def half(x):
+            return x / 2
+
+        layer = torch.nn.Linear(1, 1)
+        torch.compile(layer, mode="default")
+    assert torch.compile is compile_now
+    assert asked == [{"mode": "default"}] and double.__name__ == "double"
+    assert [double(3), double(4), half(2)] == [("compiled", 6), ("compiled", 8), ("compiled", 1)]
+    assert asked == [{"mode": "default"}, {}, {"dynamic": False}]
+
+
+def test_torch_compile_comes_back_after_an_import_that_fails():
+    before = torch.compile
+    with pytest.raises(ImportError), compiled_when_called():
+        raise ImportError
+    assert torch.compile is before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", STARTS)
+def test_a_start_does_not_import_the_compiler(what):
+    """It took a second of six, for functions that nobody calls."""
+    program = f"""
+import sys, torch
+before = torch.compile
+from gdrt_ds.runtime import import_muon, quiet_libraries
+quiet_libraries()
+{STARTS[what]}
+import_muon()
+assert "bitsandbytes" in sys.modules and "deepspeed.runtime.zero.muon.original_muon" in sys.modules
+assert "torch._inductor.compile_fx" not in sys.modules
+assert torch.compile is before
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
