@@ -215,9 +215,9 @@ def what_is_evaluated(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    from gdrt_ds.runtime import quiet_libraries, report_user_errors
+    from gdrt_ds.runtime import prepare_libraries, report_user_errors
 
-    quiet_libraries()  # before the imports below bring them
+    prepare_libraries()  # before the imports below bring them
     with report_user_errors(interrupted=INTERRUPTED):
         from eval.rows.subject import is_about_rows
 

@@ -38,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         from gdrt_ds.training.deepspeed_config import read_deepspeed_config
 
         check_combination(config, read_deepspeed_config(config.deepspeed))
-        from gdrt_ds.runtime import quiet_libraries, start_runtime
+        from gdrt_ds.runtime import prepare_libraries, start_runtime
 
-        quiet_libraries()  # before the import below brings them
+        prepare_libraries()  # before the import below brings them
         from gdrt_ds.training.run import prepare_only
 
         prepare_only(config, start_runtime(config.train.timeout_s))

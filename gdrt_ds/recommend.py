@@ -84,9 +84,9 @@ def tell_progress(finished: int, total: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    from gdrt_ds.runtime import quiet_libraries, report_user_errors, single_process_runtime
+    from gdrt_ds.runtime import prepare_libraries, report_user_errors, single_process_runtime
 
-    quiet_libraries()  # before the imports below bring them
+    prepare_libraries()  # before the imports below bring them
     with report_user_errors():
         from gdrt_ds.errors import UserError
         from gdrt_ds.inference.recommender import open_run

@@ -48,9 +48,9 @@ def tell(text: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    from gdrt_ds.runtime import quiet_libraries, report_user_errors, single_process_runtime
+    from gdrt_ds.runtime import prepare_libraries, report_user_errors, single_process_runtime
 
-    quiet_libraries()
+    prepare_libraries()
     with report_user_errors():
         from gdrt_ds.errors import UserError
         from gdrt_ds.inference.recommender import open_run

@@ -57,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     put_own_packages_first()
-    from gdrt_ds.runtime import detect_rank, name_accelerator, quiet_libraries, report_user_errors
+    from gdrt_ds.runtime import detect_rank, name_accelerator, prepare_libraries, report_user_errors
 
     name_accelerator()
     with report_user_errors(interrupted=INTERRUPTED, memory_fix=MEMORY_FIX):
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.deepspeed_config:
             config.deepspeed = arguments.deepspeed_config
-        quiet_libraries()  # before the plan imports them
+        prepare_libraries()  # before the plan imports them
         from gdrt_ds.planning.plan import print_plan
 
         rank = detect_rank()

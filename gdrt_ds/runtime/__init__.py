@@ -22,6 +22,7 @@ from gdrt_ds.runtime.quick_imports import import_muon
 from gdrt_ds.runtime.ranks import Runtime, detect_rank, free_port
 from gdrt_ds.runtime.signals import catch_stop_signals, ignore_stop_signals
 from gdrt_ds.runtime.starting import (
+    prepare_libraries,
     quiet_libraries,
     single_process_runtime,
     start_runtime,
@@ -42,6 +43,7 @@ __all__ = [
     "name_accelerator",
     "own_build_folder",
     "import_muon",
+    "prepare_libraries",
     "quiet_libraries",
     "report_user_errors",
     "single_process_runtime",

@@ -25,10 +25,7 @@ from gdrt_ds.runtime.signals import catch_stop_signals
 
 
 def quiet_libraries() -> None:
-    """Keeps the log readable and the start short; call it before the imports that bring the libraries.
-
-    It silences what libraries say to each other's authors, and progress bars.
-    """
+    """Keeps the log readable: silences what libraries say to each other's authors, and progress bars."""
     for library in ("torch.distributed", "deepspeed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     # PEFT announces what it would save where an adapter is on lm_head; loading an adapter saves nothing.
@@ -39,6 +36,11 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def prepare_libraries() -> None:
+    """Keeps the log readable and the start short; for commands, before the imports that bring libraries."""
+    quiet_libraries()
     import_bitsandbytes()
 
 

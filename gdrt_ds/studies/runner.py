@@ -89,9 +89,9 @@ def train_in_process(study: Study, folder: Path, cells: list[Cell]) -> int:
 
     Returns the number of failures, or 75 if interrupted.
     """
-    from gdrt_ds.runtime import quiet_libraries, start_runtime
+    from gdrt_ds.runtime import prepare_libraries, start_runtime
 
-    quiet_libraries()  # before the import below brings them
+    prepare_libraries()  # before the import below brings them
     from gdrt_ds.training.run import run_training
 
     runtime, failures = None, 0

@@ -56,8 +56,8 @@ def test_a_start_does_not_import_the_compiler(what):
     program = f"""
 import sys, torch
 before = torch.compile
-from gdrt_ds.runtime import import_muon, quiet_libraries
-quiet_libraries()
+from gdrt_ds.runtime import import_muon, prepare_libraries
+prepare_libraries()
 {STARTS[what]}
 import_muon()
 assert "bitsandbytes" in sys.modules and "deepspeed.runtime.zero.muon.original_muon" in sys.modules
