@@ -36,7 +36,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=int,
-        help="processes that train side by side (default: GPUs, or CPU cores; 1 with several ranks)",
+        help="processes that train side by side (default: GPUs, or CPU cores; 1 with several ranks); more "
+        "than there are GPUs share them in turn",
     )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--piece", help="a named part of the grid")
