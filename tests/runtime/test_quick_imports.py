@@ -10,9 +10,28 @@ import torch
 
 from gdrt_ds.runtime.quick_imports import compiled_when_called
 
-STARTS = {
-    "a training": "from gdrt_ds.training.run import run_training",
-    "an evaluation": "from eval.loading import load_subject",
+COMMANDS = {
+    "a training": """
+from gdrt_ds import train
+sys.argv = ["train", "--config", "configs/smoke.yaml", f"run.dir={sys.argv[1]}/run", "train.max_steps=1"]
+train.main()
+assert "deepspeed.runtime.zero.muon.original_muon" in sys.modules
+""",
+    "an evaluation": """
+from eval import run
+sys.argv = ["run", "--run", f"{sys.argv[1]}/nowhere"]
+try:
+    run.main()
+except SystemExit as end:
+    assert end.code == 2
+assert "eval.loading" in sys.modules
+""",
+    "a study": """
+from pathlib import Path
+from gdrt_ds.studies.runner import train_in_process
+assert train_in_process(None, Path(sys.argv[1]), []) == 0
+assert "gdrt_ds.training.run" in sys.modules
+""",
 }
 
 
@@ -50,19 +69,18 @@ def test_torch_compile_comes_back_after_an_import_that_fails():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", STARTS)
-def test_a_start_does_not_import_the_compiler(what):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_does_not_import_the_compiler(command, tmp_path):
     """It took a second of six, for functions that nobody calls."""
     program = f"""
 import sys, torch
 before = torch.compile
-from gdrt_ds.runtime import import_muon, prepare_libraries
-prepare_libraries()
-{STARTS[what]}
-import_muon()
-assert "bitsandbytes" in sys.modules and "deepspeed.runtime.zero.muon.original_muon" in sys.modules
+{COMMANDS[command]}
+assert "bitsandbytes" in sys.modules
 assert "torch._inductor.compile_fx" not in sys.modules
 assert torch.compile is before
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -356,6 +356,17 @@ def test_one_cell_alone_and_a_broken_cell_leaves_the_others_standing(finished, t
     assert "4 of 6 cells are not evaluated yet" in (mine / "study.html").read_text()
 
 
+@pytest.mark.parametrize("status", [0, EXIT_INTERRUPTED])
+def test_a_study_leaves_the_process_group_of_its_trainings(tmp_path, monkeypatch, status):
+    """NCCL warns at exit of a group that nobody left."""
+    left = []
+    monkeypatch.setattr(runner, "train_in_process", lambda *_: status)
+    monkeypatch.setattr(runner.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(runner.dist, "destroy_process_group", lambda: left.append(1))
+    assert runner.work(load_study(study_file(tmp_path)), tmp_path, []) == status
+    assert left == [1]
+
+
 @pytest.mark.parametrize("killed, other", [("KILL", 0), ("TERM", 1)])
 def test_a_worker_that_a_signal_kills_fails_the_study_and_is_named(
     tmp_path, monkeypatch, capsys, killed, other
