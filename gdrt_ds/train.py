@@ -45,6 +45,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--world", type=int, help="with --plan: ranks to plan for (default: those of this launch)"
     )
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="with --plan: plan for GPUs of so many GiB, on a machine without them",
+    )
     # The deepspeed launcher adds it.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -67,11 +73,17 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.deepspeed_config:
             config.deepspeed = arguments.deepspeed_config
         prepare_libraries()  # before the plan imports them
-        from gdrt_ds.planning.plan import print_plan
+        from gdrt_ds.planning.plan import planned_device, print_plan
 
         rank = detect_rank()
         if rank["rank"] == 0 or arguments.plan:
-            print_plan(config, arguments.world or rank["world"], full=arguments.plan, quiet=rank["rank"] != 0)
+            print_plan(
+                config,
+                arguments.world or rank["world"],
+                full=arguments.plan,
+                quiet=rank["rank"] != 0,
+                device=planned_device(arguments.gpu_memory if arguments.plan else None),
+            )
         if arguments.plan:
             return 0
         from gdrt_ds.runtime import ignore_stop_signals, start_runtime

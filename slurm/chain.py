@@ -22,7 +22,7 @@ from grid import Cell, grid, write_list
 
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import preset_path
+from gdrt_ds.files import no_such_preset, preset_path
 from gdrt_ds.invocation import module_command
 
 HOME = Path(__file__).resolve().parent.parent
@@ -125,6 +125,9 @@ def check(args: argparse.Namespace) -> None:
             "sbatch --array=... slurm/sweep.sh --study FILE, then python -m gdrt_ds.study FILE",
         )
     config = load_config(args.config, args.overrides)
+    engine = args.deepspeed_config or config.deepspeed
+    if not preset_path(engine).is_file():
+        raise no_such_preset("deepspeed config", engine, "ds_configs", ".json")
     world = args.nodes * ranks_per_node(args)
     if config.train.global_batch < world:
         raise UserError(
@@ -163,10 +166,12 @@ def check(args: argparse.Namespace) -> None:
             *module_command("gdrt_ds.train"),
             "--config",
             args.config,
+            *(["--deepspeed_config", args.deepspeed_config] if args.deepspeed_config else []),
             *args.overrides,
             "--plan",
             "--world",
             str(world),
+            *(["--gpu-memory", str(args.gpu_memory)] if args.gpu_memory else []),
         ]
         code = subprocess.run(command).returncode
         if code:

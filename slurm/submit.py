@@ -52,7 +52,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--plan",
         action="store_true",
-        help="print the plan of the training here first (loads the data); stops if it is refused",
+        help="print the plan of the training here first (loads the data); stops if it is refused, else goes "
+        "on and submits, unless --dry-run is there too",
+    )
+    what.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="with --plan: GiB of one GPU of the job, where this machine has none",
     )
     chain = parser.add_argument_group("the chain")
     chain.add_argument(

@@ -24,7 +24,16 @@ from gdrt_ds.completion import asked
 from gdrt_ds.errors import UserError
 from gdrt_ds.invocation import module_command, put_own_packages_first, safe_environment
 
-TRAINING_OPTIONS = ("--config", "--deepspeed_config", "--plan", "--world", "--local_rank", "--help", "-h")
+TRAINING_OPTIONS = (
+    "--config",
+    "--deepspeed_config",
+    "--plan",
+    "--world",
+    "--gpu-memory",
+    "--local_rank",
+    "--help",
+    "-h",
+)
 HOSTFILE = Path("/job/hostfile")  # where DeepSpeed's launcher looks for other machines
 SETTING = re.compile(r"[a-z_]+(\.[A-Za-z_0-9]+)*=")
 
@@ -41,7 +50,7 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
             raise UserError(
                 f"{word} is not an option of the training",
                 "options of the DeepSpeed launcher go first: gdrt-train --num_gpus 2 --config FILE "
-                f"key=value; the training knows {', '.join(TRAINING_OPTIONS[:4])}",
+                f"key=value; the training knows {', '.join(TRAINING_OPTIONS[:5])}",
             )
     return words[:first], words[first:]
 

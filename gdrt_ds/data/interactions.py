@@ -41,6 +41,7 @@ def make_windows(found: Interactions | InteractionColumns, data: DataSection) ->
     first, last = _bounds_of_users(events.users)
     if events.times is not None:
         notes += _tie_note(events)
+        notes += _repeat_note(events)
     num_users = int((first == np.arange(len(first))).sum())
 
     # From here on everything is in the order of time.
@@ -117,6 +118,26 @@ def _tie_note(events: EventTable) -> list[str]:
     return [
         f"{tied} of {int(same_user.sum())} neighbouring interactions of a user share their timestamp; they "
         "keep the order of the file"
+    ]
+
+
+def _repeat_note(events: EventTable) -> list[str]:
+    """Counts the rows that repeat a user, an item and a time.
+
+    Such rows mostly come from an export that was joined twice. Each makes a window whose target may stand in
+    its own history, so that whoever repeats the last item looks good.
+    """
+    tied = (events.users[1:] == events.users[:-1]) & (events.times[1:] == events.times[:-1])
+    ends = np.flatnonzero(tied)
+    rows = np.union1d(ends, ends + 1)  # few of a large log
+    rows = rows[np.lexsort((events.items[rows], events.times[rows], events.users[rows]))]
+    columns = (events.users[rows], events.times[rows], events.items[rows])
+    repeats = int(np.logical_and.reduce([column[1:] == column[:-1] for column in columns]).sum())
+    if not repeats:
+        return []
+    return [
+        f"{repeats} of {len(events.users)} interactions repeat another one: the same user, item and time. "
+        "Their targets stand in their own histories; if the file holds lines twice, leave the second ones out"
     ]
 
 

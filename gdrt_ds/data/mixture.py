@@ -14,6 +14,7 @@ import numpy as np
 from gdrt_ds.config import DataSection
 from gdrt_ds.data.corpus import read
 from gdrt_ds.data.readers.base import BadRows
+from gdrt_ds.data.readers.sft import trained_on
 from gdrt_ds.data.text_rows import TextRow, TextRows
 from gdrt_ds.errors import UserError
 
@@ -25,7 +26,8 @@ def read_mixture(data: DataSection) -> TextRows:
     """Reads every data set of `data.mixture` as if it were `data.path`.
 
     The weights are about train: 2 takes every row twice, 0.5 a seeded half of the rows. Valid and test keep
-    each row once.
+    each row once. A row that two data sets share can be held out in one and trained on in the other; a note
+    counts such rows.
 
     Raises:
         UserError: two data sets with the same name, weights that leave no row of train, or whatever a reader
@@ -57,7 +59,7 @@ def read_mixture(data: DataSection) -> TextRows:
         split: [replace(row, sample_id=number) for number, row in enumerate(rows)]
         for split, rows in splits.items()
     }
-    return TextRows(numbered, notes)
+    return TextRows(numbered, [*notes, *trained_on(numbered)])
 
 
 def names_of(paths: list[str]) -> dict[str, str]:

@@ -214,10 +214,13 @@ def _dtype_and_reason(name: str, device: torch.device) -> tuple[torch.dtype, str
     refuses it there.
     """
     if device.type != "cuda":
-        if name != "auto":
+        if name not in ("auto", "bfloat16"):
             return getattr(torch, name), f"model.dtype={name}"
         faster, reason = bfloat16_products()
-        return torch.bfloat16 if faster else torch.float32, f"model.dtype=auto: {reason}"
+        if name == "auto":
+            return torch.bfloat16 if faster else torch.float32, f"model.dtype=auto: {reason}"
+        slower = "" if faster else f", though {reason}: auto would take float32"
+        return torch.bfloat16, f"model.dtype=bfloat16{slower}"
     lacking = _gpu_without_bfloat16(device)
     if name == "auto":
         if lacking:

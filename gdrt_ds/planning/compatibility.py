@@ -29,7 +29,7 @@ def check_combination(
     """Checks the run config against the DeepSpeed config ("auto" values may still be in it).
 
     Args:
-        cuda: whether a GPU is there; None = look.
+        cuda: whether the run has a GPU, which a plan may only expect; None = whether one is here.
         versions: package -> version; None = the installed ones.
     Raises:
         UserError: the first known bad combination, with thread numbers and the way out.
@@ -39,7 +39,7 @@ def check_combination(
         versions = {name: importlib.metadata.version(name) for name in ("deepspeed", "bitsandbytes")}
     for problem, fix in refusals(config, deepspeed_config, cuda, versions):
         raise UserError(problem, fix)
-    device = torch.device("cpu")
+    device = torch.device("cuda" if cuda else "cpu")
     if cuda and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     choose_attention(config.model.attention, device, compute_dtype(config.model.dtype, device))

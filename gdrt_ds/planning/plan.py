@@ -15,6 +15,7 @@ import torch
 from gdrt_ds.batches import BatchPlan
 from gdrt_ds.config import RunConfig, dump_config
 from gdrt_ds.config.explaining import changed_settings
+from gdrt_ds.errors import UserError
 from gdrt_ds.models.inventory import take_inventory
 from gdrt_ds.models.scoring_choice import scoring_line
 from gdrt_ds.models.skeleton import skeleton
@@ -43,7 +44,41 @@ from gdrt_ds.training.preparation import (
 )
 
 
-def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -> None:
+@dataclass(frozen=True)
+class PlannedDevice:
+    """What a rank of the planned run computes on.
+
+    Attributes:
+        kind: `cuda` or `cpu`.
+        memory_bytes: of one GPU; None on a CPU.
+    """
+
+    kind: str
+    memory_bytes: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.kind)
+
+
+def planned_device(gpu_gib: float | None = None) -> PlannedDevice:
+    """Returns the device to plan for: this machine's, or a GPU of so many GiB that it need not have.
+
+    Raises:
+        UserError: no positive number.
+    """
+    if gpu_gib is not None:
+        if not 0 < gpu_gib < float("inf"):
+            raise UserError(f"--gpu-memory {gpu_gib}: a positive number of GiB is expected", "e.g. 80")
+        return PlannedDevice("cuda", int(gpu_gib * 2**30))
+    if torch.cuda.is_available():
+        return PlannedDevice("cuda", torch.cuda.get_device_properties(0).total_memory)
+    return PlannedDevice("cpu")
+
+
+def print_plan(
+    config: RunConfig, world: int, full: bool, quiet: bool = False, device: PlannedDevice | None = None
+) -> None:
     """Prints the plan, or raises UserError for what would be refused.
 
     Args:
@@ -52,24 +87,28 @@ def print_plan(config: RunConfig, world: int, full: bool, quiet: bool = False) -
         full: prints every setting, and what needs the data: token counts and memory. Otherwise only the
             settings that are not the defaults.
         quiet: checks only, for ranks other than 0.
+        device: what to plan for; None = this machine's.
     """
+    device = device or planned_device()
     say = _silent if quiet else _print_now
     get_objective(config.objective)
-    check_combination(config, read_deepspeed_config(config.deepspeed))
+    check_combination(config, read_deepspeed_config(config.deepspeed), cuda=device.kind == "cuda")
     check_settings(config)
     if full:
         say("--- resolved config\n" + dump_config(config).rstrip() + "\n---")
-        _print_data_and_memory(config, world, say)
+        _print_data_and_memory(config, world, say, device)
         return
     changed = "\n".join(f"  {line}" for line in changed_settings(config))
     say(f"settings that are not the defaults (all of them: {config.run.dir}/config.yaml)\n{changed}")
 
 
-def _print_data_and_memory(config: RunConfig, world: int, say: Callable[[str], None]) -> None:
+def _print_data_and_memory(
+    config: RunConfig, world: int, say: Callable[[str], None], device: PlannedDevice
+) -> None:
     prepared = prepare(config)
     for note in [*prepared.notes, *check_data(config, prepared)]:
         say(f"data: {note}")
-    for line in plan_run(config, prepared, world).lines():
+    for line in plan_run(config, prepared, world, device).lines():
         say(line)
 
 
@@ -93,6 +132,7 @@ class RunPlan:
     steps: int
     tokens: dict[str, float]
     packing: tuple[str, str]
+    device: PlannedDevice
     dtype: torch.dtype
     engine: dict[str, Any]
     memory: MemoryPlan
@@ -117,7 +157,7 @@ class RunPlan:
         )
         if line := lone_rank_line(self.engine, self.world):
             yield line
-        yield dtype_line(self.config.model.dtype, _device())
+        yield dtype_line(self.config.model.dtype, self.device.device)
         yield from self.memory.lines()
 
     def _rows_text(self) -> str:
@@ -139,16 +179,21 @@ class RunPlan:
         )
 
 
-def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
+def plan_run(
+    config: RunConfig, prepared: Prepared, world: int, device: PlannedDevice | None = None
+) -> RunPlan:
     """Returns the plan of a run on `world` ranks for data that are prepared.
 
+    Args:
+        device: what to plan for; None = this machine's.
     Raises:
         UserError: the DeepSpeed config contradicts the settings, or transformers cannot build the model.
     """
+    device = device or planned_device()
     store = prepared.stores["train"]
     packing = packing_of(config, prepared, world)
     batches = plan_batches(config, store, world, packing[0])
-    dtype = compute_dtype(config.model.dtype, _device())
+    dtype = compute_dtype(config.model.dtype, device.device)
     check_stored(prepared.model_config, config.model, dtype)
     model = take_inventory(config.model, prepared.model_config)
     layer = model.layer_elements(config.model)
@@ -157,12 +202,17 @@ def plan_run(config: RunConfig, prepared: Prepared, world: int) -> RunPlan:
     steps = total_steps(config, store)
     tokens = padding_figures(store, batches, prepared.data.prefix_length)
     largest = largest_micro_batch(store, batches, prepared.data.prefix_length, packing[0], steps)
-    memory = memory_of(config, prepared, largest, engine, world)
-    return RunPlan(config, prepared, world, batches, steps, tokens, packing, dtype, engine, memory)
+    memory = memory_of(config, prepared, largest, engine, world, device)
+    return RunPlan(config, prepared, world, batches, steps, tokens, packing, device, dtype, engine, memory)
 
 
 def memory_of(
-    config: RunConfig, prepared: Prepared, largest: tuple[int, int], filled: dict, world: int
+    config: RunConfig,
+    prepared: Prepared,
+    largest: tuple[int, int],
+    filled: dict,
+    world: int,
+    device: PlannedDevice,
 ) -> MemoryPlan:
     """Returns the memory plan of the largest micro-batch of these data.
 
@@ -172,10 +222,8 @@ def memory_of(
         largest: its tokens and target tokens, from `largest_micro_batch`.
         filled: what `fill_deepspeed_config` returns.
         world: number of ranks.
+        device: what to plan for.
     """
-    device_bytes = None
-    if torch.cuda.is_available():
-        device_bytes = torch.cuda.get_device_properties(0).total_memory
     tokens, targets = largest
     chosen = config.model.lora.trainable_tokens
     rows = len(chosen_ids(prepared.tokenizer, chosen)) if chosen else 0
@@ -183,17 +231,12 @@ def memory_of(
         config,
         prepared.model_config,
         world,
-        device_bytes,
+        device.memory_bytes,
         tokens=tokens,
         targets=targets,
         token_rows=rows,
         deepspeed_config=filled,
     )
-
-
-def _device() -> torch.device:
-    """The kind of device that a run on this machine computes on."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _print_now(text: str) -> None:

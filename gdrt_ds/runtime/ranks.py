@@ -63,13 +63,16 @@ class Runtime:
             dist.barrier()
 
 
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""Steps from here on are no srun: the interactive shell, the batch script and more (slurm.h)."""
+
+
 def detect_rank() -> dict[str, Any]:
     """Returns rank, local_rank, world, local_world and launcher from the environment; it starts nothing."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _from_torch_variables()
-    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
-        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-            return _from_slurm_variables()
+    if "SLURM_PROCID" in os.environ and _tasks_of_step() > 1:
+        return _from_slurm_variables()
     return {"rank": 0, "local_rank": 0, "world": 1, "local_world": 1, "launcher": "python"}
 
 
@@ -93,10 +96,22 @@ def _from_torch_variables() -> dict[str, Any]:
     }
 
 
+def _tasks_of_step() -> int:
+    """The tasks of the step of a Slurm job that this process is in; 1 where it is in none.
+
+    A batch script and the shell of an interactive allocation are steps of one task, and both keep
+    SLURM_NTASKS of the whole job. Taken for a rank such a process would wait for peers for ever.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    if not step or (step.isdigit() and int(step) >= FIRST_SPECIAL_STEP):
+        return 1
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
+
+
 def _from_slurm_variables() -> dict[str, Any]:
     """The variables that srun sets for each task."""
-    world = int(os.environ["SLURM_NTASKS"])
-    nodes = int(os.environ.get("SLURM_NNODES", 1))
+    world = _tasks_of_step()
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES") or 1)
     return {
         "rank": int(os.environ["SLURM_PROCID"]),
         "local_rank": int(os.environ.get("SLURM_LOCALID", 0)),

@@ -32,6 +32,8 @@ from gdrt_ds.serving.metrics import CountedAnswers, ServiceMetrics
 from gdrt_ds.serving.worker import Busy, TooLate, Worker
 
 RETRY_AFTER_S = 1
+USUAL_K = 10
+"""Length of the list where a request names none."""
 SHOWN = 80
 """Characters of a client's text that an error repeats."""
 
@@ -74,7 +76,9 @@ def asked_for(limits: Limits) -> type[BaseModel]:
             list[Annotated[StrictStr, Field(min_length=1, max_length=limits.max_title_chars)]],
             Field(min_length=1, max_length=limits.max_titles, description="Titles, oldest first."),
         ]
-        k: Annotated[StrictInt, Field(ge=1, le=limits.max_k, description="Length of the list.")] = 10
+        k: Annotated[StrictInt, Field(ge=1, le=limits.max_k, description="Length of the list.")] = min(
+            USUAL_K, limits.max_k
+        )
 
         @field_validator("history")
         @classmethod

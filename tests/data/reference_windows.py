@@ -78,6 +78,14 @@ def make_windows(events: Interactions, data: DataSection) -> tuple[Windows, list
                 f"{tied} of {pairs} neighbouring interactions of a user share their timestamp; they keep "
                 "the order of the file"
             )
+        triples = Counter((events.users_of[row], events.items_of[row], timestamps[row]) for row in keep)
+        repeats = len(keep) - len(triples)
+        if repeats:
+            notes.append(
+                f"{repeats} of {len(keep)} interactions repeat another one: the same user, item and time. "
+                "Their targets stand in their own histories; if the file holds lines twice, leave the second "
+                "ones out"
+            )
     place: dict[int, tuple[str, int]] = {
         row: (user, k) for user, rows in of_user.items() for k, row in enumerate(rows)
     }

@@ -280,6 +280,14 @@ def test_equal_timestamps_keep_the_order_of_the_file_and_are_noted(tmp_path):
     assert any("2 of 4 neighbouring interactions of a user share their timestamp" in n for n in corpus.notes)
 
 
+def test_lines_that_are_there_twice_are_counted(tmp_path):
+    rows = ["a,1,1,5", "a,2,2,5", "a,3,3,5", "a,1,4,5", "b,1,1,5", "b,2,1,5", "b,2,4,5"]
+    notes = load_corpus(section(write_table(tmp_path, rows), split="leave_one_out")).notes
+    assert not any("repeat another one" in note for note in notes)  # the same item later is no repetition
+    twice = load_corpus(section(write_table(tmp_path, rows + rows[:4]), split="leave_one_out"))
+    assert any("4 of 11 interactions repeat another one: the same user, item" in n for n in twice.notes)
+
+
 def test_renamed_columns_and_other_file_types_give_the_same_corpus(tmp_path):
     half = (0.5, 0.25, 0.25)
     import pyarrow
@@ -451,6 +459,33 @@ def test_titles_lists_and_genres_are_cleaned():
         and parse_genres(None) == ()
     )
     assert parse_genres([["Books", "History"]]) == ("Books", "History")
+
+
+def test_an_array_without_commas_is_no_list_of_one_text():
+    for text in ("['B1' 'B2' 'B3']", "['B1'\n 'B2']", "['a', 'b'\"c\"]", "['a' u'b']"):
+        with pytest.raises(ValueError, match="no comma between its texts"):
+            parse_list(text)
+    assert parse_list("""['', "don't 'x' 'y'", 'a\\'' , 1]""") == ["", "don't 'x' 'y'", "a'", 1]
+
+
+def test_columns_of_json_are_the_keys_of_all_its_rows(tmp_path):
+    items = [
+        {"item_id": "1", "title": "One"},
+        {"item_id": "2", "title": "Two", "brand": "P", "genres": "x|y"},
+        {"item_id": "3", "title": "Three", "brand": "Q"},
+    ]
+    timed = (("3", 50), ("2", 40), ("1", 30), ("2", 20), ("3", 10))
+    events = [{"user_id": "a", "item_id": "1"}]
+    events += [{"user_id": "a", "item_id": item, "timestamp": time} for item, time in timed]
+    for name, rows in (("items", items), ("interactions", events)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    with pytest.raises(UserError, match="interactions.jsonl, line 1, field `timestamp`"):
+        load_corpus(section(tmp_path, split="leave_one_out"))  # it says so instead of dropping all times
+    corpus = load_corpus(section(tmp_path, split="leave_one_out", on_bad_row="skip"))
+    assert targets(corpus.split("test")) == [("a", ("3", "2", "1", "2"), "3")]
+    assert (corpus.items["2"].provider, corpus.items["3"].provider) == ("P", "Q")
+    assert corpus.items["2"].genres == ("x", "y")
 
 
 def test_split_shares_are_checked():

@@ -50,6 +50,13 @@ def test_movielens_layouts_give_titles_genres_and_users(tmp_path):
         assert corpus.users == ({"1": user} if user else {})
 
 
+def test_movielens_files_in_utf_8_are_read_as_such(tmp_path):
+    """MovieLens-10M has the layout of 1M, and another encoding."""
+    (tmp_path / "ratings.dat").write_text("1::1::5::10\n1::2::4::20\n1::1::4.5::30\n1::2::4::40\n")
+    (tmp_path / "movies.dat").write_text("1::Misérables, Les (1995)::Comedy\n2::B (1996)::x\n", "utf-8")
+    assert load_corpus(section(tmp_path, split="leave_one_out")).items["1"].title == "Misérables, Les (1995)"
+
+
 def test_embedded_ml100k_has_directors_years_and_user_attributes():
     try:
         importlib.metadata.distribution("recbole")

@@ -13,7 +13,7 @@ from gdrt_ds.config import load_config
 from gdrt_ds.data.supervised import SupervisedSource
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import Runtime
-from tests.data.sft_files import write_splits
+from tests.data.sft_files import write_lines, write_splits
 from tests.eval.run_folders import make_run
 
 
@@ -42,6 +42,19 @@ def test_weights_are_about_train_and_every_row_says_where_it_comes_from(tmp_path
     second = Counter(row.prompt for row in found.splits["train"] if row.labels["dataset"] == "second")
     assert sorted(second.values()) == [2] * 15 + [3] * 5
     assert "second: 45 rows of train, 20 at weight 2.25" in found.notes
+
+
+def test_rows_that_two_data_sets_share_are_counted_where_one_trains_on_them(tmp_path):
+    for name in ("first", "second"):
+        for split, size in (("train", 20), ("valid", 2), ("test", 4)):
+            values = [{"prompt": f"{name} {split} {i}", "completion": "yes"} for i in range(size)]
+            write_lines(tmp_path / name / f"{split}.jsonl", values)
+    given = f"data.mixture={{{tmp_path}/first: 1, {tmp_path}/second: 1}}"
+    settings = [given, "data.format=sft", "groups.by=position"]
+    assert not any("also rows of train" in note for note in read(settings).notes)
+    with open(tmp_path / "first" / "train.jsonl", "a", encoding="utf-8") as stream:
+        stream.write((tmp_path / "second" / "test.jsonl").read_text())
+    assert any("test: 4 of 8 rows are also rows of train" in note for note in read(settings).notes)
 
 
 def test_the_drawn_rows_are_the_same_every_time_and_others_with_another_seed(tmp_path):

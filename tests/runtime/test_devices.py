@@ -137,6 +137,10 @@ def test_auto_computes_in_bfloat16_only_where_the_processor_is_faster_in_it(
     assert product_dtype(torch.bfloat16, "cpu")[0] == dtype
     assert compute_dtype("float32", CPU) == torch.float32
     assert compute_dtype("bfloat16", CPU) == torch.bfloat16  # asked for by name: slow, but as asked
+    told = dtype_line("bfloat16", CPU)
+    assert ("auto would take float32" in told) == (dtype == torch.float32)
+    assert dtype == torch.bfloat16 or words in told
+    assert "auto" not in dtype_line("float32", CPU)
 
 
 def test_the_processor_is_measured_once_and_every_process_reads_that(processor, tmp_path):

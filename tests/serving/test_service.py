@@ -107,6 +107,13 @@ def test_histories_that_are_scored_alone_have_the_same_scores_to_the_bit(recomme
         same_lists(client.ask(histories[:40], K, clients=16), alone, 0.0)
 
 
+def test_the_usual_length_of_a_list_obeys_the_limit(recommender, histories):
+    with serving(recommender, max_k=3) as (client, _):
+        status, answer = client.post({"history": histories[0]})
+        assert status == 200 and len(answer["recommendations"]) == 3
+        assert client.post({"history": histories[0], "k": 4})[0] == 422
+
+
 def bad_requests() -> list[tuple[bytes, int]]:
     """60 bodies and the status of their answer."""
     title = "x" * 400

@@ -260,6 +260,24 @@ def test_a_chain_whose_evaluations_would_be_refused_is_refused(tmp_path):
     assert done.returncode == 2 and "use --mode full" in done.stderr
 
 
+def test_the_plan_is_of_the_engine_that_the_job_runs(tmp_path):
+    words = [
+        "data.path=planted",
+        f"run.dir={tmp_path / 'run'}",
+        "model.lora.dora=true",
+        "model.dtype=auto",
+        "--plan",
+        "--gpu-memory=80",
+    ]
+    refused = dry_run(*words, "--deepspeed_config", "ds_configs/zero3_qlora.json")
+    assert refused.returncode == 2 and "model.lora.dora = true with ZeRO stage 3" in refused.stderr
+    planned = dry_run(*words, "--deepspeed_config", "ds_configs/zero1.json")
+    assert planned.returncode == 0, planned.stderr
+    assert "DeepSpeed ZeRO stage 1" in planned.stdout and "the device has 80.00 GiB" in planned.stdout
+    missing = dry_run(*words[:2], "--deepspeed_config", "ds_configs/nope.json")
+    assert missing.returncode == 2 and "ds_configs/nope.json" in missing.stderr
+
+
 def dry_run(*words) -> subprocess.CompletedProcess:
     config = str(HOME / "configs" / "smoke.yaml")
     return subprocess.run(

@@ -33,6 +33,8 @@ TABLE_SUFFIXES = (
     ".jsonl.gz",
     ".json.gz",
 )
+KEY_ROWS = 10_000
+"""Objects of a JSON file whose keys are taken for its columns."""
 _END = "\x1e(end of the file)\x1e"
 """A last line for the reader of CSV: it becomes part of a cell whose quote is still open."""
 _UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
@@ -217,7 +219,10 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[int, dict]]:
 
 
 def header_of(path: Path, delimiter: str | None = None) -> list[str]:
-    """Returns the column names of a table file; of JSON those of its first row."""
+    """Returns the column names of a table file; of JSON those of its first `KEY_ROWS` rows.
+
+    An object may lack a key that others have: products without a brand, for example.
+    """
     require_file(path, "data.path")
     if suffix_of(path) in (".parquet", ".arrow"):
         return columns_of_file(path, suffix_of(path))
@@ -229,8 +234,11 @@ def header_of(path: Path, delimiter: str | None = None) -> list[str]:
         if not header:
             raise UserError(f"{path}: the file is empty", "a header line with the column names is expected")
         return [name.strip() for name in header]
-    for _, row in read_rows(path, BadRows(skip=True)):
-        return list(row)
+    keys: dict[str, None] = {}  # a set in the order of their first appearance
+    for _, row in itertools.islice(read_rows(path, BadRows(skip=True)), KEY_ROWS):
+        keys.update(dict.fromkeys(row))
+    if keys:
+        return list(keys)
     raise UserError(f"{path}: the file holds no row", "at least one JSON object is expected")
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import ast
 import html
+import io
 import json
 import math
+import re
+import tokenize
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +31,10 @@ RATINGS_UNUSED = (
     "and above"
 )
 """The note of data with ratings where `data.min_rating` is empty."""
+
+
+_TOUCHING = re.compile(r"""['"]\s*[a-zA-Z]{0,2}['"]""")
+"""Two quotation marks with nothing but white space, or the prefix of a literal, between them."""
 
 
 @dataclass(frozen=True)
@@ -268,21 +275,42 @@ def parse_list(text: object) -> list:
     if hasattr(text, "tolist"):
         text = text.tolist()
     if isinstance(text, str):
-        try:
-            text = json.loads(text)
-        except ValueError:
-            try:
-                text = ast.literal_eval(text.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-                raise ValueError(
-                    f"malformed list {_short(text)}; a list literal such as [12, 7, 9] is expected"
-                ) from None
+        text = _list_literal(text)
     if not isinstance(text, (list, tuple)):
         raise ValueError(f"{_short(text)} is not a list; a list literal such as [12, 7, 9] is expected")
     for value in text:
         if value is None or isinstance(value, (list, tuple, dict, set, bool)):
             raise ValueError(f"list {_short(text)} holds {value!r}; plain ids are expected")
     return list(text)
+
+
+def _list_literal(text: str) -> object:
+    """The value of a JSON or Python literal.
+
+    Python joins texts that touch. NumPy prints an array without commas, and its ids would become one.
+
+    Raises:
+        ValueError: neither, or a list of texts that touch.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        source = text.strip()
+    try:
+        value = ast.literal_eval(source)
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+        raise ValueError(
+            f"malformed list {_short(text)}; a list literal such as [12, 7, 9] is expected"
+        ) from None
+    if isinstance(value, (list, tuple)) and _TOUCHING.search(source):
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        texts = sum(token.type == tokenize.STRING for token in tokens)
+        if texts > sum(isinstance(element, str) for element in value):
+            raise ValueError(
+                f"malformed list {_short(text)}: no comma between its texts, as NumPy prints an array; a "
+                "list literal such as ['B1', 'B2'] is expected"
+            )
+    return value
 
 
 def parse_number(text: object) -> float:

@@ -70,7 +70,7 @@ def read_text_rows(data: DataSection, bad: BadRows) -> TextRows:
         )
     limits = {name: getattr(data, f"limit_{name}") for name in SPLITS}
     chosen = {name: _limited(splits[name], name, limits[name], data.sample_seed, notes) for name in SPLITS}
-    notes += _trained_on(chosen)
+    notes += trained_on(chosen)
     numbered = {name: [replace(row, sample_id=i) for i, row in enumerate(chosen[name])] for name in SPLITS}
     return TextRows(numbered, [*bad.notes(), *notes])
 
@@ -180,15 +180,16 @@ def _pair(row: TextRow) -> tuple[Prompt, str]:
     return row.prompt, row.completion
 
 
-def _trained_on(splits: dict[str, list[TextRow]]) -> list[str]:
+def trained_on(splits: dict[str, list[TextRow]]) -> list[str]:
     """A line for every held-out split that shares rows with train."""
     known = set(map(_pair, splits["train"]))
     lines = []
     for name in ("valid", "test"):
-        shared = sum(_pair(row) in known for row in splits[name])
+        rows = splits.get(name, [])
+        shared = sum(_pair(row) in known for row in rows)
         if shared:
             lines.append(
-                f"{name}: {shared} of {len(splits[name])} rows are also rows of train (same prompt and "
+                f"{name}: {shared} of {len(rows)} rows are also rows of train (same prompt and "
                 "completion): their targets are trained on"
             )
     return lines
