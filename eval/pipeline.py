@@ -235,6 +235,15 @@ def _notes(subject: Subject, options: ScoringOptions, predictions: list[dict[str
             f"best-first: {certified} of {len(predictions)} lists certified exact; "
             f"{search['nodes_per_user']:.0f} of {search['trie_nodes']} trie nodes opened per user; {no_rank}"
         )
+        unproven = sum(
+            row["rank"] is None and row["target_id"] in row["top_ids"][row["certified"] :]
+            for row in predictions
+        )
+        if unproven:
+            notes.append(
+                f"best-first: {unproven} targets stand in the unproven part of their lists and count as "
+                "misses, so HR and NDCG are lower bounds; raise --max-nodes"
+            )
     if options.mode == "beam":
         notes.append(f"beam search with {options.beams} beams: approximate lists; {no_rank}")
     return notes

@@ -19,6 +19,8 @@ import torch
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.inference.prompt_reader import PromptReader
 
+WORTH_A_PASS = 64
+"""Tokens that a shared beginning has to save: reading it takes a forward pass of its own."""
 LOGIT_BYTES = 128 << 20  # float32 logits [rows, V] of one slice of target positions
 
 
@@ -116,6 +118,8 @@ def _pass(
     past = reader.shared() if skip else None
     if not skip and len(rows) > 1:  # ablated and content-free prompts share a beginning of their own
         skip = common_length([prompt[:-1] for prompt, _ in rows])
+        if skip * (len(rows) - 1) < WORTH_A_PASS:
+            skip = 0
         past = _read_once(reader, sequences[0][:skip]) if skip else None
     hidden = _hidden(reader, sequences, skip, past)
     # The state before a target token predicts it: the first one is that of the prompt's last token.

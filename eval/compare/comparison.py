@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from eval.compare.runs import Run, check_same
+from eval.compare.runs import Run, check_same, with_groups_of
 from eval.intervals import Comparison, Resampled, compare_family, resample
 from eval.metrics import figure, table
 from gdrt_ds.errors import UserError
@@ -51,6 +51,12 @@ def compare_runs(runs: Sequence[Run], num_bootstrap: int = 2000, seed: int = 0) 
     if len(runs) < 2:
         raise UserError("one folder is nothing to compare", "give at least two evaluation folders")
     notes = check_same(runs)
+    first, *others = runs
+    runs = [first]
+    for run in others:
+        run, differing = with_groups_of(first, run)
+        runs.append(run)
+        notes += differing
     samples = {}
     found_metrics = {}
     for run in runs:

@@ -91,6 +91,34 @@ def with_predictions(run: Run, predictions: list[dict[str, Any]]) -> Run:
     return replace(run, predictions=predictions, inputs=inputs)
 
 
+def with_groups_of(first: Run, run: Run) -> tuple[Run, list[str]]:
+    """The run with the relevance groups of the first, so that its worst group is over the same targets.
+
+    Each run groups the test targets by its own number of groups and its own reference.
+
+    Returns:
+        the run as it is where the groups are equal or one has none, else another; a note if they differ.
+    """
+    if run.is_about_rows:
+        return run, []
+    pairs = [
+        (theirs.get("relevance_group"), own.get("relevance_group"))
+        for theirs, own in zip(first.predictions, run.predictions, strict=True)
+    ]
+    ours, others = zip(*pairs, strict=True)
+    if ours == others or set(ours) == {None} or set(others) == {None}:
+        return run, []
+    predictions = [
+        {**row, "relevance_group": group} for row, group in zip(run.predictions, ours, strict=True)
+    ]
+    differ = sum(one != two for one, two in pairs)
+    return with_predictions(run, predictions), [
+        f"relevance groups differ in {differ} of {len(pairs)} samples between {first.label} and {run.label}: "
+        f"figures of the worst group and the gap are over those of {first.label} for both, and so can differ "
+        f"from the report of {run.label}"
+    ]
+
+
 def check_same(runs: Sequence[Run]) -> list[str]:
     """Refuses runs whose numbers cannot be compared, and says what differs in those whose numbers can.
 

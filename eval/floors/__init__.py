@@ -78,6 +78,9 @@ def choose(text: str, corpus: Corpus) -> Choice:
     return {name: True for name in known if name in names}
 
 
+TOO_GOOD = "so that a model below such a floor is not shown to be worse"
+
+
 def fit_floors(subject: Subject, choice: Choice) -> tuple[dict[str, FittedFloor], list[str]]:
     """Fits the chosen floors. Returns them by name, and notes for the reader of the results."""
     known = all_floors()
@@ -94,6 +97,13 @@ def fit_floors(subject: Subject, choice: Choice) -> tuple[dict[str, FittedFloor]
             notes.append(str(reason))
             continue
         notes += fitted[name].notes
+    if fitted and subject.split == "train":
+        notes.append(
+            f"the floors have counted or learnt these very targets (split train), {TOO_GOOD}: "
+            f"{', '.join(fitted)}"
+        )
+    if "sasrec" in fitted and subject.split == "valid":
+        notes.append(f"sasrec chose its settings on these very samples (split valid), {TOO_GOOD}")
     return fitted, notes
 
 

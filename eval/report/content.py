@@ -147,7 +147,7 @@ def _headline(results: Mapping[str, Any], num_samples: int, num_users: int, num_
             )
         )
     tables = _minus_floors(results)
-    return Section("In short", [_sentence(metrics, floors, num_samples, num_users, num_items)], cards, tables)
+    return Section("In short", [_sentence(results, num_samples, num_users, num_items)], cards, tables)
 
 
 def _minus_floors(results: Mapping[str, Any]) -> list[Table]:
@@ -169,32 +169,48 @@ def _minus_floors(results: Mapping[str, Any]) -> list[Table]:
     return [Table(["metric", *(f"minus {floor}" for floor in differences)], rows, title)]
 
 
-def _sentence(
-    metrics: Mapping[str, Any], floors: Mapping[str, Any], num_samples: int, num_users: int, num_items: int
-) -> str:
+def _sentence(results: Mapping[str, Any], num_samples: int, num_users: int, num_items: int) -> str:
     text = f"{num_samples:,} test samples of {num_users:,} users, a catalogue of {num_items:,} items."
-    hit = metrics.get("hr@10")
+    hit = results["metrics"].get("hr@10")
     if not hit or hit["value"] is None:
         return text
     text += f" The held-out item is in the top 10 for {percent(hit['value'])} of the samples"
     if hit["ci_low"] is None or hit["ci_high"] is None:
         return text + "; one user gives no interval."
     text += f" (95 % interval {percent(hit['ci_low'])} to {percent(hit['ci_high'])})"
-    rates = {"chance": 10 / num_items}
-    rates |= {
-        name: values["hr@10"]["value"]
-        for name, values in floors.items()
-        if (values.get("hr@10") or {}).get("value") is not None
-    }
-    best = max(rates, key=rates.get)
-    if hit["ci_low"] > rates[best]:
-        verdict = f"; that is above every floor, of which {best} is the highest with {percent(rates[best])}."
-    elif hit["ci_high"] < rates[best]:
-        verdict = f"; that is below the floor {best} with {percent(rates[best])}."
-    else:
-        floor = f"the floor {best} with {percent(rates[best])}"
-        verdict = f"; {floor} lies inside that interval, so no difference is shown."
-    return text + verdict
+    return text + _verdict(results, hit, 10 / num_items)
+
+
+def _verdict(results: Mapping[str, Any], hit: Mapping[str, Any], chance: float) -> str:
+    """Above, below or not told apart from chance and from each floor.
+
+    A floor is judged by the paired difference over the same users: its value may lie inside the model's own
+    interval though all users gain, and outside of it though the difference spans zero. Chance has no users.
+    """
+    sides: dict[str, list[str]] = {"above": [], "below": [], "unclear": []}
+
+    def put(name: str, value: float, low: float | None, high: float | None) -> None:
+        side = "unclear"
+        if low is not None and high is not None:
+            side = "above" if low > 0 else "below" if high < 0 else "unclear"
+        sides[side].append(f"{name} ({percent(value)})")
+
+    put("chance", chance, hit["ci_low"] - chance, hit["ci_high"] - chance)
+    differences = results.get("minus_floors") or {}
+    for name, values in _floors(results).items():
+        own = (values.get("hr@10") or {}).get("value")
+        paired = (differences.get(name) or {}).get("hr@10")
+        if own is not None and paired:
+            put(name, own, paired["ci_low"], paired["ci_high"])
+    parts = [f"{side} {_listed(names)}" for side, names in sides.items() if names and side != "unclear"]
+    if sides["unclear"]:
+        parts.append(f"no difference from {_listed(sides['unclear'])} is shown")
+    paired = " Floors are compared over the same users." if sum(map(len, sides.values())) > 1 else ""
+    return f"; {'; '.join(parts)}.{paired}"
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _metric_sections(results: Mapping[str, Any], inputs: Any) -> list[Section]:

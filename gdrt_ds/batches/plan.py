@@ -8,6 +8,7 @@ accumulation or packing. So the position in the data *is* the step number, and r
 from __future__ import annotations
 
 import functools
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,12 +123,15 @@ class BatchPlan:
         """Longest first, into the lightest slot that has room: a packed row costs its number of tokens."""
         members: list[list[int]] = [[] for _ in range(slots)]
         room = -(-len(samples) // slots)
-        loads = np.zeros(slots)
+        loads = [0] * slots
+        open_slots = [(0, slot) for slot in range(slots)]  # a heap; a whole split has thousands of slots
         for sample, length in zip(*self._longest_first(samples), strict=True):
-            slot = int(np.argmin(np.where([len(m) < room for m in members], loads, np.inf)))
+            load, slot = heapq.heappop(open_slots)
             members[slot].append(int(sample))
-            loads[slot] += length
-        return members, [int(load) for load in loads]
+            loads[slot] = load + int(length)
+            if len(members[slot]) < room:
+                heapq.heappush(open_slots, (loads[slot], slot))
+        return members, loads
 
     def _split_padded(self, samples: np.ndarray, slots: int) -> tuple[list[list[int]], list[int]]:
         """Neighbours in length share a slot: padded rows all cost what the longest costs."""

@@ -105,26 +105,35 @@ def corpus_scores(store: TokenStore, train_counts: np.ndarray, known: np.ndarray
     Returns:
         float32[target tokens]; 0 where the known entries leave no choice, and behind a prefix that none has.
     """
-    passed: dict[tuple[int, ...], int] = {}
-    children: dict[tuple[int, ...], set[int]] = {}
-    numbers: dict[bytes, int] = {}
-    entries = []  # the number of an entry's prompt, then its target tokens
+    # A prefix is a node of a tree, whose root is its prompt: (node, next token) -> node.
+    nodes: dict[tuple[int, int], int] = {}
+    roots: dict[bytes, int] = {}
+    parents: list[int] = []
+    paths = []
     for start, stop, length in zip(store.offsets, store.offsets[1:], store.num_target):
         prompt = store.input_ids[start : stop - length].tobytes()
-        number = numbers.setdefault(prompt, len(numbers))
-        entries.append((number, *store.input_ids[stop - length : stop].tolist()))
-    is_known = [True] * len(entries) if known is None else known.tolist()
-    for entry, count, listed in zip(entries, train_counts.tolist(), is_known, strict=True):
-        for length in range(1, len(entry) + 1):
-            passed[entry[:length]] = passed.get(entry[:length], 0) + count
-            if listed and length < len(entry):
-                children.setdefault(entry[:length], set()).add(entry[length])
-    r = [
-        np.log((passed[entry[: i + 1]] + 1) / max(1, passed[entry[:i]] + len(children.get(entry[:i], ()))))
-        for entry in entries
-        for i in range(1, len(entry))
-    ]
-    return np.array(r, dtype=np.float32)
+        path = [roots.setdefault(prompt, -1 - len(roots))]
+        for token in store.input_ids[stop - length : stop].tolist():
+            key = (path[-1], token)
+            if key not in nodes:
+                nodes[key] = len(nodes)
+                parents.append(path[-1])
+            path.append(nodes[key])
+        paths.append(path)
+    # The roots, -1, -2 and so on, count from the end.
+    total = len(nodes) + len(roots)
+    passed = np.zeros(total, dtype=np.int64)
+    is_known = np.zeros(total, dtype=bool)
+    listed = [True] * len(paths) if known is None else known.tolist()
+    for path, count, there in zip(paths, train_counts.tolist(), listed, strict=True):
+        passed[path] += count
+        is_known[path] |= there
+    parent = np.array(parents, dtype=np.int64)
+    children = np.zeros(total, dtype=np.int64)  # continuations that the known entries have
+    np.add.at(children, parent[is_known[: len(nodes)]], 1)
+    r = np.log((passed[: len(nodes)] + 1) / np.maximum(1, passed[parent] + children[parent]))
+    order = np.array([node for path in paths for node in path[1:]], dtype=np.int64)
+    return r[order].astype(np.float32)
 
 
 def fingerprint(*parts: str) -> str:

@@ -31,6 +31,7 @@ from gdrt_ds.inference.prompt_reader import PromptReader
 from gdrt_ds.models.families import unwrap
 from gdrt_ds.models.fingerprint import base_fingerprint
 from gdrt_ds.models.float32 import to_float32
+from gdrt_ds.models.head_check import confirm_head, probe_inputs
 from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.models.scoring_choice import tree_obstacle
 from gdrt_ds.models.source import compute_dtype, dtype_name, load_tokenizer, resolve_model
@@ -74,11 +75,16 @@ class Recommender:
         return self.encoder.encode(titles).input_ids.tolist()
 
 
+USED_UP = ("objective", "options", "train", "dro", "model.lora", "prompt.template", "prompt.domain")
+"""Settings of a run that only its training reads; `prompt.json` and the adapter hold what came of them."""
+
+
 def read_run_config(folder: Path, overrides: list[str] = ()) -> RunConfig:
-    """config.yaml of a run folder.
+    """config.yaml of a run folder, with overrides of what is no matter of the training.
 
     Raises:
-        UserError: no run folder, or one whose training has not begun.
+        UserError: no run folder, one whose training has not begun, or another value of a setting that the
+            training has used up: nothing would change but the records.
     """
     _refuse_rows(folder)
     missing = [name for name in RUN_FILES if not (folder / name).is_file()]
@@ -88,7 +94,23 @@ def read_run_config(folder: Path, overrides: list[str] = ()) -> RunConfig:
             f"run folder {folder} {what}",
             "give the run.dir of a training run; for other models use --model, --prompt and --data",
         )
-    return load_config(folder / "config.yaml", overrides)
+    config = load_config(folder / "config.yaml", overrides)
+    trained = load_config(folder / "config.yaml", [])
+    for name in USED_UP:
+        now, before = (_value_of(settings, name) for settings in (config, trained))
+        if now != before:
+            raise UserError(
+                f"{name} is another than in the training of {folder}: the run's adapter, prompt and groups "
+                "are used as they are, so this setting would change the records alone",
+                f"leave {name} out, or train a run with it",
+            )
+    return config
+
+
+def _value_of(settings: object, name: str) -> object:
+    for part in name.split("."):
+        settings = getattr(settings, part)
+    return settings
 
 
 def _refuse_rows(folder: Path) -> None:
@@ -240,6 +262,8 @@ def load_checked(
             "log-probabilities"
         )
     loaded.model.eval()
+    line = confirm_head(loaded.model, *probe_inputs(loaded.model, runtime.device), loaded.dtype)
+    lines += [line] if line else []
     return loaded, lines
 
 

@@ -70,9 +70,9 @@ def plan_allowed(
     Raises:
         UserError: a shape is wrong, a node or token is out of range, or a node has no children.
     """
-    node = allowed.node.detach().cpu().numpy().astype(np.int64)
-    offsets = allowed.offsets.detach().cpu().numpy().astype(np.int64)
-    tokens = allowed.tokens.detach().cpu().numpy().astype(np.int64)
+    node = allowed.node.detach().cpu().numpy().astype(np.int64, copy=False)
+    offsets = allowed.offsets.detach().cpu().numpy().astype(np.int64, copy=False)
+    tokens = allowed.tokens.detach().cpu().numpy().astype(np.int64, copy=False)
     if node.shape != (num_rows,):
         raise UserError(
             f"allowed.node has shape {node.shape}, but there are {num_rows} rows",

@@ -9,6 +9,7 @@ Where it comes from:
     skeleton.py            a model without storage, to look at
     inventory.py           what it is made of, counted on the skeleton
     families.py            what differs between model families
+    head_check.py          whether that gives the model's own logits, measured after loading
     fingerprint.py         the fingerprint of a frozen base
 
 How it is loaded:

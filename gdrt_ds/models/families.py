@@ -106,21 +106,28 @@ def lm_head_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is output), None)
 
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configs call the cap of the logits: Gemma-2, RecurrentGemma, xLSTM."""
+
+
 def lm_head_scaling(config) -> tuple[float, float | None]:
     """Returns (scale, softcap) of logits = softcap * tanh(scale * (W h + b) / softcap).
 
     A softcap of None means that nothing is capped.
-    Gemma-2 caps its logits. Cohere multiplies them; Granite and MiniCPM-like families divide them.
+    Gemma-2, RecurrentGemma and xLSTM cap their logits. Cohere and HyperCLOVA X multiply them; Granite and
+    MiniCPM-like families divide them. What is not known here is measured (head_check.py).
     """
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:
         scale = float(config.logit_scale)
     if getattr(config, "logits_scaling", None) is not None:
-        scale /= float(config.logits_scaling)
+        factor = float(config.logits_scaling)
+        scale *= factor if getattr(config, "model_type", "").startswith("hyperclovax") else 1 / factor
     if getattr(config, "lm_head_multiplier", None) is not None:
         scale *= float(config.lm_head_multiplier)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    caps = (getattr(config, name, None) for name in SOFTCAPS)
+    softcap = next((cap for cap in caps if cap is not None), None)
     return scale, None if softcap is None else float(softcap)
 
 

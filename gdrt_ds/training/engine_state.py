@@ -23,6 +23,8 @@ from torch import Tensor
 from gdrt_ds.errors import UserError
 
 WEIGHT = "weight"
+OF_THE_SETTINGS = ("weight_decay", "betas")
+"""What an optimizer's group has from the settings: a checkpoint of another run does not replace it."""
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
@@ -206,6 +208,7 @@ def import_state(engine, slices: dict[str, dict[str, list[tuple[int, Tensor]]]],
             {
                 key: tuple(value) if isinstance(target.get(key), tuple) else value
                 for key, value in source.items()
+                if key not in OF_THE_SETTINGS
             }
         )
     _refresh_model_weights(engine)

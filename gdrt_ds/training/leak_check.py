@@ -23,6 +23,7 @@ import torch.distributed as dist
 from gdrt_ds.batches import MicroBatch, build_micro_batch
 from gdrt_ds.data.prompts import TokenStore
 from gdrt_ds.errors import UserError
+from gdrt_ds.models.head_check import confirm_head
 
 SHARED = 2
 """Tokens that the samples have in common, as all prompts begin alike."""
@@ -89,6 +90,15 @@ def pass_once(engine, vocabulary: int, pad_id: int, device: torch.device) -> Non
     """
     micro = build_micro_batch(probe(vocabulary, SEEDS[0]), np.arange(1), "none", 0, pad_id, device).to(device)
     _losses(engine, micro)
+
+
+def check_head(
+    engine, packing: str, vocabulary: int, pad_id: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """`confirm_head` of the model under the engine, on a row of the run's own layout."""
+    store = probe(vocabulary, SEEDS[0])
+    micro = build_micro_batch(store, np.arange(1), packing, SHARED, pad_id, device).to(device)
+    return confirm_head(engine.module.model, micro.inputs, micro.supervised, dtype)
 
 
 def _losses(engine, micro: MicroBatch) -> torch.Tensor:

@@ -27,7 +27,7 @@ from gdrt_ds.training.deepspeed_config import (
     zero_stage,
 )
 from gdrt_ds.training.job import Job
-from gdrt_ds.training.leak_check import confirm_packing, pass_once
+from gdrt_ds.training.leak_check import check_head, confirm_packing, pass_once
 from gdrt_ds.training.memory_use import PeakMemory
 from gdrt_ds.training.model_with_loss import FusedLossModel
 from gdrt_ds.training.optimizer import make_optimizer
@@ -115,15 +115,17 @@ def load(job: Job, prepared: Prepared) -> Loaded:
         dist_init_required=False,
     )
     engine.train()
+    vocabulary, pad_id = prepared.model_config.get_text_config().vocab_size, prepared.tokenizer.pad_token_id
+    if line := check_head(engine, packing, vocabulary, pad_id, dtype, runtime.device):
+        job.say(line)
     if packing == "none":
-        vocabulary = prepared.model_config.get_text_config().vocab_size
-        pass_once(engine, vocabulary, prepared.tokenizer.pad_token_id, runtime.device)
+        pass_once(engine, vocabulary, pad_id, runtime.device)
     packing, line = confirm_packing(
         config.train.packing,
         packing,
         engine,
         prepared.model_config,
-        prepared.tokenizer.pad_token_id,
+        pad_id,
         dtype,
         runtime.device,
     )

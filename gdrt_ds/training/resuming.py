@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from gdrt_ds.config import RunConfig
 from gdrt_ds.dro import DroState
@@ -74,6 +76,8 @@ def resume(job: Job, prepared: Prepared, loaded: Loaded) -> Resumed:
         # Its value may be of another figure, and its checkpoint is not here.
         job.say("resume: from another run folder, whose best validation does not count here")
         best = Best()
+    for line in other_order(job.config, path.resolve().parent.parent / "config.yaml"):
+        job.say(line)
     return Resumed(
         first_step=saved["step"],
         best=best,
@@ -82,6 +86,26 @@ def resume(job: Job, prepared: Prepared, loaded: Loaded) -> Resumed:
         live_table=None if live_table is None else live_table.numpy(),
         groups_digest=saved.get("groups_digest", ""),
     )
+
+
+def other_order(config: RunConfig, of_checkpoint: Path) -> list[str]:
+    """Says where this run deals samples out otherwise than the one of the checkpoint did.
+
+    The number of the step is all that is known of the samples that were seen.
+
+    Args:
+        of_checkpoint: config.yaml of that run; its folder may hold a checkpoint alone.
+    """
+    if not of_checkpoint.is_file():
+        return []
+    before = (yaml.safe_load(of_checkpoint.read_text(encoding="utf-8")) or {}).get("train") or {}
+    return [
+        f"resume: the checkpoint's run had train.{key} = {before[key]}, this one has "
+        f"{getattr(config.train, key)}: it goes on at the same step of another order, so samples are left "
+        "out or come again"
+        for key in ("global_batch", "seed")
+        if key in before and before[key] != getattr(config.train, key)
+    ]
 
 
 def check_groups(resumed: Resumed, grouped: Grouped) -> None:

@@ -185,7 +185,7 @@ def train_tokens(
         among = None
         if objective.masked_softmax:
             among = partial(allowed_tokens, facts["trie_node"], facts["trie_offsets"], facts["trie_tokens"])
-        facts["reference"] = losses_to_exceed(job, prepared, loaded, resumed.first_step, beat, among)
+        facts["reference"] = losses_to_exceed(job, prepared, loaded, beat, among)
     return TrainTokens(prepared.stores["train"], grouped.groups["train"], grouped.plan.num, **facts)
 
 
@@ -205,7 +205,6 @@ def losses_to_exceed(
     job: Job,
     prepared: Prepared,
     loaded: Loaded,
-    first_step: int,
     beat: Callable[[], None],
     among: Callable[[MicroBatch], AllowedTokens] | None,
 ) -> np.ndarray:
@@ -219,7 +218,9 @@ def losses_to_exceed(
             be no excess.
     """
     store = prepared.stores["train"]
-    used = samples_ahead(loaded.plan, len(store), first_step, loaded.total_steps)
+    # Of the whole run, also where it goes on in its middle: in other micro-batches, as other samples would
+    # make them, a loss can differ in its last digits, and the run would not be the same to the bit.
+    used = samples_ahead(loaded.plan, len(store), 0, loaded.total_steps)
     loaded.engine.eval()
     with reference(loaded.base.model, EXCESS if job.config.dro.excess_adapter else None):
         losses = split_losses(

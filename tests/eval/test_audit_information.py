@@ -7,7 +7,8 @@ from run_folders import make_run
 from scipy.special import log_softmax
 
 from eval.audit import AuditOptions, run_audits
-from eval.audit.model.information import EFFECT, clean_pairs, measure, side_curves
+from eval.audit.estimates import Estimate
+from eval.audit.model.information import EFFECT, clean_pairs, measure, side_curves, sureness
 from eval.loading import load_subject
 from eval.metrics.calibration import TEMPERATURES
 from eval.report import figures
@@ -45,6 +46,15 @@ def test_the_curves_equal_a_loop_over_pairs_and_temperatures():
             assert own[u, t] == pytest.approx(loss[u])
             assert other[u, t] == pytest.approx(np.mean([loss[v] for v in range(5) if clean[u, v]]))
             assert min(abs(one[u, t] - loss[v]) for v in range(5) if clean[u, v]) < 1e-9
+
+
+def test_a_temperature_is_judged_by_its_interval():
+    def told(low, high):
+        return sureness(Estimate(2.5, low, high, 9, 1.0))
+
+    assert told(1.5, 3.0) == "too sure" and told(0.2, 0.9) == "not sure enough"
+    assert told(0.8, 6.0) == "not shown to be too sure or not sure enough"
+    assert told(float("nan"), float("nan")) == "without an interval"
 
 
 def test_a_right_scorer_knows_what_it_knows_and_the_parts_add_up():

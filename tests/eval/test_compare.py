@@ -99,6 +99,26 @@ def test_a_run_against_its_own_copy_spans_zero_everywhere(folders, tmp_path):
     assert {row.verdict for row in found.rows["copy"].values()} <= {"interval spans zero", "not defined"}
 
 
+def test_the_worst_group_of_a_comparison_is_over_the_same_targets(folders, tmp_path):
+    """Two runs with the same scores, one of which was trained with other groups."""
+
+    def regroup(predictions, _):
+        order = sorted(range(len(predictions)), key=lambda i: predictions[i]["target_nll"])
+        for place, index in enumerate(order):
+            predictions[index]["relevance_group"] = place * 8 // len(order)
+
+    other = write_folder(tmp_path / "other" / "eval", 2.5, change=regroup)
+    runs = [load_run(folders[1], "sft"), load_run(other, "other")]
+    own = [run.statistics()[0] for run in runs]
+    found = compare_runs(runs, 100)
+    worst = [name for name in found.metrics if "worst_relevance" in name]
+    assert worst and all(abs(found.rows["other"][name].difference) < 1e-12 for name in worst)
+    assert any("relevance groups differ in" in note for note in found.notes)
+    assert set(own[0]) == set(own[1])  # both had groups, so nothing was left out before either
+    same = compare_runs([load_run(folders[1], "sft"), load_run(folders[2], "gdrt")], 50)
+    assert not any("relevance groups" in note for note in same.notes)
+
+
 def shift_targets(predictions, entries):
     predictions[3]["target_id"] = next(e.item_id for e in entries if e.item_id != predictions[3]["target_id"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,6 +60,15 @@ def test_an_evaluation_shows_sasrec_beside_popularity_and_markov_and_loads_it_th
     assert "trained once" not in capsys.readouterr().out
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert again["floors"]["sasrec"] == own
+
+
+def test_floors_that_have_seen_the_split_are_named(subject):
+    choice = choose("popularity,markov", subject.corpus)
+    assert not any("so that a model below" in note for note in fit_floors(subject, choice)[1])
+    notes = fit_floors(replace(subject, split="train"), choice)[1]
+    assert any(
+        "(split train), so that a model below such a floor is not shown to be worse" in n for n in notes
+    )
 
 
 def test_the_difference_to_a_floor_pairs_users(subject):

@@ -19,6 +19,7 @@ from examples import entry, prediction, world
 
 from eval.metrics import evaluate, evaluate_targets
 from eval.report import read_training, terminal_table, write_report
+from eval.report.content import _sentence
 from eval.report.figures import by_group, checked
 from eval.report.plots import draw
 from eval.report.words import number, signed
@@ -194,6 +195,27 @@ def test_a_title_that_is_markup_stays_text_in_page_and_markdown(report):
     page, markdown = ((report[0] / name).read_text() for name in ("report.html", "report.md"))
     assert "<script" not in page and "".join(parsed(page).text).count('<script>alert("x")</script>') >= 5
     assert "<script" not in markdown and "[a](javascript" not in markdown
+
+
+def test_the_first_sentence_judges_floors_by_the_paired_difference():
+    """A floor's value inside the model's own interval says nothing, and neither does one outside of it."""
+    hit = {"value": 0.15, "ci_low": 0.13, "ci_high": 0.17}
+
+    def sentence(**paired):
+        floors = {name: {"hr@10": {"value": value}} for name, (value, _, _) in paired.items()}
+        differences = {
+            name: {"hr@10": {"value": 0.0, "ci_low": low, "ci_high": high}}
+            for name, (_, low, high) in paired.items()
+        }
+        results = {"metrics": {"hr@10": hit}, "floors": floors, "minus_floors": differences}
+        return _sentence(results, 2000, 2000, 1000)
+
+    text = sentence(popularity=(0.144, 0.003, 0.009), markov=(0.12, -0.005, 0.04), sasrec=(0.2, -0.09, -0.01))
+    assert "above chance (1.0 %) and popularity (14.4 %); below sasrec (20.0 %)" in text
+    assert "no difference from markov (12.0 %) is shown. Floors are compared over the same users." in text
+    assert sentence().endswith("; above chance (1.0 %).")
+    hit = {"value": 0.01, "ci_low": 0.005, "ci_high": 0.02}
+    assert "no difference from chance (1.0 %) is shown" in sentence()
 
 
 def test_every_section_table_and_figure_is_there_with_its_sentence(report):

@@ -17,6 +17,8 @@ from eval import predictions as predictions_module
 from eval.floors import choose, fit_floors
 from eval.loading import load_subject
 from eval.metrics.calibration import nll_curve
+from eval.pipeline import _notes
+from eval.predictions.options import ScoringOptions
 from eval.predictions.rows import SCORE_DECIMALS
 from eval.run import checked_options, main, parse, without_effect
 from eval.scoring import expected_rank, per_item_scores
@@ -234,6 +236,19 @@ def test_the_searching_modes_agree_with_exact_ranks_where_they_give_one(run, eva
             assert mine["top_ids"][:5] == theirs["top_ids"][:5]
             assert mine["rank"] == (theirs["rank"] if mode == "beam" or theirs["rank"] <= 5 else None)
     assert all(row["certified"] == 5 for row in rows(tmp_path / "best_first"))
+
+
+def test_targets_in_the_unproven_part_of_a_list_are_counted_in_a_note(run):
+    subject = load_subject(Runtime(), run=str(run), limit=3)
+    lists = {"top_ids": ["a", "b", "c"], "nodes_expanded": 9}
+    found = [
+        {**lists, "target_id": "b", "rank": None, "certified": 1},
+        {**lists, "target_id": "b", "rank": 2.0, "certified": 2},
+        {**lists, "target_id": "z", "rank": None, "certified": 0},
+    ]
+    told = [note for note in _notes(subject, ScoringOptions("best_first"), found) if "unproven" in note]
+    assert len(told) == 1 and told[0].startswith("best-first: 1 targets stand in the unproven part")
+    assert not any("unproven" in note for note in _notes(subject, ScoringOptions("best_first"), found[1:]))
 
 
 def test_duplicate_titles_are_one_entry_and_any_of_their_ids_is_a_hit(tmp_path):

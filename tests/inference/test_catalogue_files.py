@@ -12,7 +12,7 @@ from gdrt_ds.data.trie_file import ARRAYS, TRIE_FILE, load_trie
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import REPOSITORY
 from gdrt_ds.inference.exporting import export
-from gdrt_ds.inference.recommender import open_run
+from gdrt_ds.inference.recommender import open_run, read_run_config
 from gdrt_ds.runtime import Runtime
 from tests.eval.run_folders import make_run
 
@@ -36,6 +36,16 @@ def test_the_export_holds_the_trie_titles_and_prompt_of_the_evaluation(run, expo
         assert np.array_equal(getattr(found, name), getattr(expected, name)), name
     for name in ("catalogue.jsonl", "prompt.json"):
         assert (exported / name).read_bytes() == (run / name).read_bytes()
+
+
+@pytest.mark.parametrize("given", ["objective=sft", "train.seed=7", "prompt.template=plain", "dro.tau=9"])
+def test_settings_that_the_training_used_up_cannot_be_others_afterwards(run, given):
+    """They would change nothing but what the records say."""
+    key = given.partition("=")[0]
+    with pytest.raises(UserError, match=f"{key.partition('.')[0]}.* is another than in the training"):
+        read_run_config(run, [given])
+    same = [f"objective={read_run_config(run).objective}", "data.limit_test=5", "model.dtype=float32"]
+    assert read_run_config(run, same).data.limit_test == 5
 
 
 def test_the_docs_name_the_arrays_of_the_trie(exported):

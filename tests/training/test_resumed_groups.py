@@ -9,7 +9,10 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 
+from gdrt_ds.config import load_config
+from gdrt_ds.training.resuming import other_order
 from tests.data.sft_files import rows, write_lines
 from tests.distributed.test_train_cli import lines, train
 
@@ -56,6 +59,24 @@ def test_the_same_groups_go_on(started, tmp_path):
     status, said = resumed(started, tmp_path)
     assert status == 0, said
     assert lines(tmp_path / "run")[-1]["group_weight"] == lines(started[0])[-1]["group_weight"]
+
+
+def test_weight_decay_is_that_of_the_settings_and_another_order_of_samples_is_told(started, tmp_path):
+    for run in ("same", "other"):
+        (tmp_path / run).mkdir()
+    status, said = resumed(started, tmp_path / "same")
+    assert status == 0 and "another order" not in said, said
+    status, said = resumed(started, tmp_path / "other", "train.weight_decay=1000", "train.lr=0.0005")
+    assert status == 0, said
+    adapters = [
+        load_file(tmp_path / run / "run/adapter/adapter_model.safetensors") for run in ("same", "other")
+    ]
+    sizes = [sum(float(weight.abs().sum()) for weight in adapter.values()) for adapter in adapters]
+    assert sizes[1] < 0.95 * sizes[0]
+    config = load_config(None, ["train.global_batch=4", "train.seed=0"])
+    (told,) = other_order(config, started[0] / "config.yaml")
+    assert "had train.global_batch = 8, this one has 4: it goes on at the same step of another order" in told
+    assert other_order(config, tmp_path / "config.yaml") == []
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,9 @@ def sureness(temperature: Estimate) -> str:
         return "too sure"
     if temperature.high < 1:
         return "not sure enough"
-    return "as sure as they should be"
+    if np.isnan([temperature.low, temperature.high]).any():
+        return "without an interval"
+    return "not shown to be too sure or not sure enough"
 
 
 def run(context: AuditContext) -> dict:

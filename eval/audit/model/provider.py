@@ -100,7 +100,7 @@ def run(context: AuditContext) -> dict:
     order = np.argsort(-np.abs(shown - chosen))[:SHOWN]
     excess = found[EXCESS]
     speaks = p <= 0.05 and not excess.spans_null
-    verdict = "providers matter" if speaks else "no more than items explain"
+    verdict = "providers matter" if speaks else "not shown to be more than items explain"
     farthest = order[0]
     finding = (
         f"Provider exposure differs from interaction shares by {found[DISTANCE].text()} (L1) "

@@ -115,7 +115,7 @@ def run(context: AuditContext) -> dict:
     effect = found[EXCESS]
     top = num_top(len(popularity))
     speaks = p <= 0.05 and not effect.spans_null
-    verdict = "a few titles are everywhere" if speaks else "no more concentrated than the data"
+    verdict = "a few titles are everywhere" if speaks else "not shown to be more concentrated than the data"
     finding = (
         f"The {top} most shown titles take {found[SHARE].text()} of the exposure, "
         f"{effect.text()} more than lists drawn from train popularity (p = {p:.2g}: {verdict}); "
