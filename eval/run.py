@@ -148,7 +148,14 @@ def checked_options(options: argparse.Namespace) -> tuple[ScoringOptions, AuditO
         options.length_penalty,
         options.max_nodes,
     )
-    audits = AuditOptions(options.audit_users, options.permutations, tuple(options.runs), options.bootstrap)
+    audits = AuditOptions(
+        options.audit_users,
+        options.permutations,
+        tuple(options.runs),
+        options.bootstrap,
+        batch_size=options.batch_size,
+        max_score_bytes=options.max_score_bytes,
+    )
     return scoring, audits
 
 

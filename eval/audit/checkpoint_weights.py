@@ -9,6 +9,7 @@ world size.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -25,9 +26,18 @@ def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:
     found = []
     for path in sorted((run / "checkpoints").glob("step_*")):
         match = STEP_PATTERN.match(path.name)
-        if match and not match.group(2) and path.is_dir() and verify(path) is None:
-            found.append((int(match.group(1)), path))
+        if match and not match.group(2) and path.is_dir():
+            files = [(file.name, file.stat()) for file in sorted(path.iterdir())]
+            stamps = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+            if _is_whole(path, stamps):
+                found.append((int(match.group(1)), path))
     return sorted(found)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_whole(folder: Path, stamps: tuple) -> bool:
+    """Whether the checksums hold. That reads all files, and audits ask often; `stamps` change with files."""
+    return verify(folder) is None
 
 
 def adapter_weights(folder: Path) -> dict[str, Tensor]:

@@ -21,8 +21,6 @@ from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
 from gdrt_ds.data.corpus import Sample
 from gdrt_ds.errors import UserError
 
-NLL_BATCH = 8  # prompts in one pass
-SCORE_BATCH = 8
 MOST_USERS = 100  # the largest default of an audit over score rows
 PROGRESS_S = 15  # seconds between two lines of progress
 
@@ -130,7 +128,8 @@ class AuditContext:
         from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 
         if self._scorer is None:
-            self._scorer = CatalogueScorer(self.recommender.reader, self.recommender.trie)
+            bound = self.options.max_score_bytes
+            self._scorer = CatalogueScorer(self.recommender.reader, self.recommender.trie, max_bytes=bound)
         return self._scorer.score(prompts).numpy()
 
     def scores(self, histories: Sequence[History], what: str) -> np.ndarray:
@@ -142,7 +141,7 @@ class AuditContext:
         keys = [tuple(history) for history in histories]
         missing = list(dict.fromkeys(key for key in keys if key not in self._rows))
         missing.sort(key=len)  # prompts of similar length share a batch
-        rows = self.each(missing, lambda part: list(self.score_batch(part)), what, SCORE_BATCH)
+        rows = self.each(missing, lambda part: list(self.score_batch(part)), what, self.options.batch_size)
         self._rows.update(zip(missing, rows))
         return np.stack([self._rows[key] for key in keys])
 
@@ -221,7 +220,7 @@ class AuditContext:
             fed = [(list(prompt), list(target)) for prompt, target, _ in part]
             return self.loss_batch(fed, [list(label) for _, _, label in part], full_only)
 
-        found = dict(zip(distinct, self.each(distinct, compute, what, NLL_BATCH)))
+        found = dict(zip(distinct, self.each(distinct, compute, what, self.options.batch_size)))
         return [found[key] for key in keys]
 
     def title_log_probs(self, which: str) -> np.ndarray:

@@ -18,6 +18,8 @@ class AuditOptions:
         runs: other run or evaluation folders, for audits over several of them.
         num_bootstrap: resamples of the intervals.
         seed: of the choice of users, of permutations and of resamples.
+        batch_size: prompts in one pass.
+        max_score_bytes: bound on the working memory of a scoring of the catalogue, as in `ScoringOptions`.
 
     Raises:
         UserError: fewer than 2 users or permutations, or too few resamples for an interval.
@@ -28,6 +30,8 @@ class AuditOptions:
     runs: tuple[str, ...] = ()
     num_bootstrap: int = 1000
     seed: int = 0
+    batch_size: int = 8
+    max_score_bytes: int = 2 << 30
 
     def __post_init__(self):
         refuse_below(2, "--audit-users", self.users, "an audit compares users")

@@ -107,8 +107,8 @@ class ModelSection(Section):
     attention: Annotated[str, PartName("gdrt_ds.models.attention", "auto")] = Field(
         "auto",
         description="Attention implementation. `auto` takes flash-attn on GPUs from Ampere on where it can "
-        "be imported, else SDPA; the start of a run says which. A new backend is one file in "
-        "gdrt_ds/models/attention/.",
+        "be imported, else SDPA; the start of a run says which. Rows that share a prefix, the usual ones, "
+        "take FlexAttention on GPUs in either case. A new backend is one file in gdrt_ds/models/attention/.",
     )
     loading: Literal["auto", "sharded", "stock"] = Field(
         "auto",

@@ -147,8 +147,23 @@ def head_term(layer: TrainableTokensLayer, weight: Tensor) -> tuple[Tensor, Tens
     name = layer.active_adapters[0]
     if name not in layer.trainable_tokens_delta:
         return None
-    ids = torch.tensor(layer.token_indices[name], device=weight.device)
+    ids, b_Vn = _places(layer, name, weight)
     a_nH = layer.trainable_tokens_delta[name].to(weight.dtype) - weight.detach()[ids]
-    b_Vn = weight.new_zeros(weight.shape[0], len(ids))
-    b_Vn[ids, torch.arange(len(ids), device=weight.device)] = 1.0
     return a_nH, b_Vn, 1.0
+
+
+def _places(layer: TrainableTokensLayer, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Long[n] of the chosen tokens and B [V, n].
+
+    Both are made once and kept with the layer: in each forward the list of ids would make the host wait for
+    the device, and B would be filled anew.
+    """
+    kept = getattr(layer, "gdrt_places", None)
+    wanted = (name, weight.device, weight.dtype, weight.shape[0])
+    if kept is None or kept[0] != wanted:
+        with torch.inference_mode(False):  # a later backward pass may need it
+            ids = torch.tensor(layer.token_indices[name], device=weight.device)
+            b_Vn = torch.zeros(weight.shape[0], len(ids), dtype=weight.dtype, device=weight.device)
+            b_Vn[ids, torch.arange(len(ids), device=weight.device)] = 1.0
+        kept = layer.gdrt_places = (wanted, ids, b_Vn)
+    return kept[1], kept[2]

@@ -13,7 +13,7 @@ LITTLE_DISK = 2 << 30
 LITTLE_SHARED_MEMORY = 256 << 20
 """DeepSpeed's CPU ranks share 66 MiB each in /dev/shm; NCCL needs room there too."""
 OPTIONAL = {
-    "flash-attn": "attention on GPUs is SDPA",
+    "flash-attn": "rows of train.packing=packed and none use SDPA on GPUs; the default rows do not need it",
     "triton": "the group loss on GPUs is torch's, which is slower",
     "tensorboard": "log.tensorboard=true is refused",
     "wandb": "log.wandb=true is refused",

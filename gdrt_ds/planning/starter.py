@@ -169,6 +169,7 @@ def _data_lines(seen: Seen) -> list[str]:
 def _reading_lines() -> list[str]:
     return [
         _line("on_bad_row", "error", "skip = leave bad rows out and count them"),
+        _line("limit_valid", 2000, "samples of a validation, which comes every train.eval_every steps"),
         _line("limit_test", 1000, "test samples that an evaluation scores; remove it for all"),
     ]
 

@@ -1,5 +1,6 @@
 """Each planted bias makes the right audit speak and no other; permuted labels silence every audit."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ from planted_context import HONEST_DATA, PlantedContext
 from run_folders import make_run
 
 from eval.audit import AuditOptions, run_audits
+from eval.audit.context import AuditContext
 from eval.audit.estimates import bootstrap, least_squares, spearman
 from eval.audit.model import dimensionality, position, pretraining, provider, selection, shift, titles
 from eval.audit.model.amplification import measure_change, measure_step
@@ -15,6 +17,7 @@ from eval.audit.runs import cross_tuning
 from eval.audit.score_rows import exposure, probabilities, target_gains, target_hits, target_ranks, top_lists
 from eval.loading import load_subject
 from eval.report import figures
+from gdrt_ds.inference import catalogue_scoring
 from gdrt_ds.runtime import Runtime
 
 OPTIONS = AuditOptions(users=40, num_bootstrap=200, permutations=3)
@@ -263,6 +266,33 @@ def test_an_environment_that_costs_more_is_found_and_permuted_labels_are_not():
         shift.popularity_shift(np.array([3] * 30), share, 0)[0] == 1.0
         and shift.popularity_shift(rng.choice(4, 200, p=share / 10), share, 0)[2] > 0.05
     )
+
+
+def test_the_batch_and_the_bound_of_the_scoring_are_those_of_its_audits(subject, monkeypatch):
+    sizes = []
+
+    class Counted(PlantedContext):
+        def score_batch(self, histories):
+            sizes.append(len(histories))
+            return super().score_batch(histories)
+
+        def loss_batch(self, rows, *others):
+            sizes.append(len(rows))
+            return super().loss_batch(rows, *others)
+
+    run_audits(["shift", "sensitivity"], Counted(subject, Runtime(), replace(OPTIONS, batch_size=3)))
+    assert 3 in sizes and max(sizes) == 3
+    bounds = []
+    scorer = catalogue_scoring.CatalogueScorer
+
+    def told(*words, **options):
+        bounds.append(options["max_bytes"])
+        return scorer(*words, **options)
+
+    monkeypatch.setattr(catalogue_scoring, "CatalogueScorer", told)
+    context = AuditContext(subject, Runtime(), replace(OPTIONS, max_score_bytes=64 << 20))
+    context.scores([subject.samples[0].history], "scores")
+    assert bounds == [64 << 20]
 
 
 def test_two_users_make_no_environment_that_is_the_worst(subject):

@@ -41,3 +41,11 @@ def test_a_real_change_and_a_missing_figure_are_differences_everywhere():
         "/nll: only in the golden file"
     ]
     assert differences({"group_loss": [None]}, {"group_loss": [0.0]}, exact=False)
+
+
+def test_the_best_temperature_may_differ_by_more_between_machines_and_not_by_much():
+    golden = {"temperature, other histories": {"value": 1.0}, "nll": {"value": 1.0}}
+    near, far = ({**golden, "temperature, other histories": {"value": 1 + by}} for by in (5e-5, 5e-4))
+    assert differences(golden, near, exact=False) == [] != differences(golden, far, exact=False)
+    assert differences(golden, near, exact=True)
+    assert differences(golden, {**golden, "nll": {"value": 1 + 5e-5}}, exact=False)
