@@ -57,9 +57,9 @@ def test_a_process_without_a_launcher_is_alone_in_a_batch_step_of_one_task_too(e
 
 def test_the_shell_of_an_interactive_allocation_is_no_rank(environment):
     shell = {**SLURM, "SLURM_PROCID": "0"}
-    environment({**shell, "SLURM_STEP_NUM_TASKS": "1"})
-    assert detect_rank()["world"] == 1
     environment({**shell, "SLURM_STEP_ID": "4294967290"})
+    assert detect_rank()["world"] == 1
+    environment({**shell, "SLURM_STEP_NUM_TASKS": "1"})
     assert detect_rank()["world"] == 1
     environment({**SLURM, "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"})
     assert (detect_rank()["world"], detect_rank()["local_world"]) == (8, 4)
