@@ -108,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
             text, broken = report(Path(args.status))
             print(text)
             return int(broken)
-        from chain import build, check, show, submit
+        from chain import build, show, submit
+        from checks import check
 
         os.environ.setdefault("GDRT_HOME", str(HOME))
         if not {"GDRT_VENV", "GDRT_PYTHON", "GDRT_CONTAINER"} & os.environ.keys():

@@ -91,6 +91,16 @@ def with_predictions(run: Run, predictions: list[dict[str, Any]]) -> Run:
     return replace(run, predictions=predictions, inputs=inputs)
 
 
+def with_parts_of(other: Run, run: Run, names: Sequence[str]) -> Run:
+    """The run with some keys of another's predictions, by sample: a part must be the same targets in both."""
+    theirs = {str(row["sample_id"]): row for row in other.predictions}
+    predictions = []
+    for row in run.predictions:
+        parts = theirs.get(str(row["sample_id"]), {})
+        predictions.append({**row, **{name: parts.get(name) for name in names}})
+    return with_predictions(run, predictions)
+
+
 def with_groups_of(first: Run, run: Run) -> tuple[Run, list[str]]:
     """The run with the relevance groups of the first, so that its worst group is over the same targets.
 
@@ -108,11 +118,8 @@ def with_groups_of(first: Run, run: Run) -> tuple[Run, list[str]]:
     ours, others = zip(*pairs, strict=True)
     if ours == others or set(ours) == {None} or set(others) == {None}:
         return run, []
-    predictions = [
-        {**row, "relevance_group": group} for row, group in zip(run.predictions, ours, strict=True)
-    ]
     differ = sum(one != two for one, two in pairs)
-    return with_predictions(run, predictions), [
+    return with_parts_of(first, run, ("relevance_group",)), [
         f"relevance groups differ in {differ} of {len(pairs)} samples between {first.label} and {run.label}: "
         f"figures of the worst group and the gap are over those of {first.label} for both, and so can differ "
         f"from the report of {run.label}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.compare.runs import OWN_GROUPS, Run, check_same, load_run, with_predictions
+from eval.compare.runs import OWN_GROUPS, Run, check_same, load_run, with_parts_of, with_predictions
 from eval.intervals import Comparison, Resampled, compare_family, resample
 from eval.metrics import table
 from eval.rows.inputs import RowInputs
@@ -219,13 +219,7 @@ def with_groups_and_labels_of(run: Run, other: Run) -> Run:
     """
     if run.is_about_rows:
         return run
-    theirs = {str(row["sample_id"]): row for row in other.predictions}
-    predictions = []
-    for row in run.predictions:
-        parts = theirs.get(str(row["sample_id"]), {})
-        taken = {name: parts.get(name) for name in ("relevance_group", "labels")}
-        predictions.append({**row, **taken})
-    return with_predictions(run, predictions)
+    return with_parts_of(other, run, ("relevance_group", "labels"))
 
 
 def higher_is_better(metric: str) -> bool | None:
