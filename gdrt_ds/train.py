@@ -57,7 +57,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's"
     )
     offer_completion(parser)
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    for option in ("world", "gpu_memory"):
+        if getattr(arguments, option) is not None and not arguments.plan:
+            parser.error(f"--{option.replace('_', '-')} without --plan: only a plan reads it")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -169,7 +169,8 @@ def build(args: argparse.Namespace) -> Chain:
 def _request(args: argparse.Namespace) -> Request:
     config = load_config(args.config, args.overrides)
     if is_grid(args):
-        cells = grid(args.objectives or [config.objective], args.seeds, args.taus)
+        seeds = args.seeds or [str(config.train.seed)]
+        cells = grid(args.objectives or [config.objective], seeds, args.taus or [""])
         folder = Path(args.into or "runs/sweep").absolute()
         runs = [str(folder / cell.name) for cell in cells]
         return Request(args, config, cells, folder, folder / "logs", folder / "chain.json", runs)
@@ -260,8 +261,9 @@ def _train_job(request: Request, after: list[str]) -> Job:
     if not request.cells:
         return Job("train", "gdrt.sh", words, options, after)
     lists = ["--objectives", ",".join(args.objectives or [request.config.objective])]
-    lists += ["--seeds", ",".join(args.seeds), "--into", str(request.folder)]
-    if args.taus != [""]:
+    seeds = args.seeds or [str(request.config.train.seed)]
+    lists += ["--seeds", ",".join(seeds), "--into", str(request.folder)]
+    if args.taus:
         lists += ["--taus", ",".join(args.taus)]
     return Job("train", "sweep.sh", [*lists, "--", *words], options, after, array=request.array)
 
@@ -295,8 +297,8 @@ def _compared_folders(request: Request) -> list[str]:
 
 
 def is_grid(args: argparse.Namespace) -> bool:
-    """Whether the request has more than one run."""
-    return max(len(args.objectives or []), len(args.seeds), len(args.taus)) > 1
+    """Whether runs are asked for by lists, be it of one value."""
+    return bool(args.objectives or args.seeds or args.taus or args.into)
 
 
 def evaluation_folder(run: str, words: list[str], *, on_rows: bool, is_base: bool = False) -> str:

@@ -7,7 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from chain import ranks_per_node, slurm
+from chain import is_grid, ranks_per_node, slurm
 
 from gdrt_ds.config import load_config
 from gdrt_ds.errors import UserError
@@ -28,6 +28,16 @@ def check(args: argparse.Namespace) -> None:
             "sbatch --array=... slurm/sweep.sh --study FILE, then python -m gdrt_ds.study FILE",
         )
     config = load_config(args.config, args.overrides)
+    named = [setting for setting in args.overrides if setting.startswith("run.dir=")]
+    if named and is_grid(args):
+        raise UserError(
+            f"{named[0]} with --objectives, --seeds, --taus or --into: the runs of a grid lie below --into",
+            "leave run.dir out; for one run write objective=, train.seed= or dro.tau= instead of the list",
+        )
+    if args.gpu_memory is not None and not args.plan:
+        raise UserError(
+            f"--gpu-memory {args.gpu_memory:g} without --plan: only a plan reads it", "add --plan"
+        )
     engine = args.deepspeed_config or config.deepspeed
     if not preset_path(engine).is_file():
         raise no_such_preset("deepspeed config", engine, "ds_configs", ".json")

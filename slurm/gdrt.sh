@@ -18,7 +18,7 @@
 # never starts again, a mistake in the settings never requeues, and neither GDRT_MAX_REQUEUES (20) lives nor
 # GDRT_MAX_STALLED (2) lives without a new checkpoint are exceeded. Settings and failures: docs/clusters.md.
 set -euo pipefail
-warned=0
+warned=${warned:-0} # sweep.sh may have been warned before it came here
 STEP_PID=''
 REPEATER=''
 CODE=''

@@ -7,7 +7,8 @@
     python slurm/grid.py --study configs/studies/x.yaml [--into DIR] [--index 3]
         the cells of a study file (gdrt_ds/studies/grid.py)
 
-Objectives without a temperature appear once per seed. A study's run folders lie where `python -m
+Without --seeds every run has the seed of the settings. Objectives without a temperature appear once per seed.
+A study's run folders lie where `python -m
 gdrt_ds.study FILE --dir INTO` looks for them: that command evaluates what the array has trained and writes
 the page. Cells that read another cell's run folder ({run:ROW}) belong into a second array.
 """
@@ -26,6 +27,7 @@ if (HOME / "gdrt_ds").is_dir():  # a checkout; beside an installed wheel the fol
     sys.path.insert(0, str(HOME))
 
 from gdrt_ds.errors import UserError  # noqa: E402
+from gdrt_ds.files import preset_path  # noqa: E402
 from gdrt_ds.studies.grid import Cell, cells_of, load_study  # noqa: E402
 
 WITH_TAU = ("gdrt", "gdrt+msl")
@@ -35,8 +37,13 @@ def grid(objectives: list[str], seeds: list[str], taus: list[str]) -> list[Cell]
     """Returns the cells in the order of the lists. The trainer checks the names.
 
     Raises:
-        UserError: a value is not a number.
+        UserError: a value is not a number; temperatures for objectives that have none.
     """
+    if any(taus) and objectives and not set(objectives) & set(WITH_TAU):
+        raise UserError(
+            f"--taus {','.join(taus)}: none of the objectives {', '.join(objectives)} has a temperature",
+            f"leave --taus out, or add --objectives {WITH_TAU[0]}",
+        )
     cells = []
     for objective in objectives or [""]:  # empty: the config's objective
         for tau in taus if objective in WITH_TAU or not objective else [""]:
@@ -74,11 +81,11 @@ def split(text: str) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that describe a grid; submit.py has them too."""
     parser.add_argument("--objectives", type=split, default=[], metavar="A,B", help="default: the config's")
-    parser.add_argument("--seeds", type=split, default=["0"], metavar="0,1")
+    parser.add_argument("--seeds", type=split, default=[], metavar="0,1", help="default: the config's")
     parser.add_argument(
         "--taus",
         type=split,
-        default=[""],
+        default=[],
         metavar="0.5,1",
         help="temperatures of gdrt and gdrt+msl; default: the config's",
     )
@@ -89,6 +96,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--into",
         help="folder of the run folders (default runs/sweep; with --study: of the study, runs/studies/NAME)",
     )
+
+
+def seed_of(words: list[str]) -> str:
+    """train.seed under the arguments of train.py; without --config those of the jobs' default config.
+
+    Raises:
+        UserError: wrong settings.
+    """
+    from gdrt_ds.config import load_config
+    from gdrt_ds.train import parse
+
+    train = parse(words)
+    config = train.config or str(preset_path("configs/quickstart.yaml"))
+    return str(load_config(config, train.overrides).train.seed)
 
 
 def write_list(into: Path, cells: list[Cell]) -> Path:
@@ -120,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
             into = folder / "runs"
             settings = ["--config", study.config]
         else:
-            cells = grid(args.objectives, args.seeds, args.taus)
+            seeds = args.seeds or [seed_of(words[cut + 1 :])]
+            cells = grid(args.objectives, seeds, args.taus or [""])
             into = Path(args.into or "runs/sweep").absolute()
         if args.index is None:
             print(

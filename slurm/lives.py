@@ -15,6 +15,7 @@ Exit status 2 is the user's mistake, 1 means that there are no more lives.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -73,14 +74,33 @@ class Lives:
                 json.dumps({"event": event, "job": self.job, "time": round(time.time(), 2), **fields}) + "\n"
             )
 
+    def published(self) -> list[tuple[int, int]]:
+        """Returns (start of the run, step) of every checkpoint with a readable manifest, newest last.
+
+        A run that was told to go on from an early checkpoint may still hold later steps of an older start.
+        """
+        found = []
+        for path in (self.run_dir / "checkpoints").glob("step_*/manifest.json"):
+            step = path.parent.name.removeprefix("step_")
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                found.append((int(json.loads(path.read_text()).get("life", 0)), int(step)))
+        return sorted(found)
+
     def newest_step(self) -> int:
         """Returns the step of the newest published checkpoint, 0 without one."""
-        steps = [
-            int(p.parent.name.removeprefix("step_"))
-            for p in (self.run_dir / "checkpoints").glob("step_*/manifest.json")
-            if p.parent.name.removeprefix("step_").isdigit()
-        ]
-        return max(steps, default=0)
+        published = self.published()
+        return published[-1][1] if published else 0
+
+    def starts(self) -> int:
+        """Returns how often the run was started so far, by this job or another."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((self.run_dir / "life").read_text())["life"])
+        return 0
+
+    def has_own_checkpoint(self) -> bool:
+        """Whether a life of this job has published one."""
+        before = next((event.get("starts", 0) for event in self.events("begin")), 0)
+        return any(start > before for start, _ in self.published())
 
     def stalled(self, step: int) -> int:
         """Counts the newest lives of this job that began at the checkpoint which is still the newest."""
@@ -179,11 +199,17 @@ def begin(args: argparse.Namespace) -> dict:
     if reason:
         say(f"stopped: {reason}")
         raise SystemExit(1)
-    lives.write("begin", restart=args.restart, step=step, nodes=os.environ.get("SLURM_JOB_NODELIST"))
+    lives.write(
+        "begin",
+        restart=args.restart,
+        step=step,
+        starts=lives.starts(),
+        nodes=os.environ.get("SLURM_JOB_NODELIST"),
+    )
     start = f"from checkpoint step {step}" if step else "no checkpoint yet"
     say(f"life {args.restart} of job {args.job}: {run_dir}, {start}")
-    if args.restart:
-        # An explicit checkpoint is where the first life starts, not every life.
+    if args.restart and lives.has_own_checkpoint():
+        # An explicit checkpoint is where the job starts, until it has one of its own.
         answer["EXTRA"] = ["resume=auto"]
     logs = lives.path.parent / f"job_{args.job}_life_{args.restart}"
     logs.mkdir(exist_ok=True)

@@ -77,7 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="'...'",
         help="more arguments of eval.run, e.g. '--mode full --audit all'",
     )
-    add_arguments(parser.add_argument_group("a grid of runs (more than one value makes job arrays)"))
+    add_arguments(parser.add_argument_group("a grid of runs (any of these makes job arrays)"))
     chain.add_argument(
         "--at-once", type=int, default=4, metavar="N", help="runs of a grid that may run at the same time"
     )

@@ -79,7 +79,8 @@ class DroSection(Section):
     estimate: Literal["batch", "ema"] = Field(
         "batch",
         description="Where the weights' group losses come from: `batch` is this global batch (exact "
-        "gradient), `ema` are moving averages of the steps before.",
+        "gradient), `ema` are moving averages of the steps before (group_dro: the weights of the step "
+        "before).",
     )
     prior: Literal["token_share", "uniform"] = Field(
         "token_share",

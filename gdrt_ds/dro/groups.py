@@ -97,6 +97,10 @@ def bin_edges(values: np.ndarray | TokenFacts, num: int, binning: str) -> list[f
     return [float(edge) for edge in np.linspace(low, high, num + 1)[1:-1]]
 
 
+class EmptyGroups(UserError):
+    """Bins that would hold no token, because too many tokens have equal values."""
+
+
 def fit_groups(
     section: GroupsSection,
     data: TrainingData,
@@ -152,7 +156,7 @@ def fit_groups(
 
 def _refuse_empty_bins(section: GroupsSection, num_tokens: int, values: np.ndarray | TokenFacts) -> NoReturn:
     name = NUMBERS[section.by]
-    raise UserError(
+    raise EmptyGroups(
         f"groups.num = {section.num} with groups.binning = {section.binning}: some groups would be empty, "
         f"because the {num_tokens} target tokens have only {distinct(values)} distinct values of {name}, or "
         "too many of them have the smallest",

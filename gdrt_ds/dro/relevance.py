@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from gdrt_ds.batches import MicroBatch, build_micro_batch
@@ -146,11 +147,15 @@ def store_digest(store: TokenStore) -> str:
 
 
 def load_cached(folder: Path, key: str, num_tokens: int) -> np.ndarray | None:
-    """Returns the table of an earlier run with the same fingerprint, or None."""
+    """Returns the table of an earlier run with the same fingerprint, or None.
+
+    A file that cannot be read counts as none: it can be scored again, and a crash may have left it torn.
+    """
     path = folder / f"relevance-{key[:20]}.safetensors"
-    if not path.is_file():
+    try:
+        table = load_file(path)["r"]
+    except (OSError, SafetensorError, KeyError):
         return None
-    table = load_file(path)["r"]
     return table if len(table) == num_tokens else None
 
 

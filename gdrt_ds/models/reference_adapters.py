@@ -7,6 +7,7 @@ Each is the loaded base under another adapter, or under none: no weight of the b
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,26 +15,40 @@ from torch import nn
 
 from gdrt_ds.config import RunConfig
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import read_summary
+from gdrt_ds.files import read_summary, sha256_of
 
 TRAINED = "default"  # PEFT's name of the adapter that is trained
 AUXILIARY = "auxiliary"  # of groups.reference=auxiliary_sft
 EXCESS = "excess"  # of dro.excess=FOLDER
+WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_folder(given: str, setting: str) -> Path:
     """The PEFT folder that a setting names directly, or as the folder of a run.
 
     Raises:
-        UserError: there is no adapter.
+        UserError: there is no adapter, or its weights are a pickle.
     """
     for folder in (Path(given) / "adapter", Path(given)):
         if (folder / "adapter_config.json").is_file():
-            return folder
-    raise UserError(
-        f"{setting} = {given}: no adapter_config.json there",
-        "give a PEFT folder, or the folder of a finished run",
-    )
+            break
+    else:
+        raise UserError(
+            f"{setting} = {given}: no adapter_config.json there",
+            "give a PEFT folder, or the folder of a finished run",
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(
+            f"{setting} = {given}: no {WEIGHTS} beside its adapter_config.json",
+            "PEFT's save_pretrained writes that file; other formats are not read",
+        )
+    return folder
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 over the weights of an adapter and over its settings, which scale them."""
+    parts = [sha256_of(folder / name) for name in ("adapter_config.json", WEIGHTS)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def reference_adapters(config: RunConfig) -> dict[str, Path]:

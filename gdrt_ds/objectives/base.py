@@ -40,7 +40,7 @@ class GroupView:
             `dro.excess`;
             None when an aggregation that looks at no losses is asked before the forward.
         counts: float64[G] sums of token weights of this global batch.
-        state: what the run remembers; `update` is True in the call that may change it.
+        state: what the run remembers; only `Objective.remember` changes it.
     """
 
     losses: Tensor | None

@@ -9,8 +9,9 @@ quant_state One byte per 64 values and 4 per 64*256 (double quantisation), or 4 
 adapter     Weights and gradients take s, float32 masters 4 and two moments 8. The stage says what is sharded.
             Trained rows of tokens count as often as there are tables of them: one if embedding and lm_head
             are tied, else two.
-gathered    Whole parameters that ZeRO-3 has gathered, see `gathered_bytes`. One rank gathers nothing. On
-            CPUs gloo fills a second buffer of the same size and copies: the largest matrix counts twice.
+gathered    Whole parameters that ZeRO-3 has gathered, see `gathered_bytes`. One rank gathers nothing, but
+            copies to its GPU as much of a base that lies in host memory. On CPUs gloo fills a second buffer
+            of the same size and copies: the largest matrix counts twice.
 dequantised The largest matrix, dense, twice: in the forward, and as blocks in the backward. Or, where it is
             more, the products of one MLP, or a dropout mask while it is made.
 activations Per token and layer, see `activation_bytes_per_token`. With checkpointing they are the inputs of
@@ -231,7 +232,7 @@ def estimate(
     trained = model.lora + token_rows * model.hidden * (2 if model.untied else 1)
     optimizer = trained * 12 // (world if stage else 1)
     live = 0
-    if stage == 3 and world > 1:
+    if stage == 3 and (world > 1 or (offload_param and on_gpu)):
         live = gathered_bytes(config, model, zero, packed, size)
     secondary = 0
     replicas = int(zero.get("zero_hpz_partition_size", 1) or 1)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError, nearest
-from gdrt_ds.files import REPOSITORY, write_json
+from gdrt_ds.files import REPOSITORY, read_summary, write_json
 from gdrt_ds.invocation import module_command, safe_environment
 from gdrt_ds.runtime import EXIT_INTERRUPTED, free_port
 from gdrt_ds.studies.grid import Cell, Study, cells_of, choose_cells, load_study
@@ -151,6 +151,7 @@ def train_under_launcher(study: Study, folder: Path, cells: list[Cell]) -> int:
         ]
         log = folder / "logs" / f"{cell.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
+        before = read_summary(run_of(folder, cell))  # of an interrupted start; a killed one leaves none
         started = time.time()
         with open(log, "a", encoding="utf-8") as stream:
             path_variable = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -160,7 +161,8 @@ def train_under_launcher(study: Study, folder: Path, cells: list[Cell]) -> int:
                 stderr=subprocess.STDOUT,
                 env=safe_environment() | {"PATH": path_variable},
             )
-        if run_folder.status(run_of(folder, cell)) == "interrupted":
+        summary = read_summary(run_of(folder, cell))
+        if summary.get("status") == "interrupted" and summary.get("life") != before.get("life"):
             return EXIT_INTERRUPTED
         failures += status != 0
         outcome = f"trained in {time.time() - started:.0f} s"

@@ -177,7 +177,8 @@ def _checkpoint_named(run_dir: str | Path, resume: str) -> Path:
 
 def newest_step(run_dir: str | Path) -> int:
     """The step of the newest published checkpoint; 0 without one."""
-    return max((step for (_, step), _ in _published(Path(run_dir) / "checkpoints")), default=0)
+    published = _published(Path(run_dir) / "checkpoints")
+    return next((step for (life, step), _ in published if life != math.inf), 0)
 
 
 def verify(path: Path) -> str | None:

@@ -9,7 +9,7 @@ from gdrt_ds.runtime import EXIT_INTERRUPTED
 from gdrt_ds.training import checkpoint, run_folder
 from gdrt_ds.training.adapter import save_adapter
 from gdrt_ds.training.broken_numbers import NonFiniteLoss
-from gdrt_ds.training.job import Job
+from gdrt_ds.training.job import Job, on_main_rank
 from gdrt_ds.training.loading import Loaded
 from gdrt_ds.training.loop import Result
 from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
@@ -73,7 +73,7 @@ def _refuse_without_a_sound_checkpoint(job: Job, result: Result) -> None:
         NonFiniteLoss: no validation was finite, or the checkpoint of the best one is not there.
     """
     best = result.best.figures
-    if best is not None and checkpoint.verify(_checkpoint_of(job, best["step"])) is None:
+    if best is not None and _problem_of(job, _checkpoint_of(job, best["step"])) is None:
         return
     seen = "no validation was finite"
     if best is not None:
@@ -87,6 +87,11 @@ def _refuse_without_a_sound_checkpoint(job: Job, result: Result) -> None:
 
 def _checkpoint_of(job: Job, step: int) -> Path:
     return job.folder / "checkpoints" / f"step_{step}"
+
+
+def _problem_of(job: Job, folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None; what rank 0 reads counts for all."""
+    return on_main_rank(job.runtime, lambda: checkpoint.verify(folder))
 
 
 def _interrupted(job: Job, loaded: Loaded, result: Result) -> int:
@@ -113,7 +118,7 @@ def _publish_adapter(job: Job, prepared: Prepared, loaded: Loaded, result: Resul
     best = result.best.figures
     if best is not None and best["step"] != step:
         folder = _checkpoint_of(job, best["step"])
-        problem = checkpoint.verify(folder)
+        problem = _problem_of(job, folder)
         if problem is None:
             checkpoint.load(loaded.engine, folder, restore_rng=False)
             step = best["step"]

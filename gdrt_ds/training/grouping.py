@@ -23,8 +23,8 @@ from gdrt_ds.data.token_facts import TokenFacts, whole
 from gdrt_ds.data.training_data import Auxiliary
 from gdrt_ds.dro import relevance
 from gdrt_ds.dro.groups import GroupPlan, apply_groups, fit_groups
-from gdrt_ds.files import cache_folder, replacing, sha256_of
-from gdrt_ds.models.reference_adapters import AUXILIARY, reference, reference_adapters
+from gdrt_ds.files import cache_folder, replacing
+from gdrt_ds.models.reference_adapters import AUXILIARY, adapter_digest, reference, reference_adapters
 from gdrt_ds.training.agreement import agree, attempt
 from gdrt_ds.training.job import Job
 from gdrt_ds.training.loading import Loaded
@@ -189,7 +189,7 @@ def _keep_for_other_runs(job: Job, key: str, values: np.ndarray) -> None:
 def _fingerprint(job: Job, prepared: Prepared, loaded: Loaded, store: TokenStore) -> str:
     adapter = ""
     if job.config.groups.reference == "auxiliary_sft":
-        adapter = sha256_of(reference_adapters(job.config)[AUXILIARY] / "adapter_model.safetensors")
+        adapter = adapter_digest(reference_adapters(job.config)[AUXILIARY])
     return relevance.fingerprint(
         loaded.base.fingerprint,
         prepared.data.prompt_fingerprint,
@@ -200,15 +200,27 @@ def _fingerprint(job: Job, prepared: Prepared, loaded: Loaded, store: TokenStore
 
 
 def _cached_on_every_rank(job: Job, key: str, num_tokens: int) -> np.ndarray | None:
-    """The cached table if every rank can read it.
+    """The cached table if every rank can read it, and then that of rank 0.
 
-    A rank that scored while others do not would wait for ever.
+    A rank that scored while others do not would wait for ever. Nodes with caches of their own may have scored
+    in other ways, on another GPU or in another packing: their tables differ in the last digits, and ranks
+    must not have other groups than their peers.
     """
     cached = relevance.load_cached(relevance_cache(), key, num_tokens)
-    found = torch.tensor([float(cached is not None)], device=job.runtime.device)
-    if job.runtime.world > 1:
-        dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    return cached if found.item() > 0 else None
+    if job.runtime.world == 1:
+        return cached
+    own = -1 if cached is None else int(hashlib.sha256(cached.tobytes()).hexdigest()[:12], 16)
+    seen = torch.tensor([own, -own], dtype=torch.float64, device=job.runtime.device)
+    dist.all_reduce(seen, op=dist.ReduceOp.MIN)
+    smallest, largest = int(seen[0]), -int(seen[1])
+    if smallest < 0:
+        return None
+    if smallest != largest:
+        job.say("relevance: the caches of the nodes hold other values; all ranks take those of rank 0")
+        table = torch.from_numpy(cached).to(job.runtime.device)
+        dist.broadcast(table, 0)
+        return table.cpu().numpy()
+    return cached
 
 
 def _score_with_model(

@@ -67,23 +67,37 @@ def open_job(config: RunConfig, runtime: Runtime) -> Job:
         (folder / "logs").mkdir(exist_ok=True)
         return str(folder), begin_life(config.run.dir), goes_on
 
-    folder, life, goes_on = _on_main_rank(runtime, claim)
+    folder, life, goes_on = on_main_rank(runtime, claim)
     _seed_everything(config.train.seed)
     return Job(config, runtime, Path(folder), life, started, goes_on)
 
 
-def _on_main_rank(runtime: Runtime, action: Callable[[], Any]) -> Any:
-    """Runs `action` on rank 0; every rank gets its result, or raises its UserError."""
+def on_main_rank(runtime: Runtime, action: Callable[[], Any]) -> Any:
+    """Runs `action` on rank 0; every rank gets its result, or raises its error. Every rank calls it.
+
+    For what every rank could see for itself and must not: two nodes can read other names in one folder of a
+    network file system, for as long as it keeps directories in its cache.
+
+    Args:
+        action: returns what can be pickled.
+    """
     answer: dict[str, Any] = {}
+    broken: Exception | None = None
     if runtime.is_main:
         try:
             answer = {"result": action()}
         except UserError as error:
             answer = {"error": (error.problem, error.fix)}
+        except Exception as error:  # the other ranks wait for an answer
+            broken, answer = error, {"broken": f"rank 0: {type(error).__name__}: {error}"}
     if dist.is_initialized() and runtime.world > 1:
         shared = [answer]
         dist.broadcast_object_list(shared, src=0)
         answer = shared[0]
+    if broken is not None:
+        raise broken
+    if "broken" in answer:
+        raise RuntimeError(answer["broken"])
     if "error" in answer:
         raise UserError(*answer["error"])
     return answer["result"]

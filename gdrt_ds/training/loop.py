@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 
+from gdrt_ds.dro.groups import EmptyGroups
 from gdrt_ds.runtime import Watchdog
 from gdrt_ds.training import checkpoint
 from gdrt_ds.training.broken_numbers import LOWER_RATE, NonFiniteLoss
@@ -66,7 +67,8 @@ def train(
         training_flops_per_token(loaded.base.model),
     )
     with telemetry:
-        loop = _Loop(job, prepared, loaded, telemetry, watchdog, TitleLosses.of(job, prepared))
+        titles = TitleLosses.of(job, prepared)
+        loop = _Loop(job, prepared, loaded, telemetry, watchdog, titles, resumed.named)
         # A run that has stopped early may have been killed before it published its adapter.
         stopped_early = resumed.best.is_given_up(job.config.train.patience)
         result = Result(resumed.first_step, resumed.best, stopped_early=stopped_early)
@@ -75,9 +77,13 @@ def train(
         while result.step < loaded.total_steps and not (result.interrupted or result.stopped_early):
             if _groups_are_due(job, result.step):
                 telemetry.flush()
-                grouped = group_tokens(job, prepared, loaded, watchdog.beat)
-                save_groups(job, prepared, grouped)
-                runner = runner.with_groups(grouped.groups["train"])
+                try:
+                    grouped = group_tokens(job, prepared, loaded, watchdog.beat)
+                except EmptyGroups as problem:  # on all ranks, which have the same scores
+                    telemetry.note(f"groups: those of the last refresh stay, because now {problem.problem}")
+                else:
+                    save_groups(job, prepared, grouped)
+                    runner = runner.with_groups(grouped.groups["train"])
             result = loop.advance(result, runner, grouped)
         return result
 
@@ -102,6 +108,7 @@ class _Loop:
     telemetry: Telemetry
     watchdog: Watchdog
     titles: TitleLosses | None
+    named: dict[str, str]
 
     def advance(self, before: Result, runner: StepRunner, grouped: Grouped) -> Result:
         """One optimizer step, and the validation and checkpoint that follow it where they are due."""
@@ -218,7 +225,9 @@ class _Loop:
         self.telemetry.flush()
         started = time.time()
         job, store = self.job, self.prepared.stores["train"]
-        state = client_state(job.config, result.step, result.best, runner.state, store.fingerprint, grouped)
+        state = client_state(
+            job.config, result.step, result.best, runner.state, store.fingerprint, grouped, self.named
+        )
         checkpoint.save(
             self.loaded.engine,
             job.folder,

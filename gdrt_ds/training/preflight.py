@@ -66,6 +66,12 @@ def _check_weighing(config: RunConfig, objective: Objective) -> None:
             "their losses",
             "leave dro.excess=false, or choose gdrt, group_dro or cvar with dro.cvar_over=groups",
         )
+    if excess and objective.needs_losses and objective.token_term is not None:
+        raise UserError(
+            f"dro.excess = {excess} with {named}, which changes the losses of tokens, but not those of "
+            "the reference",
+            "leave dro.excess=false",
+        )
     if objective.per_token(config.dro):
         given = f"dro.excess = {excess}" if excess else f"dro.estimate = {config.dro.estimate}"
         if excess or config.dro.estimate != "batch":

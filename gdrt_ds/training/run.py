@@ -31,13 +31,13 @@ from gdrt_ds.runtime import Runtime
 from gdrt_ds.training import run_folder
 from gdrt_ds.training.ending import end
 from gdrt_ds.training.grouping import Grouped, group_tokens, relevance_cache, save_groups
-from gdrt_ds.training.job import Job, last_word, open_job, stop_if_asked
+from gdrt_ds.training.job import Job, last_word, on_main_rank, open_job, stop_if_asked
 from gdrt_ds.training.loading import Loaded, free_engine, load
 from gdrt_ds.training.loop import train
 from gdrt_ds.training.losses import split_losses
 from gdrt_ds.training.preflight import check_data, check_settings
 from gdrt_ds.training.preparation import Prepared, prepare
-from gdrt_ds.training.resuming import Resumed, check_groups, resume
+from gdrt_ds.training.resuming import Resumed, check_groups, live_groups, resume
 from gdrt_ds.training.step import StepRunner
 from gdrt_ds.training.step_inputs import (
     InTrie,
@@ -62,14 +62,7 @@ def run_training(config: RunConfig, runtime: Runtime, *, keep_engine: bool = Tru
     Raises:
         UserError: every refusal of a setting, and what went wrong with the machine, in words.
     """
-    if config.resume is not None and run_folder.status(Path(config.run.dir)) == "completed":
-        run_folder.refuse_changes(Path(config.run.dir), config)
-        if config.resume != "auto":
-            raise UserError(
-                f"resume = {config.resume}: {config.run.dir} is a finished run",
-                "give a new run.dir to go on from that checkpoint",
-            )
-        say(runtime, f"{config.run.dir} is a finished run: nothing to do")
+    if is_finished(config, runtime):
         return 0
     objective = get_objective(config.objective)
     check_settings(config)
@@ -89,15 +82,37 @@ def run_training(config: RunConfig, runtime: Runtime, *, keep_engine: bool = Tru
             return end(job, prepared, loaded, result)
 
 
+def is_finished(config: RunConfig, runtime: Runtime) -> bool:
+    """Whether `resume` asks for a run that has ended, which is said. Every rank calls it.
+
+    Raises:
+        UserError: it has ended, and a checkpoint or other settings are asked for.
+    """
+    folder = Path(config.run.dir)
+    if config.resume is None or on_main_rank(runtime, lambda: run_folder.status(folder)) != "completed":
+        return False
+    run_folder.refuse_changes(folder, config)
+    if config.resume != "auto":
+        raise UserError(
+            f"resume = {config.resume}: {folder} is a finished run",
+            "give a new run.dir to go on from that checkpoint",
+        )
+    say(runtime, f"{folder} is a finished run: nothing to do")
+    return True
+
+
 def prepare_only(config: RunConfig, runtime: Runtime) -> None:
     """Tokenises and fills the relevance cache, so that a short job can do it before a long one starts."""
+    if is_finished(config, runtime):
+        return
     objective = get_objective(config.objective)
     check_settings(config)
     job = open_job(config, runtime)
-    prepared = prepare_data(job)
-    loaded = load(job, prepared)
-    stop_if_asked(job)
-    make_ready(job, prepared, loaded, objective)
+    with last_word(job):
+        prepared = prepare_data(job)
+        loaded = load(job, prepared)
+        stop_if_asked(job)
+        make_ready(job, prepared, loaded, objective)
     job.say(f"prepared: {relevance_cache()}")
 
 
@@ -127,15 +142,8 @@ def make_ready(
             watchdog.beat()
             stop_if_asked(job, resumed.first_step)
 
-        live = section.reference == "live"
-        grouped = group_tokens(
-            job,
-            prepared,
-            loaded,
-            on_progress,
-            saved_plan=resumed.group_plan if live else None,
-            saved_table=resumed.live_table if live else None,
-        )
+        plan, table = live_groups(resumed, section)
+        grouped = group_tokens(job, prepared, loaded, on_progress, saved_plan=plan, saved_table=table)
         check_groups(resumed, grouped)
         counts = " ".join(f"{count:,}" for count in grouped.plan.counts)
         job.say(f"groups: {grouped.plan.num} by {section.by}, train tokens {counts}")

@@ -38,6 +38,7 @@ FREE_ON_RESUME = (
     "model.compile",
 )
 KEPT, ASIDE = ("life", ".life.lock", "logs", "cache"), ".overwritten"
+ASIDE_ELSEWHERE = "overwritten"  # without the dot: a start removes dotted leftovers of saves
 VERSIONED = (
     "torch",
     "deepspeed",
@@ -153,17 +154,28 @@ def claim(config: RunConfig) -> Path:
     return folder
 
 
-def _own(folder: Path) -> list[Path]:
-    return [
-        child
-        for child in folder.iterdir()
-        if child.name not in (*KEPT, ASIDE) and not _empty_checkpoints(child)
-    ]
+def _parts(folder: Path) -> list[tuple[list[Path], Path]]:
+    """(what a run left, where an overwrite moves it), for each file system that a run lies on.
+
+    RUN/checkpoints may be made before the run: a link to, or a mount of, a larger file system. It stays, and
+    what is in it can only be moved within it.
+    """
+    checkpoints = folder / "checkpoints"
+    elsewhere = checkpoints.is_dir() and (checkpoints.is_symlink() or checkpoints.is_mount())
+    kept = (*KEPT, ASIDE, *(["checkpoints"] if elsewhere else []))
+    own = [child for child in folder.iterdir() if child.name not in kept and not _empty_checkpoints(child)]
+    parts = [(own, folder / ASIDE)]
+    if elsewhere:
+        inside = [child for child in checkpoints.iterdir() if child.name != ASIDE_ELSEWHERE]
+        parts.append((inside, checkpoints / ASIDE_ELSEWHERE))
+    return parts
 
 
 def _empty_checkpoints(path: Path) -> bool:
-    """RUN/checkpoints may be made before the run: a link to, or a mount of, a larger file system."""
-    return path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
+    """A folder of checkpoints that was made before the run, or whose content an overwrite has moved."""
+    return (
+        path.name == "checkpoints" and path.is_dir() and {p.name for p in path.iterdir()} <= {ASIDE_ELSEWHERE}
+    )
 
 
 def _remove(path: Path) -> None:
@@ -175,20 +187,21 @@ def _set_aside(folder: Path) -> None:
 
     It is removed when the new one trains (`settle`); until then it can come back.
     """
-    aside = folder / ASIDE
-    if aside.is_dir():  # an earlier overwrite was killed before it trained: what it left is worth nothing
-        for child in _own(folder):
-            _remove(child)
-        return
-    aside.mkdir()
-    for child in _own(folder):
-        child.rename(aside / child.name)
+    for own, aside in _parts(folder):
+        if aside.is_dir():  # an earlier overwrite was killed before it trained: what it left is worth nothing
+            for child in own:
+                _remove(child)
+            continue
+        aside.mkdir()
+        for child in own:
+            child.rename(aside / child.name)
 
 
 def settle(folder: Path) -> None:
     """Removes the run that was overwritten, when the new one trains."""
-    if (folder / ASIDE).is_dir():
-        shutil.rmtree(folder / ASIDE)
+    for _, aside in _parts(folder):
+        if aside.is_dir():
+            shutil.rmtree(aside)
 
 
 def release(folder: Path) -> bool:
@@ -199,12 +212,13 @@ def release(folder: Path) -> bool:
     checkpoints = folder / "checkpoints"
     if (folder / "metrics.jsonl").is_file() or checkpoints.is_dir() and not _empty_checkpoints(checkpoints):
         return False
-    for child in _own(folder):
-        _remove(child)
-    if (folder / ASIDE).is_dir():
-        for child in (folder / ASIDE).iterdir():
-            child.rename(folder / child.name)
-        (folder / ASIDE).rmdir()
+    for own, aside in _parts(folder):
+        for child in own:
+            _remove(child)
+        if aside.is_dir():
+            for child in aside.iterdir():
+                child.rename(aside.parent / child.name)
+            aside.rmdir()
     return True
 
 

@@ -251,7 +251,8 @@ class StepRunner:
         weights = None if self.tokens.weights is None else self.tokens.weights[index]
         reference = None
         if self.tokens.reference is not None:
-            reference = self._sums_over_groups(groups, self._reference_losses(index))
+            reference = self._reference_losses(index)
+            reference = self._sums_over_groups(groups, reference if weights is None else reference * weights)
         return StepFacts(
             micro_steps=[slots[self.runtime.rank] for slots in layout],
             counts=self._sums_over_groups(groups, weights),

@@ -46,7 +46,7 @@ def _of_groups(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "groups.reference", by
     if not (scores and reference == "auxiliary_sft"):
         yield "groups.reference_adapter", f"{by} and groups.reference={reference}"
-    if not (scores and reference == "live"):
+    if not (groups.by == "relevance" and reference == "live"):
         yield "groups.refresh_every", f"{by} and groups.reference={reference}"
     if groups.by not in NUMBERS:
         yield "groups.binning", f"{by}, which is no number"
@@ -61,6 +61,8 @@ def _of_weights(config: RunConfig, objective: Objective) -> Iterator[tuple[str, 
             yield setting, f"{named}, whose weights do not hang on losses"
     elif config.dro.estimate == "batch":
         yield "dro.ema_rate", "with dro.estimate=batch"
+    elif objective.remember is not None:
+        yield "dro.ema_rate", f"{named}, which remembers weights and no averages"
     if objective.settings is None:
         return
     read: set[str] = set(objective.settings)

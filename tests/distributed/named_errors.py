@@ -151,7 +151,7 @@ def _resume(rank, world, cell, folder):
     life = lives.begin_life(run) if rank == 0 else 1
     torch.distributed.barrier()
     data = make_stores()[0].fingerprint
-    state = client_state(straight.config, 2, Best(), straight.state, data, grouped)
+    state = client_state(straight.config, 2, Best(), straight.state, data, grouped, {})
     checkpoint.save(straight.engine, run, 2, state, life=life, fingerprint="0" * 64)
     wanted = [straight.run(step, LR).group_weight.numpy().tolist() for step in (2, 3)]
     straight.engine.destroy()

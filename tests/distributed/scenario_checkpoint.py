@@ -1,20 +1,28 @@
 """Ranks behind test_checkpoint_ranks.py.
 
-Straight and resumed runs at several stages and world sizes, a full disk, a late process.
+Straight and resumed runs at several stages and world sizes, a full disk, a late process, nodes that see other
+files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
+from gdrt_ds.dro import relevance
 from gdrt_ds.errors import UserError
-from gdrt_ds.training import checkpoint, lives
+from gdrt_ds.runtime import Runtime
+from gdrt_ds.training import checkpoint, grouping, lives
 from gdrt_ds.training.adapter import save_adapter
+from gdrt_ds.training.job import on_main_rank
 from tests.distributed import engines
 from tests.distributed.ranks import run_ranks
 
@@ -139,6 +147,32 @@ def distance(a, b):
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
+def other_views(rank, world, folder):
+    """What two ranks make of run folders and caches that hold something else on their nodes."""
+    runtime = Runtime(rank=rank, local_rank=rank, world=world, local_world=world)
+    job = SimpleNamespace(runtime=runtime, said=[])
+    job.say = job.said.append
+    (folder / f"node_{rank}").mkdir()
+    found = {"step": on_main_rank(runtime, lambda: ("step_200", "step_100")[rank])}
+    for name, error in (("refused", UserError("no such checkpoint", "name another")), ("broken", OSError(5))):
+
+        def fail(error=error):
+            raise error
+
+        try:
+            on_main_rank(runtime, fail)
+        except Exception as seen:
+            found[name] = f"{type(seen).__name__}: {seen}"
+    os.environ["GDRT_CACHE"] = str(folder / f"node_{rank}")
+    for name, tables in (("equal", ([1, 2], [1, 2])), ("differ", ([1, 2], [1, 3])), ("one", ([1, 2], None))):
+        key = hashlib.sha256(name.encode()).hexdigest()
+        if tables[rank] is not None:
+            relevance.save_cached(grouping.relevance_cache(), key, np.array(tables[rank], dtype=np.float32))
+        table = grouping._cached_on_every_rank(job, key, 2)
+        found[name] = None if table is None else table.tolist()
+    return found, job.said
+
+
 def main(output, folder):
     folder = Path(folder)
     model, report = engines.tiny_folder(folder), {}
@@ -173,6 +207,7 @@ def main(output, folder):
         "wrong_base": messages[0][3],
     }
     report["adapter"] = adapter(model, folder / "run_faults" / "adapter", messages[0][4])
+    report["other_views"] = run_ranks(2, other_views, folder)
     Path(output).write_text(json.dumps(report))
 
 

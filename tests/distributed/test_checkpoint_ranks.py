@@ -37,6 +37,17 @@ def test_deepspeed_itself_restores_the_same_state_from_its_own_files(report):
     assert report["deepspeed_reads_its_files"] is True
 
 
+def test_what_rank_0_reads_counts_on_all_ranks(report):
+    """Two nodes can see other names in one folder of a network file system, and have caches of their own."""
+    (first, said), (second, _) = report["other_views"]
+    assert first["step"] == second["step"] == "step_200"
+    assert "no such checkpoint" in first["refused"] and first["refused"] == second["refused"]
+    assert first["broken"] == "OSError: 5" and second["broken"] == "RuntimeError: rank 0: OSError: 5"
+    for name, table in (("equal", [1, 2]), ("differ", [1, 2]), ("one", None)):
+        assert first[name] == second[name] == table, name
+    assert len(said) == 1 and "all ranks take those of rank 0" in said[0]
+
+
 def test_a_full_disk_on_one_rank_is_an_error_on_every_rank_and_nothing_is_published(report):
     for messages in report["faults"]["messages"]:
         assert (

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from gdrt_ds.config import load_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.models.reference_adapters import adapter_folder, load_reference_adapters
+from gdrt_ds.models.reference_adapters import adapter_digest, adapter_folder, load_reference_adapters
 from gdrt_ds.training.preparation import plan_batches, prepare
 from tests.distributed.ranks import free_port
 from tests.distributed.test_train_cli import lines, train
@@ -188,3 +188,15 @@ def test_an_adapter_with_other_names_is_refused(runs, tmp_path):
 def test_a_folder_without_an_adapter_is_named(tmp_path):
     with pytest.raises(UserError, match="dro.excess = .*no adapter_config.json"):
         adapter_folder(str(tmp_path), "dro.excess")
+
+
+def test_an_adapter_that_is_a_pickle_is_refused_and_its_settings_belong_to_its_digest(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16}')
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="dro.excess = .*: no adapter_model.safetensors"):
+        adapter_folder(str(tmp_path), "dro.excess")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    assert adapter_folder(str(tmp_path), "dro.excess") == tmp_path
+    before = adapter_digest(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 32}')
+    assert adapter_digest(tmp_path) != before

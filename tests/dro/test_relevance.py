@@ -130,3 +130,16 @@ def test_entries_share_their_prompt_unless_rows_are_packed_for_an_attention_that
 def test_a_shared_head_must_leave_each_sample_the_position_before_its_target():
     with pytest.raises(UserError, match="predicts a target token"):
         build_micro_batch(store_of(TITLES), np.arange(2), "shared_prefix", len(HEAD), 0)
+
+
+@pytest.mark.parametrize("torn", [b"", b"half of a header", None])
+def test_a_cached_table_that_cannot_be_read_is_scored_again(tmp_path, torn):
+    key = "0123456789abcdef" * 2
+    relevance.save_cached(tmp_path, key, np.arange(3, dtype=np.float32))
+    assert relevance.load_cached(tmp_path, key, 3).tolist() == [0, 1, 2]
+    assert relevance.load_cached(tmp_path, key, 4) is None, "of other data"
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    if torn is not None:
+        file.write_bytes(torn)
+    assert relevance.load_cached(tmp_path, key, 3) is None

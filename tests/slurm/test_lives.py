@@ -76,10 +76,14 @@ def end(run, code, job="7", restart=0, state="RUNNING", reason="None", **env):
     )
 
 
-def checkpoint(run, step):
+def checkpoint(run, step, start=1):
     folder = run / "checkpoints" / f"step_{step}"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
+    (folder / "manifest.json").write_text(json.dumps({"life": start}))
+
+
+def started(run, number):
+    (run / "life").write_text(json.dumps({"life": number}))
 
 
 def summary(run, status):
@@ -194,10 +198,32 @@ def test_a_cancelled_job_is_not_brought_back_but_one_at_its_time_limit_is(tmp_pa
     assert end(run, 75, state="COMPLETING", reason="TimeLimit")[1]["VERDICT"] == "requeue"
 
 
-def test_an_explicit_checkpoint_is_where_the_first_life_starts_only(tmp_path):
+def test_an_explicit_checkpoint_is_where_a_job_starts_until_it_has_one_of_its_own(tmp_path):
+    """A life that is preempted before it saves must not send the next one to step 0, or to another step."""
     run = tmp_path / "run"
-    assert begin(run, overrides=["resume=step_10"])[1]["EXTRA"] == "()"
-    assert begin(run, restart=1, overrides=["resume=step_10"])[1]["EXTRA"] == "(resume=auto)"
+    named = ["resume=step_10"]
+    for folder, saved in ((run, ()), (tmp_path / "with_later_steps", (10, 50))):
+        for step in saved:
+            checkpoint(folder, step, start=1)
+        if saved:
+            started(folder, 1)
+        assert begin(folder, overrides=named)[1]["EXTRA"] == "()"
+        started(folder, 2)
+        assert begin(folder, restart=1, overrides=named)[1]["EXTRA"] == "()"
+        checkpoint(folder, 15, start=3)
+        assert begin(folder, restart=2, overrides=named)[1]["EXTRA"] == "(resume=auto)"
+
+
+def test_progress_is_counted_from_the_step_that_a_run_was_sent_back_to(tmp_path):
+    run = tmp_path / "run"
+    for step in (10, 50):
+        checkpoint(run, step, start=1)
+    started(run, 1)
+    for restart, step in enumerate((15, 20, 25)):
+        code, _, said = begin(run, restart=restart, overrides=["resume=step_10"])
+        assert code == 0, said
+        checkpoint(run, step, start=2 + restart)
+        assert end(run, 75, restart=restart)[1]["VERDICT"] == "requeue"
 
 
 @pytest.mark.parametrize(

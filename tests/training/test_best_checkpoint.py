@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from gdrt_ds.config import RunConfig
+from gdrt_ds.errors import UserError
+from gdrt_ds.runtime import single_process_runtime
 from gdrt_ds.training import checkpoint, ending, lives, resuming
 from gdrt_ds.training.validation import Best
 from tests.training.test_checkpoint import publish
@@ -24,7 +26,8 @@ def job(tmp_path):
     publish(run, 4, best_step=2)
     said = []
     config = RunConfig.model_validate({"run": {"dir": str(run)}})
-    return SimpleNamespace(folder=run, config=config, say=said.append, said=said, runtime=None)
+    runtime = single_process_runtime()
+    return SimpleNamespace(folder=run, config=config, say=said.append, said=said, runtime=runtime)
 
 
 @pytest.fixture
@@ -60,9 +63,10 @@ def test_without_the_best_checkpoint_the_adapter_is_of_the_last_step_and_that_is
     assert line.startswith("warning: the checkpoint of the best validation") and "last step, 4" in line
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_the_best_validation_of_another_run_folder_does_not_count(job, tmp_path, monkeypatch, elsewhere):
+def resumed(job, monkeypatch, total_steps=10, **more):
+    """What `resume` makes of a checkpoint of step 4."""
     saved = {
+        **more,
         "data_fingerprint": "f",
         "step": 4,
         "best": {"step": 2, "value": 1.0},
@@ -70,15 +74,66 @@ def test_the_best_validation_of_another_run_folder_does_not_count(job, tmp_path,
         "dro": {},
         "group_plan": {"by": "position", "num": 1, "column": None, "seed": 0, "fingerprint": ""},
     }
-    path = job.folder / "checkpoints" / "step_4"
-    monkeypatch.setattr(checkpoint, "resolve_resume", lambda folder, resume: (path, []))
     restored = SimpleNamespace(client_state=saved, same_world=True)
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: restored)
-    if elsewhere:
-        job.folder = tmp_path / "other"
     prepared = SimpleNamespace(stores={"train": SimpleNamespace(fingerprint="f")})
-    loaded = SimpleNamespace(engine=None, base=SimpleNamespace(fingerprint="b"))
-    found = resuming.resume(job, prepared, loaded)
+    loaded = SimpleNamespace(engine=None, base=SimpleNamespace(fingerprint="b"), total_steps=total_steps)
+    return resuming.resume(job, prepared, loaded)
+
+
+@pytest.mark.parametrize("place", ["here", "here, on another disk", "another run"])
+def test_the_best_validation_of_another_run_folder_does_not_count(job, tmp_path, monkeypatch, place):
+    path = job.folder / "checkpoints"
+    monkeypatch.setattr(checkpoint, "resolve_resume", lambda folder, resume: (path / "step_4", []))
+    if place == "here, on another disk":
+        path.rename(tmp_path / "disk")
+        path.symlink_to(tmp_path / "disk", target_is_directory=True)
+    elif place == "another run":
+        job.folder = tmp_path / "other"
+    found = resumed(job, monkeypatch)
     assert found.first_step == 4
+    elsewhere = place == "another run"
     assert found.best == (Best() if elsewhere else Best({"step": 2, "value": 1.0}, 3))
     assert any("does not count here" in line for line in job.said) == elsewhere
+
+
+def test_a_checkpoint_of_another_run_that_leaves_no_step_to_do_is_refused(job, tmp_path, monkeypatch):
+    path = job.folder / "checkpoints" / "step_4"
+    monkeypatch.setattr(checkpoint, "resolve_resume", lambda folder, resume: (path, []))
+    assert resumed(job, monkeypatch, total_steps=4).first_step == 4, "its own end may still be published"
+    job.folder = tmp_path / "other"
+    with pytest.raises(UserError, match="4 steps are done there, and this run ends after 4"):
+        resumed(job, monkeypatch, total_steps=4)
+
+
+def test_averages_of_other_losses_begin_anew_and_that_is_told(job, tmp_path, monkeypatch):
+    """The moving averages of focal losses say nothing about the plain losses of gdrt."""
+    path = job.folder / "checkpoints" / "step_4"
+    monkeypatch.setattr(checkpoint, "resolve_resume", lambda folder, resume: (path, []))
+    job.folder = tmp_path / "other"
+    weighed = resuming.losses_weighed(job.config)
+    assert resumed(job, monkeypatch, weighed=weighed).dro_state == {}
+    assert not any("begin anew" in line for line in job.said)
+    assert resumed(job, monkeypatch, weighed={**weighed, "objective": "focal"}).dro_state is None
+    (told,) = [line for line in job.said if "begin anew" in line]
+    assert "the checkpoint's run had another objective" in told
+
+
+def test_weights_of_another_run_that_have_changed_since_are_refused(job, tmp_path, monkeypatch):
+    """dro.frozen_weights names a run that went on meanwhile: q would change in the middle of this one."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text('{"group_weight": [0.25, 0.75]}\n')
+    job.config = RunConfig.model_validate(
+        {"run": {"dir": str(job.folder)}, "dro": {"frozen_weights": str(other)}}
+    )
+    path = job.folder / "checkpoints" / "step_4"
+    monkeypatch.setattr(checkpoint, "resolve_resume", lambda folder, resume: (path, []))
+    named = resumed(job, monkeypatch).named
+    assert list(named) == ["dro.frozen_weights"]
+    assert resumed(job, monkeypatch, named=named).named == named
+    (other / "metrics.jsonl").write_text('{"group_weight": [0.5, 0.5]}\n')
+    with pytest.raises(UserError, match=f"dro.frozen_weights = {other} holds something else"):
+        resumed(job, monkeypatch, named=named)
+    job.folder = tmp_path / "third"
+    assert resumed(job, monkeypatch, named=named).first_step == 4, "a new run may take other weights"

@@ -130,6 +130,31 @@ def test_an_overwritten_run_is_gone_once_the_new_one_trains(run):
     )
 
 
+def test_checkpoints_on_another_disk_stay_there_when_a_run_is_overwritten(tmp_path):
+    """RUN/checkpoints is a link that a user made: the new run writes through it, and the old run's
+    checkpoints come back or are gone like its other files."""
+    disk = tmp_path / "disk"
+    (disk / "step_4").mkdir(parents=True)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(disk, target_is_directory=True)
+    (run / "config.yaml").write_text("objective: sft\n")
+    run_folder.claim(config(run, overwrite=True))
+    assert (run / "checkpoints").resolve() == disk.resolve() and not (disk / "step_4").exists()
+    (disk / ".step_2.life_1").mkdir()
+    assert run_folder.release(run) is False, "something of the new run is there"
+    (disk / ".step_2.life_1").rmdir()
+    assert run_folder.release(run) is True
+    assert [p.name for p in disk.iterdir()] == ["step_4"]
+    assert (run / "config.yaml").read_text() == "objective: sft\n"
+
+    run_folder.claim(config(run, overwrite=True))
+    (disk / "step_1").mkdir()
+    run_folder.settle(run)
+    assert [p.name for p in disk.iterdir()] == ["step_1"]
+    assert (run / "checkpoints").is_symlink()
+
+
 def test_a_failed_start_leaves_the_folder_free(tmp_path):
     folder = run_folder.claim(config(tmp_path / "new"))
     (folder / "base").mkdir()

@@ -1,6 +1,7 @@
 """Tests of the facts an objective needs beside losses."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from gdrt_ds.config import load_config
 from gdrt_ds.data.token_facts import TokenFacts
 from gdrt_ds.errors import UserError
 from gdrt_ds.objectives import get_objective
+from gdrt_ds.runtime import single_process_runtime
 from gdrt_ds.training.preparation import prepare
+from gdrt_ds.training.step import StepRunner
 from gdrt_ds.training.step_inputs import InTrie, frozen_weights, token_weights
 
 CPU = torch.device("cpu")
@@ -32,6 +35,23 @@ def test_a_group_that_was_never_present_weighs_nothing_and_spoils_nothing(tmp_pa
     run = write_weights(tmp_path, [[0.25, None, 0.75], [None, None, 1.0]])
     q = frozen_weights(run, 3, CPU)
     assert q[1] == 0 and torch.isfinite(q).all() and q.sum() == pytest.approx(1.0)
+
+
+def test_a_weighted_group_whose_losses_are_the_references_has_no_excess():
+    """Sums of losses are weighted, so the sums of the reference have to be, or q would follow the weights."""
+    runner = StepRunner.__new__(StepRunner)
+    runner.plan = SimpleNamespace(step=lambda step: [[np.array([0, 1])]])
+    runner.runtime, runner.per_token = single_process_runtime(), False
+    runner.tokens = SimpleNamespace(
+        store=SimpleNamespace(target_offsets=np.array([0, 2, 4]), sample_of=lambda samples: samples),
+        groups=np.array([0, 0, 1, 1]),
+        num_groups=2,
+        weights=np.array([0.2, 0.2, 1.8, 1.8]),
+        reference=np.array([2.0, 3.0, 4.0, 5.0]),
+    )
+    facts = runner._facts(0)
+    assert torch.allclose(facts.counts, torch.tensor([0.4, 3.6], dtype=torch.float64))
+    assert torch.allclose(facts.reference / facts.counts, torch.tensor([2.5, 4.5], dtype=torch.float64))
 
 
 def test_a_listed_weight_of_zero_leaves_its_group_out():

@@ -20,7 +20,7 @@ def told(*overrides: str) -> list[str]:
         (["objective=sft", "dro.estimate=ema", "dro.excess=markov"], ["dro.estimate", "dro.excess"]),
         (["objective=msl", "dro.prior=uniform"], ["dro.prior"]),
         (["objective=group_dro", "dro.prior=uniform", "dro.tau=0.1"], ["dro.prior", "dro.tau"]),
-        (["objective=group_dro", "dro.eta=1", "dro.estimate=ema", "dro.ema_rate=0.3"], []),
+        (["objective=group_dro", "dro.eta=1", "dro.estimate=ema", "dro.ema_rate=0.3"], ["dro.ema_rate"]),
         (["objective=sft_go", "dro.worst_weight=1", "dro.tau=9"], ["dro.tau"]),
         (["objective=gdrt", "dro.tau=0.1", "dro.prior=uniform", "dro.excess=markov"], []),
         (["objective=gdrt", "dro.ema_rate=0.3"], ["dro.ema_rate"]),
