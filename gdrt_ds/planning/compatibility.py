@@ -157,6 +157,13 @@ def refusals(
             "carry",
             "LoRA's optimizer state is small: set it to cpu or none",
         )
+    if config.train.on_nonfinite == "skip" and offload_optimizer != "none" and stage in (1, 2):
+        yield (
+            f"train.on_nonfinite = skip with offload_optimizer.device = {offload_optimizer} and ZeRO stage "
+            f"{stage}: DeepSpeed adds the gradients of the skipped step, which wait in host memory, to those "
+            "of the next (its `micro_step_id` is reset by a step alone)",
+            "set train.on_nonfinite=stop, or use ds_configs/zero3_offload.json",
+        )
     if not cuda and "cpu" in (offload_param, offload_optimizer):
         yield (
             "the DeepSpeed config offloads to the CPU, and there is no GPU to offload from",

@@ -142,3 +142,15 @@ def test_dora_is_allowed_where_every_rank_holds_whole_weights():
 def test_storage_equal_to_the_arithmetic_is_allowed():
     check({"quant_storage": "bfloat16", "dtype": "bfloat16"})
     check({"quant_storage": "uint8", "dtype": "float16"}, cuda=True)
+
+
+def test_a_skipped_step_needs_gradients_that_can_be_thrown_away():
+    """Under stages 1 and 2 with an optimizer in host memory they wait there for the next step."""
+    skip = RunConfig(train={"on_nonfinite": "skip"})
+    for stage, device, refused in ((2, "cpu", True), (1, "cpu", True), (2, "none", False), (3, "cpu", False)):
+        engine = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": device}}}
+        if refused:
+            with pytest.raises(UserError, match="on_nonfinite = skip with offload_optimizer"):
+                check_combination(skip, engine, cuda=True, versions=GOOD)
+        else:
+            check_combination(skip, engine, cuda=True, versions=GOOD)
