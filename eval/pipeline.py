@@ -23,6 +23,7 @@ from eval.predictions import (
     predict,
     scoring_key,
 )
+from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import Runtime, detect_rank, single_process_runtime, start_runtime
 from gdrt_ds.training.run_folder import git_hash, versions
 
@@ -75,7 +76,7 @@ def run_evaluation(
         the content of results.json on rank 0, None elsewhere.
     Raises:
         UserError: an unknown audit or floor, an output that cannot be used, or a model that cannot be
-            scored exactly.
+            scored exactly. Where a named audit turns out to be impossible, after the results are written.
     """
     context = None
     keep: frozenset[int] = frozenset()
@@ -100,9 +101,9 @@ def run_evaluation(
         results = measure(
             subject, options, predictions, exactness, floors=chosen_floors, num_bootstrap=num_bootstrap
         )
-    audited, finished = {}, None
+    audited, finished, failed = {}, None, None
     if context is not None:
-        from eval.audit import FinishedAudits, run_audits
+        from eval.audit import FinishedAudits
 
         if results is not None:
             _show_before_audits(results)
@@ -110,14 +111,32 @@ def run_evaluation(
         finished = FinishedAudits(output, key, context.options, runtime)
         if overwrite:
             finished.drop()
-        audited = run_audits(audits, context, finished=finished)
-    if predictions is None or results is None:
-        return None
-    results["audits"] = with_earlier_audits(output, key, audited)
-    write(output, results, predictions, subject)
-    if finished is not None:
-        finished.drop()
+        audited, failed = _run_audits(audits, context, finished)
+    if predictions is not None and results is not None:
+        results["audits"] = with_earlier_audits(output, key, audited)
+        write(output, results, predictions, subject)
+        if finished is not None:
+            finished.drop()
+    if failed is not None:
+        runtime.barrier()  # a rank that ends earlier would end the one that writes
+        raise failed
     return results
+
+
+def _run_audits(
+    names: Sequence[str], context: Any, finished: Any
+) -> tuple[dict[str, dict[str, Any]], UserError | None]:
+    """The audits that could run, and why one that was named could not.
+
+    The metrics are measured by now, so that they are written before anything is refused.
+    """
+    from eval.audit import choose, run_audits
+
+    try:
+        return run_audits(names, context, finished=finished), None
+    except UserError as error:
+        chosen, _ = choose(names)
+        return {name: finished.found[name] for name in chosen if name in finished.found}, error
 
 
 def _show_before_audits(results: dict[str, Any]) -> None:

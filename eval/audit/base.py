@@ -9,6 +9,7 @@ from typing import Any
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate
 from eval.audit.options import AuditOptions
+from gdrt_ds.errors import UserError
 
 Result = dict[str, Any]
 Lack = tuple[str, str] | None
@@ -79,6 +80,7 @@ def audit_over_runs(
     title: str,
     question: str,
     compare: Callable[[Sequence[str], AuditOptions], Result],
+    check: Callable[[Sequence[str]], object],
     at_least: int,
     order: int,
 ) -> Audit:
@@ -86,6 +88,8 @@ def audit_over_runs(
 
     Args:
         compare: (folders, options) -> `result(...)`.
+        check: raises UserError where these folders cannot be compared. It reads results alone, so that they
+            are refused before anything is scored.
         at_least: folders that it needs.
     """
 
@@ -97,12 +101,16 @@ def audit_over_runs(
 
     def lacks(context: AuditContext) -> Lack:
         given = len(context.options.runs)
-        if given >= at_least:
-            return None
-        return (
-            f"it compares at least {at_least} runs, --runs names {given}",
-            "give --runs DIR DIR ... of evaluated runs",
-        )
+        if given < at_least:
+            return (
+                f"it compares at least {at_least} runs, --runs names {given}",
+                "give --runs DIR DIR ... of evaluated runs",
+            )
+        try:
+            check(context.options.runs)
+        except UserError as error:
+            return error.problem, error.fix
+        return None
 
     return Audit(title, question, run, cost, order, lacks, compare)
 

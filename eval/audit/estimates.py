@@ -39,6 +39,15 @@ class Estimate:
             return True
         return not (self.low > self.null or self.high < self.null)
 
+    @property
+    def not_above_null(self) -> bool:
+        """Whether the interval is known and does not lie above the null value.
+
+        False where it is not defined: what was not measured is no finding that nothing is there.
+        """
+        assert self.null is not None
+        return bool(np.isfinite(self.low) and self.low <= self.null)
+
     def minus(self, number: float) -> Estimate:
         """The estimate moved by a number that is known without error; its null value is then 0."""
         return Estimate(self.value - number, self.low - number, self.high - number, self.n, 0.0)
@@ -49,7 +58,7 @@ class Estimate:
             return f"{self.value:.{digits}g} (no interval)"
         plain = f"{self.value:.{digits}g} [{self.low:.{digits}g}, {self.high:.{digits}g}]"
         if self.null is not None and self.spans_null:
-            return f"{plain} (the interval spans {self.null:g})"
+            return f"{plain} (the interval spans {self.null:.{digits}g})"
         return plain
 
     def as_dict(self) -> dict[str, float | int | None]:
@@ -107,17 +116,22 @@ def bootstrap(
         value = np.asarray(statistic(rows), float)
         replicates = np.array([statistic(rows[draw]) for draw in draws], dtype=float)
     if np.ndim(value) == 0:
-        return _estimate(float(value), replicates, n, null, bounds)
-    return [_estimate(float(v), replicates[:, j], n, null, bounds) for j, v in enumerate(value)]
+        return of_replicates(float(value), replicates, n, null, bounds)
+    return [of_replicates(float(v), replicates[:, j], n, null, bounds) for j, v in enumerate(value)]
 
 
-def _estimate(
+def of_replicates(
     value: float,
     replicates: np.ndarray,
     n: int,
-    null: float | None,
-    bounds: tuple[float, float] | None,
+    null: float | None = 0.0,
+    bounds: tuple[float, float] | None = None,
 ) -> Estimate:
+    """An estimate with the interval that its replicates give; see `bootstrap`.
+
+    Args:
+        replicates: [B] the same number on resamples of the n units.
+    """
     within = (-np.inf, np.inf) if bounds is None else bounds
     low, high = interval(Resampled(value, replicates, n, bounds is None, within), LEVEL)
     return Estimate(value, low, high, n, null)

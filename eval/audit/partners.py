@@ -22,7 +22,10 @@ def stands_in(other: Sample, sample: Sample) -> bool:
 
 
 def partners(samples: list[Sample], shift: int) -> list[int]:
-    """For every sample the index of another user whose history does not hold its target. Deterministic.
+    """For every sample the index of another user whose history stands in for its own. Deterministic.
+
+    Where no history stands in, which happens among few users alone, another user's is taken all the same;
+    `partner_note` counts these.
 
     Args:
         shift: where the search begins; other shifts find other partners.
@@ -36,3 +39,14 @@ def partners(samples: list[Sample], shift: int) -> list[int]:
         clean = [c for c in others if stands_in(samples[c], sample)]
         found.append((clean or others)[0])
     return found
+
+
+def partner_note(samples: list[Sample]) -> str:
+    """A sentence for a finding: how many users have no partner whose history stands in; empty without any."""
+    without = sum(not any(stands_in(other, sample) for other in samples) for sample in samples)
+    if not without:
+        return ""
+    return (
+        f" For {without} of {len(samples)} users every other history holds the target or equals their own; "
+        "one of them is swapped in all the same."
+    )

@@ -82,7 +82,7 @@ def run_audits(
                 if finished is not None:
                     finished.add(name, found[name])
                 continue
-            except TooFewUsers as error:  # its cost did not tell
+            except UserError as error:  # its cost and what it lacks did not tell
                 lacking = (error.problem, error.fix)
         _leave_out(name, names, lacking, context)
     if not found:

@@ -77,9 +77,12 @@ def item_metric(
     targets: bool = True,
     primary: bool | int = False,
     needs_lists: bool = True,
+    needs_ranks: bool = False,
 ) -> Metric:
     """A metric of the items in the lists."""
-    return Metric(name, function, "item", meaning, higher_is_better, ks, targets, primary, needs_lists)
+    return Metric(
+        name, function, "item", meaning, higher_is_better, ks, targets, primary, needs_lists, needs_ranks
+    )
 
 
 def provider_metric(name: str, function: Callable, meaning: str, higher_is_better: bool | None) -> Metric:

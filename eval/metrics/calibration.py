@@ -26,6 +26,7 @@ from eval.metrics.slices import pool_small, relevance_names
 STEPS_PER_OCTAVE = 8
 # From 1/4 to 64: two octaves below 1 and six above.
 TEMPERATURES = 2.0 ** (np.arange(-2 * STEPS_PER_OCTAVE, 6 * STEPS_PER_OCTAVE + 1) / STEPS_PER_OCTAVE)
+RANGE = (float(TEMPERATURES[0]), float(TEMPERATURES[-1]))
 
 
 def log_sums(scores: np.ndarray) -> np.ndarray:
@@ -97,6 +98,15 @@ def lowest(mean_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return at_temperature(mean_BT, place, offset), TEMPERATURES[place] * 2.0 ** (offset / STEPS_PER_OCTAVE)
 
 
+def is_at_end(mean_1T: np.ndarray) -> bool:
+    """Whether the best temperature of a mean curve [1, T] is an end of TEMPERATURES.
+
+    It is then no rate of successes: the statistic is a curved one, which has no interval where every
+    replicate lies on that end.
+    """
+    return float(lowest(mean_1T)[1][0]) in RANGE
+
+
 def _features(inputs: Inputs) -> np.ndarray | None:
     """[N, (1 + G) (T + 1)]: the curve and a one, for all samples and then for each relevance group.
 
@@ -154,10 +164,14 @@ def calibrated_nll(inputs: Inputs, k: int | None = None) -> Statistic | None:
 def best_temperature(inputs: Inputs, k: int | None = None) -> Statistic | None:
     """Above 1: the scores are surer than they should be. An end of TEMPERATURES means that or beyond."""
 
-    def finish(totals_BF: np.ndarray) -> np.ndarray:
-        return lowest(_means(totals_BF)[:, 0])[1]
+    def curve(totals_BF: np.ndarray) -> np.ndarray:
+        return _means(totals_BF)[:, 0]
 
-    return _statistic(inputs, finish, True, (float(TEMPERATURES[0]), float(TEMPERATURES[-1])))
+    features = _features(inputs)
+    if features is None:
+        return None
+    smooth = not is_at_end(curve(features.sum(axis=0, keepdims=True)))
+    return _statistic(inputs, lambda totals_BF: lowest(curve(totals_BF))[1], smooth, RANGE)
 
 
 def calibrated_worst_relevance(inputs: Inputs, k: int | None = None) -> Statistic | None:

@@ -332,5 +332,6 @@ METRICS = (
         False,
         targets=False,
         needs_lists=False,  # it reads the rank of the target
+        needs_ranks=True,
     ),
 )

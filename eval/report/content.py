@@ -353,7 +353,8 @@ def conventions_section(results: Mapping[str, Any]) -> Section:
     versions = results.get("versions") or {}
     text = [
         "Intervals are 95 % bootstrap intervals over users (percentile for means, centred for curved "
-        "statistics such as coverage and MGU). Formulas and conventions: docs/evaluation.md."
+        "statistics such as MGU, linearised for coverage, Gini and entropy). Formulas and conventions: "
+        "docs/evaluation.md."
     ]
     text += [f"Note: {note}." for note in results.get("notes") or ()]
     tables = (

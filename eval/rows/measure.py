@@ -38,6 +38,12 @@ def measure(
     unlisted = int(np.isnan(inputs.correct).sum())
     if 0 < unlisted < inputs.num_samples:
         notes.append(f"{unlisted} of {inputs.num_samples} rows list no choices; accuracy is over the others")
+    unscored = int((np.isfinite(inputs.correct) & ~np.isfinite(inputs.choice_nll)).sum())
+    if unscored:
+        notes.append(
+            f"{unscored} of {inputs.num_samples} rows have choices whose scores are not finite: they are "
+            "wrong in accuracy, and choice_nll is over the others"
+        )
     return {
         "metrics": {name: figure(samples["metric", name], rows[name].higher_is_better) for name in found},
         "breakdowns": _figures(nested, samples),

@@ -16,7 +16,14 @@ import numpy as np
 
 from eval.intervals import Statistic, mean_statistic, ratio
 from eval.metrics.base import Metric
-from eval.metrics.calibration import TEMPERATURES, at_temperature, fit_temperature, lowest
+from eval.metrics.calibration import (
+    RANGE,
+    TEMPERATURES,
+    at_temperature,
+    fit_temperature,
+    is_at_end,
+    lowest,
+)
 from eval.metrics.slices import pool_small, spread
 from eval.rows.inputs import RowInputs
 
@@ -79,6 +86,15 @@ def _calibrated_worst(parts: Parts) -> np.ndarray:
     return np.nanmax(np.stack(by_group), axis=0)
 
 
+def _best_temperature(inputs: RowInputs, k: int | None = None) -> Statistic | None:
+    """A curved statistic where it is an end of TEMPERATURES: it then has no interval."""
+    tokens = inputs.tokens.sum()
+    curves = inputs.features[:, 2 * inputs.num_groups :].sum(axis=0)
+    mean = curves.reshape(1, inputs.num_groups, TEMPERATURES.size).sum(axis=1)
+    smooth = tokens == 0 or not is_at_end(mean / tokens)
+    return _over_groups(lambda parts: lowest(_mean_curve(parts))[1], smooth, RANGE)(inputs, k)
+
+
 def _accuracy(inputs: RowInputs, k: int | None = None) -> Statistic | None:
     if not np.isfinite(inputs.correct).any():
         return None
@@ -91,7 +107,6 @@ def _choice_nll(inputs: RowInputs, k: int | None = None) -> Statistic | None:
     return mean_statistic(inputs.choice_nll, (0, np.inf))
 
 
-RANGE = (float(TEMPERATURES[0]), float(TEMPERATURES[-1]))
 METRICS = (
     Metric("nll", _over_groups(_mean, True), "accuracy", "nats per target token", False, primary=True),
     Metric(
@@ -104,7 +119,7 @@ METRICS = (
     ),
     Metric(
         "temperature",
-        _over_groups(lambda parts: lowest(_mean_curve(parts))[1], True, RANGE),
+        _best_temperature,
         "accuracy",
         "that temperature: above 1, the model is too sure",
         None,

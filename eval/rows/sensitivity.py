@@ -157,7 +157,7 @@ def run(
         effect=effect,
         effect_name=f"NLL({headline.removesuffix(' - true')}) - NLL(true), nats",
         better="higher",
-        speaks=not effect.low > 0,
+        speaks=effect.not_above_null,
         measures=found,
         table={
             "columns": ["prompt", "NLL of the completion", "low", "high"],

@@ -109,10 +109,12 @@ def test_a_row_of_json_that_lacks_a_key_is_a_bad_row(tmp_path, good, field, valu
 def test_a_row_of_json_without_a_time_or_a_label_stays(tmp_path):
     write_windows(tmp_path)
     (tmp_path / "train.csv").unlink()
-    rows = [{**PAIRS, "kind": "x"}, {key: value for key, value in PAIRS.items() if key != "timestamp"}]
+    rows = [{**PAIRS, "kind": "x", "slot": 1}, {**PAIRS, "kind": None, "slot": 2}, {**PAIRS, "slot": ""}]
+    del rows[2]["timestamp"]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = load_corpus(section(tmp_path, split_ratio=(1, 0, 0))).splits["train"]
-    assert [sample.timestamp for sample in train] == [1.0, None]
+    assert [sample.timestamp for sample in train] == [1.0, 1.0, None]
+    assert [sample.labels for sample in train] == [{"kind": "x", "slot": "1"}, {"slot": "2"}, {}]
 
 
 HALF = "A \ud83d"

@@ -7,7 +7,8 @@ from run_folders import make_run
 from scipy.special import log_softmax
 
 from eval.audit import AuditOptions, run_audits
-from eval.audit.model.history_length import CONTROL, EFFECT, lengths_of, measure
+from eval.audit.estimates import Estimate
+from eval.audit.model.history_length import CONTROL, EFFECT, in_words, lengths_of, measure
 from eval.loading import load_subject
 from eval.report import figures
 from gdrt_ds.data.corpus import Sample
@@ -49,6 +50,12 @@ def test_older_items_that_tell_something_are_seen_and_such_that_tell_nothing_are
     assert found["NDCG@10, last 1 - all"].high < 0 and found[CONTROL].spans_null
     same = {k: scores["all"] for k in scores}
     assert measure(same, targets, other_nll(1), 200)[EFFECT].value == 0
+
+
+def test_an_effect_is_worded_by_its_sign():
+    assert in_words(Estimate(0.2, 0.1, 0.3, 9)) == "higher by 0.2 [0.1, 0.3]"
+    assert in_words(Estimate(-0.2, -0.3, -0.1, 9)) == "lower by 0.2 [0.1, 0.3]"
+    assert in_words(Estimate(-0.2, -0.3, 0.1, 9)) == "lower by 0.2 [-0.1, 0.3] (the interval spans 0)"
 
 
 def test_lengths_shorten_at_least_one_history_and_exist_in_all():

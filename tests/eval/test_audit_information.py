@@ -9,6 +9,7 @@ from scipy.special import log_softmax
 from eval.audit import AuditOptions, run_audits
 from eval.audit.estimates import Estimate
 from eval.audit.model.information import EFFECT, clean_pairs, measure, side_curves, sureness
+from eval.audit.partners import partner_note
 from eval.loading import load_subject
 from eval.metrics.calibration import TEMPERATURES
 from eval.report import figures
@@ -115,6 +116,14 @@ def test_partners_are_other_users_whose_history_lacks_the_target():
     assert found[3].tolist() == [False, True, True, False, False]
     nobody = clean_pairs([sample(0, "a", ("x",), "y"), sample(1, "b", ("y",), "x")])
     assert nobody.tolist() == [[False, True], [True, False]]  # no clean partner: any other user
+    holding = [sample(0, "a", ("x",), "y"), sample(1, "b", ("y",), "w"), sample(2, "c", ("y", "q"), "w")]
+    assert partner_note(samples) == "" and partner_note(holding).startswith(" For 1 of 3 users every other ")
+
+
+def test_what_was_not_measured_is_no_finding_that_nothing_is_there():
+    nan = float("nan")
+    assert not Estimate(nan, nan, nan, 9).not_above_null and not Estimate(0.2, nan, nan, 9).not_above_null
+    assert Estimate(0.2, -0.1, 0.5, 9).not_above_null and not Estimate(0.2, 0.1, 0.3, 9).not_above_null
 
 
 def test_it_speaks_when_the_history_is_not_read_and_draws_its_curves(subject):

@@ -172,8 +172,10 @@ def test_two_wrong_histories_differ_from_each_other_by_nothing(subject):
 
 
 def test_worst_relevance_group_and_gap_are_those_of_the_group_means():
-    groups, nll = np.array([0, 0, 1, 1, 2]), np.array([1.0, 3.0, 5.0, 7.0, 2.0])
+    groups = np.array([0, 0, 2, 2, 10, 10] * 5)
+    nll = np.array([1.0, 3.0, 5.0, 7.0, 1.0, 3.0] * 5)
     rows, spread = language.group_table(groups, nll, None, 50, 0)
+    assert [row[0] for row in rows] == ["group 0", "group 2", "group 10"]
     assert (
         [row[2] for row in rows] == [2.0, 6.0, 2.0]
         and spread["worst group NLL"].value == 6.0
@@ -181,12 +183,22 @@ def test_worst_relevance_group_and_gap_are_those_of_the_group_means():
     )
 
 
+def test_a_relevance_group_of_one_user_is_never_the_worst():
+    groups = np.array([0] * 12 + [1] * 12 + [2, 3, 3])
+    nll = np.array([2.0] * 12 + [4.0] * 12 + [9.0, 1.0, 1.0])
+    rows, spread = language.group_table(groups, nll, None, 50, 0)
+    assert [row[:2] for row in rows] == [["group 0", 12], ["group 1", 12], ["(groups under 10)", 3]]
+    assert spread["worst group NLL"].value == 4.0
+    rows, spread = language.group_table(groups[10:14], nll[10:14], None, 50, 0)
+    assert [row[:2] for row in rows] == [["(groups under 10)", 4]] and spread == {}
+
+
 def test_the_intervals_of_the_worst_group_and_of_the_gap_hold_their_own_values():
     """Groups that differ by noise alone: a resample has larger extremes than the users themselves."""
     rng = np.random.default_rng(3)
     outside = 0
     for seed in range(20):
-        _, spread = language.group_table(rng.integers(0, 6, 60), rng.exponential(size=60), None, 100, seed)
+        _, spread = language.group_table(rng.permutation(120) % 6, rng.exponential(size=120), None, 100, seed)
         for one in spread.values():
             assert one.low <= one.value <= one.high
         gap = spread["relevance group NLL gap"]

@@ -10,11 +10,12 @@ from run_folders import make_run
 
 from eval.audit import AuditOptions, run_audits
 from eval.audit.context import AuditContext
-from eval.audit.estimates import bootstrap, least_squares, spearman
+from eval.audit.estimates import Estimate, bootstrap, least_squares, spearman
 from eval.audit.model import dimensionality, position, pretraining, provider, selection, shift, titles
 from eval.audit.model.amplification import measure_change, measure_step
 from eval.audit.runs import cross_tuning
 from eval.audit.score_rows import exposure, probabilities, target_gains, target_hits, target_ranks, top_lists
+from eval.intervals.interval import widening
 from eval.loading import load_subject
 from eval.report import figures
 from gdrt_ds.inference import catalogue_scoring
@@ -91,6 +92,15 @@ def test_orders_that_change_nothing_agree_perfectly_and_another_user_does_not():
         found["Jaccard@10, another user"].value < 0.4 and abs(found["Kendall tau, another user"].value) < 0.2
     )
     assert found["change by order / change by another user (1 - RBO)"].value == pytest.approx(0.0, abs=1e-9)
+
+
+def test_only_equal_finite_scores_agree_whatever_their_order():
+    equal, rising = np.full(20, -3.0), np.arange(20.0)
+    assert position.agreement(equal, equal)[0] == 1.0 and position.agreement(rising, rising)[0] == 1.0
+    broken = rising.copy()
+    broken[3] = np.nan
+    assert np.isnan(position.agreement(broken, rising)[0]) and np.isnan(position.agreement(equal, rising)[0])
+    assert np.isnan(position.agreement(equal * np.nan, equal * np.nan)[0])
 
 
 def test_a_skewed_provider_is_found_whatever_the_items_popularity_and_permuted_labels_are_not():
@@ -200,6 +210,31 @@ def test_slots_that_draw_choices_are_found_beside_the_main_score_and_permuted_sl
     assert selection.fit_labelled(nll, np.arange(300) % 4, 4).argmax() == 0
 
 
+def test_every_resample_weighs_its_metrics_with_terms_of_its_own():
+    slots = np.arange(40) % 2
+    hits = slots.astype(float)
+
+    def fit(rows):  # even terms for all users, and uneven ones for every resample of them
+        even = rows.tolist() == list(range(40))
+        return np.zeros(2) if even else np.array([3.0, -3.0])
+
+    _, found = selection.measure(fit, slots, hits, hits, 100, 0)
+    weighed = found["HR@10, inverse propensity"]
+    assert weighed.value == 0.5 < 0.7 < weighed.low and found["HR@10"].low < 0.5 < found["HR@10"].high
+
+
+def test_the_terms_of_few_users_have_wide_intervals():
+    terms = np.random.default_rng(3).normal(size=(12, 2))
+    zeros = np.zeros(12)
+    tower, _ = selection.measure(
+        lambda rows: terms[rows].mean(axis=0), zeros.astype(int), zeros, zeros, 100, 0
+    )
+    rng = np.random.default_rng(0)
+    replicates = np.array([terms[rng.integers(0, 12, 12)].mean(axis=0) for _ in range(100)])
+    low, high = np.quantile(replicates[:, 0], [0.025, 0.975])
+    assert tower[0].high - tower[0].low == pytest.approx(widening(12) * (high - low)) and widening(12) > 1.1
+
+
 def test_a_logged_slot_that_resamples_lack_has_the_mean_relevance_there():
     rng = np.random.default_rng(0)
     place = np.append(rng.integers(0, 5, 39), 5)  # one of 40 choices stood in the last slot
@@ -234,6 +269,14 @@ def test_effective_rank_counts_directions_and_permuted_columns_have_all_of_them(
         broken["effective rank / control"].value == pytest.approx(1, abs=0.05)
         and broken["effective rank / control"].spans_null
     )
+
+
+def test_so_few_users_that_every_half_has_rank_one_give_no_interval():
+    scores = np.random.default_rng(6).normal(size=(6, 50))
+    few = dimensionality.measure(scores[:5], np.arange(5), np.arange(50.0), 50)[dimensionality.RATIO]
+    assert np.isfinite(few.value) and np.isnan([few.low, few.high]).all() and "(no interval)" in few.text()
+    six = dimensionality.measure(scores, np.arange(6), np.arange(50.0), 50)[dimensionality.RATIO]
+    assert six.low < six.value < six.high
 
 
 def test_head_targets_that_rank_higher_open_the_head_tail_gap():
@@ -298,8 +341,45 @@ def test_the_batch_and_the_bound_of_the_scoring_are_those_of_its_audits(subject,
 def test_two_users_make_no_environment_that_is_the_worst(subject):
     options = AuditOptions(users=2, num_bootstrap=200)
     found = run_audits(["shift"], PlantedContext(subject, Runtime(), options))["shift"]
-    assert found["finding"].startswith("No environment has two users, so none is the worst; environments ")
-    assert found["effect"]["value"] == 0.0 and not found["speaks"]
+    assert found["finding"].startswith("No environment has 5 users, so none is the worst; environments ")
+    assert found["effect"]["value"] is None and found["effect"]["ci_low"] is None and not found["speaks"]
+
+
+def test_users_that_are_alike_make_no_environment():
+    worst, effect = shift.measure_worst(np.ones(30), {}, 50, 0)
+    assert worst is None and np.isnan(effect.value)
+    assert shift.in_words({}, worst, effect).startswith("Users do not differ in time, ")
+    rows, tests = shift.measure(np.ones(30), np.ones(30), {}, 50, 0)
+    assert rows == [] and tests == {}
+
+
+def test_the_worst_of_many_environments_that_noise_made_is_not_shown_and_a_planted_one_is():
+    rng = np.random.default_rng(12)
+    names = {axis: [f"{axis} {place}" for place in range(4)] for axis in ("a", "b", "c")}
+    above, moved = 0, 0
+    for seed in range(20):
+        axes = {axis: rng.choice(of_axis, 80) for axis, of_axis in names.items()}
+        nll = 5 + rng.normal(size=80)
+        worst, effect = shift.measure_worst(nll, axes, 200, seed)
+        (axis,) = [axis for axis, of_axis in names.items() if worst in of_axis]
+        own = axes[axis] == worst
+        assert effect.value == pytest.approx((nll[own].mean() - nll.mean()) / nll.mean())
+        assert effect.low < effect.value < effect.high and effect.null > 0
+        above += effect.low > effect.null
+        nll[axes["a"] == "a 1"] += 4
+        worst, effect = shift.measure_worst(nll, axes, 200, seed)
+        moved += worst == "a 1" and effect.low > effect.null
+    assert above <= 2 and moved == 20
+
+
+def test_an_environment_of_few_users_is_never_the_worst():
+    labels = np.array(["many"] * 30 + ["more"] * 30 + ["few"] * 4)
+    nll = np.array([4.0] * 30 + [6.0] * 30 + [50.0] * 4)
+    worst, effect = shift.measure_worst(nll, {"axis": labels}, 50, 0)
+    assert worst == "more" and effect.value == pytest.approx(6 / nll.mean() - 1)
+    nll[0] = np.nan
+    words = shift.in_words({"axis": labels}, *shift.measure_worst(nll, {"axis": labels}, 50, 0))
+    assert words.startswith("The NLL of some target is not finite")
 
 
 def test_growth_of_the_bases_favourites_is_found_and_permuted_steps_are_not():
@@ -347,6 +427,17 @@ def test_biases_planted_by_backbone_cluster_by_backbone_and_not_by_data_or_seed(
     )
     permuted = cross_tuning.measure(vectors, {"backbone": np.random.default_rng(4).permutation(backbone)})
     assert permuted.clusterings["backbone"].p > 0.05
+
+
+def test_the_finding_is_about_the_factor_that_is_shown():
+    def clustering(value, p):
+        return cross_tuning.Clustering(Estimate(value, value - 0.1, value + 0.1, 8), 0.0, p)
+
+    shown = {"backbone": clustering(0.3, 0.01), "objective": clustering(0.5, 0.2)}
+    assert cross_tuning.foremost(shown) == "backbone"
+    shown["data"] = clustering(0.4, 0.05)
+    assert cross_tuning.foremost(shown) == "data"
+    assert cross_tuning.foremost({name: clustering(v, 0.3) for name, v in (("a", 0.1), ("b", 0.2))}) == "b"
 
 
 def test_silhouette_equals_a_hand_computed_case():

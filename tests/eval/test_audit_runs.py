@@ -136,7 +136,10 @@ def test_every_audit_runs_from_the_command_line_and_is_in_the_report(runs, capsy
             and audit["table"]["rows"]
             and audit["title"] in page
         )
-        assert np.isfinite(audit["effect"]["value"])
+        if name == "shift":  # six users: no environment has five of them
+            assert audit["effect"]["value"] is None or np.isfinite(audit["effect"]["value"])
+        else:
+            assert np.isfinite(audit["effect"]["value"])
         assert any(m["ci_low"] is not None for m in audit["measures"].values())
 
 

@@ -82,6 +82,14 @@ def test_a_scorer_that_is_right_has_temperature_one_and_one_that_knows_nothing_h
     assert blind["temperature"]["value"] > 20
 
 
+def test_a_temperature_at_an_end_of_its_range_has_no_interval():
+    predictions, entries, scores = world(num_samples=60)
+    found = figures(predictions, entries, -30 * scores)["temperature"]
+    assert found["value"] == 64 and found["ci_low"] is None and found["ci_high"] is None
+    inside = figures(predictions, entries, scores)["temperature"]
+    assert inside["ci_low"] < inside["value"] < inside["ci_high"]
+
+
 def test_sums_by_squaring_equal_logsumexp_at_every_temperature():
     scores = np.random.default_rng(0).normal(size=500) * 30 - 40
     expected = logsumexp(scores[None] / TEMPERATURES[:, None], axis=1)

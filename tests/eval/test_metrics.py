@@ -122,7 +122,7 @@ def test_hand_computed_accuracy_and_a_missing_rank_is_a_miss():
     assert found["metrics"]["nll"]["n"] == 3
     assert any("2 of 4 targets have no rank" in note for note in found["notes"])
     # Nothing is known behind the lists of seven.
-    for name in ("mrr", "mean_rank_share", "cvar_rank_share", "hr@10", "ndcg@10"):
+    for name in ("mrr", "mean_rank_share", "cvar_rank_share", "hr@10", "ndcg@10", "reo@10"):
         assert name not in found["metrics"]
         assert any(
             note.startswith(f"{name}: not measured, the lists hold 7 items") for note in found["notes"]

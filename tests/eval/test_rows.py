@@ -17,7 +17,7 @@ from eval.intervals import interval, resample
 from eval.metrics.calibration import TEMPERATURES
 from eval.rows import sensitivity
 from eval.rows.inputs import build_row_inputs
-from eval.rows.measure import floors_of
+from eval.rows.measure import floors_of, measure
 from eval.rows.metrics import slices, statistics
 from eval.rows.pipeline import evaluate_rows
 from eval.rows.predict import describe_all, judge
@@ -141,7 +141,17 @@ def test_metrics_by_hand():
     assert value["nll_worst_group"] == pytest.approx(6) and value["nll_gap_group"] == pytest.approx(4)
     assert value["nll_calibrated"] == pytest.approx(24 / 6 / 8)  # lowest at T = 64, where it is nll / 8
     assert value["temperature"] == pytest.approx(64)
+    ends = interval(resample(found, np.arange(3), 50)["temperature"])
+    assert np.isnan(ends).all()  # an end of the range: that or beyond
     assert value["nll_calibrated_worst_group"] == pytest.approx(6 / 8)
+
+
+def test_rows_whose_choices_have_no_finite_score_are_told(subject):
+    rows = [prediction(n, [[1.0 + n]], 1.0, "x") for n in range(4)]
+    rows[1] |= judge(("a", "b"), 1, np.array([-1.0, float("nan")]))
+    found = measure(subject, rows, floors=False, num_bootstrap=20)
+    assert found["metrics"]["accuracy"]["value"] == 0.75 and found["metrics"]["choice_nll"]["n"] == 3
+    assert any(note.startswith("1 of 4 rows have choices whose scores are not") for note in found["notes"])
 
 
 def test_breakdowns_are_by_token_group_and_by_column():

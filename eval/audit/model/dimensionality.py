@@ -7,7 +7,7 @@ user's sharpness counts. Beside it stand distinct top-10 lists per user, and the
 relative rank of tail targets minus that of head targets. Control: every item's column permuted over users,
 which keeps all marginals and breaks what users share. The effect is the ratio of effective ranks, 1 where
 nothing is shared. Its interval comes from half samples of users (Shao & Wu 1989), since repeating users
-lowers a rank.
+lowers a rank. Below six users there is no interval: two centred rows have rank 1 whatever they hold.
 With --runs: the same figures of other evaluated runs over their LoRA rank, against accuracy (a Pareto plot).
 
 Shapes: U users, I catalogue entries.
@@ -29,6 +29,7 @@ from eval.metrics.inputs import HEAD_SHARE
 DEFAULT_USERS = 64
 K = 10
 HALVES = 100  # half samples of users
+SMALLEST_HALF = 3  # two centred rows have rank 1 whatever they hold, so halves of two never differ
 DRAWN = 40  # singular values in the figure
 RATIO = "effective rank / control"
 RANK = "effective rank"
@@ -78,7 +79,9 @@ def measure(
     value = rank_ratio(scores, rng)
     half = max(2, users // 2)
     halves = np.array([rank_ratio(scores[rng.permutation(users)[:half]], rng) for _ in range(HALVES)])
-    error = 1.96 * float(halves.std(ddof=1))
+    error = float("nan")
+    if half >= SMALLEST_HALF:
+        error = 1.96 * float(halves.std(ddof=1))
     lists = top_lists(scores, min(K, num_items - 1))
     distinct = len({frozenset(row) for row in lists.tolist()}) / users
     relative = (target_ranks(scores, targets) - 1) / max(num_items - 1, 1)

@@ -27,6 +27,7 @@ from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap, permutation_p
 from eval.audit.model.language import TINY, token_means
 from eval.audit.model.sensitivity import SWAPPED, TRUE, variant_prompts
+from eval.audit.partners import partner_note
 from eval.audit.target_loss import target_nll
 from gdrt_ds.data.corpus import Sample
 
@@ -131,7 +132,7 @@ def run(context: AuditContext) -> dict:
         f"while the target's NLL goes from {start[NLL].value:.2f} to {end[NLL].value:.2f}."
     )
     return result(
-        finding=finding,
+        finding=finding + partner_note(samples),
         control=f"both ends swapped at random within users: change {null.mean():.3g} "
         f"(95 % within {np.quantile(np.abs(null), 0.95):.3g})",
         effect=effect,

@@ -23,7 +23,7 @@ import numpy as np
 from eval.audit.base import Audit, Cost, Lack, result
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap
-from eval.audit.partners import partners
+from eval.audit.partners import partner_note, partners
 from eval.audit.score_rows import probabilities, target_gains
 from eval.audit.target_loss import target_nll
 from gdrt_ds.data.corpus import Sample
@@ -107,19 +107,26 @@ def run(context: AuditContext) -> dict:
     fewest = min(len(s.history) for s in samples)
     return result(
         finding=(
-            f"With the last item alone the target's NLL is higher by {effect.text()} nats than with the "
+            f"With the last item alone the target's NLL is {in_words(effect)} nats than with the "
             f"whole history (at least {fewest} items) over {effect.n} users; NDCG@10 changes by "
-            f"{found['NDCG@10, last 1 - all'].text()}."
+            f"{found['NDCG@10, last 1 - all'].text()}." + partner_note(samples)
         ),
         control=f"another user's history, last item against all: {found[CONTROL].text()} nats",
         effect=effect,
         effect_name="NLL(last item) - NLL(whole history), nats",
         better="higher",
-        speaks=not effect.low > 0,
+        speaks=effect.not_above_null,
         measures=found,
         table=table(found, [*scores]),
         figures=[figure(found, [*scores], "NLL", "nats"), figure(found, [*scores], "NDCG@10", "NDCG@10")],
     )
+
+
+def in_words(effect: Estimate) -> str:
+    """`higher by 0.3 [0.2, 0.4]`, and `lower by` the turned figure where the effect is negative."""
+    if effect.value < 0:
+        return f"lower by {Estimate(-effect.value, -effect.high, -effect.low, effect.n, 0.0).text()}"
+    return f"higher by {effect.text()}"
 
 
 def _losses_of_others(

@@ -24,7 +24,7 @@ import numpy as np
 from eval.audit.base import Audit, estimate_table, matrix_cost, result
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap
-from eval.audit.partners import stands_in
+from eval.audit.partners import partner_note, stands_in
 from eval.metrics.calibration import TEMPERATURES, log_sums, lowest
 from gdrt_ds.data.corpus import Sample
 
@@ -140,12 +140,12 @@ def run(context: AuditContext) -> dict:
         f"({sureness(found['temperature'])})."
     )
     return result(
-        finding=finding,
+        finding=finding + partner_note(samples),
         control=f"one other user's history for the own one: {found[CONTROL].text()} nats, expected 0",
         effect=effect,
         effect_name=f"{EFFECT}, nats",
         better="higher",
-        speaks=not effect.low > 0,
+        speaks=effect.not_above_null,
         measures=found,
         table=estimate_table(found),
         figures=[figure(*curves, num_items)],

@@ -35,8 +35,9 @@ from eval.audit.attribution import (
 from eval.audit.base import Audit, Cost, result
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap
-from eval.audit.partners import partners
+from eval.audit.partners import partner_note, partners
 from eval.audit.score_rows import target_gains
+from eval.metrics.slices import MIN_SIZE, OTHER, SMALL, pool_small
 from gdrt_ds.data.corpus import Sample
 from gdrt_ds.data.prompts import SEGMENTS
 
@@ -97,25 +98,33 @@ def change(before: list[Attribution], after: list[Attribution], num_bootstrap: i
     return bootstrap(np.stack(columns, axis=1), statistic, null=1.0, num=num_bootstrap, seed=seed)
 
 
+def reading_place(name: str) -> tuple[bool, int]:
+    """Where `group 10` stands in a table: by number, pooled groups last."""
+    pooled = name in (SMALL, OTHER)
+    return pooled, 0 if pooled else int(name.removeprefix("group "))
+
+
 def group_table(
     groups: np.ndarray, nll: np.ndarray, gain: np.ndarray | None, num_bootstrap: int, seed: int
 ) -> tuple[list[list], Estimates]:
-    """Accuracy by relevance group.
+    """Accuracy by relevance group. Groups under 10 users are pooled, as in the slices of an evaluation.
 
     Args:
         groups: [U] relevance group of each target.
         nll: [U] of each target.
         gain: [U] NDCG@10 of each target, or None.
     Returns:
-        rows (group, users, NLL with interval, NDCG@10 with interval); worst group and gap of the NLL.
+        rows (group, users, NLL with interval, NDCG@10 with interval); worst group and gap of the NLL, which
+        are left out where one group is left.
     """
     settings = {"num": num_bootstrap, "seed": seed}
-    present = sorted(set(groups.tolist()))
+    slice_of = pool_small(np.array([f"group {group}" for group in groups], dtype=object))
+    present = sorted(set(slice_of.tolist()), key=reading_place)
     rows = []
-    for group in present:
-        members = groups == group
+    for name in present:
+        members = slice_of == name
         loss = bootstrap(nll[members], null=None, **settings)
-        row = [f"group {group}", int(members.sum()), loss.value, loss.low, loss.high]
+        row = [name, int(members.sum()), loss.value, loss.low, loss.high]
         if gain is None:
             row += [None, None, None]
         else:
@@ -123,11 +132,15 @@ def group_table(
             row += [accuracy.value, accuracy.low, accuracy.high]
         rows.append(row)
 
+    if len(present) < 2:
+        return rows, {}
+    place = np.array([present.index(name) for name in slice_of])
+
     def spread(drawn: np.ndarray) -> np.ndarray:
-        means = [drawn[drawn[:, 0] == g, 1].mean() for g in present if (drawn[:, 0] == g).any()]
+        means = [drawn[drawn[:, 0] == g, 1].mean() for g in np.unique(drawn[:, 0])]
         return np.array([max(means), max(means) - min(means)])
 
-    columns = np.stack([groups.astype(float), nll], axis=1)
+    columns = np.stack([place.astype(float), nll], axis=1)
     worst, gap = bootstrap(columns, spread, null=None, bounds=(0, np.inf), **settings)
     return rows, {WORST: worst, GAP: gap}
 
@@ -196,7 +209,7 @@ def run(context: AuditContext) -> dict:
     if group_rows:
         figures.append(groups_figure(group_rows))
     return result(
-        finding=finding + group_note,
+        finding=finding + group_note + partner_note(samples),
         effect=verdict,
         effect_name=f"log2 of {RATIO}",
         better="lower",
@@ -306,6 +319,8 @@ def _relevance(context: AuditContext, samples: list[Sample], settings: dict) -> 
         target_gains(scores, targets),
         **settings,
     )
+    if not spread:
+        return rows, f" Relevance groups: not two of them have {MIN_SIZE} users, so none is the worst.", {}
     note = f" Over relevance groups the worst NLL is {spread[WORST].text()}, the gap {spread[GAP].text()}."
     return rows, note, spread
 

@@ -25,7 +25,7 @@ from eval.audit.base import Audit, Cost, Lack, estimate_series, estimate_table, 
 from eval.audit.context import AuditContext, History, few_users_fix
 from eval.audit.estimates import Estimate, bootstrap, permutation_p
 from eval.audit.list_overlap import jaccard, rank_biased_overlap
-from eval.audit.partners import partners
+from eval.audit.partners import partner_note, partners
 from eval.audit.score_rows import probabilities, target_gains, top_lists
 from gdrt_ds.data.corpus import Sample
 
@@ -39,12 +39,17 @@ RBO = AGREEMENTS.index("RBO")
 CHANGE = "change by order / change by another user (1 - RBO)"
 
 
+def is_constant(scores: np.ndarray) -> bool:
+    """Whether all scores [I] are one finite number. Scores with NaN have no order that could agree."""
+    return bool(np.isfinite(scores).all() and np.ptp(scores) == 0)
+
+
 def agreement(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Scores [I] against scores [I] -> the three `AGREEMENTS`."""
     depth = min(DEPTH, len(first))
     lists = top_lists(np.stack([first, second]), depth).tolist()
     tau = kendalltau(first, second).statistic
-    if not np.isfinite(tau):  # constant scores: any order of them is the same
+    if is_constant(first) and is_constant(second):  # any order of equal scores is the same
         tau = 1.0
     return np.array([tau, rank_biased_overlap(*lists), jaccard(lists[0][:10], lists[1][:10])])
 
@@ -194,7 +199,7 @@ def run(context: AuditContext) -> dict:
         f"over {len(samples)} users."
     )
     return result(
-        finding=finding,
+        finding=finding + partner_note(samples),
         effect=effect,
         effect_name="(max - min) / mean of probe influence over slots",
         better=None,

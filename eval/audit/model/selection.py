@@ -31,7 +31,7 @@ from scipy.optimize import minimize
 
 from eval.audit.base import Audit, estimate_series, estimate_table, matrix_cost, result
 from eval.audit.context import AuditContext
-from eval.audit.estimates import Estimate, bootstrap, permutation_p
+from eval.audit.estimates import Estimate, bootstrap, of_replicates, permutation_p
 from eval.audit.score_rows import target_gains, target_hits
 
 DEFAULT_USERS = 100
@@ -130,28 +130,41 @@ def measure(
 ) -> tuple[list[Estimate], dict[str, Estimate]]:
     """Estimates of b per slot, and metrics plain and weighed.
 
+    Every resample fits b anew, so that intervals of weighed metrics hold the error of their weights.
+
     Args:
         fit: user indices -> b [S].
         slots: [U] slots of the targets.
         hits, gains: [U] HR@10 and NDCG@10 of the targets.
     """
     users = len(slots)
-    b = fit(np.arange(users))
-    rng = np.random.default_rng(seed)
-    draws = [rng.integers(0, users, users) for _ in range(min(MOST_REPLICATES, num_bootstrap))]
-    replicates = np.array([fit(draw) for draw in draws])
-    lows, highs = np.quantile(replicates, [0.025, 0.975], axis=0)
-    tower = [Estimate(float(v), float(lo), float(hi), users) for v, lo, hi in zip(b, lows, highs)]
+    everyone = np.arange(users)
+    values = np.stack([hits, gains], axis=1)
 
-    def metrics(rows: np.ndarray) -> np.ndarray:
-        weights = inverse_propensity(b, rows[:, 0].astype(int))
-        plain = rows[:, 1:].mean(axis=0)
-        weighed = weights @ rows[:, 1:] / weights.sum()
+    def metrics(b: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The `METRICS` of these users, weighed with terms b that were fitted on them."""
+        weights = inverse_propensity(b, slots[rows])
+        plain = values[rows].mean(axis=0)
+        weighed = weights @ values[rows] / weights.sum()
         return np.array([*plain, *weighed, *(weighed - plain)])
 
-    columns = np.stack([slots.astype(float), hits, gains], axis=1)
-    values = bootstrap(columns, metrics, num=num_bootstrap, seed=seed)
-    return tower, dict(zip(METRICS, values))
+    b = fit(everyone)
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(0, users, users) for _ in range(min(MOST_REPLICATES, num_bootstrap))]
+    terms = [fit(draw) for draw in draws]
+    tower = [
+        of_replicates(float(value), replicates, users)
+        for value, replicates in zip(b, np.transpose(terms), strict=True)
+    ]
+    measured = metrics(b, everyone)
+    redrawn = np.array([metrics(drawn, draw) for drawn, draw in zip(terms, draws, strict=True)])
+    found = {
+        name: of_replicates(float(measured[place]), redrawn[:, place], users)
+        for place, name in enumerate(METRICS)
+    }
+    # The plain means need no fit, so that they can have all resamples.
+    plain = bootstrap(values, lambda rows: rows.mean(axis=0), num=num_bootstrap, seed=seed)
+    return tower, {**found, **dict(zip(METRICS, plain))}
 
 
 @dataclass(frozen=True)

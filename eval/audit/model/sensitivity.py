@@ -17,7 +17,7 @@ import numpy as np
 from eval.audit.base import Audit, Cost, estimate_series, result
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap
-from eval.audit.partners import partners
+from eval.audit.partners import partner_note, partners
 from eval.audit.target_loss import TargetNll, target_nll
 from gdrt_ds.data.corpus import Sample
 
@@ -70,7 +70,8 @@ def losses_of(context: AuditContext, samples: list[Sample]) -> dict[str, TargetN
 
 def run(context: AuditContext) -> dict:
     options = context.options
-    losses = losses_of(context, context.users(DEFAULT_USERS))
+    samples = context.users(DEFAULT_USERS)
+    losses = losses_of(context, samples)
     both = {}
     for scoring in SCORINGS:
         nll = {name: getattr(loss, scoring) for name, loss in losses.items()}
@@ -83,12 +84,12 @@ def run(context: AuditContext) -> dict:
         f"no instruction: {found['no instruction - true'].text()}."
     )
     return result(
-        finding=finding,
+        finding=finding + partner_note(samples),
         control=f"two wrong histories against each other: {found[CONTROL].text()} nats, expected 0",
         effect=effect,
         effect_name="NLL(swapped history) - NLL(true), nats",
         better="higher",
-        speaks=not effect.low > 0,
+        speaks=effect.not_above_null,
         measures={**found, **{f"full: {name}": e for name, e in both["full"].items()}},
         table=table(both),
         figures=[figure(found)],

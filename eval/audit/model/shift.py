@@ -5,6 +5,10 @@ Environments are bins of the test users along three axes: time of the sample, po
 (and NDCG@10); its relative drop is (its NLL - mean NLL) / mean NLL. Noisy titles are one more: two
 neighbouring letters of every third word of the history's titles change places, paired with the clean NLL.
 
+The worst environment is the one with the largest drop. It is chosen on the data that measure it, so every
+resample chooses its own, and the interval is centred; the null value is the mean of the worst of permuted
+labels. An environment of fewer than FEWEST users is shown and never called the worst.
+
 Beside them stands the popularity shift itself: total variation between train popularity and the test
 targets, against the value that targets drawn from train popularity have in a sample of this size. Control:
 environment labels permuted over users, per axis. The spread (largest minus smallest mean NLL) must exceed
@@ -15,7 +19,7 @@ Shapes: U users, I catalogue entries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +37,7 @@ TIME_BINS = 4
 LENGTHS = ["short history", "medium history", "long history"]
 HEAD, MIDDLE = 0.2, 0.5  # ends of the most popular fifth and of the middle, by popularity rank
 ALPHA = 0.05
+FEWEST = 5  # users of an environment that can be the worst one: fewer are an extreme by chance
 
 
 @dataclass(frozen=True)
@@ -108,18 +113,59 @@ def relative_drop(before: float, after: float) -> float:
     return (before - after) / before if before else float("nan")
 
 
-def worst_environment(values: Mapping[str, float], higher_is_better: bool = True) -> tuple[str, float]:
-    """Name and value of the environment that is served worst; ties go to the first.
+def members_of(axes: Mapping[str, np.ndarray], names: Sequence[tuple[str, str]]) -> np.ndarray:
+    """Which users [U] each (axis, environment) holds: float64 [U, E]."""
+    return np.stack([axes[axis] == name for axis, name in names], axis=1).astype(np.float64)
 
-    Raises:
-        ValueError: no environment has a finite value.
+
+def worst_drop(nll: np.ndarray, members: np.ndarray) -> float:
+    """Largest (NLL of an environment - mean NLL) / mean NLL over environments that have users.
+
+    Args:
+        nll: [U].
+        members: [U, E].
     """
-    finite = {name: v for name, v in values.items() if v is not None and np.isfinite(v)}
-    if not finite:
-        raise ValueError("no environment has a value")
-    choose = min if higher_is_better else max
-    name = choose(finite, key=finite.get)
-    return name, finite[name]
+    sizes = members.sum(axis=0)
+    own = (nll @ members)[sizes > 0] / sizes[sizes > 0]
+    return max((-relative_drop(nll.mean(), mean) for mean in own), default=float("nan"))
+
+
+def measure_worst(
+    nll: np.ndarray, axes: Mapping[str, np.ndarray], num_bootstrap: int, seed: int
+) -> tuple[str | None, Estimate]:
+    """The environment that is served worst, and its relative NLL above the mean.
+
+    Every resample of users has a worst environment of its own. The null value is the mean of the worst one
+    under labels that are permuted over users, per axis: the largest of several is above zero by chance.
+
+    Args:
+        nll: [U].
+        axes: label of every user [U] per axis.
+    Returns:
+        name, None if no environment has FEWEST users; the estimate is then undefined.
+    """
+    pairs = [(axis, str(name)) for axis, labels in axes.items() for name in sorted(set(labels.tolist()))]
+    pairs = [(axis, name) for axis, name in pairs if (axes[axis] == name).sum() >= FEWEST]
+    if not pairs:
+        undefined = float("nan")
+        return None, Estimate(undefined, undefined, undefined, len(nll))
+    members = members_of(axes, pairs)
+    drops = [worst_drop(nll, members[:, [place]]) for place in range(len(pairs))]
+    rng = np.random.default_rng([seed, 13])
+    null = []
+    for _ in range(PERMUTATIONS):
+        moved = {axis: rng.permutation(labels) for axis, labels in axes.items()}
+        null.append(worst_drop(nll, members_of(moved, pairs)))
+
+    def statistic(rows: np.ndarray) -> float:
+        return worst_drop(rows[:, 0], rows[:, 1:])
+
+    columns = np.column_stack([nll, members])
+    anything = (-np.inf, np.inf)  # a curved statistic without an end
+    found = bootstrap(
+        columns, statistic, null=float(np.mean(null)), num=num_bootstrap, seed=seed, bounds=anything
+    )
+    return pairs[int(np.argmax(drops))][1], found
 
 
 def measure(
@@ -203,24 +249,19 @@ def run(context: AuditContext) -> dict:
     found, tests = measure(nll, gain, axes, options.num_bootstrap, options.seed)
     noise = noise_cost(context, samples, targets)
     moved, drawn, moved_p = popularity_shift(targets, popularity, options.seed)
-    solid = {e.name: e.nll.value for e in found if e.users > 1}
-    worst = worst_environment(solid, higher_is_better=False)[0] if solid else None
-    nothing = Estimate(0.0, 0.0, 0.0, len(samples))
-    effect = next((e.drop for e in found if e.name == worst), nothing)
+    worst, effect = measure_worst(nll, axes, options.num_bootstrap, options.seed)
     differing = [axis for axis, test in tests.items() if test.p <= ALPHA]
-    served_worst = f"Worst environment: {worst}, whose NLL is {effect.text()} of the mean above it"
-    if worst is None:
-        served_worst = "No environment has two users, so none is the worst"
     finding = (
-        f"{served_worst}; environments differ along {', '.join(differing) or 'no axis'} "
+        f"{in_words(axes, worst, effect)}; environments differ along {', '.join(differing) or 'no axis'} "
         f"(p <= .05 after Holm's correction, {len(samples)} users); noisy titles cost {noise.text()} nats; "
         f"test targets are {moved:.2f} from train popularity "
         f"(total variation; {drawn:.2f} by chance, p = {moved_p:.2g})."
     )
-    control = "labels permuted over users: " + "; ".join(
+    spreads = [
         f"{axis}: spread {test.spread:.3g} against {test.null:.3g}, p = {test.p:.2g}"
         for axis, test in tests.items()
-    )
+    ]
+    control = "labels permuted over users: " + ("; ".join(spreads) or "no axis has two environments")
     return result(
         finding=finding,
         effect=effect,
@@ -228,9 +269,23 @@ def run(context: AuditContext) -> dict:
         speaks=bool(differing),
         control=control,
         measures={"worst environment": effect, "noisy titles, nats": noise},
-        figures=[figure(found)],
+        figures=[figure(found)] if found else [],
         table=table(found, noise, float(nll.mean())),
         axes=differing,
+    )
+
+
+def in_words(axes: Mapping[str, np.ndarray], worst: str | None, effect: Estimate) -> str:
+    """Which environment is the worst; why none is, where nothing was measured."""
+    if not axes:
+        return "Users do not differ in time, popularity of the target or history length, so none is the worst"
+    if worst is None:
+        return f"No environment has {FEWEST} users, so none is the worst"
+    if not np.isfinite(effect.value):
+        return "The NLL of some target is not finite, so no environment is the worst"
+    return (
+        f"Worst environment: {worst}, whose NLL is {effect.text()} of the mean above it "
+        f"(the worst of permuted labels: {effect.null:.2g})"
     )
 
 

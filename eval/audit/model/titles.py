@@ -1,11 +1,11 @@
 """Audit `titles`: the same titles everywhere? The exposure of the most shown items against the data.
 
-    excess = exposure share of the 20 most shown items  -  share of train interactions of the 20 most chosen
-    items
+    excess = exposure share of the 20 most shown items  -  mean of the same share over drawn lists
 
-(a fifth of the catalogue where it has fewer than 100 items). Lists are the top 10 of every user. Control:
-lists of the same number and length drawn from train popularity without replacement, which is what a
-recommender as concentrated as the data would show to these few users; p over such draws.
+(a fifth of the catalogue where it has fewer than 100 items). Lists are the top 10 of every user. Drawn lists
+are the control: as many and as long, drawn from train popularity without replacement, which is what a
+recommender as concentrated as the data would show to these few users; p over such draws. The share of train
+interactions of the 20 most chosen items stands beside it.
 With --runs: Jaccard of the top-20 sets of titles between evaluated runs, also on different data sets,
 beside that of the data's own top-20.
 
@@ -19,12 +19,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.audit.base import Audit, matrix_cost, result
+from eval.audit.base import Audit, Lack, matrix_cost, result
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap, permutation_p
 from eval.audit.list_overlap import jaccard
 from eval.audit.score_rows import exposure, gini, top_lists
-from eval.folders import load_evaluations
+from eval.folders import CATALOGUE, PREDICTIONS, Evaluation, load_evaluations
 
 DEFAULT_USERS = 64
 K = 10
@@ -89,9 +89,14 @@ def overlaps(sets: list[list[str]]) -> np.ndarray:
     return np.array([[jaccard(a, b) for b in sets] for a in sets])
 
 
-def across_runs(paths: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+def other_runs(context: AuditContext) -> list[Evaluation]:
+    """The evaluations of `--runs`; a folder that is named twice counts once."""
+    named = context.options.runs
+    return load_evaluations(named, 1) if named else []
+
+
+def across_runs(runs: Sequence[Evaluation]) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Labels, Jaccard of the shown top-20 titles [R, R], and of the data's top-20 titles [R, R]."""
-    runs = load_evaluations(paths, 2)
     shown, chosen = [], []
     for run in runs:
         entries = run.catalogue()
@@ -129,8 +134,9 @@ def run(context: AuditContext) -> dict:
     choices = popularity[order] / max(popularity.sum(), 1)
     figures = [most_shown(titles, places, choices)]
     extra = {}
-    if len(options.runs) >= 2:
-        labels, shown, chosen = across_runs(options.runs)
+    runs = other_runs(context)
+    if len(runs) >= 2:
+        labels, shown, chosen = across_runs(runs)
         above = np.triu_indices(len(labels), 1)
         finding += (
             f" Between {len(labels)} runs the top-{TOP} sets overlap by {shown[above].mean():.2f} (Jaccard), "
@@ -183,6 +189,18 @@ def overlap_map(labels: list[str], shown: np.ndarray, of_data: float) -> dict:
     }
 
 
+def lacks(context: AuditContext) -> Lack:
+    """Lists and titles of every run of `--runs`: they are read after hours of scoring."""
+    for run in other_runs(context):
+        missing = [name for name in (PREDICTIONS, CATALOGUE) if not (run.folder / name).is_file()]
+        if missing:
+            return (
+                f"--runs: {run.folder} has no {' and no '.join(missing)}, and its lists are compared",
+                "evaluate that run again, or leave it out of --runs",
+            )
+    return None
+
+
 AUDIT = Audit(
     title="The same titles everywhere",
     question="Do a few titles take more of the exposure than of the choices, "
@@ -190,4 +208,5 @@ AUDIT = Audit(
     run=run,
     cost=matrix_cost(DEFAULT_USERS),
     order=20,
+    lacks=lacks,
 )

@@ -42,6 +42,7 @@ CHANCE_DRAWS = 50
 SETTINGS = {"backbone": "model.path", "data": "data.path", "objective": "objective", "seed": "train.seed"}
 EXPLAINING = ("backbone", "data", "objective")  # the factors whose share of variance is computed
 REST = "seed and rest"
+ALPHA = 0.05
 TINY = 1e-12
 
 
@@ -67,6 +68,24 @@ class Measured:
     clusterings: dict[str, Clustering]
     shares: dict[str, np.ndarray]
     chance: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Comparable:
+    """What of some folders is compared.
+
+    Attributes:
+        runs: their evaluations, each base model once.
+        left_out: repeated evaluations of a base model.
+        names, values: of the measures, [R, F].
+        factors: factor -> levels [R].
+    """
+
+    runs: list[Evaluation]
+    left_out: int
+    names: list[str]
+    values: np.ndarray
+    factors: dict[str, np.ndarray]
 
 
 def level(run: Evaluation, factor: str) -> str:
@@ -181,25 +200,27 @@ def variance_shares(vectors: np.ndarray, factors: dict[str, np.ndarray]) -> dict
     return shares
 
 
-def measure(vectors: np.ndarray, factors: dict[str, np.ndarray], seed: int = 0) -> Measured:
-    """Standardised vectors [R, F], factor -> levels [R] -> clusterings and shares of variance.
+def usable(factors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The factors of which two runs share a level and another run has a different one."""
+    return {name: levels for name, levels in factors.items() if 1 < len(set(levels.tolist())) < len(levels)}
 
-    A factor counts if two runs share a level of it and another run has a different one.
-    """
+
+def measure(vectors: np.ndarray, factors: dict[str, np.ndarray], seed: int = 0) -> Measured:
+    """Standardised vectors [R, F], factor -> levels [R] -> clusterings and shares of variance."""
     rng = np.random.default_rng(seed)
-    usable = {name: levels for name, levels in factors.items() if 1 < len(set(levels.tolist())) < len(levels)}
+    varying = usable(factors)
     observed, nulls = {}, {}
-    for name, levels in usable.items():
+    for name, levels in varying.items():
         nulls[name] = np.array([silhouette(vectors, rng.permutation(levels)) for _ in range(PERMUTATIONS)])
         observed[name] = jackknife(vectors, levels)
     corrected = []
-    if usable:
-        corrected, _ = holm([permutation_p(observed[name].value, nulls[name]) for name in usable])
+    if varying:
+        corrected, _ = holm([permutation_p(observed[name].value, nulls[name]) for name in varying])
     clusterings = {
         name: Clustering(observed[name], float(nulls[name].mean()), float(p))
-        for name, p in zip(usable, corrected)
+        for name, p in zip(varying, corrected)
     }
-    explaining = {name: usable[name] for name in EXPLAINING if name in usable}
+    explaining = {name: varying[name] for name in EXPLAINING if name in varying}
     chance = {name: 0.0 for name in explaining}
     for _ in range(CHANCE_DRAWS):
         drawn = variance_shares(vectors, {name: rng.permutation(v) for name, v in explaining.items()})
@@ -208,8 +229,8 @@ def measure(vectors: np.ndarray, factors: dict[str, np.ndarray], seed: int = 0) 
     return Measured(clusterings, variance_shares(vectors, explaining), chance)
 
 
-def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) -> dict:
-    """The audit over evaluation (or run) folders.
+def comparable(paths: Sequence[str]) -> Comparable:
+    """What is compared of evaluation (or run) folders.
 
     Raises:
         UserError: too few folders, measures or repeated settings to compare, or different splits.
@@ -228,34 +249,48 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
             "the runs share fewer than two bias metrics that vary",
             "evaluate all of them with the same metrics and audits",
         )
-    vectors = standardised(values)
     factors = {factor: np.array([level(run, factor) for run in runs]) for factor in SETTINGS}
-    found = measure(vectors, factors, options.seed)
-    clusterings = found.clusterings
-    if not clusterings:
+    if not usable(factors):
         raise UserError(
             "no setting (backbone, data, objective, seed) has a value that two runs share "
             "and another that differs",
             "give runs of a grid, e.g. two objectives x two seeds",
         )
-    best = max(clusterings, key=lambda name: clusterings[name].silhouette.value)
+    return Comparable(runs, len(given) - len(runs), names, values, factors)
+
+
+def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) -> dict:
+    """The audit over evaluation (or run) folders.
+
+    Raises:
+        UserError: as `comparable`.
+    """
+    compared = comparable(paths)
+    runs, names, factors = compared.runs, compared.names, compared.factors
+    vectors = standardised(compared.values)
+    found = measure(vectors, factors, options.seed)
+    clusterings = found.clusterings
+    best = foremost(clusterings)
     top = clusterings[best]
-    shown = "" if top.p <= 0.05 else ": not shown"
+    shown = "" if top.p <= ALPHA else ": not shown"
     parts = ", ".join(f"{name} {share.mean():.0%}" for name, share in found.shares.items())
     finding = (
         f"Over {len(runs)} runs and {len(names)} bias measures, biases cluster most by {best}: "
         f"silhouette {top.silhouette.text()} (permuted {top.null:.2f}, p = {top.p:.2g}{shown}); "
         f"variance goes with {parts}."
     )
-    if len(runs) < len(given):
-        finding += f" Repeated evaluations of a base model are left out: {len(given) - len(runs)}."
+    larger = [name for name, c in clusterings.items() if c.silhouette.value > top.silhouette.value]
+    if larger:
+        finding += f" Larger silhouettes are not shown: {', '.join(larger)}."
+    if compared.left_out:
+        finding += f" Repeated evaluations of a base model are left out: {compared.left_out}."
     notes = unlike(runs)
     nulls = ", ".join(f"{name} {clustering.null:.2f}" for name, clustering in clusterings.items())
     return result(
         finding=" ".join([finding, *notes]),
         effect=top.silhouette,
         effect_name=f"silhouette by {best}",
-        speaks=any(clustering.p <= 0.05 for clustering in clusterings.values()),
+        speaks=top.p <= ALPHA,
         better=None,
         control=f"labels permuted over runs: {nulls}",
         measures={f"silhouette: {name}": c.silhouette for name, c in clusterings.items()},
@@ -263,6 +298,15 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
         table=table(found),
         notes=notes,
     )
+
+
+def foremost(clusterings: dict[str, Clustering]) -> str:
+    """The factor that the finding is about: the largest silhouette of those that are shown, else of all."""
+
+    def key(name: str) -> tuple[bool, float]:
+        return clusterings[name].p <= ALPHA, clusterings[name].silhouette.value
+
+    return max(clusterings, key=key)
 
 
 def table(found: Measured) -> dict:
@@ -317,6 +361,7 @@ AUDIT = audit_over_runs(
     title="Cross-tuning: pretraining against fine-tuning",
     question="Do biases go with the backbone, the data, the objective, or the seed?",
     compare=compare_runs,
+    check=comparable,
     at_least=AT_LEAST,
     order=60,
 )

@@ -103,8 +103,8 @@ def baseline_first(runs: list[Evaluation]) -> list[Evaluation]:
     return runs
 
 
-def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) -> dict:
-    """The audit over evaluation (or run) folders.
+def comparable(paths: Sequence[str]) -> tuple[list[Evaluation], list[dict[str, Badness]], list[str]]:
+    """The runs with the baseline first, their measures, and the names of those that all runs have.
 
     Raises:
         UserError: too few folders, different splits, or too few measures that all of them have.
@@ -117,6 +117,16 @@ def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) 
             "the folders share fewer than two measures with a direction",
             "evaluate all of them with the same metrics and audits",
         )
+    return runs, values, names
+
+
+def compare_runs(paths: Sequence[str], options: AuditOptions = DEFAULT_OPTIONS) -> dict:
+    """The audit over evaluation (or run) folders.
+
+    Raises:
+        UserError: as `comparable`.
+    """
+    runs, values, names = comparable(paths)
     rng = np.random.default_rng(options.seed)
     z = {}  # label -> [measures], of every run but the baseline
     effects, sentences, limits = {}, [], []
@@ -185,6 +195,7 @@ AUDIT = audit_over_runs(
     title="Debiasing the data against debiasing the objective",
     question="Which biases does reweighting the data remove, and which the objective?",
     compare=compare_runs,
+    check=comparable,
     at_least=AT_LEAST,
     order=61,
 )

@@ -4,12 +4,14 @@ The files are CSV, or any other table that _rows.py reads. MSL and LBR: train.cs
 `user_id,item_ids,timestamp` (`item_ids` is a list literal, its last id the target) and id2name4Rec.json
 (item id -> title). BIGRec and its descendants: the history and the target in separate columns
 (`history_item_id`, `item_id`) and often their titles (`history_item_title`, `item_title`), from which the
-item table is made when no other is given. Any other column becomes a label of the sample.
+item table is made when no other is given. Any other column becomes a label of the sample;
+where a row has no value there, the sample has no such label.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,11 +212,21 @@ def _read_split(
         if not user:
             bad.report(path, line, user_column, "empty user id", "empty user id")
             continue
-        labels = {name: str(row.get(name)) for name in label_columns}
+        labels = _labels(row, label_columns)
         samples.append(
             (line, Sample(len(samples), user, tuple(sequence[:-1]), sequence[-1], timestamp, labels))
         )
     return samples
+
+
+def _labels(row: dict, columns: list[str]) -> dict[str, str]:
+    """The labels that a row has. What is missing or empty is no label, so it makes no group of its own."""
+    values = {name: row.get(name) for name in columns}
+    return {name: str(value) for name, value in values.items() if not _is_missing(value)}
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def _present(row: dict, column: str) -> Any:
