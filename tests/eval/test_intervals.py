@@ -23,6 +23,7 @@ from eval.intervals import (
     resampling,
     user_weights,
 )
+from eval.intervals.comparison import _p_value  # noqa: F401  (a planted error is about it)
 from eval.metrics import item_side
 from eval.metrics.user_side import tail_mean
 from eval.study.seeds import combine, t_interval
