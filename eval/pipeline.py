@@ -23,6 +23,7 @@ from eval.predictions import (
     predict,
     scoring_key,
 )
+from eval.shared_losses import note_of_left_out, over_shared_losses
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import Runtime, detect_rank, single_process_runtime, start_runtime
 from gdrt_ds.training.run_folder import git_hash, versions
@@ -193,6 +194,10 @@ def measure(
     over_catalogue = options.scoring == "renormalised"
     if floor_rows and not over_catalogue:
         notes.append(_UNLIKE_FLOORS)
+    _, num_left_out = over_shared_losses([predictions, *floor_rows.values()])
+    if floor_rows and num_left_out:
+        compared = f"the model, {', '.join(floor_rows)}"
+        notes.append(note_of_left_out(num_left_out, len(predictions), compared))
     if exactness is not None:
         results["exactness"] = exactness.figures()
         notes += exactness.notes()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from eval.compare.runs import Run, check_same, with_groups_of
+from eval.compare.runs import Run, check_same, not_comparable, with_groups_of, with_shared_losses
 from eval.intervals import Comparison, Resampled, compare_family, resample
 from eval.metrics import figure, table
 from gdrt_ds.errors import UserError
@@ -57,6 +57,8 @@ def compare_runs(runs: Sequence[Run], num_bootstrap: int = 2000, seed: int = 0) 
         run, differing = with_groups_of(first, run)
         runs.append(run)
         notes += differing
+    runs, left_out = with_shared_losses(runs)
+    notes += left_out
     samples = {}
     found_metrics = {}
     for run in runs:
@@ -66,18 +68,18 @@ def compare_runs(runs: Sequence[Run], num_bootstrap: int = 2000, seed: int = 0) 
     missing = {name for name in found_metrics if not all(name in own for own in samples.values())}
     if missing:
         notes.append(f"left out, because not every run has them: {', '.join(sorted(missing))}")
+    unlike = {name: why for name, why in not_comparable(runs).items() if name in found_metrics}
+    for why in dict.fromkeys(unlike.values()):
+        of_why = ", ".join(name for name in unlike if unlike[name] == why)
+        notes.append(f"left out, because they are of {why} in some of the runs: {of_why}")
     order = runs[0].metric_order()
-    names = sorted(found_metrics.keys() - missing, key=order.index)
+    names = sorted(found_metrics.keys() - missing - unlike.keys(), key=order.index)
     metrics = {name: found_metrics[name] for name in names}
     family = [name for name, metric in metrics.items() if metric.is_primary(_cut_off(name))]
     directions = {name: metric.higher_is_better for name, metric in metrics.items()}
     kept = {label: {name: own[name] for name in names} for label, own in samples.items()}
     baseline = kept[runs[0].label]
-    num_users = len(runs[0].inputs.user_ids)
-    rows = {
-        run.label: compare_family(baseline, kept[run.label], num_users, family, directions)
-        for run in runs[1:]
-    }
+    rows = {run.label: compare_family(baseline, kept[run.label], family, directions) for run in runs[1:]}
     return Comparisons(list(runs), kept, rows, metrics, family, num_bootstrap, notes)
 
 

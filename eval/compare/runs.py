@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.folders import open_evaluation
 from eval.intervals import Statistic
 from eval.metrics import DEFAULT_KS, table
@@ -15,11 +17,16 @@ from eval.metrics.inputs import Inputs, build_inputs
 from eval.rows import KIND
 from eval.rows import metrics as row_metrics
 from eval.rows.inputs import RowInputs, build_row_inputs
+from eval.shared_losses import note_of_left_out, over_shared_losses
 from gdrt_ds.errors import UserError
 
 OWN_GROUPS = "token groups differ"
 """How the note about runs that were trained with other groups begins."""
 MAY_DIFFER = ("scoring", "mode", "dtype")  # keys of results.json whose differences are noted, not refused
+OF_ONE_NORMALISATION = ("nll", "cvar_nll", "nll_worst_relevance_group", "nll_gap_relevance_group")
+"""Metrics of probabilities over the catalogue under one scoring, over all token sequences under the other."""
+OF_OWN_GROUPS = ("nll_worst_group", "nll_gap_group", "nll_calibrated_worst_group")
+"""Metrics of rows over the groups of tokens that the run was trained with."""
 
 
 @dataclass
@@ -91,6 +98,45 @@ def with_predictions(run: Run, predictions: list[dict[str, Any]]) -> Run:
     return replace(run, predictions=predictions, inputs=inputs)
 
 
+def with_shared_losses(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """The runs with losses over the samples that all have a finite loss of; a note if any is left out.
+
+    Args:
+        runs: over the same samples.
+    """
+    predictions, num_left_out = over_shared_losses([run.predictions for run in runs])
+    if not num_left_out:
+        return list(runs), []
+    names = ", ".join(dict.fromkeys(run.label for run in runs))
+    note = note_of_left_out(num_left_out, len(runs[0].predictions), names)
+    return [with_predictions(run, rows) for run, rows in zip(runs, predictions, strict=True)], [note]
+
+
+def not_comparable(runs: Sequence[Run]) -> dict[str, str]:
+    """Metric -> why its values mean different things in these runs; their difference means nothing."""
+    found: dict[str, str] = {}
+    if len({run.results.get("scoring") for run in runs}) > 1:
+        found |= dict.fromkeys(OF_ONE_NORMALISATION, "probabilities under another scoring")
+    if any(_other_groups_of_tokens(runs[0], run) for run in runs[1:]):
+        found |= dict.fromkeys(OF_OWN_GROUPS, "other groups of tokens")
+    return found
+
+
+def _other_groups_of_tokens(first: Run, run: Run) -> bool:
+    """Whether two runs on rows have groups of other names, or of other tokens under the same names.
+
+    An evaluation saves a hash over the group of every token. Without it the numbers of tokens are compared.
+    """
+    if not isinstance(first.inputs, RowInputs) or not isinstance(run.inputs, RowInputs):
+        return False
+    if first.inputs.group_names != run.inputs.group_names:
+        return True
+    hashes = [(one.results.get("scoring_key") or {}).get("groups") for one in (first, run)]
+    if None not in hashes:
+        return hashes[0] != hashes[1]
+    return not np.array_equal(first.inputs.tokens, run.inputs.tokens)
+
+
 def with_parts_of(other: Run, run: Run, names: Sequence[str]) -> Run:
     """The run with some keys of another's predictions, by sample: a part must be the same targets in both."""
     theirs = {str(row["sample_id"]): row for row in other.predictions}
@@ -138,10 +184,10 @@ def check_same(runs: Sequence[Run]) -> list[str]:
     notes = []
     for run in runs[1:]:
         _refuse_other_data(first, run)
-        if first.is_about_rows and first.results["group_names"] != run.results["group_names"]:
+        if _other_groups_of_tokens(first, run):
             notes.append(
                 f"{OWN_GROUPS}: {first.label} and {run.label} were trained with other groups, so "
-                "figures of the worst group and the gap are over each run's own groups"
+                "figures of the worst group and the gap would be over each run's own groups"
             )
         for key in MAY_DIFFER:
             mine = first.results.get(key)

@@ -23,6 +23,7 @@ SHORT_VERDICTS = {
     "interval spans zero after Holm's correction": "spans 0 (Holm)",
     "not shown after Holm's correction": "unclear (Holm)",
     "too few users to say": "few users",
+    "no user alone changes it": "unclear",
 }
 NUMBERS = ("value", "difference", "95 % interval")
 READABLE = 10

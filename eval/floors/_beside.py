@@ -13,6 +13,7 @@ from eval.intervals import Resampled, compare, resample
 from eval.metrics import table
 from eval.metrics.base import Metric
 from eval.metrics.inputs import build_inputs
+from eval.shared_losses import over_shared_losses
 from gdrt_ds.files import finite
 
 CUT_OFF = 10
@@ -32,6 +33,8 @@ def minus_floors(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Returns by floor, for each of METRICS that both have, the figures of model - floor.
 
+    Differences of the NLL are over the samples that the model and all floors have a finite NLL of.
+
     Args:
         predictions: of the model, as in predictions.jsonl.
         floors: by name, predictions for the same samples.
@@ -39,13 +42,13 @@ def minus_floors(
             they sum to one over all token sequences, `nll` is left out: it holds what the model gives to
             text that is no title.
     """
-    num_users = len({row["user_id"] for row in predictions})
-    own, metrics = _resampled(predictions, entries, num_bootstrap, seed)
     differences: dict[str, dict[str, dict[str, Any]]] = {}
-    for floor, rows in floors.items():
+    (predictions, *shared), _ = over_shared_losses([predictions, *floors.values()])
+    own, metrics = _resampled(predictions, entries, num_bootstrap, seed)
+    for floor, rows in zip(floors, shared, strict=True):
         found, _ = _resampled(rows, entries, num_bootstrap, seed)
         differences[floor] = {
-            name: _figure(found[name], own[name], num_users, metrics[name].higher_is_better)
+            name: _figure(found[name], own[name], metrics[name].higher_is_better)
             for name in METRICS
             if name in own and name in found and (over_catalogue or name not in OF_ONE_NORMALISATION)
         }
@@ -62,10 +65,8 @@ def _resampled(
     return resample(asked, inputs.user_of_sample, num_bootstrap, seed), metrics
 
 
-def _figure(
-    floor: Resampled, model: Resampled, num_users: int, higher_is_better: bool | None
-) -> dict[str, Any]:
-    row = compare(floor, model, num_users)
+def _figure(floor: Resampled, model: Resampled, higher_is_better: bool | None) -> dict[str, Any]:
+    row = compare(floor, model)
     numbers = {
         "value": row.difference,
         "ci_low": row.ci_low,

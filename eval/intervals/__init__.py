@@ -2,7 +2,7 @@
 
     samples = resample(statistics, user_of_sample)     # the same draws of users for every statistic
     low, high = interval(samples["ndcg@10"])
-    rows = compare_family(baseline_samples, samples, num_users, family, higher_is_better)
+    rows = compare_family(baseline_samples, samples, family, higher_is_better)
 
 `resampling.py` says how a metric becomes a `Statistic` and why a thousand draws are one matrix product.
 `interval.py` has the three kinds of intervals, `comparison.py` the paired bootstrap and Holm's correction.

@@ -14,6 +14,17 @@
 With few users the bootstrap is too sure: its spread is that of U users and not of U - 1, and its quantiles
 are nearly those of a normal distribution. Below FEW_USERS an interval is therefore widened to Student's t.
 One user has no spread at all, so there is no interval.
+
+The mean over S trainings (`Resampled.seed_values`) varies over users and over seeds. The variances add up,
+but that over seeds is known from S values only. Student's t with Satterthwaite's degrees of freedom
+(Satterthwaite 1946, Biometrics Bulletin 2:110-114) allows for that:
+
+    degrees = (V_users + V_seeds)^2 / (V_seeds^2 / (S - 1) + V_users^2 / (U - 1))
+
+The term of the users counts below FEW_USERS alone; from there on their variance is taken as known. Each side
+of the interval is the root of the squares of what the users' replicates reach and of what a normal law of the
+seeds reaches, times Student's quantile over the normal one. Where seeds hardly differ this is the interval
+over users in its own shape; where users hardly differ it is Student's interval over the seeds' values.
 """
 
 from __future__ import annotations
@@ -24,6 +35,9 @@ from scipy.special import ndtri, stdtrit
 from eval.intervals.resampling import Resampled
 
 UNDEFINED = (float("nan"), float("nan"))
+
+ROUNDING = 1e-12
+"""A difference or standard error below this, for values up to 1, is rounding noise."""
 
 FEW_USERS = 30
 """Below this a comparison of two equal runs would too often find a difference: with 10 users in 18 % of the
@@ -47,8 +61,41 @@ def widening(units: int, level: float = 0.95) -> float:
     return small_sample(units) * float(stdtrit(units - 1, tail) / ndtri(tail))
 
 
+def total_error(sample: Resampled) -> tuple[float, float]:
+    """(standard error over users and seeds, its degrees of freedom); see the module's docstring.
+
+    The degrees are infinite where the error is taken as known. Both are NaN for a single user.
+    """
+    if sample.units < 2:
+        return float("nan"), float("nan")
+    of_users = (sample.standard_error * small_sample(sample.units)) ** 2
+    of_seeds = sample.seed_variance
+    unknown = 0.0
+    if sample.units < FEW_USERS:
+        unknown += of_users**2 / (sample.units - 1)
+    if sample.seed_values is not None:
+        unknown += of_seeds**2 / (sample.seed_values.size - 1)
+    total = of_users + of_seeds
+    degrees = total**2 / unknown if unknown > 0 else float("inf")
+    return float(np.sqrt(total)), float(degrees)
+
+
+def _over_seeds_too(sample: Resampled, bounds: np.ndarray, mean: float, level: float) -> np.ndarray:
+    """Widens quantiles of the replicates [2] around their mean by the spread over seeds."""
+    tail = (1 + level) / 2
+    _, degrees = total_error(sample)
+    student = float(stdtrit(degrees, tail) / ndtri(tail))
+    of_users = small_sample(sample.units) * (bounds - mean)
+    reach = student * np.hypot(of_users, ndtri(tail) * np.sqrt(sample.seed_variance))
+    return mean + np.array([-1.0, 1.0]) * reach
+
+
 def interval(sample: Resampled, level: float = 0.95) -> tuple[float, float]:
-    """Two-sided bootstrap interval (see the module's docstring for its kinds); NaN without replicates."""
+    """Two-sided bootstrap interval (see the module's docstring for its kinds).
+
+    NaN without replicates, and for a linearised statistic that no single user changes: an influence of zero
+    is no proof that other users would leave the value where it is.
+    """
     finite = sample.replicates[np.isfinite(sample.replicates)]
     if finite.size == 0 or not np.isfinite(sample.value):
         return UNDEFINED
@@ -57,16 +104,34 @@ def interval(sample: Resampled, level: float = 0.95) -> tuple[float, float]:
         if not sample.smooth:
             return UNDEFINED
         return _reach_from_edge(sample, edge, level)
-    if sample.units < 2:
+    if sample.units < 2 or shows_no_spread(sample):
         return UNDEFINED
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     mean = finite.mean()
-    if sample.units < FEW_USERS:
+    if sample.seed_values is not None:
+        low, high = _over_seeds_too(sample, np.array([low, high]), mean, level)
+    elif sample.units < FEW_USERS:
         low, high = mean + widening(sample.units, level) * (np.array([low, high]) - mean)
     if not sample.smooth:
         low, high = np.array([low, high]) + (sample.value - mean)
     low, high = np.clip([low, high], *sample.bounds)
     return float(low), float(high)
+
+
+def shows_no_spread(sample: Resampled) -> bool:
+    """Whether a linearised statistic has the same value in every replicate and for every seed.
+
+    Coverage is such a case where every item that is shown at all is shown to two users or more.
+    """
+    if not sample.linearised or sample.seed_variance > 0:
+        return False
+    finite = sample.replicates[np.isfinite(sample.replicates)]
+    return bool(np.ptp(finite) <= rounding(sample.value)) if finite.size else True
+
+
+def rounding(*values: float) -> float:
+    """What the arithmetic may leave of a difference of zero between values of this size."""
+    return ROUNDING * max(1.0, *(abs(value) for value in values))
 
 
 def _edge_of_range(sample: Resampled, finite: np.ndarray) -> float | None:

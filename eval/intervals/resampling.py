@@ -56,6 +56,9 @@ class Resampled:
         n: number of test samples that the value rests on.
         smooth, bounds: of the `Statistic`.
         users: users that the value rests on, at most n; None where each sample is a user of its own.
+        seed_values: float64 [S], the estimate of each of several trainings, whose mean is `value`; None for
+            one training. The replicates are then those of the mean, so they hold no spread over seeds.
+        linearised: whether the replicates come from influences.
     """
 
     value: float
@@ -64,6 +67,8 @@ class Resampled:
     smooth: bool
     bounds: tuple[float, float]
     users: int | None = None
+    seed_values: np.ndarray | None = None
+    linearised: bool = False
 
     @property
     def units(self) -> int:
@@ -72,11 +77,18 @@ class Resampled:
 
     @property
     def standard_error(self) -> float:
-        """Standard deviation of the finite replicates; NaN with fewer than two."""
+        """Over users: standard deviation of the finite replicates; NaN with fewer than two."""
         finite = self.replicates[np.isfinite(self.replicates)]
         if finite.size < 2:
             return float("nan")
         return float(finite.std(ddof=1))
+
+    @property
+    def seed_variance(self) -> float:
+        """Variance of the mean over seeds, from the spread between them; 0 for one training."""
+        if self.seed_values is None:
+            return 0.0
+        return float(np.var(self.seed_values, ddof=1) / self.seed_values.size)
 
 
 def ratio(totals_BF: np.ndarray) -> np.ndarray:
@@ -139,7 +151,15 @@ def resample(
                 replicates[name] = values[name] + (weights - 1) @ influence(features, total_1F[0])
         replicates |= _redraw({name: statistics[name] for name in redrawn}, features, weights)
     return {
-        name: Resampled(values[name], replicates[name], s.n, s.smooth, s.bounds, users[name])
+        name: Resampled(
+            values[name],
+            replicates[name],
+            s.n,
+            s.smooth,
+            s.bounds,
+            users[name],
+            linearised=s.influence is not None,
+        )
         for name, s in statistics.items()
     }
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.compare.runs import OWN_GROUPS, Run, check_same, load_run, with_parts_of, with_predictions
+from eval.compare.runs import (
+    OWN_GROUPS,
+    Run,
+    check_same,
+    load_run,
+    not_comparable,
+    with_parts_of,
+    with_predictions,
+    with_shared_losses,
+)
 from eval.intervals import Comparison, Resampled, compare_family, resample
 from eval.metrics import table
 from eval.rows.inputs import RowInputs
@@ -110,6 +119,14 @@ def build_block(
             f"{setting}: no run of the baseline {study['baseline']} is evaluated yet; until then {base} "
             "takes its place"
         )
+    runs, left_out = _over_shared_losses(setting, runs)
+    notes += left_out
+    unlike = not_comparable([run for found in runs.values() for run in found.values()])
+    if "nll" in unlike:
+        notes.append(
+            f"{setting}: rows differ in their scoring, so there is no difference of {', '.join(unlike)}; "
+            "those of the calibrated NLL remain"
+        )
     statistics: Statistics = {}
     for row, found in runs.items():
         statistics[row] = {}
@@ -122,7 +139,7 @@ def build_block(
         setting=setting,
         seeds={row: list(found) for row, found in runs.items()},
         rows={row: combine_all(list(found.values())) for row, found in statistics.items()},
-        comparisons=_comparisons(statistics, base, study["controls"], num_users),
+        comparisons=_comparisons(statistics, base, study["controls"], unlike),
         audits=_audits(runs),
         floors=_floors(runs),
         beside_floors=beside_floors(runs),
@@ -164,6 +181,19 @@ def _check(setting: str, runs: Runs, base: str) -> list[str]:
             "relevance group is of their own groups"
         )
     return list(dict.fromkeys(notes))
+
+
+def _over_shared_losses(setting: str, runs: Runs) -> tuple[Runs, list[str]]:
+    """The runs with losses over the samples that all rows of their seed have; a note for each other seed."""
+    shared: Runs = {row: dict(found) for row, found in runs.items()}
+    notes = []
+    for seed in sorted({seed for found in runs.values() for seed in found}):
+        rows = [row for row in runs if seed in runs[row]]
+        kept, found = with_shared_losses([runs[row][seed] for row in rows])
+        for row, run in zip(rows, kept, strict=True):
+            shared[row][seed] = run
+        notes += [f"{setting}: {note}" for note in found]
+    return shared, notes
 
 
 def _same_samples(runs: Sequence[Run]) -> bool:
@@ -232,7 +262,7 @@ def higher_is_better(metric: str) -> bool | None:
 
 
 def _comparisons(
-    statistics: Statistics, base: str, controls: Sequence[str], num_users: int
+    statistics: Statistics, base: str, controls: Sequence[str], unlike: Collection[str]
 ) -> dict[str, dict[str, dict[str, Comparison]]]:
     """Every row against the baseline, and every treatment against each control."""
     found: dict[str, dict[str, dict[str, Comparison]]] = {}
@@ -244,21 +274,21 @@ def _comparisons(
                 continue
             shared = shared_seeds(statistics, row, reference)
             if shared:
-                found[reference][row] = _compare(statistics, reference, row, shared, num_users)
+                found[reference][row] = _compare(statistics, reference, row, shared, unlike)
     return found
 
 
 def _compare(
-    statistics: Statistics, reference: str, row: str, seeds: list[int], num_users: int
+    statistics: Statistics, reference: str, row: str, seeds: list[int], unlike: Collection[str]
 ) -> dict[str, Comparison]:
     before = combine_all([statistics[reference][seed] for seed in seeds])
     after = combine_all([statistics[row][seed] for seed in seeds])
-    names = [name for name in before if name in after]
+    # A metric of a slice, `nll kind=history`, means as much as that of all samples.
+    names = [name for name in before if name in after and name.split(" ")[0] not in unlike]
     family = [name for name in names if _is_main(name)]
     return compare_family(
         {name: before[name] for name in names},
         {name: after[name] for name in names},
-        num_users,
         family,
         {name: higher_is_better(name) for name in names},
     )

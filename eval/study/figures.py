@@ -10,7 +10,7 @@ from typing import Any
 from eval.intervals import Resampled, interval
 from eval.study.blocks import Block
 from eval.study.seeds import t_interval
-from eval.study.words import name_of, seeds_of
+from eval.study.words import name_of, one_seed_of, seeds_of
 from gdrt_ds.files import finite
 
 DRAWN_AUDITS = ("known through the history, nats", "auxiliary:interaction, log2")
@@ -60,10 +60,18 @@ def _rows_side_by_side(block: Block, metrics: Sequence[str], title: str) -> dict
         "categories": list(block.rows),
         "horizontal": len(block.rows) > MAX_UPRIGHT,
         "y_label": title,
-        "caption": f"Setting {block.setting}. {seeds_of(block)}; "
-        "whiskers are 95 % intervals over users and seeds.",
+        "caption": f"Setting {block.setting}. {seeds_of(block)}; {_whiskers(block)}",
         "series": series,
     }
+
+
+def _whiskers(block: Block) -> str:
+    alone = one_seed_of(block)
+    if not alone:
+        return "whiskers are 95 % intervals over users and seeds."
+    if all(len(seeds) == 1 for seeds in block.seeds.values()):
+        return "whiskers are 95 % intervals over users alone."
+    return f"whiskers are 95 % intervals over users and seeds, over users alone for {alone}."
 
 
 def _series_name(metric: str) -> str:

@@ -13,7 +13,15 @@ from eval.study.blocks import Block
 from eval.study.figures import study_figures, treatments_of
 from eval.study.reading import Grid
 from eval.study.seeds import shared_seeds, t_interval
-from eval.study.words import name_of, same_seeds, seeds_of, seeds_text, title_of, value_text
+from eval.study.words import (
+    name_of,
+    one_seed_of,
+    same_seeds,
+    seeds_of,
+    seeds_text,
+    title_of,
+    value_text,
+)
 
 # What is left of a difference when scores that are only flatter or sharper no longer count.
 CALIBRATED = {"nll": "nll_calibrated", "nll_worst_relevance_group": "nll_calibrated_worst_relevance_group"}
@@ -29,11 +37,16 @@ SHOWN_FIRST = (
 )
 MAX_NAMED = 12  # of the cells that are not evaluated yet
 CONVENTIONS = (
-    "Values are means over the seeds. Intervals are 95 % and cover users and seeds (both drawn with "
-    "replacement; seeds are few, so read them as a rough idea of the spread between trainings). Audit "
-    "figures have Student's t interval over seeds. Detectable is the smallest true difference that these "
-    "users and seeds would show with 80 % power. Holm's correction runs over the main metrics of one pair "
-    "of rows.",
+    "Values are means over the seeds. Intervals are 95 %. They and the p-values cover users and seeds. "
+    "The spread over users comes from the bootstrap, that between seeds from the seeds' own values. "
+    "Student's t with Satterthwaite's degrees of freedom allows for how few the seeds are.",
+    "Audit figures have Student's t interval over seeds. Detectable is the smallest true difference that "
+    "these users and seeds would show with 80 % power. Holm's correction runs over the main metrics of one "
+    "pair of rows.",
+)
+ONE_SEED = (
+    "What rests on one seed has an interval over users alone. It says nothing about other trainings of the "
+    "same row: {rows}."
 )
 WORST_EXPLAINED = (
     "Worst relevance group: the groups are those of the baseline's run in every row, so that it means the "
@@ -114,7 +127,15 @@ def _conventions(blocks: Sequence[Block], absent: Sequence[str]) -> Section:
     explained = WORST_EXPLAINED
     if blocks[0].num_items is None:
         explained = WORST_LABEL_EXPLAINED
-    notes = [*CONVENTIONS, explained, *dict.fromkeys(note for block in blocks for note in block.notes)]
+    alone = [block for block in blocks if one_seed_of(block)]
+    words = "; ".join(f"{block.setting}: {one_seed_of(block)}" for block in alone)
+    one_seed = [ONE_SEED.format(rows=words)] if words else []
+    notes = [
+        *CONVENTIONS,
+        *one_seed,
+        explained,
+        *dict.fromkeys(note for block in blocks for note in block.notes),
+    ]
     if absent:
         more = " ..." if len(absent) > MAX_NAMED else ""
         notes.append(f"Not evaluated yet ({len(absent)} cells): {', '.join(absent[:MAX_NAMED])}{more}.")
@@ -125,7 +146,8 @@ def sentence(block: Block, row: str, base: str, name_setting: bool) -> str:
     """One line per row: what is shown to be better or worse than the baseline.
 
     Where a difference of scores is not shown once the scores are calibrated, the line says what is left of
-    it. Where rows differ in their seeds, the line says how many it is about: one seed is a weaker claim.
+    it. Where rows differ in their seeds, the line says how many it is about. One seed alone is always said:
+    it is a weaker claim.
     Where the row shares no seed with the baseline, there is nothing to compare yet, and the line says that.
     """
     where = f" [{block.setting}]" if name_setting else ""
@@ -145,9 +167,11 @@ def sentence(block: Block, row: str, base: str, name_setting: bool) -> str:
     parts = [f"{kind} on {', '.join(names)}" for kind, names in found.items() if names]
     text = "; ".join(parts) or "no difference of the main metrics is shown"
     seeds = ""
-    if not same_seeds(block):
-        shared = shared_seeds(block.seeds, row, base)
-        seeds = f" ({len(shared)} seeds)" if len(shared) > 1 else f" (seed {shared[0]} alone)"
+    shared = shared_seeds(block.seeds, row, base)
+    if len(shared) == 1:
+        seeds = f" (seed {shared[0]} alone)"
+    elif not same_seeds(block):
+        seeds = f" ({len(shared)} seeds)"
     return f"**{row}**{where} against {base}{seeds}: {text}."
 
 
@@ -179,8 +203,11 @@ def _all_rows(block: Block, where: str) -> Section:
     rows = [[row, *(value_text(samples.get(name)) for name in names)] for row, samples in block.rows.items()]
     for floor, values in block.floors.items():
         rows.append([f"floor: {floor}", *(number(values.get(name)) for name in names)])
-    text = f"{seeds_of(block)}; {block.num_users:,} users; catalogue: {catalogue_size(block)}."
-    return Section(f"{where}all rows", [text], tables=[Table(["row", *map(title_of, names)], rows)])
+    text = [f"{seeds_of(block)}; {block.num_users:,} users; catalogue: {catalogue_size(block)}."]
+    alone = one_seed_of(block)
+    if alone:
+        text.append(f"Intervals are over users alone for {alone}.")
+    return Section(f"{where}all rows", text, tables=[Table(["row", *map(title_of, names)], rows)])
 
 
 def _against(block: Block, reference: str, where: str) -> Section:
@@ -192,6 +219,9 @@ def _against(block: Block, reference: str, where: str) -> Section:
     for row, comparisons in others.items():
         rows += [_difference(row, name, found) for name, found in comparisons.items() if found.family]
     words = []
+    alone = [row for row in others if len(shared_seeds(block.seeds, row, reference)) == 1]
+    if alone:
+        words.append(f"One seed is shared, so intervals are over users alone: {', '.join(alone)}.")
     if not same_seeds(block):
         shared = []
         for row in others:

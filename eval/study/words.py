@@ -22,7 +22,7 @@ def title_of(metric: str) -> str:
 
 
 def value_text(sample: Resampled | None) -> str:
-    """A value with its interval over users and seeds; a dash where the row lacks the metric."""
+    """A value with its interval over users, and over seeds if there are several; a dash without a metric."""
     if sample is None:
         return "–"
     return _with_interval(sample.value, *interval(sample))
@@ -41,6 +41,11 @@ def _with_interval(value: float, low: float, high: float) -> str:
 def same_seeds(block: Block) -> bool:
     """Whether all rows of a block were trained with the same seeds."""
     return len({tuple(seeds) for seeds in block.seeds.values()}) == 1
+
+
+def one_seed_of(block: Block) -> str:
+    """`msl (seed 0)`: the rows with one seed, whose intervals are over users alone; empty without any."""
+    return ", ".join(f"{row} (seed {seeds[0]})" for row, seeds in block.seeds.items() if len(seeds) == 1)
 
 
 def seeds_of(block: Block) -> str:

@@ -295,6 +295,16 @@ def test_a_run_with_less_bias_everywhere_scores_better_and_flipped_signs_do_not(
     )
 
 
+def test_a_measure_without_a_spread_over_users_is_no_bias_that_went_down():
+    """An interval without width, as coverage had, would make any difference an infinite number of errors."""
+    width = {"mgu@5": 0.02, "coverage@10": 0.0}
+    metrics = {
+        name: {"value": 0.2, "ci_low": 0.2 - half, "ci_high": 0.2 + half, "higher_is_better": False}
+        for name, half in width.items()
+    }
+    assert set(debiasing.badness(folders.Evaluation(None, "x", {"metrics": metrics}))) == {"mgu@5"}
+
+
 def evaluated(folder: Path, trained: str | None, configured: str, seed: int, shift: float) -> str:
     """An evaluation folder of a run, or of a run's base model where nothing is trained."""
     ends = {"ci_low": 0.2 - shift, "ci_high": 0.4 - shift, "higher_is_better": False}

@@ -20,6 +20,7 @@ from eval.compare import compare_runs, load_run
 from eval.compare.__main__ import main
 from eval.compare.audits import audit_rows
 from eval.compare.page import build_page
+from eval.compare.runs import OF_ONE_NORMALISATION
 from eval.compare.terminal import _table
 from eval.folders import FORMAT, labels_of
 from eval.metrics import evaluate
@@ -313,6 +314,42 @@ def test_a_difference_in_scoring_is_noted_and_a_limit_is_called_no_result(folder
         notes[0] == "not a result: limited to 300 samples"
         and "scoring differs: base renormalised, other full" in notes
     )
+
+
+def test_nlls_of_different_scorings_are_not_compared_and_calibrated_ones_are(folders, tmp_path):
+    other = write_folder(tmp_path / "other", 2.0)
+    results = json.loads((other / "results.json").read_text())
+    pair = [load_run(folders[0], "base"), load_run(other, "other")]
+    same = compare_runs(pair, 100)
+    assert {"nll", "cvar_nll"} <= set(same.family)
+    (other / "results.json").write_text(json.dumps({**results, "scoring": "full"}))
+    found = compare_runs([pair[0], load_run(other, "other")], 100)
+    dropped = [name for name in OF_ONE_NORMALISATION if name in same.metrics]
+    assert set(same.metrics) - set(found.metrics) == set(dropped) and {"nll", "cvar_nll"} <= set(dropped)
+    assert [name for name in same.family if name not in dropped] == found.family
+    assert any("probabilities under another scoring" in note and "cvar_nll" in note for note in found.notes)
+
+
+def test_losses_are_compared_over_the_samples_that_both_runs_have_them_of(folders, tmp_path):
+    """A run without a finite NLL of its hardest targets would look better than it is."""
+
+    def lose_the_hardest(predictions, entries):
+        for row in sorted(predictions, key=lambda row: -row["target_nll"])[:40]:
+            row["target_nll"] = None
+
+    broken = write_folder(tmp_path / "broken", 0.5, change=lose_the_hardest)
+    runs = [load_run(folders[0], "base"), load_run(broken, "broken")]
+    assert runs[1].predictions[0]["user_id"] == runs[0].predictions[0]["user_id"]
+    found = compare_runs(runs, 100)
+    for name in ("nll", "cvar_nll"):
+        row = found.rows["broken"][name]
+        assert row.difference == 0 and row.n == found.rows["broken"]["nll"].n, name
+    assert found.rows["broken"]["ndcg@10"].n == len(runs[0].predictions)
+    assert found.rows["broken"]["nll"].n == len(runs[0].predictions) - 40
+    (note,) = [note for note in found.notes if "lack a finite NLL" in note]
+    assert note.startswith(f"40 of {len(runs[0].predictions)} samples") and "base, broken" in note
+    page = build_page(found)
+    assert any(note in text for section in page.sections for text in section.paragraphs)
 
 
 def test_other_train_histories_and_other_histories_of_samples_are_noted(folders, tmp_path):

@@ -75,9 +75,12 @@ def badness(run: Evaluation) -> dict[str, Badness]:
 
 
 def _has_interval(figure: Mapping | None) -> bool:
+    """Whether there is a spread to judge by: earlier evaluations gave coverage intervals without width."""
     if not figure:
         return False
-    return None not in (figure.get("value"), figure.get("ci_low"), figure.get("ci_high"))
+    if None in (figure.get("value"), figure.get("ci_low"), figure.get("ci_high")):
+        return False
+    return figure["ci_high"] > figure["ci_low"]
 
 
 def _standard_error(figure: Mapping) -> float:
