@@ -187,10 +187,13 @@ def test_a_relevance_group_of_one_user_is_never_the_worst():
     groups = np.array([0] * 12 + [1] * 12 + [2, 3, 3])
     nll = np.array([2.0] * 12 + [4.0] * 12 + [9.0, 1.0, 1.0])
     rows, spread = language.group_table(groups, nll, None, 50, 0)
-    assert [row[:2] for row in rows] == [["group 0", 12], ["group 1", 12], ["(groups under 10)", 3]]
-    assert spread["worst group NLL"].value == 4.0
+    assert [row[:2] for row in rows] == [["group 0", 12], ["groups 1 to 3", 15]]
+    assert spread["worst group NLL"].value == pytest.approx((4 * 12 + 11) / 15)
     rows, spread = language.group_table(groups[10:14], nll[10:14], None, 50, 0)
-    assert [row[:2] for row in rows] == [["(groups under 10)", 4]] and spread == {}
+    assert [row[:2] for row in rows] == [["groups 0 to 1", 4]] and spread == {}
+    spread_out = np.arange(32) % 8  # as many users as the audit looks at by default, in eight groups
+    rows, _ = language.group_table(spread_out, nll[spread_out], None, 50, 0)
+    assert [row[:2] for row in rows] == [["groups 0 to 2", 12], ["groups 3 to 7", 20]]
 
 
 def test_the_intervals_of_the_worst_group_and_of_the_gap_hold_their_own_values():

@@ -37,7 +37,7 @@ from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap
 from eval.audit.partners import partner_note, partners
 from eval.audit.score_rows import target_gains
-from eval.metrics.slices import MIN_SIZE, OTHER, SMALL, pool_small
+from eval.metrics.slices import MIN_SIZE
 from gdrt_ds.data.corpus import Sample
 from gdrt_ds.data.prompts import SEGMENTS
 
@@ -98,16 +98,33 @@ def change(before: list[Attribution], after: list[Attribution], num_bootstrap: i
     return bootstrap(np.stack(columns, axis=1), statistic, null=1.0, num=num_bootstrap, seed=seed)
 
 
-def reading_place(name: str) -> tuple[bool, int]:
-    """Where `group 10` stands in a table: by number, pooled groups last."""
-    pooled = name in (SMALL, OTHER)
-    return pooled, 0 if pooled else int(name.removeprefix("group "))
+def pool_neighbours(groups: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """[U] place of each user's group in a list of names, in which every group has MIN_SIZE users or more.
+
+    Relevance groups have an order, so one that is too small is put together with those above it. What is left
+    at the upper end joins the last.
+
+    Args:
+        groups: int[U].
+    """
+    parts: list[list[int]] = []
+    waiting: list[int] = []
+    for group in np.unique(groups):
+        waiting.append(int(group))
+        if np.isin(groups, waiting).sum() >= MIN_SIZE:
+            parts.append(waiting)
+            waiting = []
+    if waiting:
+        parts = [*parts[:-1], [*parts[-1], *waiting]] if parts else [waiting]
+    names = [f"group {p[0]}" if len(p) == 1 else f"groups {p[0]} to {p[-1]}" for p in parts]
+    place_of = {group: place for place, part in enumerate(parts) for group in part}
+    return np.array([place_of[int(group)] for group in groups]), names
 
 
 def group_table(
     groups: np.ndarray, nll: np.ndarray, gain: np.ndarray | None, num_bootstrap: int, seed: int
 ) -> tuple[list[list], Estimates]:
-    """Accuracy by relevance group. Groups under 10 users are pooled, as in the slices of an evaluation.
+    """Accuracy by relevance group. Neighbouring groups are put together until each has 10 users.
 
     Args:
         groups: [U] relevance group of each target.
@@ -118,11 +135,10 @@ def group_table(
         are left out where one group is left.
     """
     settings = {"num": num_bootstrap, "seed": seed}
-    slice_of = pool_small(np.array([f"group {group}" for group in groups], dtype=object))
-    present = sorted(set(slice_of.tolist()), key=reading_place)
+    place, names = pool_neighbours(groups)
     rows = []
-    for name in present:
-        members = slice_of == name
+    for index, name in enumerate(names):
+        members = place == index
         loss = bootstrap(nll[members], null=None, **settings)
         row = [name, int(members.sum()), loss.value, loss.low, loss.high]
         if gain is None:
@@ -132,9 +148,8 @@ def group_table(
             row += [accuracy.value, accuracy.low, accuracy.high]
         rows.append(row)
 
-    if len(present) < 2:
+    if len(names) < 2:
         return rows, {}
-    place = np.array([present.index(name) for name in slice_of])
 
     def spread(drawn: np.ndarray) -> np.ndarray:
         means = [drawn[drawn[:, 0] == g, 1].mean() for g in np.unique(drawn[:, 0])]
@@ -320,7 +335,7 @@ def _relevance(context: AuditContext, samples: list[Sample], settings: dict) -> 
         **settings,
     )
     if not spread:
-        return rows, f" Relevance groups: not two of them have {MIN_SIZE} users, so none is the worst.", {}
+        return rows, f" Relevance groups: there are not {2 * MIN_SIZE} users for two of them, so none is the worst.", {}
     note = f" Over relevance groups the worst NLL is {spread[WORST].text()}, the gap {spread[GAP].text()}."
     return rows, note, spread
 
