@@ -66,13 +66,45 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     with report_user_errors():
-        if options.push and not options.adapter_only:
-            raise UserError("--push uploads adapters", "add --adapter-only, or upload DIR with `hf upload`")
+        refuse_unused(options)
         if options.adapter_only:
             publish_adapter(options)
         else:
             export_merged(options)
     return 0
+
+
+MERGING = {
+    "--dtype": "auto",
+    "--base": "plain",
+    "--shard-size": "4GB",
+    "--check": "layers",
+    "--in-memory": False,
+}
+"""What is about a merged model alone, and its default."""
+
+
+def refuse_unused(options: argparse.Namespace) -> None:
+    """Raises UserError for options that would change nothing."""
+    if options.push and not options.adapter_only:
+        raise UserError("--push uploads adapters", "add --adapter-only, or upload DIR with `hf upload`")
+    values = vars(options)
+    given = [flag for flag in MERGING if values[flag.strip("-").replace("-", "_")] != MERGING[flag]]
+    if options.adapter_only and given:
+        raise UserError(
+            f"--adapter-only writes the adapter as it is, and {', '.join(given)} would change nothing",
+            "these options are about a merged model: leave them out, or leave --adapter-only out",
+        )
+    if options.base_name and not options.adapter_only:
+        raise UserError(
+            f"--base-name {options.base_name} is about an adapter's folder, and a merged model is written",
+            "leave --base-name out, or add --adapter-only",
+        )
+    if options.public and not options.push:
+        raise UserError(
+            "--public is about a repository that --push makes, and nothing is uploaded here",
+            "add --push OWNER/NAME, or leave --public out",
+        )
 
 
 def publish_adapter(options: argparse.Namespace) -> None:

@@ -123,6 +123,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def set_usual_mode(path: str | Path) -> None:
+    """Gives a file the mode that the umask says, as `open` does.
+
+    safetensors (from 0.6) writes its files for their owner alone, and a group that shares a run folder could
+    read everything but the weights.
+    """
+    umask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file in one piece (see `replacing`)."""
     with replacing(Path(path)) as scratch:

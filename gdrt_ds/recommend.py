@@ -15,8 +15,10 @@ import sys
 from typing import Any
 
 from gdrt_ds.completion import offer_completion
+from gdrt_ds.files import finite
 from gdrt_ds.inference.recommending import (
     KnownTitles,
+    cut_note,
     histories_of,
     history_lines,
     parse_history,
@@ -66,9 +68,10 @@ def shown(row: dict[str, Any]) -> str:
     return row["title"]
 
 
-def print_json(titles: list[str], unknown: list[str], found: list[dict[str, Any]]) -> None:
-    """The same as one JSON object on one line."""
-    print(json.dumps({"history": titles, "unknown": unknown, "recommendations": found}, ensure_ascii=False))
+def print_json(titles: list[str], unknown: list[str], dropped: int, found: list[dict[str, Any]]) -> None:
+    """The same as one JSON object on one line; minus infinity becomes null, which JSON can hold."""
+    answer = {"history": titles, "unknown": unknown, "dropped": dropped, "recommendations": found}
+    print(json.dumps(finite(answer), ensure_ascii=False, allow_nan=False))
 
 
 def tell(text: str) -> None:
@@ -104,12 +107,15 @@ def main(argv: list[str] | None = None) -> None:
         histories = [titles_known.texts_of(titles) for titles in given]
         for title in unknown_titles(histories, known):
             print(f"note: {title!r} is not in the catalogue; its text is used as it is", file=sys.stderr)
+        dropped = [recommender.encode_titles(titles).num_dropped for titles in histories]
+        if any(dropped):
+            tell(cut_note(recommender.config, dropped))
         what = "1 history" if len(histories) == 1 else f"{len(histories)} histories"
         tell(f"scoring {what} against {len(known)} titles")
         lists = recommend(recommender, histories, options.k, on_batch=tell_progress)
-        for titles, found in zip(histories, lists):
+        for titles, left_out, found in zip(histories, dropped, lists):
             if options.json:
-                print_json(titles, unknown_titles([titles], known), found)
+                print_json(titles, unknown_titles([titles], known), left_out, found)
             else:
                 print_list(titles, found)
 

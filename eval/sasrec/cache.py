@@ -22,7 +22,7 @@ from eval.sasrec.model import SASRec
 from eval.sasrec.sequences import Sequences
 from eval.sasrec.training import CPU, Setting
 from eval.sasrec.tuning import GRID, Tuned, tune
-from gdrt_ds.files import cache_folder, process_lock, replacing, write_json
+from gdrt_ds.files import cache_folder, process_lock, replacing, set_usual_mode, write_json
 
 RECIPE = 1
 """Raise it with every change of model, training or tuning that changes what comes out."""
@@ -116,4 +116,5 @@ def _keep(folder: Path, trained: Trained) -> None:
     folder.mkdir(exist_ok=True)
     with replacing(folder / WEIGHTS) as scratch:
         save_file(trained.model.state_dict(), scratch)
+        set_usual_mode(scratch)
     write_json(folder / ABOUT, trained.about)  # last: without it the folder counts as empty

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -229,6 +229,16 @@ class PromptEncoder:
             len(target),
             first,
         )
+
+    def encode_newest(self, titles: list[str], most: int) -> EncodedPrompt:
+        """Encodes the prompt for the newest `most` titles (`data.history_length`), as windows are made.
+
+        Args:
+            titles: oldest first. `num_dropped` counts all that are left out, the older ones among them.
+        """
+        kept = titles[-most:]
+        encoded = self.encode(kept)
+        return replace(encoded, num_dropped=encoded.num_dropped + len(titles) - len(kept))
 
     def _first_kept(self, titles: tuple[str, ...], num_target: int) -> int:
         """Index of the oldest title that still fits; titles before it are left out."""

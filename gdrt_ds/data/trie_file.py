@@ -13,16 +13,40 @@ from safetensors.numpy import save_file
 
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import set_usual_mode
 
 TRIE_FILE = "catalogue_trie.safetensors"
 FORMAT = "1"
 ARRAYS = ("token", "parent", "depth", "end", "entry")
+LIMITS = ("max_length", "history_length")
+"""What the file's metadata says of prompts: tokens of a whole example, and titles of a history."""
 
 
-def save_trie(trie: TokenTrie, path: Path) -> None:
-    """Writes the arrays of a trie (docs/file-formats.md)."""
+def save_trie(trie: TokenTrie, path: Path, limits: dict[str, int] | None = None) -> None:
+    """Writes the arrays of a trie (docs/file-formats.md), and the `LIMITS` of prompts beside them."""
     arrays = {name: np.ascontiguousarray(getattr(trie, name), dtype=np.int32) for name in ARRAYS}
-    save_file(arrays, str(path), metadata={"format": FORMAT})
+    metadata = {name: str(value) for name, value in (limits or {}).items()}
+    save_file(arrays, str(path), metadata={"format": FORMAT, **metadata})
+    set_usual_mode(path)
+
+
+def load_limits(folder: str | Path) -> tuple[int, int]:
+    """Reads (max_length, history_length) of the prompts of an exported model.
+
+    Raises:
+        UserError: there is no such file, or it was written by a version that did not write them.
+    """
+    path = Path(folder) / TRIE_FILE
+    fix = (
+        "export the run again (gdrt-export), or take prompt.max_length and data.history_length of its config"
+    )
+    try:
+        with safe_open(str(path), "np") as stored:
+            metadata = stored.metadata() or {}
+        max_length, history_length = (int(metadata[name]) for name in LIMITS)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} does not say how long prompts are ({error!r})", fix) from None
+    return max_length, history_length
 
 
 def load_trie(folder: str | Path) -> TokenTrie:

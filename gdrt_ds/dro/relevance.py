@@ -29,6 +29,7 @@ from safetensors.numpy import load_file, save_file
 from gdrt_ds.batches import MicroBatch, build_micro_batch
 from gdrt_ds.data.prompts import TokenStore, common_head
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import set_usual_mode
 from gdrt_ds.runtime import Runtime
 
 TABLE_VERSION = 2  # 1 read the first token of a title at the end of the title before it
@@ -165,4 +166,5 @@ def save_cached(folder: Path, key: str, table: np.ndarray) -> None:
     path = folder / f"relevance-{key[:20]}.safetensors"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({"r": table}, temporary)
+    set_usual_mode(temporary)
     os.replace(temporary, path)

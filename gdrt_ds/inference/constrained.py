@@ -131,6 +131,59 @@ def constraint_of(folder: str) -> CatalogueConstraint:
     return CatalogueConstraint.load(folder)
 
 
+UNCHANGED: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "remove_invalid_values": False,
+    **dict.fromkeys(
+        (
+            "encoder_repetition_penalty",
+            "encoder_no_repeat_ngram_size",
+            "bad_words_ids",
+            "sequence_bias",
+            "suppress_tokens",
+            "begin_suppress_tokens",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "exponential_decay_length_penalty",
+            "guidance_scale",
+            "watermarking_config",
+            "stop_strings",
+            "max_time",
+            # What a sample would be drawn by; without them it follows the model's own probabilities.
+            "temperature",
+            "top_k",
+            "top_p",
+            "top_h",
+            "min_p",
+            "typical_p",
+            "epsilon_cutoff",
+            "eta_cutoff",
+        )
+    ),
+}
+"""Settings of `generate` that leave the model's probabilities as they are, and end no title early.
+
+A base may bring others in its generation_config.json.
+"""
+
+
+def asks_for_catalogue(extra_args: dict[str, Any] | None) -> bool:
+    """Whether a request's extra arguments say `catalogue`: true or false, or 1 or 0.
+
+    vLLM types the values of `vllm_xargs` as text or numbers, so that a JSON `true` arrives as 1.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    wanted = (extra_args or {}).get("catalogue", False)
+    if not isinstance(wanted, (bool, int, float)) or wanted not in (0, 1):
+        raise ValueError(f"extra argument catalogue = {wanted!r}: give true or false (or 1 or 0)")
+    return bool(wanted)
+
+
 class CatalogueLogitsProcessor(LogitsProcessor):
     """Makes transformers' `generate` answer with titles of the catalogue only.
 
@@ -153,10 +206,12 @@ class CatalogueLogitsProcessor(LogitsProcessor):
     def settings(self) -> dict[str, Any]:
         """Settings of `generate` with which a beam's score is the log-probability of its title.
 
-        Probabilities are renormalised over the titles, as in evaluation; nothing is divided by lengths; and a
-        search ends when no open beam can enter the list.
+        Probabilities are renormalised over the titles, as in evaluation; nothing is divided by lengths; a
+        search ends when no open beam can enter the list; and penalties and other changes of scores that the
+        base's generation_config.json may ask for are off.
         """
         return {
+            **UNCHANGED,
             "max_new_tokens": self.constraint.max_tokens,
             "eos_token_id": self.constraint.end_token,
             "renormalize_logits": True,

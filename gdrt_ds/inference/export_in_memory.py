@@ -12,33 +12,49 @@ import torch
 from torch import nn
 
 from gdrt_ds.config import ModelSection
+from gdrt_ds.files import set_usual_mode
 from gdrt_ds.inference.export_checks import Probe, Written, check_loaded, check_merged, probe_ids
 from gdrt_ds.inference.recommender import check_adapter
 from gdrt_ds.models.adapters import load_adapter
 from gdrt_ds.models.load import LoadedModel, load_model
 from gdrt_ds.models.quantization import get_quantization
+from gdrt_ds.models.source import dtype_name
 from gdrt_ds.runtime import Runtime
 
 
 def write_in_memory(
-    section: ModelSection, base: Path, adapter: Path, folder: Path, dtype: torch.dtype, shard_size: str
+    section: ModelSection,
+    base: Path,
+    adapter: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    shard_size: str,
+    held_in: torch.dtype = torch.float32,
 ) -> Written:
     """Writes weights and tokenizer of the merged model.
 
     Args:
-        section: settings of the model, in float32.
+        section: settings of the model.
         base, adapter: their folders.
         folder: where the model is written.
         dtype: of the stored weights.
         shard_size: largest size of one weight file.
+        held_in: the dtype in which the base is held, and quantised, before it is merged in float32.
 
     Raises:
         UserError: an adapter that does not fit, or merged logits that differ from those of base + adapter.
     """
+    section = section.model_copy(update={"dtype": dtype_name(held_in)})
     loaded = load_model(section, Runtime(), train=False, path=base, adapter=adapter)
     check_adapter(loaded.model, adapter)
-    probe = ask(loaded)
-    merged = merge(with_plain_layers(loaded, section, base, adapter))
+    if held_in == torch.float32:
+        probe = ask(loaded)
+        adapted = with_plain_layers(loaded, section, base, adapter)
+    else:  # the layers compute in 16 bits, which says nothing about a merge in float32
+        adapted = with_plain_layers(loaded, section, base, adapter).float()
+        loaded.model = adapted
+        probe = ask(loaded)
+    merged = merge(adapted)
     check_merged(probe.difference(merged), probe)
     write_model(merged, loaded.tokenizer, folder, dtype, shard_size)
     difference = check_loaded(folder, probe, dtype, section.trust_remote_code)
@@ -91,4 +107,6 @@ def write_model(model: nn.Module, tokenizer, folder: Path, dtype: torch.dtype, s
     model = model.to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder, max_shard_size=shard_size)
+    for file in folder.glob("*.safetensors"):
+        set_usual_mode(file)
     tokenizer.save_pretrained(folder)

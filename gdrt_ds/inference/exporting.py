@@ -18,12 +18,13 @@ import torch
 
 from gdrt_ds.config import ModelSection, RunConfig, load_config
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import read_summary
 from gdrt_ds.inference.catalogue_files import write_catalogue
 from gdrt_ds.inference.export_checks import Written
 from gdrt_ds.inference.export_in_memory import write_in_memory
 from gdrt_ds.inference.layer_by_layer import CannotStream
 from gdrt_ds.inference.merging import write_by_tensor
-from gdrt_ds.inference.model_card import Export, model_card
+from gdrt_ds.inference.model_card import Export, model_card, trained_dtype
 from gdrt_ds.inference.output_folder import check_output, writing_to
 from gdrt_ds.inference.recommender import base_path
 from gdrt_ds.models.sharded_loading import CannotShard
@@ -67,7 +68,7 @@ def export(
         output: new or empty folder for the merged model.
         dtype: dtype of the stored weights; `auto` is the one in which the base is stored.
         base: `plain` merges into the original weights. `trained` merges into the weights that the adapter was
-            trained on, which for a quantised base are the dequantised ones.
+            trained on: rounded to the dtype of the training, quantised from it, and dequantised.
         shard_size: largest size of one weight file, e.g. `4GB`.
         check: `layers` computes the logits of the written folder layer by layer. `loaded` loads the folder
             with transformers besides, which takes the memory of the whole model in float32.
@@ -92,11 +93,16 @@ def export(
             "give --base trained, which merges into the dequantised weights",
         )
     section = _loading_settings(opened.config.model, base)
+    held_in = torch.float32
+    if base == "trained":
+        held_in = trained_dtype(opened.config.model, read_summary(opened.folder))
     with writing_to(target) as scratch:
-        merged, written = _write_model(opened, section, scratch, stored_as, shard_size, check, in_memory)
+        merged, written = _write_model(
+            opened, section, held_in, scratch, stored_as, shard_size, check, in_memory
+        )
         about = Export(opened.folder, opened.config, base, stored_as, written.difference, written.largest)
         (scratch / "README.md").write_text(model_card(about), encoding="utf-8")
-        catalogue = write_catalogue(opened.folder, scratch, opened.config.model)
+        catalogue = write_catalogue(opened.folder, scratch, opened.config)
     return {
         "folder": str(output),
         "dtype": about.dtype_name,
@@ -150,6 +156,7 @@ def _loading_settings(section: ModelSection, base: str) -> ModelSection:
 def _write_model(
     opened: OpenRun,
     section: ModelSection,
+    held_in: torch.dtype,
     folder: Path,
     dtype: torch.dtype,
     shard_size: str,
@@ -160,7 +167,14 @@ def _write_model(
     if not in_memory:
         try:
             written = write_by_tensor(
-                section, opened.base, opened.adapter, folder, dtype, shard_size, loaded=check == "loaded"
+                section,
+                opened.base,
+                opened.adapter,
+                folder,
+                dtype,
+                shard_size,
+                loaded=check == "loaded",
+                held_in=held_in,
             )
             return "tensor by tensor", written
         except (CannotShard, CannotStream) as reason:
@@ -168,5 +182,5 @@ def _write_model(
             shutil.rmtree(folder, ignore_errors=True)
     else:
         why = "in memory, as asked"
-    written = write_in_memory(section, opened.base, opened.adapter, folder, dtype, shard_size)
+    written = write_in_memory(section, opened.base, opened.adapter, folder, dtype, shard_size, held_in)
     return why, written

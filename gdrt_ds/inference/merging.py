@@ -48,6 +48,7 @@ def write_by_tensor(
     dtype: torch.dtype,
     shard_size: str,
     loaded: bool = False,
+    held_in: torch.dtype = torch.float32,
 ) -> Written:
     """Writes weights and tokenizer of the merged model, and checks them.
 
@@ -61,6 +62,7 @@ def write_by_tensor(
         dtype: of the stored weights.
         shard_size: largest size of one weight file.
         loaded: load the written folder with transformers besides, whole, and compare its logits too.
+        held_in: the dtype in which the base is held, and quantised, before it is merged in float32.
 
     Raises:
         CannotShard, CannotStream: this model or adapter is not merged so.
@@ -68,7 +70,7 @@ def write_by_tensor(
     """
     map_large_blocks()
     config = read_model_config(base, trust_remote_code=section.trust_remote_code)
-    values = open_base(base, config, section)
+    values = open_base(base, config, section, held_in)
     with hollow_weights(values):
         model, _ = load_adapter(values.model, adapter, base, torch.float32, train=False)
     check_adapter(model, adapter)

@@ -77,7 +77,8 @@ class PathReader(PromptReader):
             for sequence, hidden in zip(rows[-count:], self._read_plainly(rows[-count:]), strict=True):
                 for end in range(1, len(sequence) + 1):
                     if sequence[:end] in wanted:
-                        states[sequence[:end]] = hidden[end - 1]
+                        # A copy: a view would keep the states of all tokens of all rows.
+                        states[sequence[:end]] = hidden[end - 1].clone()
             del rows[-count:]
         return states
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import write_json
+from gdrt_ds.files import set_usual_mode, write_json
 from gdrt_ds.inference.adapter_card import Adapter, adapter_card
 from gdrt_ds.inference.catalogue_files import write_catalogue
 from gdrt_ds.inference.output_folder import check_output, writing_to
@@ -53,8 +53,9 @@ def write_adapter(
     about = Adapter(run, config, base, name or run.resolve().name)
     with writing_to(target) as scratch:
         shutil.copytree(run / "adapter", scratch, ignore=shutil.ignore_patterns("README.md"))
+        set_usual_mode(scratch / "adapter_model.safetensors")
         _name_base(scratch / "adapter_config.json", base, config.model.revision)
-        catalogue = write_catalogue(run, scratch, config.model)
+        catalogue = write_catalogue(run, scratch, config)
         (scratch / "README.md").write_text(adapter_card(about), encoding="utf-8")
     return {"folder": str(output), "base": base, "catalogue": catalogue}
 

@@ -19,7 +19,7 @@ import torch
 
 from gdrt_ds.config import ModelSection, RunConfig, load_config
 from gdrt_ds.data.catalogue import Catalogue
-from gdrt_ds.data.prompts import PromptEncoder
+from gdrt_ds.data.prompts import EncodedPrompt, PromptEncoder
 from gdrt_ds.data.row_prompts import STYLE
 from gdrt_ds.data.templates import PromptTemplate
 from gdrt_ds.data.trie import TokenTrie
@@ -72,7 +72,14 @@ class Recommender:
 
     def prompt_of_titles(self, titles: list[str]) -> list[int]:
         """Tokens of the prompt for a history of titles, oldest first."""
-        return self.encoder.encode(titles).input_ids.tolist()
+        return self.encode_titles(titles).input_ids.tolist()
+
+    def encode_titles(self, titles: list[str]) -> EncodedPrompt:
+        """The prompt for a history of titles, oldest first, with the newest of them as in training.
+
+        `num_dropped` counts what `data.history_length` and `prompt.max_length` leave out.
+        """
+        return self.encoder.encode_newest(titles, self.config.data.history_length)
 
 
 USED_UP = ("objective", "options", "train", "dro", "model.lora", "prompt.template", "prompt.domain")
@@ -272,13 +279,14 @@ def ready_to_score(
 ) -> tuple[LoadedModel, str, list[str]]:
     """Makes a model compute in float32, unless the user named another dtype (`as_loaded`).
 
-    Unquantised bases take the adapter into their weights (same scores, less work).
+    Unquantised bases in float32 take the adapter into their weights (same scores, less work); 16-bit weights
+    would round it.
 
     Returns:
         the model, the precision in words, and lines to announce.
     """
     lines = []
-    whole = True
+    whole = loaded.dtype == torch.float32
     precision = f"scoring: in {dtype_name(loaded.dtype)}"
     if loaded.dtype != torch.float32 and not as_loaded:
         loaded, whole, precision = to_float32(loaded, config.model, runtime)

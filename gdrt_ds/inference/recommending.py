@@ -7,7 +7,7 @@ title that the catalogue does not have is used as text.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from gdrt_ds.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gdrt_ds.config import RunConfig
     from gdrt_ds.data.catalogue import CatalogueEntry
     from gdrt_ds.inference.recommender import Recommender
 
@@ -23,16 +24,27 @@ SEPARATOR = ";"
 MAX_NAMED = 3  # texts of items that share a name
 
 
-def parse_history(text: str, known: Container[str]) -> list[str]:
+def parse_history(text: str, known: Collection[str] | KnownTitles) -> list[str]:
     """Returns the titles of one line.
 
     A catalogue title that holds the separator itself is kept whole; the longest match wins.
     """
+    return _titles_of(text, known, most_parts(known))
+
+
+def most_parts(known: Collection[str] | KnownTitles) -> int:
+    """Returns how many parts of a line the longest known title takes: its separators and one."""
+    if isinstance(known, KnownTitles):
+        return known.most_parts
+    return 1 + max((title.count(SEPARATOR) for title in known), default=0)
+
+
+def _titles_of(text: str, known: Container[str], most: int) -> list[str]:
     parts = text.split(SEPARATOR)
     titles = []
     start = 0
     while start < len(parts):
-        title, taken = _longest_title(parts[start:], known)
+        title, taken = _longest_title(parts[start : start + most], known)
         if title:
             titles.append(title)
         start += taken
@@ -55,7 +67,9 @@ def _known_title(parts: list[str], known: Container[str]) -> str | None:
     return next((title for title in (as_written, spaced) if title in known), None)
 
 
-def read_histories(history: str | None, file: str | None, known: Container[str]) -> list[list[str]]:
+def read_histories(
+    history: str | None, file: str | None, known: Collection[str] | KnownTitles
+) -> list[list[str]]:
     """Returns the histories of --history (one) or --file (one per line).
 
     Args:
@@ -84,13 +98,14 @@ def history_lines(history: str | None, file: str | None) -> list[tuple[str, str]
     return lines
 
 
-def histories_of(lines: list[tuple[str, str]], known: Container[str]) -> list[list[str]]:
+def histories_of(lines: list[tuple[str, str]], known: Collection[str] | KnownTitles) -> list[list[str]]:
     """The titles of every line of `history_lines`.
 
     Raises:
         UserError: a line has no title.
     """
-    histories = [parse_history(line, known) for _, line in lines]
+    most = most_parts(known)
+    histories = [_titles_of(line, known, most) for _, line in lines]
     for (where, _), titles in zip(lines, histories):
         if not titles:
             raise UserError(f"{where}: no title found", "separate titles by `; `")
@@ -115,6 +130,20 @@ def unknown_titles(histories: Iterable[list[str]], known: set[str]) -> list[str]
     return list(dict.fromkeys(title for titles in histories for title in titles if title not in known))
 
 
+def cut_note(config: RunConfig, dropped: list[int]) -> str:
+    """Says once that histories are cut, as in training.
+
+    Args:
+        dropped: titles that each history loses.
+    """
+    cut = sum(number > 0 for number in dropped)
+    return (
+        f"note: {cut} of {len(dropped)} histories lose their oldest titles, {sum(dropped)} in all: as in "
+        f"training, the newest data.history_length={config.data.history_length} are used, as far as they fit "
+        f"into prompt.max_length={config.prompt.max_length}"
+    )
+
+
 def recommend(
     recommender: Recommender,
     histories: list[list[str]],
@@ -126,7 +155,7 @@ def recommend(
 
     Args:
         recommender: what `gdrt_ds.open_run` returns.
-        histories: titles, oldest first.
+        histories: titles, oldest first; the newest `data.history_length` of each are used, as in training.
         k: length of the lists; a k larger than the catalogue gives all of it.
         batch_size: histories scored at once.
         on_batch: called after every batch with the number of finished and of all histories.
@@ -145,6 +174,10 @@ def recommend(
     return lists
 
 
+class NoScores(UserError):
+    """The model gives no ranking for a history: its scores are NaN."""
+
+
 class Ranker:
     """The exact scorer of a catalogue, made once, and the lists that follow from its scores."""
 
@@ -159,17 +192,24 @@ class Ranker:
         """Returns a list of the asked size for every prompt; all prompts are scored in one batch.
 
         Every title of the catalogue is scored, so every place of a list is certain.
+
+        Raises:
+            NoScores: the score of a title is NaN.
         """
         scores = self.scorer.score(prompts)
+        broken = scores.isnan()
+        if bool(broken.any()):
+            raise NoScores(
+                f"the model gives NaN for {int(broken.sum())} of {broken.numel()} scores, so nothing can be "
+                "ranked",
+                "use an earlier checkpoint of the run, or score in float32 (model.dtype=float32)",
+            )
         return [_best(row, self.entries, k) for row, k in zip(scores, sizes, strict=True)]
 
 
 def _best(log_prob: Tensor, entries: list[CatalogueEntry], k: int) -> list[dict[str, Any]]:
-    """The k best entries of one row of scores [I].
-
-    NaN counts as the worst; ties keep the catalogue's order.
-    """
-    values, places = log_prob.nan_to_num(nan=-float("inf")).sort(descending=True, stable=True)
+    """The k best entries of one row of scores [I]; ties keep the catalogue's order."""
+    values, places = log_prob.sort(descending=True, stable=True)
     found = []
     for rank, (value, place) in enumerate(zip(values[:k].tolist(), places[:k].tolist()), 1):
         entry = entries[place]
@@ -189,6 +229,7 @@ class KnownTitles:
 
     Attributes:
         texts: of all entries.
+        most_parts: parts of a line that the longest text or name takes (`most_parts`).
     """
 
     def __init__(self, entries: Iterable[CatalogueEntry]):
@@ -206,6 +247,7 @@ class KnownTitles:
             if len(entry.merged_ids) > 1:
                 for piece in dict.fromkeys(entry.name.split(NAME_SEPARATOR)):
                     self._merged.setdefault(piece, []).append(entry)
+        self.most_parts = max(most_parts(self.texts), most_parts(self._whole))
 
     def __contains__(self, title: object) -> bool:
         return isinstance(title, str) and (title in self.texts or bool(self._named(title)))

@@ -1,6 +1,7 @@
-"""Titles of the catalogue only, in vLLM: a request-level logits processor of its V1 engine.
+r"""Titles of the catalogue only, in vLLM: a request-level logits processor of its V1 engine.
 
-    vllm serve MODEL --logits-processors gdrt_ds.inference.vllm_processor:CatalogueProcessor
+    vllm serve MODEL --generation-config vllm \
+        --logits-processors gdrt_ds.inference.vllm_processor:CatalogueProcessor
     ... "vllm_xargs": {"catalogue": true}, or SamplingParams(extra_args={"catalogue": True})
 
 MODEL is an exported folder, which holds the trie. It needs vLLM to be imported; constrained.py has what it
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from gdrt_ds.inference.constrained import CatalogueConstraint, RequestConstraint
+from gdrt_ds.inference.constrained import CatalogueConstraint, RequestConstraint, asks_for_catalogue
 
 
 class CatalogueProcessor(AdapterLogitsProcessor):
@@ -24,9 +25,7 @@ class CatalogueProcessor(AdapterLogitsProcessor):
     @classmethod
     def validate_params(cls, params) -> None:
         """Raises ValueError for a request whose argument is neither true nor false."""
-        wanted = (params.extra_args or {}).get("catalogue", False)
-        if not isinstance(wanted, bool):
-            raise ValueError(f"extra argument catalogue = {wanted!r}: give true or false")
+        asks_for_catalogue(params.extra_args)
 
     def is_argmax_invariant(self) -> bool:
         """The most probable token of all may be one that no title goes on with."""
@@ -34,6 +33,6 @@ class CatalogueProcessor(AdapterLogitsProcessor):
 
     def new_req_logits_processor(self, params) -> RequestConstraint | None:
         """Returns what constrains a request; None for one that asks for free text."""
-        if (params.extra_args or {}).get("catalogue", False):
+        if asks_for_catalogue(params.extra_args):
             return RequestConstraint(self.constraint)
         return None

@@ -2,6 +2,7 @@
 
 No model is loaded: a skeleton without storage says which parameters there are, and each is read when it is
 asked for. A 4-bit base is quantised and dequantised in the same way, so the values are those of its layers.
+So is a base that is held in 16 bits: its values are rounded first.
 
 Values are float32 in the shape of the skeleton's parameters.
 """
@@ -22,6 +23,7 @@ from gdrt_ds.models.families import model_class
 from gdrt_ds.models.quantised_slices import PIECE, dequantised_pieces, quant_state_of, quantize_range
 from gdrt_ds.models.quantization.nf4 import is_4bit
 from gdrt_ds.models.sharded_loading import CannotShard, build_skeleton, match_names
+from gdrt_ds.models.source import dtype_name
 from gdrt_ds.models.stored_four_bit import is_packed, read_quant_state, stored_four_bit
 from gdrt_ds.models.weight_files import WeightFiles
 
@@ -54,6 +56,7 @@ class BaseValues:
         sources: parameter or persistent buffer -> its name in the files; tied ones share one.
         packed: weights that are held in 4 bits -> whether the file has them transposed (GPT-2's Conv1D).
         double_quant: whether the block scales are quantised too.
+        dtype: in which the base is held: values are rounded to it, and quantised from it.
     """
 
     model: nn.Module
@@ -62,6 +65,7 @@ class BaseValues:
     sources: dict[str, str]
     packed: dict[str, bool]
     double_quant: bool
+    dtype: torch.dtype = torch.float32
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """Yields the values of a parameter or buffer in order, flat.
@@ -75,7 +79,7 @@ class BaseValues:
         numel = self.files.tensors[source].numel
         for start in range(0, numel, PIECE):
             values = self.files.read(source, start, min(start + PIECE, numel))
-            yield values.float() if values.is_floating_point() else values
+            yield values.to(self.dtype).float() if values.is_floating_point() else values
 
     def whole(self, name: str) -> Tensor:
         """Returns the values in the shape that the skeleton has."""
@@ -110,8 +114,8 @@ class BaseValues:
             def read(start: int, stop: int) -> Tensor:
                 return values[start:stop]
 
-        packed, absmax = quantize_range(read, 0, shape.numel(), torch.float32, CPU)
-        return packed, quant_state_of(absmax, shape, self.double_quant, torch.float32, CPU)
+        packed, absmax = quantize_range(read, 0, shape.numel(), self.dtype, CPU)
+        return packed, quant_state_of(absmax, shape, self.double_quant, self.dtype, CPU)
 
 
 def gather(pieces: Iterable[Tensor], shape: torch.Size) -> Tensor:
@@ -146,16 +150,18 @@ def blocks_of(pieces: Iterable[Tensor], size: int) -> Iterator[Tensor]:
         yield block[:filled]
 
 
-def open_base(path: Path, config, section: ModelSection) -> BaseValues:
-    """Opens a base whose values are those of `section.quantization`.
+def open_base(path: Path, config, section: ModelSection, dtype: torch.dtype = torch.float32) -> BaseValues:
+    """Opens a base whose values are those of `section.quantization`, held in `dtype`.
 
     Args:
         path: folder of the base.
         config: its transformers config.
         section: settings of the model; `quantization` is `none` or `nf4`.
+        dtype: see `BaseValues`.
 
     Raises:
-        CannotShard: transformers converts stored tensors while it loads, or another quantization is set.
+        CannotShard: transformers converts stored tensors while it loads, holds some of them in another dtype,
+            or another quantization is set.
         UserError: the weight files are unreadable or incomplete.
     """
     if section.quantization not in ("none", "nf4"):
@@ -165,6 +171,9 @@ def open_base(path: Path, config, section: ModelSection) -> BaseValues:
     model, _ = build_skeleton(path, _without_quantization(config), plain, torch.float32, attention, CPU)
     model.tie_weights()
     model.eval().requires_grad_(False)
+    if dtype != torch.float32:
+        held, _ = build_skeleton(path, _without_quantization(config), plain, dtype, attention, CPU)
+        _refuse_other_dtypes(held, dtype)
     files = WeightFiles(path)
     if section.quantization == "none":
         sources = match_names(model, files)
@@ -173,7 +182,7 @@ def open_base(path: Path, config, section: ModelSection) -> BaseValues:
         quantised, _ = build_skeleton(path, config, section, torch.float32, attention, CPU)
         sources = match_names(quantised, files)
         packed = _packed_weights(quantised)
-    base = BaseValues(model, _places(model), files, sources, packed, section.double_quant)
+    base = BaseValues(model, _places(model), files, sources, packed, section.double_quant, dtype)
     for name, place in base.places.items():
         if place.tensor.device.type != "meta":  # a buffer, which the skeleton has with its first values
             place.tensor.copy_(base.whole(name))
@@ -183,6 +192,19 @@ def open_base(path: Path, config, section: ModelSection) -> BaseValues:
 def open_folder(path: Path, config, section: ModelSection) -> BaseValues:
     """Opens a folder of plain weights, whatever the run's quantization is."""
     return open_base(path, config, section.model_copy(update={"quantization": "none"}))
+
+
+def _refuse_other_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
+    """Raises CannotShard for a skeleton in 16 bits of which transformers holds parts in float32."""
+    kept = {name for name, t in model.state_dict().items() if t.is_floating_point() and t.dtype != dtype}
+    kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if kept:
+        raise CannotShard(
+            f"transformers holds {min(kept)} of {type(model).__name__} in float32 and the rest in "
+            f"{dtype_name(dtype)}"
+        )
 
 
 def _without_quantization(config):

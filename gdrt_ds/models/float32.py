@@ -61,9 +61,9 @@ def to_float32(loaded: LoadedModel, section: ModelSection, runtime) -> tuple[Loa
         runtime: anything with `.device`; `.local_world` processes share the memory of the machine.
 
     Returns:
-        the model, whether its weights are whole (an adapter can be merged into them without rounding), and
-        the line to announce. Where even the second form does not fit, the model stays as it is, and its
-        `dtype` says so.
+        the model, whether its weights are whole in float32 (an adapter can be merged into them without
+        rounding), and the line to announce. Where even the second form does not fit, the model stays as it
+        is, and its `dtype` says so.
     """
     before = dtype_name(loaded.dtype)
     free = free_bytes(torch.device(runtime.device)) // max(1, getattr(runtime, "local_world", 1))
@@ -81,7 +81,7 @@ def to_float32(loaded: LoadedModel, section: ModelSection, runtime) -> tuple[Loa
         f"scoring: in {before}, as trained, because float32 needs {_size(least)} more and {_size(free)} are "
         "free; the check below says how exact that is"
     )
-    return loaded, True, line
+    return loaded, False, line
 
 
 def added_bytes(model: nn.Module, as_used: bool = False) -> int:

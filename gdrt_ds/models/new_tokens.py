@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import set_usual_mode
 from gdrt_ds.models.made_folder import make_once
 from gdrt_ds.models.weight_files import WeightFiles
 
@@ -122,6 +123,7 @@ def _write(source: Path, tokenizer, ids: list[int], target: Path, seed: int) -> 
         for name in held:
             values[name] = _with_rows(values[name], ids, size, seed)
         save_file(values, target / file.name, metadata)
+        set_usual_mode(target / file.name)
     for part in {id(texts): texts, id(config): config}.values():
         if part.get("vocab_size") == old:
             part["vocab_size"] = size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections.abc import Callable
@@ -58,24 +59,52 @@ def run_service(app, place: socket.socket, tell: Callable[[str], None]) -> None:
         UserError: another service took the address meanwhile.
     """
     host, port = place.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         place.listen()
     except OSError as error:
         raise _cannot_listen(host, port, error) from None
+    counting = CountedCancellations(app)
     config = uvicorn.Config(
-        app,
+        counting,
         log_level="warning",
         access_log=False,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=MAX_ENDING_S,
         server_header=False,
     )
-    server = AnnouncingServer(config, lambda: tell(f"ready: http://{host}:{port}"))
+    server = AnnouncingServer(config, lambda: tell(f"ready: http://{address}"))
     # uvicorn raises the signal again when it has finished; the process would then not end with status 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server.run(sockets=[place])
-    tell("stopped: everything that was accepted is answered")
+    if counting.cancelled:
+        tell(
+            f"stopped: {counting.cancelled} accepted requests are not answered; they took more than "
+            f"{MAX_ENDING_S} s, or a second signal ended them"
+        )
+    else:
+        tell("stopped: everything that was accepted is answered")
+
+
+class CountedCancellations:
+    """An ASGI middleware that counts the requests whose tasks the end of the server cancels.
+
+    Attributes:
+        cancelled: their number.
+    """
+
+    def __init__(self, app):
+        self.app = app
+        self.cancelled = 0
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except asyncio.CancelledError:
+            if scope["type"] == "http":
+                self.cancelled += 1
+            raise
 
 
 class AnnouncingServer(uvicorn.Server):

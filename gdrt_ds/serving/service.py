@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import finite
 from gdrt_ds.inference.recommender import Recommender
+from gdrt_ds.inference.recommending import NoScores
 from gdrt_ds.serving.limits import BodyLimit
 from gdrt_ds.serving.metrics import CountedAnswers, ServiceMetrics
 from gdrt_ds.serving.worker import Busy, TooLate, Worker
@@ -145,6 +146,8 @@ def _add_recommend(app: FastAPI, worker: Worker, metrics: ServiceMetrics, limits
             found = await asyncio.wrap_future(worker.submit(asked.history, asked.k))
         except (Busy, TooLate) as busy:
             return problem(503, str(busy), {"retry-after": str(RETRY_AFTER_S)})
+        except NoScores as error:
+            return problem(500, error.problem)
         except UserError as error:
             return problem(422, error.problem[: 4 * SHOWN])
         except Exception as error:

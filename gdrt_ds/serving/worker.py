@@ -6,6 +6,7 @@ request that cannot be answered fails alone; the others of its batch are not tou
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -14,8 +15,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from gdrt_ds.errors import UserError
 from gdrt_ds.inference.recommender import Recommender
 from gdrt_ds.inference.recommending import KnownTitles, Ranker, unknown_titles
+
+log = logging.getLogger("gdrt_ds.serving")
+"""What went wrong behind an answer of status 500; without a handler of the user's it goes to stderr."""
 
 
 class Busy(Exception):
@@ -33,7 +38,7 @@ class Answer:
     Attributes:
         recommendations: the list, as `recommend` returns it.
         unknown: titles that the catalogue does not have; their text was used.
-        dropped: oldest titles that did not fit into the prompt.
+        dropped: oldest titles that `data.history_length` or `prompt.max_length` left out.
     """
 
     recommendations: list[dict[str, Any]]
@@ -178,8 +183,10 @@ class Worker:
             return False
         try:
             request.texts = self.titles.texts_of(request.history)
-            encoded = self.recommender.encoder.encode(request.texts)
+            encoded = self.recommender.encode_titles(request.texts)
         except Exception as error:  # a tokenizer may fail on any text; the others of the batch go on
+            if not isinstance(error, UserError):
+                log.error("a prompt could not be made", exc_info=error)
             request.future.set_exception(error)
             return False
         request.prompt = encoded.input_ids.tolist()
@@ -191,6 +198,7 @@ class Worker:
             lists = self._ranker.lists([r.prompt for r in ready], [r.k for r in ready])
         except Exception as error:
             if len(ready) == 1:
+                log.error("the model failed on a request", exc_info=error)
                 ready[0].future.set_exception(error)
                 return
             # One of them may be the cause, or the batch is too large for memory: each is tried alone.

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gdrt_ds.files import set_usual_mode
 from gdrt_ds.training import durable
 from gdrt_ds.training.agreement import agree, attempt, rank_here
 
@@ -53,6 +54,7 @@ def save_adapter(engine, folder: str | Path, *, tokenizer=None) -> Path:
             scratch / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
+        set_usual_mode(scratch / "adapter_model.safetensors")
         durable.fsync(scratch / "adapter_model.safetensors")
         adapter_config = copy.deepcopy(model.peft_config["default"])
         adapter_config.inference_mode = True

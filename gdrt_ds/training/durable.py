@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gdrt_ds.files import set_usual_mode
+
 
 def remove(path: Path) -> None:
     """Removes a folder, out of sight first, so that a half-removed one is never taken for a checkpoint."""
@@ -20,6 +22,7 @@ def remove(path: Path) -> None:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    set_usual_mode(path)
     fsync(path)
 
 

@@ -23,7 +23,7 @@ from gdrt_ds.data.token_facts import TokenFacts, whole
 from gdrt_ds.data.training_data import Auxiliary
 from gdrt_ds.dro import relevance
 from gdrt_ds.dro.groups import GroupPlan, apply_groups, fit_groups
-from gdrt_ds.files import cache_folder, replacing
+from gdrt_ds.files import cache_folder, replacing, set_usual_mode
 from gdrt_ds.models.reference_adapters import AUXILIARY, adapter_digest, reference, reference_adapters
 from gdrt_ds.training.agreement import agree, attempt
 from gdrt_ds.training.job import Job
@@ -285,3 +285,4 @@ def _write_groups(job: Job, prepared: Prepared, grouped: Grouped) -> None:
             scratch,
             metadata={"fingerprint": grouped.plan.fingerprint},
         )
+        set_usual_mode(scratch)

@@ -19,6 +19,7 @@ from eval.loading import load_subject
 from eval.precision import spread, target_losses
 from eval.run import main
 from gdrt_ds.inference.recommender import open_run, open_trained
+from gdrt_ds.models import float32
 from gdrt_ds.runtime import Runtime
 
 FAST = ["--limit", "12", "--bootstrap", "20", "--no-floors"]
@@ -62,6 +63,20 @@ def test_a_dtype_that_the_user_names_is_the_dtype_of_the_scores(run):
     assert named.reader.mask_dtype == torch.float32
     # The base is the one that was trained on, not one quantised anew from float32 weights.
     assert named.loaded.fingerprint == open_run(run, Runtime()).loaded.fingerprint
+
+
+def test_an_adapter_is_merged_into_weights_in_float32_alone(run, monkeypatch):
+    """16-bit weights would round it: scores in bfloat16 would then be those of another adapter."""
+    plain = "quantization: none" in (run / "config.yaml").read_text(encoding="utf-8")
+    said = "adapter merged into the base weights for scoring"
+    merged = open_run(run, Runtime())
+    assert (said in merged.lines) is plain is not hasattr(merged.loaded.model, "peft_config")
+    named = open_run(run, Runtime(), ["model.dtype=bfloat16"])
+    assert said not in named.lines and hasattr(named.loaded.model, "peft_config")
+    monkeypatch.setattr(float32, "free_bytes", lambda device: 0)  # float32 fits in no form
+    full = open_run(run, Runtime())
+    assert full.loaded.dtype == torch.bfloat16
+    assert said not in full.lines and hasattr(full.loaded.model, "peft_config")
 
 
 def test_a_comparison_warns_of_scores_that_are_not_exact(tmp_path):

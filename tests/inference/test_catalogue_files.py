@@ -7,10 +7,12 @@ import re
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
 
-from gdrt_ds.data.trie_file import ARRAYS, TRIE_FILE, load_trie
+from gdrt_ds.data.trie_file import ARRAYS, TRIE_FILE, load_limits, load_trie, save_trie
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import REPOSITORY
+from gdrt_ds.inference.catalogue_files import ExportedPrompts
 from gdrt_ds.inference.exporting import export
 from gdrt_ds.inference.recommender import open_run, read_run_config
 from gdrt_ds.runtime import Runtime
@@ -62,6 +64,19 @@ def test_a_run_without_a_catalogue_is_exported_without_one_and_it_is_said(run, t
     assert done["catalogue"] == "no catalogue: the run has no catalogue.jsonl"
     with pytest.raises(UserError, match="does not exist"):
         load_trie(tmp_path / "out")
+
+
+def test_the_export_says_how_long_prompts_are_and_asks_as_the_run_does(run, exported, tmp_path):
+    recommender = open_run(run, Runtime())
+    assert load_limits(exported) == (recommender.encoder.max_length, 10)
+    prompts = ExportedPrompts(exported, AutoTokenizer.from_pretrained(exported))
+    titles = [entry.text for entry in recommender.catalogue.entries]
+    for history in (titles[:1], titles[:4], titles[:13], ["A film nobody knows", *titles[5:8]]):
+        assert prompts.ids(history) == recommender.prompt_of_titles(history)
+    save_trie(load_trie(exported), tmp_path / TRIE_FILE)  # as earlier versions did
+    assert load_trie(tmp_path).num_nodes == recommender.trie.num_nodes
+    with pytest.raises(UserError, match="does not say how long prompts are"):
+        load_limits(tmp_path)
 
 
 def test_files_that_are_no_trie_are_refused(exported, tmp_path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import importlib
+import re
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import gdrt_ds
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.trie import TokenTrie
 from gdrt_ds.errors import UserError
+from gdrt_ds.files import REPOSITORY
 from gdrt_ds.inference.constrained import (
     OUTSIDE,
     CatalogueConstraint,
@@ -49,10 +53,11 @@ def asked(run):
     return recommender, histories, recommend(recommender, histories, K)
 
 
-def beams_of(exported, asked, num_beams, **changes):
-    """Titles and scores of transformers' generate, by history."""
+def beams_of(exported, asked, num_beams, of_base=(), **changes):
+    """Titles and scores of transformers' generate, by history; `of_base` is its generation_config."""
     recommender, histories, _ = asked
     model = AutoModelForCausalLM.from_pretrained(exported)
+    model.generation_config.update(**dict(of_base))
     tokenizer = AutoTokenizer.from_pretrained(exported)
     prompts = [recommender.prompt_of_titles(titles) for titles in histories]
     width = max(map(len, prompts))
@@ -100,6 +105,44 @@ def test_few_beams_give_titles_only_and_no_score_above_the_exact_one(exported, a
         if scores is not None:
             exact = {row["title"]: row["log_prob"] for row in whole[i]}
             assert torch.allclose(scores[i], torch.tensor([exact[title] for title in found]), atol=1e-4)
+
+
+def test_scores_are_log_probabilities_whatever_the_generation_config_of_the_base_asks_for(exported, asked):
+    """Penalties, forbidden tokens and biases of a base would change what its adapter was trained for."""
+    recommender, _, exact = asked
+    of_base = {
+        "repetition_penalty": 1.7,
+        "no_repeat_ngram_size": 2,
+        "min_new_tokens": 3,
+        "min_length": 200,
+        "suppress_tokens": recommender.trie.token[1:9].tolist(),
+        "begin_suppress_tokens": recommender.trie.token[1:3].tolist(),
+        "bad_words_ids": [[int(recommender.trie.token[1])]],
+        "sequence_bias": [[[int(recommender.trie.token[1])], -5.0]],
+        "exponential_decay_length_penalty": (2, 1.5),
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.5,
+    }
+    lists, scores = beams_of(exported, asked, num_beams=24, of_base=of_base)
+    for found, values, rows in zip(lists, scores, exact, strict=True):
+        assert found == [row["title"] for row in rows]
+        assert torch.allclose(values, torch.tensor([row["log_prob"] for row in rows]), atol=1e-4)
+
+
+def test_the_page_asks_with_the_prompts_of_the_evaluation(exported, asked, monkeypatch):
+    recommender, histories, _ = asked
+    titles = [entry.text for entry in recommender.catalogue.entries]
+    histories = [*histories, titles[:14]]  # longer than data.history_length
+    page = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(exported.parent)
+    names = {"histories": histories}
+    exec(code.replace('"MODEL"', repr(exported.name)), names)
+    rows = zip(names["inputs"].input_ids, names["inputs"].attention_mask, strict=True)
+    found = [ids[mask.bool()].tolist() for ids, mask in rows]
+    assert found == [recommender.prompt_of_titles(titles) for titles in histories]
+    assert names["entry"] is not None and names["found"].shape[0] == 10 * len(histories)
 
 
 def test_samples_are_titles(exported, asked):
@@ -155,6 +198,38 @@ def test_a_batch_of_requests_is_constrained_row_by_row_and_others_are_left_alone
     expected = constraint.constrain([[], [], first], logits)
     expected[1] = logits[1]
     assert torch.equal(constrain_requests(logits.clone(), requests), expected)
+
+
+@pytest.fixture
+def vllm_processor(monkeypatch):
+    """Our module for vLLM, which is not installed: only the class that it derives from stands in."""
+    interface = ModuleType("vllm.v1.sample.logits_processor")
+    interface.AdapterLogitsProcessor = object
+    for name in ("vllm", "vllm.v1", "vllm.v1.sample"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    monkeypatch.delitem(sys.modules, "gdrt_ds.inference.vllm_processor", raising=False)
+    yield importlib.import_module("gdrt_ds.inference.vllm_processor").CatalogueProcessor
+    sys.modules.pop("gdrt_ds.inference.vllm_processor", None)
+
+
+@pytest.mark.parametrize(
+    "extra_args, wanted",
+    [(None, False), ({}, False), ({"catalogue": True}, True), ({"catalogue": 1}, True)]
+    + [({"catalogue": value}, False) for value in (False, 0)]
+    + [({"catalogue": value}, None) for value in ("true", 2, -1, None, [1], float("nan"))],
+)
+def test_a_request_to_vllm_says_true_or_1_and_everything_else_is_refused(vllm_processor, extra_args, wanted):
+    params = SimpleNamespace(extra_args=extra_args)
+    if wanted is None:
+        with pytest.raises(ValueError, match="extra argument catalogue = .*: give true or false"):
+            vllm_processor.validate_params(params)
+        return
+    vllm_processor.validate_params(params)
+    processor = vllm_processor.__new__(vllm_processor)  # the engine's own settings are not needed here
+    processor.constraint = CatalogueConstraint(TokenTrie.build(sequences()))
+    made = processor.new_req_logits_processor(params)
+    assert isinstance(made, RequestConstraint) is wanted
 
 
 def test_entries_are_found_and_what_is_no_title_is_none():

@@ -8,14 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from gdrt_ds.config import RunConfig, dump_config
+from gdrt_ds.config import ModelSection, RunConfig, dump_config
 from gdrt_ds.inference import layer_by_layer, merging
 from gdrt_ds.inference.exporting import export
 from gdrt_ds.inference.layer_by_layer import CannotStream, logits_layer_by_layer
 from gdrt_ds.models import base_values
 from gdrt_ds.models.base_values import Place
+from gdrt_ds.models.float32 import to_float32
+from gdrt_ds.models.load import load_model
 from gdrt_ds.models.weight_writer import TensorShape, write_file
+from gdrt_ds.runtime import Runtime
 from tests.distributed.scenario_sharded import store_in_four_bit
 from tests.models.family_models import make_family
 from tests.models.test_model import load
@@ -75,6 +79,9 @@ KINDS = {
     "rslora": {"lora": {"rslora": True, "targets": "all-linear"}},
     "dora": {"lora": {"dora": True, "targets": "all-linear"}},
     "head": {"train_head": True},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16", "double_quant": False},
+    "bfloat16_plain": {"dtype": "bfloat16", "quantization": "none"},
 }
 
 
@@ -83,6 +90,28 @@ def test_every_kind_of_adapter_gives_the_bits_of_the_merge_in_memory(tmp_path, k
     run = make_run(make_family("llama", tmp_path), tmp_path / "run", **KINDS[kind])
     for base in ("plain", "trained"):
         assert_same_model(run, tmp_path / base, base)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 20)[None]).logits
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_base_as_trained_gives_the_scores_of_a_training_in_bfloat16(tmp_path, quantization):
+    model = {"dtype": "bfloat16", "quantization": quantization}
+    run = make_run(make_family("llama", tmp_path), tmp_path / "run", **model)
+    export(run, tmp_path / "out", "float32", "trained")
+    section = ModelSection(path=str(tmp_path / "llama"), **model)
+    evaluated = load_model(section, Runtime(), train=False, adapter=run / "adapter")
+    evaluated, _, _ = to_float32(evaluated, section, Runtime())
+    expected = logits(evaluated.model)
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("dtype: bfloat16", "dtype: float32"))
+    export(run, tmp_path / "float32", "float32", "trained")
+    other = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "float32"))
+    assert (found - expected).abs().max() < 0.02 * (other - expected).abs().max()
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -66,6 +66,14 @@ def test_searches_and_losses_of_targets_use_the_same_reader(name):
     assert np.allclose([-loss["renormalised"].sum() for loss in losses], wanted, atol=1e-4)
 
 
+def test_the_states_that_are_kept_do_not_keep_those_of_whole_batches():
+    reader = PathReader(model_of("lfm2"), START)
+    states = reader._states([(5, 6, 7, 8), (5, 6), (9, 4, 3)])
+    assert len(states) == 3
+    for state in states.values():
+        assert state.untyped_storage().nbytes() == state.numel() * state.element_size()
+
+
 def test_on_a_model_that_follows_masks_both_readers_agree():
     model = model_of("mistral_window")
     tree = CatalogueScorer(PromptReader(model, START), TRIE).score(PROMPTS)

@@ -378,3 +378,23 @@ def test_the_command_writes_the_folder_and_refuses_to_push_merged_models(run, tm
     with pytest.raises(SystemExit):
         main([*command(run, tmp_path / "merged")[:-1], "--push", "owner/films"])
     assert "--push uploads adapters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["--adapter-only", "--dtype", "bfloat16"], "--dtype would change nothing"),
+        (["--adapter-only", "--base", "trained"], "--base would change nothing"),
+        (["--adapter-only", "--check", "loaded"], "--check would change nothing"),
+        (["--adapter-only", "--in-memory", "--shard-size", "1GB"], "--shard-size, --in-memory would change"),
+        (["--base-name", BASE], "and a merged model is written"),
+        (["--public"], "--public is about a repository that --push makes"),
+        (["--adapter-only", "--public"], "--public is about a repository that --push makes"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(run, tmp_path, capsys, given, words):
+    with pytest.raises(SystemExit) as ended:
+        main(["--run", str(run), "--output", str(tmp_path / "out"), *given])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and words in said and "fix: " in said
+    assert not (tmp_path / "out").exists()

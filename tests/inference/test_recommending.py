@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -16,6 +17,7 @@ from gdrt_ds.inference.recommending import (
     read_histories,
     texts_of_names,
 )
+from gdrt_ds.recommend import print_json
 
 
 def test_a_title_that_holds_the_separator_is_kept_whole():
@@ -26,6 +28,31 @@ def test_a_title_that_holds_the_separator_is_kept_whole():
     assert parse_history("a;b; Star Wars", known) == ["a;b", "Star Wars"]
     assert parse_history("Star Wars;P ;q;a;b; a", known) == ["Star Wars", "P ;q", "a;b", "a"]
     assert parse_history("End;; Star Wars", known) == ["End;", "Star Wars"]
+
+
+class CountedLooks(set):
+    """A set that counts how often it is asked whether it has a title."""
+
+    looks = 0
+
+    def __contains__(self, title):
+        self.looks += 1
+        return super().__contains__(title)
+
+
+def test_a_long_history_is_parsed_in_a_time_that_grows_with_its_length():
+    known = CountedLooks({"Shine; a life", "Heat"})
+    line = "; ".join(["Nobody knows it", "Shine; a life"] * 1000)
+    assert parse_history(line, known) == ["Nobody knows it", "Shine; a life"] * 1000
+    assert known.looks <= 4 * 3000
+    assert KnownTitles(ENTRIES).most_parts == 2
+
+
+def test_json_holds_minus_infinity_as_null(capsys):
+    row = {"rank": 1, "item_id": "1", "title": "Heat", "log_prob": -float("inf"), "probability": 0.0}
+    print_json(["Heat"], [], 0, [row])
+    answer = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert answer["recommendations"] == [{**row, "log_prob": None}]
 
 
 ENTRIES = [

@@ -13,10 +13,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from gdrt_ds.errors import UserError
 from gdrt_ds.inference.recommender import open_run
-from gdrt_ds.inference.recommending import recommend
+from gdrt_ds.inference.recommending import NoScores, recommend
 from gdrt_ds.runtime import Runtime
 from gdrt_ds.serving.running import listen, run_service
 from gdrt_ds.serving.worker import Worker
@@ -261,7 +262,7 @@ def test_a_list_longer_than_the_catalogue_is_the_catalogue(recommender):
     assert json.loads(info)["titles"] == len(recommender.catalogue)
 
 
-def test_a_failing_request_fails_alone_and_unknown_titles_are_not_kept(recommender, histories, exact):
+def test_a_failing_request_fails_alone_and_unknown_titles_are_not_kept(recommender, histories, exact, caplog):
     worker = Worker(recommender)
     futures = [worker.submit(history, K) for history in ([5], histories[0], ["new " * 20])]
     worker.start()
@@ -270,6 +271,33 @@ def test_a_failing_request_fails_alone_and_unknown_titles_are_not_kept(recommend
     assert futures[1].result().recommendations[0]["item_id"] == exact[0][0]["item_id"]
     assert futures[2].result().unknown == ["new " * 20]
     assert "new " * 20 not in recommender.encoder._items
+    assert "a prompt could not be made" in caplog.text and "Traceback" in caplog.text
+
+
+def test_scores_that_are_nan_are_answered_with_500_and_others_are_not_touched(run, histories, exact, caplog):
+    broken = open_run(run, Runtime())
+    unknown = "Nobody; part 7"
+    tokens = set(broken.prompt_of_titles([unknown])) - set(broken.prompt_of_titles([]))
+    tokens -= set(broken.trie.token.tolist())
+    for history in histories[:6]:
+        tokens -= set(broken.prompt_of_titles(history))
+    with torch.no_grad():
+        broken.loaded.model.get_input_embeddings().weight[sorted(tokens)] = torch.nan
+    worker = Worker(broken)
+    futures = [worker.submit(history, K) for history in (*histories[:6], [unknown])]
+    worker.start()
+    worker.stop()
+    for future, rows in zip(futures[:-1], exact):
+        found = future.result().recommendations
+        assert [row["item_id"] for row in found] == [row["item_id"] for row in rows]
+    assert isinstance(futures[-1].exception(), NoScores)
+    assert "the model failed on a request" in caplog.text and "Traceback" in caplog.text
+    with serving(broken) as (client, _):
+        status, answer = client.post({"history": [unknown], "k": K})
+        assert status == 500 and "the model gives NaN for " in answer["error"]
+        assert client.post({"history": histories[0], "k": K})[0] == 200
+    with pytest.raises(NoScores, match="so nothing can be ranked"):
+        recommend(broken, [[unknown]], K)
 
 
 def test_names_of_items_are_scored_by_the_texts_that_stand_for_them(run):

@@ -335,7 +335,8 @@ def _relevance(context: AuditContext, samples: list[Sample], settings: dict) -> 
         **settings,
     )
     if not spread:
-        return rows, f" Relevance groups: there are not {2 * MIN_SIZE} users for two of them, so none is the worst.", {}
+        note = f" Relevance groups: there are not {2 * MIN_SIZE} users for two of them, so none is the worst."
+        return rows, note, {}
     note = f" Over relevance groups the worst NLL is {spread[WORST].text()}, the gap {spread[GAP].text()}."
     return rows, note, spread
 
