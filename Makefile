@@ -93,8 +93,10 @@ format: install
 # run one by one; they mostly wait for Slurm, so they do it beside the tests of one process.
 ALONE = distributed or slurm
 LATER = faults or exactness or tutorials
-SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
-IN_PAIRS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# A file per worker, in the order of tests/conftest.py.
+BY_FILE = --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(BY_FILE)
+IN_PAIRS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(BY_FILE)
 
 test-fast: lint
 	@$(SIDE_BY_SIDE) -m "not ($(ALONE) or $(LATER) or slow)"

@@ -1,4 +1,4 @@
-"""What `make install` does, read from its commands."""
+"""What `make install` does, read from its commands, and what `make test` begins with."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from gdrt_ds.files import REPOSITORY
+from tests.conftest import LONGEST
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -24,3 +25,8 @@ def test_modules_are_translated_at_once_where_python_may_not_write_them_down(giv
     done = subprocess.run(command, cwd=REPOSITORY, env=environment | given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ("-m compileall" in done.stdout) is translated
+
+
+def test_the_files_that_begin_first_are_there():
+    """A file that was renamed would silently begin last."""
+    assert [name for name in LONGEST if not (REPOSITORY / name).is_file()] == []
