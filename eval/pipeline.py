@@ -24,7 +24,7 @@ from eval.predictions import (
     scoring_key,
 )
 from eval.shared_losses import note_of_left_out, over_shared_losses
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import LostPeer, StorageError, UserError
 from gdrt_ds.runtime import Runtime, detect_rank, single_process_runtime, start_runtime
 from gdrt_ds.training.run_folder import git_hash, versions
 
@@ -135,6 +135,8 @@ def _run_audits(
 
     try:
         return run_audits(names, context, finished=finished), None
+    except (StorageError, LostPeer):  # a full disk or a dead rank: there is nothing to write, or nobody
+        raise
     except UserError as error:
         chosen, _ = choose(names)
         return {name: finished.found[name] for name in chosen if name in finished.found}, error

@@ -12,7 +12,7 @@ from eval.audit.costs import CostEstimate
 from eval.audit.finished import FinishedAudits
 from eval.audit.options import DEFAULT_OPTIONS, AuditOptions
 from eval.folders import load_evaluations, unlike
-from gdrt_ds.errors import UserError, nearest
+from gdrt_ds.errors import LostPeer, StorageError, UserError, nearest
 from gdrt_ds.files import finite
 from gdrt_ds.registry import parts
 
@@ -78,12 +78,16 @@ def run_audits(
         lacking = _lack_of(audit, context)
         if lacking is None:
             try:
-                found[name] = _run_one(name, audit, context, estimate)
-                if finished is not None:
-                    finished.add(name, found[name])
-                continue
+                result = _run_one(name, audit, context, estimate)
+            except (StorageError, LostPeer):  # they are no matter of this audit
+                raise
             except UserError as error:  # its cost and what it lacks did not tell
                 lacking = (error.problem, error.fix)
+            else:
+                found[name] = result
+                if finished is not None:
+                    finished.add(name, result)
+                continue
         _leave_out(name, names, lacking, context)
     if not found:
         _say(context, "no audit can run here; see the reasons above")

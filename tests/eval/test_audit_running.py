@@ -11,7 +11,7 @@ from eval.audit import Audit, AuditOptions, Cost, audits, check_audits, run_audi
 from eval.loading import load_subject
 from eval.pipeline import run_evaluation
 from eval.predictions import ScoringOptions
-from gdrt_ds.errors import UserError
+from gdrt_ds.errors import LostPeer, StorageError, UserError
 from gdrt_ds.runtime import Runtime
 
 
@@ -82,3 +82,23 @@ def test_an_audit_that_refuses_late_costs_neither_the_others_nor_the_evaluation(
     written = json.loads((tmp_path / "results.json").read_text())
     assert list(written["audits"]) == ["early"] and written["metrics"]["hr@10"]["n"] == 4
     assert not (tmp_path / "audits.json").exists()
+
+
+@pytest.mark.parametrize("error", [StorageError, LostPeer])
+def test_a_full_disk_or_a_dead_rank_is_no_matter_of_an_audit(subject, tmp_path, monkeypatch, error):
+    """Such an evaluation ends with the status that says so. It is not told as an audit that was left out."""
+
+    def breaks(context):
+        raise error("it broke", "mend it")
+
+    broken = Audit("Broken", "Does it end the evaluation?", breaks, lambda context: Cost(), order=0)
+    monkeypatch.setattr(running, "audits", lambda: {"broken": broken})
+    options = AuditOptions(users=4, num_bootstrap=50)
+    with pytest.raises(error):
+        run_audits(["all"], PlantedContext(subject, Runtime(), options))
+    settings = {"floors": "none", "num_bootstrap": 50, "audits": ["broken"], "audit_options": options}
+    with pytest.raises(error):
+        run_evaluation(
+            subject, ScoringOptions("renormalised", "", 10), Runtime(), output=tmp_path, **settings
+        )
+    assert not (tmp_path / "results.json").exists()
