@@ -66,53 +66,59 @@ def resume(job: Job, prepared: Prepared, loaded: Loaded) -> Resumed:
         return Resumed(named=named)
     restored = checkpoint.load(loaded.engine, path, fingerprint=loaded.base.fingerprint)
     saved = restored.client_state
+    # RUN/checkpoints may be a link to another disk, so its own place is asked for, not that of what it is in.
+    another_run = path.parent.resolve() != (job.folder / "checkpoints").resolve()
     if saved["data_fingerprint"] != prepared.stores["train"].fingerprint:
         raise UserError(
             f"{path}: the training data or the prompt changed since this checkpoint",
             "restore data.* and prompt.*, or start a new run.dir",
         )
-    where, dro_state = "", saved["dro"]
-    if not restored.same_world:
-        where = (
-            f" (saved on {restored.world} ranks, now {job.runtime.world}: "
-            "equal up to rounding, and to dropout inside attention)"
-        )
-    job.say(f"resume: step {saved['step']} from {path}{where}")
-    live_table = saved.get("live_table")
-    best = Best(saved["best"], saved["bad_validations"])
-    # RUN/checkpoints may be a link to another disk, so its own place is asked for, not that of what it is in.
-    another_run = path.parent.resolve() != (job.folder / "checkpoints").resolve()
     if another_run and saved["step"] >= loaded.total_steps:
         raise UserError(
             f"resume = {job.config.resume}: {saved['step']} steps are done there, and this run ends after "
             f"{loaded.total_steps}",
             "raise train.max_steps or train.epochs: the steps of the checkpoint count",
         )
-    weighed = losses_weighed(job.config)
-    if saved.get("weighed", weighed) != weighed:
-        changed = [name for name, value in weighed.items() if saved["weighed"].get(name) != value]
-        job.say(
-            f"resume: the checkpoint's run had another {' and another '.join(changed)}, so its group losses "
-            "were others: moving averages and weights of groups begin anew"
-        )
-        dro_state = None
     if not another_run:
         check_named(job.config, saved.get("named") or {}, named)
+    where = ""
+    if not restored.same_world:
+        where = (
+            f" (saved on {restored.world} ranks, now {job.runtime.world}: "
+            "equal up to rounding, and to dropout inside attention)"
+        )
+    job.say(f"resume: step {saved['step']} from {path}{where}")
+    best = Best(saved["best"], saved["bad_validations"])
     if another_run and best.figures is not None:
         # Its value may be of another figure, and its checkpoint is not here.
         job.say("resume: from another run folder, whose best validation does not count here")
         best = Best()
     for line in other_order(job.config, path.absolute().parent.parent / "config.yaml"):
         job.say(line)
+    live_table = saved.get("live_table")
     return Resumed(
         first_step=saved["step"],
         best=best,
-        dro_state=dro_state,
+        dro_state=_dro_state(job, saved),
         group_plan=GroupPlan(**saved["group_plan"]),
         live_table=None if live_table is None else live_table.numpy(),
         groups_digest=saved.get("groups_digest", ""),
         named=named,
     )
+
+
+def _dro_state(job: Job, saved: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+    """Moving averages and weights of a checkpoint; None, and a line, where they are of other losses."""
+    now = losses_weighed(job.config)
+    before = saved.get("weighed", now)
+    changed = [name for name, value in now.items() if before.get(name) != value]
+    if not changed:
+        return saved["dro"]
+    job.say(
+        f"resume: the checkpoint's run had another {' and another '.join(changed)}, so its group losses "
+        "were others: moving averages and weights of groups begin anew"
+    )
+    return None
 
 
 def live_groups(resumed: Resumed, section: GroupsSection) -> tuple[GroupPlan | None, np.ndarray | None]:

@@ -81,7 +81,7 @@ def test_a_browser_fetches_nothing_from_another_host(site):
 def test_the_search_answers_in_a_browser_that_reads_the_site_from_the_disk(site, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+        pytest.skip("no Chromium to open the page in (Debian: apt-get install chromium)")
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
         "--host-resolver-rules=MAP * ~NOTFOUND",

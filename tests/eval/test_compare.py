@@ -424,7 +424,7 @@ def test_audits_stand_side_by_side_where_two_runs_have_them(folders, tmp_path, c
 def test_every_column_of_the_page_is_seen_in_a_window_of_1280_pixels(folders, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not browser:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+        pytest.skip("no Chromium to open the page in (Debian: apt-get install chromium)")
     # sft and gdrt differ little, so that verdicts and numbers are of the longest kind.
     output = tmp_path / "out"
     main([*map(str, folders[1:]), "--output", str(output), "--num-bootstrap", "200"])
