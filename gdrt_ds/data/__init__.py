@@ -6,6 +6,7 @@ A log of interactions:
     readers/           one file for each format; adding a format is adding a file
     interactions.py    rating filter, k-core, windows, the split in time
     columns.py         windows as columns, which become samples when they are asked for
+    arrow_words.py     byte strings laid end to end, quickly
     window_facts.py    digest of all windows, and which of them two splits share
     unused.py          settings that nothing reads, told
     popularity.py      how often train has each item

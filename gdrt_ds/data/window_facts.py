@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gdrt_ds.data.arrow_words import array_of_numbers, array_of_words, lay
 from gdrt_ds.data.columns import CHUNK, WindowTable
 from gdrt_ds.data.readers.base import Sample
 
@@ -53,7 +54,7 @@ def _records(split: str, windows: WindowTable) -> Iterator[memoryview]:
     first_target = len(words)
     words += [item + RECORD for item in items]
     first_time = len(words)
-    fixed = pyarrow.array(words, pyarrow.binary())
+    fixed = array_of_words(words)
     rows = max(1, 4 * CHUNK // (windows.longest + 4))
     for start in range(0, len(windows), rows):
         part = windows.take(slice(start, start + rows))
@@ -68,23 +69,22 @@ def _records(split: str, windows: WindowTable) -> Iterator[memoryview]:
         word[offsets[owner] + 3 + place] = first_item + events.items[event]
         word[offsets[1:] - 1] = first_target + part.targets
         known = pyarrow.concat_arrays([fixed, _times_as_text(part)])
-        laid = known.take(pyarrow.array(word))
-        yield memoryview(laid.buffers()[2])
+        yield lay(known, word)
 
 
 def _times_as_text(windows: WindowTable) -> Any:
     """`str` of each window's time with a UNIT behind it, as an Arrow array."""
-    import pyarrow
-    from pyarrow import compute
-
     times = windows.times
     if times is None:
-        return pyarrow.array([b"None" + UNIT] * len(windows), pyarrow.binary())
+        return array_of_words([b"None" + UNIT] * len(windows))
     whole = (times == np.floor(times)) & (np.abs(times) < EXACT) & ~((times == 0) & np.signbit(times))
     if whole.all():
-        digits = pyarrow.array(times.astype(np.int64)).cast(pyarrow.string())
+        import pyarrow
+        from pyarrow import compute
+
+        digits = array_of_numbers(times.astype(np.int64)).cast(pyarrow.string())
         return compute.binary_join_element_wise(digits, ".0\x1f", "").cast(pyarrow.binary())
-    return pyarrow.array([str(time).encode() + UNIT for time in times.tolist()], pyarrow.binary())
+    return array_of_words([str(time).encode() + UNIT for time in times.tolist()])
 
 
 def also_in_train(train: Sequence[Sample], held_out: Sequence[Sample]) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gdrt_ds.data.arrow_words import array_of_words, lay
 from gdrt_ds.data.catalogue import Catalogue
 from gdrt_ds.data.coded_windows import CodedWindows
 from gdrt_ds.data.kept import digest_of, kept_folder, mapped, save_arrays
@@ -45,8 +46,6 @@ class Pieces:
     START, AFTER, FIXED = 0, 1, 2
 
     def __init__(self, pieces: PromptPieces):
-        import pyarrow
-
         separator = pieces.separator
         oldest, later, target = pieces.items, [separator + item for item in pieces.items], pieces.targets
         ids = [pieces.start, pieces.after, *oldest, *later, *target]
@@ -56,10 +55,8 @@ class Pieces:
         segments += [[TARGET] * len(item) for item in target]
         self.num_entries = len(oldest)
         self.digest = hashlib.sha256(json.dumps([ids, pieces.start_segments]).encode()).hexdigest()
-        self.ids = pyarrow.array([np.array(piece, np.int32).tobytes() for piece in ids], pyarrow.binary())
-        self.segments = pyarrow.array(
-            [np.array(piece, np.int8).tobytes() for piece in segments], pyarrow.binary()
-        )
+        self.ids = array_of_words([np.array(piece, np.int32).tobytes() for piece in ids])
+        self.segments = array_of_words([np.array(piece, np.int8).tobytes() for piece in segments])
 
     def numbers(self, windows: CodedWindows, kept: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """int64[pieces]: the pieces of the chosen samples, one sample behind the other.
@@ -78,14 +75,6 @@ class Pieces:
         entry = windows.entries[(ends - lengths)[owner] + place]
         number[offsets[owner] + 1 + place] = self.FIXED + self.num_entries * (place > 0) + entry
         return number
-
-
-def _laid(words, numbers: np.ndarray, dtype: type) -> np.ndarray:
-    """The bytes of the numbered words, one behind the other, as an array."""
-    import pyarrow
-
-    data = words.take(pyarrow.array(numbers)).buffers()[2]
-    return np.frombuffer(data, dtype=dtype)
 
 
 class WindowStore(TokenStore):
@@ -129,7 +118,7 @@ class WindowStore(TokenStore):
     def row(self, sample: int) -> np.ndarray:
         """Tokens of one sample, its target included, int32[T]."""
         numbers = self._pieces.numbers(self.windows, self.kept, np.array([int(sample)]))
-        return _laid(self._pieces.ids, numbers, np.int32)
+        return np.frombuffer(lay(self._pieces.ids, numbers), dtype=np.int32)
 
     def _chunks(self) -> Iterator[np.ndarray]:
         """Yields all samples in parts of about CHUNK_TOKENS tokens."""
@@ -140,7 +129,9 @@ class WindowStore(TokenStore):
 
     def _all(self, words, dtype: type) -> Iterator[np.ndarray]:
         for chosen in self._chunks():
-            yield _laid(words, self._pieces.numbers(self.windows, self.kept, chosen), dtype)
+            yield np.frombuffer(
+                lay(words, self._pieces.numbers(self.windows, self.kept, chosen)), dtype=dtype
+            )
 
     # -- the whole split at once: for tests, for small data, and for the digest
     @property

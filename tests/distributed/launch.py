@@ -17,16 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.distributed.ranks import ROOT, free_port
+from tests.distributed.ranks import ROOT, free_port, preload
 
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
-
-
-def preload() -> None:
-    """Everything that a rank would import, so that forking it costs nothing. Starts no thread."""
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
 
 
 @dataclass

@@ -16,6 +16,27 @@ from gdrt_ds import train
 sys.argv = ["train", "--config", "configs/smoke.yaml", f"run.dir={sys.argv[1]}/run", "train.max_steps=1"]
 train.main()
 assert "deepspeed.runtime.zero.muon.original_muon" in sys.modules
+assert "pyarrow" in sys.modules and "pandas" not in sys.modules
+""",
+    "a rank of the tests": """
+import os
+from tests.distributed.ranks import preload
+preload()
+assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads"
+held = {name.partition(".")[0] for name in sys.modules}
+assert len(sys.modules) > 3000, len(sys.modules)
+pid = os.fork()
+if pid == 0:
+    before = len(sys.modules)
+    from gdrt_ds import train
+    status = train.main(["--config", "configs/smoke.yaml", f"run.dir={sys.argv[1]}/run", "train.max_steps=1"])
+    found = {name.partition(".")[0] for name in sys.modules} - held
+    heavy = found & {"deepspeed", "peft", "transformers", "bitsandbytes", "scipy", "sympy", "pandas"}
+    if status != 0 or heavy or len(sys.modules) - before > 300:
+        print(status, heavy, len(sys.modules) - before, file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """,
     "an evaluation": """
 from eval import run
