@@ -23,7 +23,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 from tests.distributed import fault_rows_kill, fault_rows_process, fault_rows_resume
 from tests.distributed.fault_site import Failed, Site
-from tests.distributed.launch import preload
+from tests.distributed.ranks import preload
 
 ROWS = [*fault_rows_resume.ROWS, *fault_rows_kill.ROWS, *fault_rows_process.ROWS]
 

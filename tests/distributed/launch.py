@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.distributed.ranks import ROOT, free_port, preload
+from tests.distributed.ranks import ROOT, free_port
 
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
 

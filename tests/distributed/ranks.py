@@ -34,7 +34,7 @@ OF_A_RANK = (
     "gdrt_ds.training.run",
     "gdrt_ds.models.four_bit",
 )
-"""What a training imports and nothing here names otherwise. Importing it takes most of a small rank's time."""
+"""What a training imports and nothing here names. Importing it takes most of the time of a small rank."""
 
 
 def free_port() -> int:

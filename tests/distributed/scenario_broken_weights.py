@@ -7,8 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from tests.distributed.launch import play, preload
+from tests.distributed.launch import play
 from tests.distributed.planting import broken_weights
+from tests.distributed.ranks import preload
 from tests.distributed.scenario_mistakes import SMALL
 
 SKIP = ["train.on_nonfinite=skip"]

@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from tests.distributed.launch import SMOKE, play, preload
+from tests.distributed.launch import SMOKE, play
+from tests.distributed.ranks import preload
 
 SETTINGS = [
     "train.max_steps=6",

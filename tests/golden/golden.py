@@ -211,7 +211,7 @@ def evaluation_figures(output: Path) -> dict[str, Any]:
 
 def measure(scratch: Path, say=print) -> dict[str, Any]:
     """All golden figures, by the name of their file."""
-    from tests.distributed.launch import preload
+    from tests.distributed.ranks import preload
 
     preload()
     os.chdir(ROOT)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import SMOKE, play, preload
+from tests.distributed.launch import SMOKE, play
+from tests.distributed.ranks import preload
 
 pytestmark = pytest.mark.slow
 SETTINGS = [

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.distributed.launch import SMOKE, play, preload
+from tests.distributed.launch import SMOKE, play
+from tests.distributed.ranks import preload
 
 pytestmark = pytest.mark.slow
 SETTINGS = [
