@@ -7,6 +7,7 @@ over gloo.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -56,6 +57,9 @@ def preload() -> None:
     prepare_libraries()
     for name in OF_A_RANK:
         importlib.import_module(name)
+    # What is imported stays for good. A rank that collects garbage need not walk through it.
+    gc.collect()
+    gc.freeze()
 
 
 def _child(function, rank, world, port, queue, args):
