@@ -87,11 +87,12 @@ def build_micro_batch(
     Raises:
         UserError: shared_prefix, and a position of the shared tokens predicts a target token.
     """
-    rows = [row[:-1].astype(np.int64) for row in map(store.row, samples)]
+    whole = store.rows(samples)
+    rows = [row[:-1].astype(np.int64) for row in whole]
     owners = store.sample_of(samples)
     num_target = [int(store.num_target[s]) for s in owners]
     spans = [np.arange(store.target_offsets[s], store.target_offsets[s + 1]) for s in owners]
-    labels = [store.row(s)[-n:] for s, n in zip(samples, num_target)]
+    labels = [row[-n:] for row, n in zip(whole, num_target, strict=True)]
     if not rows:
         rows, num_target = [np.array([pad_id], dtype=np.int64)], [0]
     if packing == "none":

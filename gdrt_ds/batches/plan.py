@@ -90,7 +90,7 @@ class BatchPlan:
         """int64[...]: tokens of each sample."""
         if self.store is None:
             return self.lengths[np.asarray(samples, dtype=np.int64)]
-        return np.array([len(self.store.row(int(sample))) for sample in samples], dtype=np.int64)
+        return np.array([len(row) for row in self.store.rows(samples)], dtype=np.int64)
 
     def step(self, step: int) -> list[list[np.ndarray]]:
         """Returns [accumulation][world] arrays of sample indices; ranks of a micro-step carry equal work."""
@@ -146,7 +146,7 @@ class BatchPlan:
         A sample costs the tokens that it does not share with the one before it in its slot. A slot takes
         at most the samples of a micro-batch, and as many as the slots behind it could not take.
         """
-        rows = [self.store.row(int(sample)) for sample in samples]
+        rows = self.store.rows(samples)
         order = in_order(rows)
         ordered = [rows[index] for index in order]
         shared = shared_lengths(ordered)

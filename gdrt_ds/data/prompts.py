@@ -340,6 +340,10 @@ class TokenStore:
         """Tokens of one sample, its target included, int32[T]."""
         return self.input_ids[self.offsets[sample] : self.offsets[sample + 1]]
 
+    def rows(self, samples: Iterable[int]) -> list[np.ndarray]:
+        """The same of several samples, in their order."""
+        return [self.row(int(sample)) for sample in samples]
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each sample, int64[n]."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -117,8 +117,15 @@ class WindowStore(TokenStore):
 
     def row(self, sample: int) -> np.ndarray:
         """Tokens of one sample, its target included, int32[T]."""
-        numbers = self._pieces.numbers(self.windows, self.kept, np.array([int(sample)]))
-        return np.frombuffer(lay(self._pieces.ids, numbers), dtype=np.int32)
+        return self.rows([sample])[0]
+
+    def rows(self, samples: Iterable[int]) -> list[np.ndarray]:
+        """The same of several samples, in their order: their tokens are laid together, and cut."""
+        chosen = np.fromiter(samples, dtype=np.int64)
+        numbers = self._pieces.numbers(self.windows, self.kept, chosen)
+        tokens = np.frombuffer(lay(self._pieces.ids, numbers), dtype=np.int32)
+        ends = np.cumsum(self._lengths[chosen], dtype=np.int64).tolist()
+        return [tokens[start:end] for start, end in zip([0, *ends], ends)]
 
     def _chunks(self) -> Iterator[np.ndarray]:
         """Yields all samples in parts of about CHUNK_TOKENS tokens."""

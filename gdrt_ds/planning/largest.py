@@ -36,7 +36,7 @@ def largest_micro_batch(
     most_tokens = most_targets = 1
     for step in steps_to_deal(store, plan, steps):
         for members in (members for slots in plan.step(step) for members in slots if len(members)):
-            rows = [store.row(int(sample))[:-1] for sample in members]
+            rows = [row[:-1] for row in store.rows(members)]
             most_tokens = max(most_tokens, tokens_of(rows, head, packing))
             samples = store.sample_of(members) if store.rows_change else members
             most_targets = max(most_targets, int(store.num_target[samples].sum()))

@@ -168,7 +168,7 @@ class RunPlan:
             # Rows are made when they are asked for, and those of a whole epoch are too many to make here.
             steps = min(FIRST_STEPS, self.steps)
             rows = np.concatenate([self.batches.samples(step) for step in range(steps)])
-            lengths = np.array([len(store.row(int(row))) for row in rows])
+            lengths = np.array([len(row) for row in store.rows(rows)])
             num_target = num_target[store.sample_of(rows)]
             where = f" in the first {steps} step(s)"
         else:

@@ -176,7 +176,7 @@ def padding_figures(
     tokens = {"padded": 0, "packed": 0, "shared_prefix": 0, "prefix_tree": 0}
     for step in range(steps):
         for members in (members for slots in plan.step(step) for members in slots if len(members)):
-            rows = [store.row(sample)[:-1] for sample in members]
+            rows = [row[:-1] for row in store.rows(members)]
             for name in tokens:
                 tokens[name] += tokens_of(rows, head, "none" if name == "padded" else name)
     return {name: count / steps for name, count in tokens.items()}

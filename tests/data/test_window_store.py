@@ -72,6 +72,9 @@ def assert_same(store: TokenStore, wanted: TokenStore) -> None:
     assert store.fingerprint == wanted.fingerprint
     for sample in range(len(wanted)):
         assert store.row(sample).tolist() == wanted.row(sample).tolist()
+    for chosen in ([], [2], [3, 0, 3, len(wanted) - 1]):
+        rows = [row.tolist() for row in store.rows(np.array(chosen, dtype=np.int64))]
+        assert rows == [wanted.row(sample).tolist() for sample in chosen]
 
 
 def test_some_histories_did_not_fit(tokenizer):
