@@ -26,6 +26,8 @@ from gdrt_ds.models.new_tokens import find_tokens, with_new_tokens
 from gdrt_ds.planning.compatibility import refusals
 from gdrt_ds.recommend import main as recommend
 from gdrt_ds.training.run_folder import versions
+from tests.distributed.launch import SMOKE, play
+from tests.distributed.ranks import preload
 from tests.models.family_models import make_family
 
 pytestmark = pytest.mark.slow
@@ -71,19 +73,23 @@ def data(tmp_path_factory) -> Path:
 def trained(data) -> tuple[Path, str]:
     """A run on semantic ids with two ranks of ZeRO-3 and NF4, and what its training said."""
     run = data.parent / "run"
-    said = call(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-        "gdrt_ds/train.py",
-        "--config",
-        "configs/smoke.yaml",
-        f"run.dir={run}",
-        f"data.path={data}",
-        "data.item_text=semantic_id",
-        "model.new_tokens=<[a-c]_[0-9]+>",
-        "model.lora.trainable_tokens=added",
-        "train.max_steps=4",
+    preload()
+    done = play(
+        2,
+        [
+            "--config",
+            SMOKE,
+            f"run.dir={run}",
+            f"data.path={data}",
+            "data.item_text=semantic_id",
+            "model.new_tokens=<[a-c]_[0-9]+>",
+            "model.lora.trainable_tokens=added",
+            "train.max_steps=4",
+        ],
+        data.parent / "logs",
     )
-    return run, said
+    assert done.statuses == [0, 0], done.text
+    return run, done.outputs[0]
 
 
 # -- the text of an item

@@ -1,5 +1,5 @@
-"""Runs the training command on forked ranks: one interpreter imports torch and DeepSpeed once, every rank
-is `gdrt_ds.train.main`.
+"""Runs a command on forked ranks: one interpreter imports torch and DeepSpeed once, every rank is
+`gdrt_ds.train.main`, or the command that it is given.
 
 Nothing plays the launcher here: a rank that dies is not reported to its peers, so they must end by
 themselves.
@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.distributed.ranks import ROOT, free_port
 
@@ -40,7 +41,7 @@ class Outcome:
 
 
 class Job:
-    """A started job. `fault(rank)` runs in every rank before the training command."""
+    """A started job. `fault(rank)` runs in every rank before the command; `main` = None is the training."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class Job:
         arguments: list[str],
         logs: Path,
         fault: Callable[[int], None] | None = None,
-        stdin_world: bool = True,
+        main: Callable[[list[str]], Any] | None = None,
     ):
         self.world, self.started = world, time.monotonic()
         logs.mkdir(parents=True, exist_ok=True)
@@ -56,6 +57,7 @@ class Job:
         port = free_port()
         sys.stdout.flush()
         sys.stderr.flush()
+        self.main = main
         self.pids = [self._fork(rank, port, arguments, fault) for rank in range(world)]
         self.statuses: list[int | None] = [None] * world
         self.ended = [0.0] * world
@@ -83,7 +85,7 @@ class Job:
 
             if fault is not None:
                 fault(rank)
-            code = train.main(arguments)
+            code = (self.main or train.main)(arguments) or 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
         except BaseException:  # what the interpreter would do with it
@@ -161,5 +163,7 @@ def threads_of(pid: int) -> str:
     return "; ".join(found) or "none"
 
 
-def play(world: int, arguments: list[str], logs: Path, fault=None, timeout_s: float = 240.0) -> Outcome:
-    return Job(world, arguments, logs, fault).wait(timeout_s)
+def play(
+    world: int, arguments: list[str], logs: Path, fault=None, timeout_s: float = 240.0, main=None
+) -> Outcome:
+    return Job(world, arguments, logs, fault, main).wait(timeout_s)

@@ -16,8 +16,10 @@ from gdrt_ds.config import load_config
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.reference_adapters import adapter_digest, adapter_folder, load_reference_adapters
 from gdrt_ds.training.preparation import plan_batches, prepare
-from tests.distributed.ranks import free_port
-from tests.distributed.test_train_cli import lines, train
+from tests.distributed.launch import SMOKE, play
+from tests.distributed.ranks import preload
+from tests.distributed.scenario_mistakes import SETTINGS as SHORT
+from tests.distributed.test_train_cli import lines
 
 pytestmark = pytest.mark.distributed
 COMMON = [
@@ -39,25 +41,21 @@ def runs(tmp_path_factory):
     )  # a table of an earlier run would hide what this code computes
     auxiliary, both, base = (folder / name for name in ("auxiliary", "both", "base"))
 
-    def ranks():
-        return ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
-
-    for launcher, run, extra in (
-        (["python"], auxiliary, ["objective=sft", "prompt.history=mask", "train.lr=0.02"]),
-        (
-            ranks(),
-            both,
-            [
-                "train.max_steps=2",
-                "groups.reference=auxiliary_sft",
-                f"groups.reference_adapter={auxiliary}",
-                f"dro.excess={auxiliary}",
-            ],
-        ),
-        (ranks(), base, ["train.max_steps=1", "dro.excess=true"]),
+    of_auxiliary = [
+        "train.max_steps=2",
+        "groups.reference=auxiliary_sft",
+        f"groups.reference_adapter={auxiliary}",
+        f"dro.excess={auxiliary}",
+    ]
+    preload()
+    for world, run, extra in (
+        (1, auxiliary, ["objective=sft", "prompt.history=mask", "train.lr=0.02"]),
+        (2, both, of_auxiliary),
+        (2, base, ["train.max_steps=1", "dro.excess=true"]),
     ):
-        done = train(launcher, run, *COMMON, *extra)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
+        words = ["--config", SMOKE, f"run.dir={run}", *SHORT, *COMMON, *extra]
+        done = play(world, words, folder / "logs" / run.name)
+        assert done.statuses == [0] * world, done.text[-4000:]
     patch.undo()
     return auxiliary, both, base
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
+from eval.compare.__main__ import main as compare
+from eval.run import main as evaluate
 from gdrt_ds.files import REPOSITORY
+from tests.forked import run_forked, train_forked
 
 pytestmark = pytest.mark.slow
 
 PAGE = (REPOSITORY / "docs" / "file-formats.md").read_text(encoding="utf-8")
 TRAINING = (
-    "--config", "configs/smoke.yaml", "model.quantization=none", "model.dtype=float32",
+    "model.quantization=none", "model.dtype=float32",
     "train.max_steps=2", "train.eval_every=2", "train.save_every=2",
     "data.planted={num_train: 64, num_valid: 8, num_test: 8}",
 )  # fmt: skip
@@ -37,32 +38,21 @@ def documented(heading: str) -> tuple[set[str], set[str]]:
     return always, sometimes
 
 
-def run(*words: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def done(process: subprocess.CompletedProcess) -> None:
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """A run of two steps, two evaluations of it and their comparison."""
     top = tmp_path_factory.mktemp("formats")
-    run("gdrt_ds/train.py", *TRAINING, f"run.dir={top / 'run'}")
-    evaluation = (
-        "-m",
-        "eval.run",
-        "--run",
-        str(top / "run"),
-        "--bootstrap",
-        "100",
-        "--floors",
-        "popularity,markov",
-    )
-    run(*evaluation, "--output", str(top / "tuned"), "--audit", "language", "--audit-users", "4")
-    run(*evaluation, "--output", str(top / "base"), "--base")
-    run("-m", "eval.compare", str(top / "base"), str(top / "tuned"), "--output", str(top / "compared"))
+    done(train_forked(top / "run", *TRAINING))
+    evaluation = ["--run", str(top / "run"), "--bootstrap", "100", "--floors", "popularity,markov"]
+    tuned = [*evaluation, "--output", str(top / "tuned"), "--audit", "language", "--audit-users", "4"]
+    done(run_forked(evaluate, tuned, top / "logs"))
+    done(run_forked(evaluate, [*evaluation, "--output", str(top / "base"), "--base"], top / "logs"))
+    pair = [str(top / "base"), str(top / "tuned"), "--output", str(top / "compared")]
+    done(run_forked(compare, pair, top / "logs"))
     return {name: top / name for name in ("run", "tuned", "base", "compared")}
 
 

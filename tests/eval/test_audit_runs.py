@@ -1,9 +1,6 @@
 """Every audit end to end on tiny run folders: checkpoints, several runs, the command line, the report."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +20,8 @@ from eval.run import main as evaluate
 from gdrt_ds.errors import UserError
 from gdrt_ds.runtime import Runtime
 from gdrt_ds.training import checkpoint, durable, lives
+from tests.distributed.launch import play
+from tests.distributed.ranks import preload
 
 pytestmark = pytest.mark.slow
 
@@ -144,38 +143,11 @@ def test_every_audit_runs_from_the_command_line_and_is_in_the_report(runs, capsy
 
 
 def test_two_ranks_find_what_one_rank_finds(runs, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "eval.run",
-        "--run-dir",
-        str(runs[1]),
-        "--limit",
-        "12",
-        "--bootstrap",
-        "20",
-        "--no-floors",
-        "--audit",
-        "sensitivity,dimensionality",
-        "--audit-users",
-        "6",
-        "--output",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["--run", str(runs[1]), "--limit", "12", "--bootstrap", "20", "--no-floors"]
+    words += ["--audit", "sensitivity,dimensionality", "--audit-users", "6", "--output", str(tmp_path)]
+    preload()
+    done = play(2, words, tmp_path / "logs", main=evaluate)
+    assert done.statuses == [0, 0], done.text
     one, two = (
         json.loads((folder / "results.json").read_text())["audits"]
         for folder in (next((runs[1] / "eval").iterdir()), tmp_path)

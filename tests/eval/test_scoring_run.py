@@ -27,6 +27,8 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.inference.catalogue_scoring import CatalogueScorer
 from gdrt_ds.recommend import main as recommend_main
 from gdrt_ds.runtime import Runtime
+from tests.distributed.launch import play
+from tests.distributed.ranks import preload
 from tests.eval.run_folders import TINY, fails, make_run
 
 pytestmark = pytest.mark.slow
@@ -425,32 +427,11 @@ def test_audits_take_the_evaluations_own_scores_on_one_rank_and_on_two(run, tmp_
         ["--run", str(run), "--output", str(tmp_path / "one"), *words]
     )  # predictions are there: nothing was scored that could be handed over
     assert "audit information: 12 exact catalogue scorings" in capsys.readouterr().out
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "eval.run",
-        "--run-dir",
-        str(run),
-        "--output",
-        str(tmp_path / "two"),
-        *words,
-    ]
-    done = subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    preload()
+    done = play(
+        2, ["--run", str(run), "--output", str(tmp_path / "two"), *words], tmp_path / "logs", main=main
     )
-    assert done.returncode == 0 and "audit information: no model passes" in done.stdout, (
-        done.stdout + done.stderr[-3000:]
-    )
+    assert done.statuses == [0, 0] and "audit information: no model passes" in done.outputs[0], done.text
     measures = [
         json.loads((tmp_path / name / "results.json").read_text())["audits"]["information"]["measures"]
         for name in ("one", "two")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -24,21 +22,16 @@ from gdrt_ds.studies import runner
 from gdrt_ds.studies.grid import cells_of, load_study
 from gdrt_ds.studies.keeping import keep_cell, restore_cell
 from gdrt_ds.studies.runner import evaluation_of, run_of, settings_of, state_of
-from tests.studies.tiny_study import ROOT, STUDY, study_file
+from gdrt_ds.study import main as run_study_command
+from tests.forked import run_forked
+from tests.studies.tiny_study import STUDY, study_file
 
 pytestmark = pytest.mark.slow
 
 
 def start(path: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-m", "gdrt_ds.study", str(path), "--dir", str(folder), *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    command = [str(path), "--dir", str(folder), *words]
+    return run_forked(run_study_command, command, folder.parent / "start")
 
 
 @pytest.fixture(scope="module")

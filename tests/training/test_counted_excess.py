@@ -12,11 +12,14 @@ from safetensors.numpy import load_file
 from gdrt_ds.config import RunConfig, load_config
 from gdrt_ds.errors import UserError
 from gdrt_ds.training.preparation import Prepared, plan_batches, prepare
-from tests.distributed.test_train_cli import lines, train
+from tests.distributed.scenario_mistakes import SETTINGS as SHORT
+from tests.distributed.test_train_cli import lines
 from tests.dro import test_markov
+from tests.forked import train_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
+    *SHORT,
     "data.windows=growing",
     "prompt.template=list",
     "groups.reference=corpus",
@@ -36,7 +39,7 @@ SETTINGS = [
 def run(request, tmp_path_factory):
     """Three steps."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    done = train(["python"], folder, *SETTINGS, f"dro.excess={request.param}")
+    done = train_forked(folder, *SETTINGS, f"dro.excess={request.param}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
     assert ("last-item Markov chain" in done.stdout) == (request.param == "markov")
     return folder
@@ -85,7 +88,7 @@ def test_a_masked_objective_is_compared_with_a_masked_reference(tmp_path):
     """A fresh adapter is the base model: nobody is above it, so q is the share of the tokens."""
     own = ["objective=gdrt+msl", "options.msl_temperature=2", "dro.excess=true"]
     settings = [*SETTINGS, *own, "data.windows=sliding", "train.max_steps=1"]
-    done = train(["python"], tmp_path / "run", *settings)
+    done = train_forked(tmp_path / "run", *settings)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
     step = lines(tmp_path / "run")[0]
     count = np.array(step["group_count"])

@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from gdrt_ds.config import load_config
 from gdrt_ds.training.resuming import other_order
 from tests.data.sft_files import rows, write_lines
-from tests.distributed.test_train_cli import lines, train
+from tests.distributed.scenario_mistakes import SETTINGS as SHORT
+from tests.distributed.test_train_cli import lines
+from tests.forked import train_forked
 
 SETTINGS = [
+    *SHORT,
     "data.format=sft",
     "groups.by=label",
     "groups.num=8",
@@ -43,7 +46,7 @@ def started(tmp_path_factory):
     """(run of two steps, its data)."""
     folder = tmp_path_factory.mktemp("groups")
     data = write(folder / "data", ("often", "seldom"))
-    done = train(["python"], folder / "run", *SETTINGS, f"data.path={data}")
+    done = train_forked(folder / "run", *SETTINGS, f"data.path={data}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
     return folder / "run", data
 
@@ -51,7 +54,7 @@ def started(tmp_path_factory):
 def resumed(started, folder, *more):
     """The end of a run of its own that goes on from the first step of the other."""
     first = f"resume={started[0] / 'checkpoints' / 'step_1'}"
-    done = train(["python"], folder / "run", *SETTINGS, f"data.path={started[1]}", first, *more)
+    done = train_forked(folder / "run", *SETTINGS, f"data.path={started[1]}", first, *more)
     return done.returncode, done.stdout[-3000:] + done.stderr[-3000:]
 
 

@@ -1,14 +1,11 @@
 """The validation loss among the catalogue's titles is what evaluation finds on the validation split."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from eval.run import main as evaluate
-from gdrt_ds.files import REPOSITORY
+from tests.forked import train_forked
 
 pytestmark = pytest.mark.slow
 SMALL = [
@@ -24,28 +21,13 @@ SMALL = [
 ]
 
 
-def train(*settings):
-    environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
-    return subprocess.run(
-        [sys.executable, "gdrt_ds/train.py", *SMALL, *settings],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-
-
 def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("settings", [["objective=msl"], ["train.select_by=catalogue_nll"]])
 def test_it_is_the_loss_that_evaluation_finds(settings, tmp_path):
-    done = train(f"run.dir={tmp_path / 'run'}", *settings)
+    done = train_forked(tmp_path / "run", *SMALL, *settings, config=None)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "among titles" in done.stdout
     last = lines_of(tmp_path / "run" / "validation.jsonl")[-1]
@@ -59,8 +41,7 @@ def test_rows_have_no_catalogue_to_be_selected_by(tmp_path):
     rows = tmp_path / "rows.jsonl"
     lines = [json.dumps({"prompt": "a", "completion": text}) + "\n" for text in ("b", "c")]
     rows.write_text("".join(lines * 20), encoding="utf-8")
-    refused = train(
-        f"data.path={rows}", "data.format=sft", "train.select_by=catalogue_nll", f"run.dir={tmp_path / 'a'}"
-    )
+    sft = [f"data.path={rows}", "data.format=sft", "train.select_by=catalogue_nll"]
+    refused = train_forked(tmp_path / "run", *SMALL, *sft, config=None)
     assert refused.returncode != 0
     assert "train.select_by = catalogue_nll" in refused.stderr and "no catalogue" in refused.stderr

@@ -1,0 +1,98 @@
+"""Runs a command in a fork of the test's process: its libraries are imported once for many commands.
+
+A command of its own imports for eight seconds of one core, and most that tests start work for two. What is
+tested about the start itself (arguments of the interpreter, launchers, imports, signals) needs a process of
+its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.distributed.ranks import ROOT, preload
+
+SMOKE = str(ROOT / "configs" / "smoke.yaml")
+POLL_S = 0.02
+
+
+def run_forked(
+    main: Callable[[list[str]], Any], words: list[str], logs: Path, timeout_s: float = 600.0
+) -> subprocess.CompletedProcess:
+    """What `subprocess.run` of the command would give, in the root of the project.
+
+    Args:
+        main: the command's function; it returns the exit status, or None, or raises SystemExit.
+        words: its arguments.
+        logs: a folder for what it prints.
+
+    Raises:
+        subprocess.TimeoutExpired: the command was killed.
+    """
+    preload()
+    logs.mkdir(parents=True, exist_ok=True)
+    out, err = logs / "stdout", logs / "stderr"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        _child(main, words, out, err)
+    limit = time.monotonic() + timeout_s
+    done, status = os.waitpid(pid, os.WNOHANG)
+    while not done and time.monotonic() < limit:
+        time.sleep(POLL_S)
+        done, status = os.waitpid(pid, os.WNOHANG)
+    if not done:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        raise subprocess.TimeoutExpired(words, timeout_s, out.read_text(), err.read_text())
+    return subprocess.CompletedProcess(
+        words,
+        os.waitstatus_to_exitcode(status),
+        out.read_text(encoding="utf-8", errors="replace"),
+        err.read_text(encoding="utf-8", errors="replace"),
+    )
+
+
+def train_forked(run: Path, *settings: str, config: str | None = SMOKE) -> subprocess.CompletedProcess:
+    """One rank of the training command.
+
+    Args:
+        run: the run folder. Its log lies in a folder beside it.
+        settings: further words of the command.
+        config: None = the defaults.
+    """
+    from gdrt_ds import train
+
+    command = [*(["--config", config] if config else []), f"run.dir={run}", *settings]
+    return run_forked(train.main, command, run.parent / f"{run.name}_logs")
+
+
+def _child(main: Callable[[list[str]], Any], words: list[str], out: Path, err: Path) -> None:
+    """The command, in the fork; it ends the process."""
+    status = 1
+    try:
+        for number, log in ((1, out), (2, err)):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
+        os.chdir(ROOT)
+        torch.set_num_threads(1)  # threads of the pool before the fork are not there
+        returned = main(words)
+        status = returned if isinstance(returned, int) else 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:  # what the interpreter would do with it
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
