@@ -19,7 +19,7 @@ help:
 	@echo "make quickstart      SFT and GDRT on planted and on real data, and a small LM (15 to 20 minutes)"
 	@echo "make example-clothing, make example-newsgroups"
 	@echo "                     the worked examples of docs/examples (20 and 30 minutes of one core)"
-	@echo "make test            lint, then all tests but the long tables (25 to 40 minutes on 2 cores)"
+	@echo "make test            lint, then all tests but the long tables (under 30 minutes on 2 cores)"
 	@echo "make test-fast       lint and the unit tests, without ranks, clusters and slow files (2 minutes)"
 	@echo "make lint            format, rules, columns, layers, types, spelling (seconds)"
 	@echo "make format          mends what ruff can mend"
