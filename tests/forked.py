@@ -11,16 +11,15 @@ import os
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.distributed.ranks import ROOT, preload
+from tests.distributed.launch import SMOKE
+from tests.distributed.ranks import ROOT, preload, status_of
 
-SMOKE = str(ROOT / "configs" / "smoke.yaml")
 POLL_S = 0.02
 
 
@@ -86,12 +85,7 @@ def _child(main: Callable[[list[str]], Any], words: list[str], out: Path, err: P
         sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
         os.chdir(ROOT)
         torch.set_num_threads(1)  # threads of the pool before the fork are not there
-        returned = main(words)
-        status = returned if isinstance(returned, int) else 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except BaseException:  # what the interpreter would do with it
-        traceback.print_exc()
+        status = status_of(lambda: main(words))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -12,13 +12,12 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.ranks import ROOT, free_port
+from tests.distributed.ranks import ROOT, free_port, status_of
 
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
 
@@ -81,19 +80,18 @@ class Job:
                     MASTER_ADDR="127.0.0.1",
                     MASTER_PORT=str(port),
                 )
-            from gdrt_ds import train
-
-            if fault is not None:
-                fault(rank)
-            code = (self.main or train.main)(arguments) or 0
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-        except BaseException:  # what the interpreter would do with it
-            traceback.print_exc()
+            code = status_of(lambda: self._command(rank, arguments, fault))
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+
+    def _command(self, rank: int, arguments: list[str], fault) -> Any:
+        from gdrt_ds import train
+
+        if fault is not None:
+            fault(rank)
+        return (self.main or train.main)(arguments)
 
     def poll(self) -> bool:
         """True when every rank has ended."""

@@ -7,6 +7,7 @@ over gloo.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import json
@@ -19,7 +20,9 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_A_RANK = (
@@ -52,6 +55,11 @@ def preload() -> None:
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    _import_once()
+
+
+@functools.cache
+def _import_once() -> None:
     from gdrt_ds.runtime import prepare_libraries
 
     prepare_libraries()
@@ -60,6 +68,25 @@ def preload() -> None:
     # What is imported stays for good. A rank that collects garbage need not walk through it.
     gc.collect()
     gc.freeze()
+
+
+def status_of(command: Callable[[], Any]) -> int:
+    """Runs a command in a fork; returns the exit status that the interpreter would end with.
+
+    Args:
+        command: returns the status, or None for 0, or raises SystemExit.
+    """
+    try:
+        returned = command()
+    except SystemExit as end:
+        returned = end.code
+        if isinstance(returned, str):
+            print(returned, file=sys.stderr)
+            return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return int(returned or 0)
 
 
 def _child(function, rank, world, port, queue, args):
