@@ -11,7 +11,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def catch_stop_signals(runtime: Runtime) -> None:
-    """From now on SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint at the next step boundary.
+    """From now on SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint.
+
+    It is written after the step, or after the micro-batch of the validation, that is being computed.
 
     The second Ctrl-C ends at once. SIGUSR2 prints the stacks of all threads and goes on.
     """

@@ -113,6 +113,14 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def is_asked_to_stop(job: Job) -> bool:
+    """Whether a signal asked any of the ranks to stop. Every rank calls it and gets the same."""
+    asked = torch.tensor([float(job.runtime.stop_signal is not None)], device=job.runtime.device)
+    if job.runtime.world > 1:
+        dist.all_reduce(asked)
+    return asked.item() > 0
+
+
 def stop_if_asked(job: Job, step: int = 0) -> None:
     """Ends all ranks with status 75 if any of them was asked to stop. Every rank calls it.
 
@@ -122,10 +130,7 @@ def stop_if_asked(job: Job, step: int = 0) -> None:
     Args:
         step: steps that are done; 0 where the checkpoint was not read yet, and then the newest one says it.
     """
-    asked = torch.tensor([float(job.runtime.stop_signal is not None)], device=job.runtime.device)
-    if job.runtime.world > 1:
-        dist.all_reduce(asked)
-    if asked.item() == 0:
+    if not is_asked_to_stop(job):
         return
     if job.runtime.is_main:
         done = step or newest_step(job.folder)

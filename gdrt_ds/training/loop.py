@@ -12,7 +12,7 @@ from gdrt_ds.training import checkpoint
 from gdrt_ds.training.broken_numbers import LOWER_RATE, NonFiniteLoss
 from gdrt_ds.training.flops import training_flops_per_token
 from gdrt_ds.training.grouping import Grouped, group_tokens, save_groups
-from gdrt_ds.training.job import Job
+from gdrt_ds.training.job import Job, is_asked_to_stop
 from gdrt_ds.training.loading import Loaded
 from gdrt_ds.training.optimizer import learning_rate
 from gdrt_ds.training.preparation import Prepared
@@ -20,6 +20,10 @@ from gdrt_ds.training.resuming import Resumed, client_state
 from gdrt_ds.training.step import StepResult, StepRunner
 from gdrt_ds.training.telemetry import Telemetry
 from gdrt_ds.training.validation import Best, TitleLosses, Validation, validate
+
+
+class Interrupted(Exception):
+    """A signal came in a pass that trains nothing; all ranks leave it after the same micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,17 @@ def train(
         result = Result(resumed.first_step, resumed.best, stopped_early=stopped_early)
         if stopped_early:
             loop.tell_early_stop(result.step)
+        if resumed.validation_due:
+            result = loop.catch_up(result, runner, grouped)
         while result.step < loaded.total_steps and not (result.interrupted or result.stopped_early):
             if _groups_are_due(job, result.step):
                 telemetry.flush()
                 try:
-                    grouped = group_tokens(job, prepared, loaded, watchdog.beat)
+                    grouped = group_tokens(job, prepared, loaded, loop.beat)
+                except Interrupted:
+                    # The groups of before are saved, and the resumed run begins with this refresh.
+                    result = loop.leave(result, runner, grouped)
+                    break
                 except EmptyGroups as problem:  # on all ranks, which have the same scores
                     telemetry.note(f"groups: those of the last refresh stay, because now {problem.problem}")
                 else:
@@ -124,7 +134,11 @@ class _Loop:
         is_best = False
         if self._validation_is_due(done):
             self._tell_dead_gradient(done, gradient_norm)
-            result, is_best = self._validate(result, grouped)
+            try:
+                result, is_best = self._validate(result, grouped)
+            except Interrupted:
+                self._refuse_broken_weights(done, gradient_norm)
+                return self.leave(result, runner, grouped, validation_due=True)
         finished = done == total or result.stopped_early
         # The best validation keeps its checkpoint, because the adapter is made of it at the end.
         if is_best or self._checkpoint_is_due(done) or finished or stepped.stop:
@@ -135,6 +149,40 @@ class _Loop:
         if result.stopped_early:
             self.tell_early_stop(done)
         return result
+
+    def catch_up(self, before: Result, runner: StepRunner, grouped: Grouped) -> Result:
+        """The validation in which a signal ended the run; its checkpoint is written anew with it."""
+        try:
+            result, _ = self._validate(before, grouped)
+        except Interrupted:
+            return replace(before, interrupted=True)  # the checkpoint still says that it is due
+        self._save(result, runner, grouped)
+        if result.stopped_early:
+            self.tell_early_stop(result.step)
+        return result
+
+    def leave(
+        self, result: Result, runner: StepRunner, grouped: Grouped, *, validation_due: bool = False
+    ) -> Result:
+        """Saves the last step when a signal came after it."""
+        if validation_due:
+            self.telemetry.note(
+                f"validation at step {result.step}: left because of a signal; the resumed run begins with it"
+            )
+        self._save(result, runner, grouped, validation_due)
+        return replace(result, interrupted=True)
+
+    def beat(self) -> None:
+        """Called after every micro-batch that trains nothing: the watchdog sees it, and a signal is heard.
+
+        A validation can take longer than a job has left after its warning.
+
+        Raises:
+            Interrupted: on all ranks.
+        """
+        self.watchdog.beat()
+        if is_asked_to_stop(self.job):
+            raise Interrupted
 
     def tell_early_stop(self, step: int) -> None:
         train = self.job.config.train
@@ -174,9 +222,7 @@ class _Loop:
     def _validate(self, result: Result, grouped: Grouped) -> tuple[Result, bool]:
         """(the result with its new best, whether this validation is the best)."""
         train = self.job.config.train
-        found = validate(
-            self.job, self.prepared, self.loaded, grouped, result.step, self.watchdog.beat, self.titles
-        )
+        found = validate(self.job, self.prepared, self.loaded, grouped, result.step, self.beat, self.titles)
         self._tell_not_finite(found)
         is_best = result.best.is_beaten_by(found, train.select_by)
         best = result.best.after(found, train.select_by)
@@ -221,12 +267,21 @@ class _Loop:
                 LOWER_RATE,
             )
 
-    def _save(self, result: Result, runner: StepRunner, grouped: Grouped) -> None:
+    def _save(
+        self, result: Result, runner: StepRunner, grouped: Grouped, validation_due: bool = False
+    ) -> None:
         self.telemetry.flush()
         started = time.time()
         job, store = self.job, self.prepared.stores["train"]
         state = client_state(
-            job.config, result.step, result.best, runner.state, store.fingerprint, grouped, self.named
+            job.config,
+            result.step,
+            result.best,
+            runner.state,
+            store.fingerprint,
+            grouped,
+            self.named,
+            validation_due,
         )
         checkpoint.save(
             self.loaded.engine,

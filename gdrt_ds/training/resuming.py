@@ -38,6 +38,7 @@ class Resumed:
             (groups.reference=live).
         groups_digest: `Grouped.digest` of that moment; empty also in checkpoints of earlier versions.
         named: `digests_of_named` of this start.
+        validation_due: a signal ended the run in the validation that follows `first_step`.
     """
 
     first_step: int = 0
@@ -47,6 +48,7 @@ class Resumed:
     live_table: np.ndarray | None = None
     groups_digest: str = ""
     named: dict[str, str] = field(default_factory=dict)
+    validation_due: bool = False
 
 
 def resume(job: Job, prepared: Prepared, loaded: Loaded) -> Resumed:
@@ -104,6 +106,7 @@ def resume(job: Job, prepared: Prepared, loaded: Loaded) -> Resumed:
         live_table=None if live_table is None else live_table.numpy(),
         groups_digest=saved.get("groups_digest", ""),
         named=named,
+        validation_due=saved.get("validation_due", False) and not another_run,
     )
 
 
@@ -227,10 +230,14 @@ def client_state(
     data_fingerprint: str,
     grouped: Grouped,
     named: dict[str, str],
+    validation_due: bool = False,
 ) -> dict[str, Any]:
     """What `checkpoint.save` stores beside the engine.
 
     Nested JSON values and tensors, the same on every rank.
+
+    Args:
+        validation_due: the validation that follows `step` has not been made.
     """
     saved = {
         "step": step,
@@ -242,6 +249,7 @@ def client_state(
         "groups_digest": grouped.digest,
         "named": named,
         "weighed": losses_weighed(config),
+        "validation_due": validation_due,
     }
     if config.groups.reference == "live" and grouped.relevance is not None:
         saved["live_table"] = torch.from_numpy(grouped.relevance)

@@ -153,7 +153,7 @@ def make_ready(
                 f"groups: {empty} of {grouped.plan.num} without a train token: too many have equal values"
             )
         save_groups(job, prepared, grouped)
-        tokens = train_tokens(job, prepared, loaded, resumed, grouped, objective, watchdog.beat)
+        tokens = train_tokens(job, prepared, loaded, resumed, grouped, objective, on_progress)
         runner = make_runner(job, prepared, loaded, resumed, tokens, objective)
     return resumed, grouped, runner
 

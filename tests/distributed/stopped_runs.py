@@ -7,17 +7,22 @@ import signal
 from pathlib import Path
 
 from gdrt_ds.config import RunConfig
-from gdrt_ds.runtime import Runtime
+from gdrt_ds.runtime import Runtime, catch_stop_signals
 from gdrt_ds.training.run import run_training
 
 
-def train_here(config: RunConfig, rank: int, world: int, stop_at: int | None = None) -> int:
+def train_here(
+    config: RunConfig, rank: int, world: int, stop_at: int | None = None, *, catch: bool = False
+) -> int:
     """Trains as one rank of `world`; returns the exit status.
 
     Args:
         stop_at: the step at which the signal for a checkpoint comes; None: never.
+        catch: signals that the process gets ask for it, too.
     """
     runtime = Runtime(rank=rank, local_rank=rank, world=world, local_world=world)
+    if catch:
+        catch_stop_signals(runtime)
     if stop_at is not None:
         from gdrt_ds.training.step import StepRunner
 
