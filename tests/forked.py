@@ -1,4 +1,4 @@
-"""Runs a command in a fork of the test's process: its libraries are imported once for many commands.
+"""Runs a command or a scenario in a fork of the test's process: libraries are imported once for many.
 
 A command of its own imports for eight seconds of one core, and most that tests start work for two. What is
 tested about the start itself (arguments of the interpreter, launchers, imports, signals) needs a process of
@@ -7,6 +7,8 @@ its own.
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -73,6 +75,28 @@ def train_forked(run: Path, *settings: str, config: str | None = SMOKE) -> subpr
 
     command = [*(["--config", config] if config else []), f"run.dir={run}", *settings]
     return run_forked(train.main, command, run.parent / f"{run.name}_logs")
+
+
+def run_scenario(name: str, folder: Path, *part: str, timeout_s: float = 550.0) -> dict[str, Any]:
+    """Runs `main` of tests/distributed/NAME.py; returns the JSON that it wrote.
+
+    The same by hand: `python -m tests.distributed.NAME OUTPUT.json FOLDER`.
+
+    Args:
+        part: which part of the scenario, for one that can be asked for parts.
+    """
+    output = folder / ("_".join([name, *part]) + ".json")
+    logs = output.with_suffix("")
+
+    def main(words: list[str]) -> None:
+        importlib.import_module(f"tests.distributed.{name}").main(*words)
+
+    done = run_forked(main, [str(output), str(folder), *part], logs, timeout_s)
+    if done.returncode != 0 or not output.is_file():
+        raise AssertionError(
+            f"{name} failed ({done.returncode})\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        )
+    return json.loads(output.read_text(encoding="utf-8"))
 
 
 def _child(main: Callable[[list[str]], Any], words: list[str], out: Path, err: Path) -> None:

@@ -14,12 +14,12 @@ import torch
 from gdrt_ds.errors import UserError
 from gdrt_ds.integrations import GroupCollator, GroupDroLoss, bin_tokens, score_tokens
 from tests.distributed import scenario_integrations as scenario
-from tests.distributed.ranks import run_scenario
+from tests.forked import run_scenario
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return run_scenario("scenario_integrations.py", tmp_path_factory.mktemp("integrations"), timeout_s=550)
+    return run_scenario("scenario_integrations", tmp_path_factory.mktemp("integrations"), timeout_s=550)
 
 
 def distance(found, wanted) -> float:

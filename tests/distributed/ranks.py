@@ -1,8 +1,5 @@
-"""Starts real ranks for tests: one interpreter imports torch and DeepSpeed once and forks the ranks of
-every scenario.
-
-A scenario file is run as a script (`python tests/distributed/scenario_x.py OUTPUT.json`); its ranks talk
-over gloo.
+"""Starts real ranks for tests: a process imports torch and DeepSpeed once and forks ranks, which talk over
+gloo.
 """
 
 from __future__ import annotations
@@ -10,13 +7,11 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
-import json
 import multiprocessing
 import os
 import pickle
 import queue as queues
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -151,33 +146,3 @@ def run_ranks(world: int, function, *args, timeout_s: float = 300.0, may_die: bo
     if problem and not may_die:
         raise RuntimeError(problem)
     return [results.get(rank) for rank in range(world)]
-
-
-def run_scenario(script: str, folder: Path, *part: str, timeout_s: float = 550.0) -> dict:
-    """Runs tests/distributed/<script> in a fresh interpreter; returns the JSON it wrote.
-
-    Args:
-        part: which part of the scenario, for one that can be asked for parts.
-    """
-    output = folder / ("_".join([Path(script).stem, *part]) + ".json")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "TOKENIZERS_PARALLELISM": "false",
-        "DS_ACCELERATOR": "cpu",
-    }
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "distributed" / script), str(output), str(folder), *part],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
-    if done.returncode != 0 or not output.is_file():
-        raise AssertionError(
-            f"{script} failed ({done.returncode})\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
-        )
-    return json.loads(output.read_text())

@@ -5,6 +5,7 @@ Real transformers.Trainer runs of a tiny Llama with GroupDroLoss, on one and on 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -197,9 +198,11 @@ def train_cases(rank, world, folder, names, with_trl):
     return runs
 
 
-def main(output, folder, with_trl):
+def main(output, folder):
     folder = Path(folder)
+    with_trl = importlib.util.find_spec("trl") is not None
     if with_trl:
+        importlib.import_module("trl")  # before the ranks fork
         from gdrt_ds.models.built_in import make_tiny_model
         from gdrt_ds.models.source import load_tokenizer
 
@@ -215,9 +218,4 @@ def main(output, folder, with_trl):
 
 
 if __name__ == "__main__":
-    import importlib.util
-
-    found = importlib.util.find_spec("trl") is not None
-    if found:
-        pass
-    main(sys.argv[1], sys.argv[2], found)
+    main(*sys.argv[1:])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -142,6 +141,4 @@ def _changed(before: dict[str, str], folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     main(*sys.argv[1:])

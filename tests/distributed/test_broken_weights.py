@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.distributed.ranks import run_scenario
+from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return run_scenario("scenario_broken_weights.py", tmp_path_factory.mktemp("broken"))
+    return run_scenario("scenario_broken_weights", tmp_path_factory.mktemp("broken"))
 
 
 def test_a_run_that_broke_down_late_says_so_and_publishes_its_best_step(runs):

@@ -5,7 +5,7 @@ Bitwise resume, other world sizes and stages, full disk, late processes, adapter
 
 import pytest
 
-from tests.distributed.ranks import run_scenario
+from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 CASES = ("stage3_world2_float32", "stage1_world2_bfloat16", "stage3_world1_float32")
@@ -13,7 +13,7 @@ CASES = ("stage3_world2_float32", "stage1_world2_bfloat16", "stage3_world1_float
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return run_scenario("scenario_checkpoint.py", tmp_path_factory.mktemp("checkpoint"))
+    return run_scenario("scenario_checkpoint", tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,15 +2,15 @@
 
 import pytest
 
-from tests.distributed.ranks import run_scenario
 from tests.distributed.scenario_growing import GLOBAL_BATCH, STEPS, STOP_AFTER
+from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return run_scenario("scenario_growing.py", tmp_path_factory.mktemp("growing"))
+    return run_scenario("scenario_growing", tmp_path_factory.mktemp("growing"))
 
 
 def test_a_stopped_run_asks_for_a_requeue_and_the_resumed_one_ends(report):

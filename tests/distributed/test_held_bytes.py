@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.ranks import run_scenario
+from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 LAYERS = 6
@@ -11,7 +11,7 @@ OURS = ("own", "own, recomputed", "own, base in host memory")
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return run_scenario("scenario_held.py", tmp_path_factory.mktemp("held"))
+    return run_scenario("scenario_held", tmp_path_factory.mktemp("held"))
 
 
 def held(rank: dict, step: int) -> int:

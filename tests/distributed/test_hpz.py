@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.distributed.ranks import run_scenario
+from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return run_scenario("scenario_hpz.py", tmp_path_factory.mktemp("hpz"))
+    return run_scenario("scenario_hpz", tmp_path_factory.mktemp("hpz"))
 
 
 def losses(report, case):

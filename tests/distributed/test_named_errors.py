@@ -7,14 +7,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.distributed.ranks import run_scenario
+from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    return run_scenario("named_errors.py", tmp_path_factory.mktemp("named_errors"), timeout_s=550)
+    return run_scenario("named_errors", tmp_path_factory.mktemp("named_errors"), timeout_s=550)
 
 
 def arrays(run: dict, name: str) -> list[np.ndarray]:

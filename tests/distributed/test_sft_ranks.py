@@ -7,7 +7,7 @@ import pytest
 
 from eval.compare.__main__ import main as compare
 from eval.run import main as evaluate
-from tests.distributed.ranks import run_scenario
+from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 STEPS = 6
@@ -15,7 +15,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return run_scenario("scenario_sft.py", tmp_path_factory.mktemp("sft"))
+    return run_scenario("scenario_sft", tmp_path_factory.mktemp("sft"))
 
 
 def test_gdrt_group_dro_and_cvar_train_and_the_stopped_run_asks_for_a_requeue(report):

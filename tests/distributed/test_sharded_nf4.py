@@ -4,7 +4,7 @@ odd world sizes.
 
 import pytest
 
-from tests.distributed.ranks import run_scenario
+from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 FAMILIES = ("llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "gpt2")
@@ -12,7 +12,7 @@ FAMILIES = ("llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma", "gemma2
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return run_scenario("scenario_sharded.py", tmp_path_factory.mktemp("sharded"))
+    return run_scenario("scenario_sharded", tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

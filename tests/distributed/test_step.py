@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.ranks import run_scenario
+from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 
@@ -17,7 +17,7 @@ CPU_CHECKS = ("checks.py:check_range:", "checks.py:require:")
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return run_scenario("scenario_step.py", tmp_path_factory.mktemp("step"), timeout_s=550)
+    return run_scenario("scenario_step", tmp_path_factory.mktemp("step"), timeout_s=550)
 
 
 def test_a_step_makes_one_collective_beyond_deepspeeds_own(report):

@@ -2,15 +2,15 @@
 
 import pytest
 
-from tests.distributed.ranks import run_scenario
 from tests.distributed.scenario_stopped_passes import EVAL_EVERY, STEPS, STOPS
+from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return run_scenario("scenario_stopped_passes.py", tmp_path_factory.mktemp("stopped_passes"))
+    return run_scenario("scenario_stopped_passes", tmp_path_factory.mktemp("stopped_passes"))
 
 
 def test_all_ranks_leave_the_pass_when_the_signal_comes_to_one_of_them(report):

@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.distributed.ranks import run_scenario
+from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return run_scenario("scenario_token_rows.py", tmp_path_factory.mktemp("rows"))
+    return run_scenario("scenario_token_rows", tmp_path_factory.mktemp("rows"))
 
 
 @pytest.mark.parametrize("heads", ["tied_True", "tied_False"])

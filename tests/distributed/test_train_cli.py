@@ -18,8 +18,9 @@ import yaml
 
 from gdrt_ds.config import load_config
 from gdrt_ds.data.corpus import load_corpus
-from tests.distributed.ranks import ROOT, free_port, run_scenario
+from tests.distributed.ranks import ROOT, free_port
 from tests.distributed.scenario_mistakes import PARTS, SETTINGS
+from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 PUBLIC = (
@@ -83,7 +84,7 @@ def mistakes(folder):
     """What each wrong command printed and changed. Both parts run side by side: a command takes one core."""
 
     def found(part: str) -> dict:
-        return run_scenario("scenario_mistakes.py", folder, part, timeout_s=560)
+        return run_scenario("scenario_mistakes", folder, part, timeout_s=560)
 
     with ThreadPoolExecutor(len(PARTS)) as pool:
         return {case: result for report in pool.map(found, PARTS) for case, result in report.items()}

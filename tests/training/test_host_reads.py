@@ -14,14 +14,14 @@ import torch
 from gdrt_ds.runtime import Runtime
 from gdrt_ds.training.telemetry import Telemetry, read_at_once
 from tests.distributed.exact_cells import Cell, make_config
-from tests.distributed.ranks import run_scenario
+from tests.forked import run_scenario
 from tests.host_reads import HostReads
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
     """Reads of one step per kind of objective, then of a step after a second read was planted."""
-    return run_scenario("scenario_host_reads.py", tmp_path_factory.mktemp("steps"))
+    return run_scenario("scenario_host_reads", tmp_path_factory.mktemp("steps"))
 
 
 @pytest.mark.distributed
