@@ -96,12 +96,54 @@ def prompt_and_target(context, sample) -> tuple[EncodedPrompt, list[int], list[i
     return encoded, encoded.input_ids[:cut].tolist(), encoded.input_ids[cut:].tolist()
 
 
+@dataclass(frozen=True)
+class Ablations:
+    """What has to be read for the attribution of some samples.
+
+    Attributes:
+        rows, labels: for `AuditContext.losses`; of every sample the whole context, then each ablation.
+        sizes: per sample, the tokens of each part.
+    """
+
+    rows: list[tuple[list[int], list[int]]]
+    labels: list[list[int]]
+    sizes: list[list[float]]
+
+    ROWS = len(PARTS) + 1  # per sample
+
+    @classmethod
+    def of(cls, context, samples, baseline: int | None = None) -> Ablations:
+        """Arguments: see `attribute`."""
+        tokenizer = context.recommender.encoder.tokenizer
+        if baseline is None:
+            baseline = baseline_token(tokenizer)
+        found = cls([], [], [])
+        for sample in samples:
+            encoded, prompt, target = prompt_and_target(context, sample)
+            masks = part_masks(encoded, set(tokenizer.all_special_ids))
+            rows, labels = attribution_rows(prompt, target, masks, baseline)
+            found.rows.extend(rows)
+            found.labels.extend(labels)
+            found.sizes.append([*(int(mask.sum()) for mask in masks), (len(target) - 1) / 2])
+        return found
+
+    def read(self, losses: list[dict[str, np.ndarray]], scoring: str) -> list[Attribution]:
+        """Attributions from the losses of `rows`."""
+        found = []
+        for index, size in enumerate(self.sizes):
+            own = [one[scoring] for one in losses[index * self.ROWS : (index + 1) * self.ROWS]]
+            effects = effects_of(own)
+            effects[PREFIX, 0] = 0.0  # the first token has no prefix; what stands here is rounding
+            found.append(Attribution(effects, own[0], np.array(size, dtype=float)))
+        return found
+
+
 def attribute(
     context, samples, scoring: str, baseline: int | None = None, what: str = "attribution"
 ) -> list[Attribution]:
     """Attribution of every sample's target to instruction, template, history and generated prefix.
 
-    Costs five passes per sample.
+    Costs five passes per sample, two of them behind the same prompt.
 
     Args:
         context: eval.audit.context.AuditContext.
@@ -110,23 +152,5 @@ def attribute(
         baseline: token that stands in for an ablated one; None = `baseline_token`.
         what: name of the passes in lines of progress.
     """
-    tokenizer = context.recommender.encoder.tokenizer
-    if baseline is None:
-        baseline = baseline_token(tokenizer)
-    rows, labels, sizes = [], [], []
-    for sample in samples:
-        encoded, prompt, target = prompt_and_target(context, sample)
-        masks = part_masks(encoded, set(tokenizer.all_special_ids))
-        own_rows, own_labels = attribution_rows(prompt, target, masks, baseline)
-        rows += own_rows
-        labels += own_labels
-        sizes.append([*(int(mask.sum()) for mask in masks), (len(target) - 1) / 2])
-    losses = context.losses(rows, what, labels)
-    count = len(PARTS) + 1
-    found = []
-    for index, size in enumerate(sizes):
-        own = [losses[index * count + j][scoring] for j in range(count)]
-        effects = effects_of(own)
-        effects[PREFIX, 0] = 0.0  # the first token has no prefix; what stands here is rounding
-        found.append(Attribution(effects, own[0], np.array(size, dtype=float)))
-    return found
+    ablations = Ablations.of(context, samples, baseline)
+    return ablations.read(context.losses(ablations.rows, what, ablations.labels), scoring)

@@ -22,6 +22,7 @@ from gdrt_ds.data.corpus import Sample
 from gdrt_ds.errors import UserError
 
 MOST_USERS = 100  # the largest default of an audit over score rows
+TARGETS_TOGETHER = 8  # behind one prompt; more would widen the attention of every prompt of a batch
 PROGRESS_S = 15  # seconds between two lines of progress
 
 History = tuple[str, ...]
@@ -201,7 +202,9 @@ class AuditContext:
         labels: Sequence[list[int]] | None = None,
         full_only: bool = False,
     ) -> list[dict[str, np.ndarray]]:
-        """`loss_batch` over many rows, similar lengths together. Equal rows are computed once.
+        """`loss_batch` over many rows, similar lengths together.
+
+        Equal rows are computed once, and rows with one prompt together.
 
         Args:
             rows: (prompt tokens, target tokens fed).
@@ -214,13 +217,30 @@ class AuditContext:
         if labels is None:
             labels = [target for _, target in rows]
         keys = [(tuple(prompt), tuple(target), tuple(label)) for (prompt, target), label in zip(rows, labels)]
-        distinct = sorted(dict.fromkeys(keys), key=lambda key: (len(key[0]) + len(key[1]), key))
+        distinct = sorted(dict.fromkeys(keys))
+
+        behind: dict[tuple[int, ...], list] = {}
+        for key in distinct:
+            behind.setdefault(key[0], []).append(key)
+        together = [
+            members[start : start + TARGETS_TOGETHER]
+            for members in behind.values()
+            for start in range(0, len(members), TARGETS_TOGETHER)
+        ]
+        together.sort(key=lambda part: len(part[0][0]) + sum(len(target) for _, target, _ in part))
 
         def compute(part):
-            fed = [(list(prompt), list(target)) for prompt, target, _ in part]
-            return self.loss_batch(fed, [list(label) for _, _, label in part], full_only)
+            flat = [key for members in part for key in members]
+            fed = [(list(prompt), list(target)) for prompt, target, _ in flat]
+            losses = iter(self.loss_batch(fed, [list(label) for _, _, label in flat], full_only))
+            return [[next(losses) for _ in members] for members in part]
 
-        found = dict(zip(distinct, self.each(distinct, compute, what, self.options.batch_size)))
+        computed = self.each(together, compute, what, self.options.batch_size)
+        found = {
+            key: losses
+            for members, all_losses in zip(together, computed)
+            for key, losses in zip(members, all_losses)
+        }
         return [found[key] for key in keys]
 
     def title_log_probs(self, which: str) -> np.ndarray:

@@ -3,9 +3,10 @@
 No catalogue is scored. `target_nll(context, prompts, targets)` is the batched public function,
 `token_losses` the pass behind it: prompt and target stand in one right-padded batch, the constant prompt
 prefix comes from the prompt cache (other beginnings that the rows share are read once), and the lm_head
-runs on target positions only.
+runs on target positions only. Targets behind one prompt are its branches: the prompt is read once for all of
+them, and none sees another.
 
-Shapes: B rows, T positions, N target tokens of the batch, H hidden, V vocabulary.
+Shapes: B prompts, T positions, N target tokens of the batch, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +22,37 @@ from gdrt_ds.inference.prompt_reader import PromptReader
 
 WORTH_A_PASS = 64
 """Tokens that a shared beginning has to save: reading it takes a forward pass of its own."""
+PADDING = -1
 LOGIT_BYTES = 128 << 20  # float32 logits [rows, V] of one slice of target positions
+
+
+@dataclass(frozen=True)
+class Branches:
+    """A prompt and the targets behind it, as one sequence.
+
+    Attributes:
+        tokens: the prompt, then every target without its last token.
+        positions: of each token behind the prompt as if its branch were alone.
+        branch: 0 in the prompt, 1, 2, ... in the targets.
+        before: per target, the place of the token before each of its own tokens.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    branch: list[int]
+    before: list[list[int]]
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], targets: Sequence[Sequence[int]]) -> Branches:
+        end = len(prompt)
+        found = cls(list(prompt), list(range(end)), [0] * end, [])
+        for number, target in enumerate(targets, 1):
+            start, fed = len(found.tokens), len(target) - 1
+            found.before.append([end - 1, *range(start, start + fed)])
+            found.tokens.extend(target[:fed])
+            found.positions.extend(range(end, end + fed))
+            found.branch.extend([number] * fed)
+        return found
 
 
 @dataclass(frozen=True)
@@ -43,14 +74,19 @@ def target_nll(
         targets: entry indices.
         what: name of the passes in lines of progress.
     """
-    encoder = context.recommender.encoder
-    entries = context.catalogue.entries
-    rows = [(list(prompt), list(encoder.target_ids(entries[t].text))) for prompt, t in zip(prompts, targets)]
-    found = context.losses(rows, what)
+    found = context.losses(rows_of(context, prompts, targets), what)
     return TargetNll(
         np.array([losses["full"].sum() for losses in found]),
         np.array([losses["renormalised"].sum() for losses in found]),
     )
+
+
+def rows_of(
+    context, prompts: Sequence[Sequence[int]], targets: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt tokens, target tokens) of every prompt and its entry, for `AuditContext.losses`."""
+    encoder, entries = context.recommender.encoder, context.catalogue.entries
+    return [(list(prompt), list(encoder.target_ids(entries[t].text))) for prompt, t in zip(prompts, targets)]
 
 
 @torch.inference_mode()
@@ -113,21 +149,26 @@ def _pass(
     reader: PromptReader, trie: TokenTrie | None, rows, labels, skip: int
 ) -> list[dict[str, np.ndarray]]:
     """One padded batch. `skip`: leading tokens that come from the prompt cache; 0 = none do."""
-    sequences = [list(prompt) + list(target[:-1]) for prompt, target in rows]
-    reader.check_length(max(map(len, sequences)))
+    reader.check_length(max(len(prompt) + len(target) - 1 for prompt, target in rows))
+    behind: dict[tuple[int, ...], list[int]] = {}
+    for row, (prompt, _) in enumerate(rows):
+        behind.setdefault(tuple(prompt), []).append(row)
+    prompts = list(behind)
     past = reader.shared() if skip else None
-    if not skip and len(rows) > 1:  # ablated and content-free prompts share a beginning of their own
-        skip = common_length([prompt[:-1] for prompt, _ in rows])
-        if skip * (len(rows) - 1) < WORTH_A_PASS:
+    if not skip and len(prompts) > 1:  # ablated and content-free prompts share a beginning of their own
+        skip = common_length([prompt[:-1] for prompt in prompts])
+        if skip * (len(prompts) - 1) < WORTH_A_PASS:
             skip = 0
-        past = _read_once(reader, sequences[0][:skip]) if skip else None
-    hidden = _hidden(reader, sequences, skip, past)
-    # The state before a target token predicts it: the first one is that of the prompt's last token.
-    places = [
-        (row, len(prompt) - 1 - skip + t)
-        for row, (prompt, _) in enumerate(rows)
-        for t in range(len(labels[row]))
-    ]
+        past = _read_once(reader, list(prompts[0][:skip])) if skip else None
+    branches = [Branches.of(prompt, [rows[row][1] for row in members]) for prompt, members in behind.items()]
+    hidden = _hidden(reader, branches, skip, past)
+    # The state before a target token predicts it.
+    before = {
+        row: (number, places)
+        for number, members in enumerate(behind.values())
+        for row, places in zip(members, branches[number].before)
+    }
+    places = [(before[row][0], place - skip) for row in range(len(rows)) for place in before[row][1]]
     index = torch.tensor(places, device=reader.device)
     states_NH = hidden[index[:, 0], index[:, 1]]
     full, renormalised = _losses_of_states(reader, trie, states_NH, labels)
@@ -139,23 +180,26 @@ def _pass(
     ]
 
 
-def _hidden(reader: PromptReader, sequences: list[list[int]], skip: int, past) -> torch.Tensor:
+def _hidden(reader: PromptReader, branches: list[Branches], skip: int, past) -> torch.Tensor:
     """Hidden states [B, T, H] of the tokens after the first `skip`, whose keys and values are `past`."""
     device = reader.device
-    batch = len(sequences)
-    width = max(map(len, sequences)) - skip
+    batch = len(branches)
+    width = max(len(row.tokens) for row in branches) - skip
     tokens = torch.zeros(batch, width, dtype=torch.long)
-    real = torch.zeros(batch, width, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence) - skip] = torch.tensor(sequence[skip:])
-        real[row, : len(sequence) - skip] = True
-    tokens = tokens.to(device)
-    real = real.to(device)
-    positions = torch.arange(skip, skip + width, device=device)[None].expand(batch, -1)
+    positions = torch.arange(skip, skip + width).repeat(batch, 1)
+    branch = torch.full((batch, width), PADDING, dtype=torch.long)
+    for number, row in enumerate(branches):
+        count = len(row.tokens) - skip
+        tokens[number, :count] = torch.tensor(row.tokens[skip:])
+        positions[number, :count] = torch.tensor(row.positions[skip:])
+        branch[number, :count] = torch.tensor(row.branch[skip:])
+    tokens, positions, branch = (t.to(device) for t in (tokens, positions, branch))
     causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()[None]
-    # A padding position sees itself, because a row of attention without any key would be NaN.
+    # A token sees the prompt and its own branch. A padding position sees itself, because a row of attention
+    # without any key would be NaN.
+    related = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
     itself = torch.eye(width, dtype=torch.bool, device=device)[None]
-    own = (causal & real[:, None]) | itself
+    own = (causal & related & (branch != PADDING)[:, None]) | itself
     past_positions = torch.arange(skip, device=device)[None] if skip else None
     visible = torch.cat([own.new_ones(batch, width, skip), own], dim=2)
     hidden, _ = reader.run(tokens, positions, visible, past, past_positions)

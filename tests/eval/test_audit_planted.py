@@ -320,7 +320,7 @@ def test_the_batch_and_the_bound_of_the_scoring_are_those_of_its_audits(subject,
             return super().score_batch(histories)
 
         def loss_batch(self, rows, *others):
-            sizes.append(len(rows))
+            sizes.append(len({tuple(prompt) for prompt, _ in rows}))
             return super().loss_batch(rows, *others)
 
     run_audits(["shift", "sensitivity"], Counted(subject, Runtime(), replace(OPTIONS, batch_size=3)))

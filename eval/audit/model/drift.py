@@ -20,20 +20,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.audit.attribution import AUXILIARY, INTERACTION, Attribution, attribute
+from eval.audit.attribution import AUXILIARY, INTERACTION, Ablations, Attribution
 from eval.audit.base import Audit, Cost, result
 from eval.audit.checkpoint_steps import chosen_steps, lacks_checkpoints, walk
 from eval.audit.context import AuditContext
 from eval.audit.estimates import Estimate, bootstrap, permutation_p
 from eval.audit.model.language import TINY, token_means
-from eval.audit.model.sensitivity import SWAPPED, TRUE, variant_prompts
+from eval.audit.model.sensitivity import SWAPPED, variant_prompts
 from eval.audit.partners import partner_note
-from eval.audit.target_loss import target_nll
+from eval.audit.target_loss import rows_of
 from gdrt_ds.data.corpus import Sample
 
 DEFAULT_USERS = 32
 MOST_STEPS = 10
-PASSES = 7  # the true history, another user's, and five of the attribution
+PASSES = Ablations.ROWS + 1  # of the attribution, the first of which has the true history, and another user's
 PERMUTATIONS = 200
 SCORING = "full"
 NLL, SENSITIVITY, LOG_RATIO = "target NLL", "history sensitivity", "log2 auxiliary:interaction"
@@ -55,10 +55,11 @@ class Step:
     interaction: np.ndarray
 
     @classmethod
-    def of(cls, nll: dict[str, np.ndarray], found: list[Attribution]) -> Step:
+    def of(cls, true: np.ndarray, swapped: np.ndarray, found: list[Attribution]) -> Step:
+        """Arguments: NLL [U] behind the true and behind another user's history; attributions."""
         sums, _, _ = token_means(found)
         auxiliary = sums[:, list(AUXILIARY)].sum(axis=1)
-        return cls(nll[TRUE], nll[SWAPPED] - nll[TRUE], auxiliary, sums[:, INTERACTION])
+        return cls(true, swapped - true, auxiliary, sums[:, INTERACTION])
 
 
 def log_ratio(rows: np.ndarray) -> float:
@@ -97,14 +98,21 @@ def figures_of(step: Step, num_bootstrap: int, seed: int) -> dict[str, Estimate]
 
 
 def measure_step(context: AuditContext, samples: list[Sample], name: str) -> Step:
-    """Reads every target behind its own and another history, and behind each ablation."""
-    prompts = variant_prompts(context, samples)
-    targets = np.tile(context.targets(samples), 2)
-    found = target_nll(context, [*prompts[TRUE], *prompts[SWAPPED]], targets, f"histories at {name}")
-    true, swapped = np.split(found.renormalised, 2)
-    return Step.of(
-        {TRUE: true, SWAPPED: swapped}, attribute(context, samples, SCORING, what=f"attribution at {name}")
-    )
+    """Reads every target behind its own and another history, and behind each ablation of its own.
+
+    All in one pass over the rows: another user's history is that user's own prompt, which is read once.
+    """
+    ablations = Ablations.of(context, samples)
+    swapped = rows_of(context, variant_prompts(context, samples)[SWAPPED], context.targets(samples))
+    rows = [*ablations.rows, *swapped]
+    labels = [*ablations.labels, *(target for _, target in swapped)]
+    losses = context.losses(rows, f"histories and ablations at {name}", labels)
+    of_ablations, of_swapped = losses[: len(ablations.rows)], losses[len(ablations.rows) :]
+    nll = [
+        np.array([one["renormalised"].sum() for one in part])
+        for part in (of_ablations[:: Ablations.ROWS], of_swapped)
+    ]
+    return Step.of(*nll, ablations.read(of_ablations, SCORING))
 
 
 def run(context: AuditContext) -> dict:

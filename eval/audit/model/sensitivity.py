@@ -6,7 +6,8 @@ with history h_u and target y_u:
     d_swap = NLL(y_u | h_v) - NLL(y_u | h_u),    v another user;    likewise d_removed and d_blank
 
 A model that uses the history pays when it is swapped. This takes five passes over prompt and target per
-user; no catalogue is scored. Control: the same difference between a second other user's history and the
+user; no catalogue is scored. A history that is swapped is another user's own prompt, so three of the five are
+behind prompts that are read once. Control: the same difference between a second other user's history and the
 first one's, whose expectation is zero.
 """
 
