@@ -6,6 +6,7 @@ The adapters that training compares itself with are in reference_adapters.py.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from gdrt_ds.config import ModelSection
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import SMOLLM2_NAME, TINY_NAME
-from gdrt_ds.models.families import linear_names, lm_head_name, num_parameters
+from gdrt_ds.models.families import lm_head_name, num_parameters, text_linear_names, towers
 from gdrt_ds.models.source import dtype_name, first_line
 from gdrt_ds.models.token_rows import token_indices, use_token_rows, whole_rows
 
@@ -71,7 +72,9 @@ def new_adapter(
     targets = lora_targets(model, section)
     left_out = {}
     if section.lora.targets == "all-linear":
-        left_out = unadaptable(model, sorted({name.rsplit(".", 1)[-1] for name in linear_names(model)}))
+        left_out = unadaptable(model, sorted({name.rsplit(".", 1)[-1] for name in text_linear_names(model)}))
+    beside = towers(model)
+    left_out |= {name: "text never passes it" for name in beside}
     rows = token_indices(model, tokenizer, section)
     lora = LoraConfig(
         r=section.lora.r,
@@ -81,6 +84,7 @@ def new_adapter(
         use_dora=section.lora.dora,
         trainable_token_indices=rows,
         target_modules=list(targets),
+        exclude_modules="|".join(rf"{re.escape(name)}\..*" for name in beside) or None,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -130,7 +134,7 @@ def lora_targets(model: nn.Module, section: ModelSection) -> list[str]:
         UserError: `model.lora.targets` names a module that the model does not have, or cannot have
             adapted.
     """
-    linear = linear_names(model)
+    linear = text_linear_names(model)
     head_name = lm_head_name(model)
     targets = section.lora.targets
     if targets == "all-linear":

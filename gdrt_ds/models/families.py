@@ -138,6 +138,32 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
+def text_linear_names(model: nn.Module) -> list[str]:
+    """The same without the towers for images and sound of a multimodal model, which text never passes.
+
+    An adapter there would get no gradient.
+    """
+    base = unwrap(model)
+    names = linear_names(base)
+    if base.config.get_text_config() is base.config:
+        return names
+    text = base.get_decoder()
+    inside = next((name for name, module in base.named_modules() if module is text), "")
+    head = lm_head_name(base)
+    return [name for name in names if not inside or name == head or name.startswith(f"{inside}.")]
+
+
+def towers(model: nn.Module) -> list[str]:
+    """Names of the modules that hold the linear layers which `text_linear_names` leaves out."""
+    kept = [name.split(".") for name in text_linear_names(model)]
+    found = set()
+    for name in set(linear_names(unwrap(model))) - {".".join(parts) for parts in kept}:
+        parts = name.split(".")
+        depth = next(d for d in range(1, len(parts) + 1) if all(k[:d] != parts[:d] for k in kept))
+        found.add(".".join(parts[:depth]))
+    return sorted(found)
+
+
 def fused_experts(model: nn.Module) -> dict[str, int]:
     """Returns class name -> parameters of experts that are fused into one tensor [experts, rows, columns].
 

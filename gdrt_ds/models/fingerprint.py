@@ -10,6 +10,7 @@ import torch
 
 from gdrt_ds.config import ModelSection
 from gdrt_ds.models.quantization.base import storage_dtype
+from gdrt_ds.models.weight_files import weight_paths
 
 WINDOW_BYTES = 1 << 16
 WINDOWS = 64
@@ -30,7 +31,7 @@ def base_fingerprint(
         dtype: dtype of the computation.
     """
     digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file in weight_paths(path):
         _add_file(digest, file)
     if section is not None:
         # The list is part of checkpoints that users keep: a change of it would refuse their resumption.

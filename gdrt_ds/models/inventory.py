@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from gdrt_ds.config import ModelSection
-from gdrt_ds.models.families import fused_experts, linear_names, lm_head_name, weight_converters
+from gdrt_ds.models.families import (
+    fused_experts,
+    linear_names,
+    lm_head_name,
+    text_linear_names,
+    weight_converters,
+)
 from gdrt_ds.models.quantization import get_quantization, storage_dtype
 from gdrt_ds.models.skeleton import skeleton
 
@@ -83,7 +89,11 @@ def take_inventory(section: ModelSection, model_config) -> Inventory:
     quantised = sum(w.numel() for name, w in linear.items() if name != head) if is_quantised else 0
     total = sum(p.numel() for p in model.parameters())
     targets = section.lora.targets
-    adapted = [n for n in names if n != head and (targets == "all-linear" or n.rsplit(".", 1)[-1] in targets)]
+    adapted = [
+        n
+        for n in text_linear_names(model)
+        if n != head and (targets == "all-linear" or n.rsplit(".", 1)[-1] in targets)
+    ]
     if section.train_head and head:
         adapted.append(head)
     shapes = {name: _in_out(model.get_submodule(name)) for name in adapted}
@@ -91,12 +101,8 @@ def take_inventory(section: ModelSection, model_config) -> Inventory:
     lora = section.lora.r * sum(i + o for i, o in shapes.values())
     if section.lora.dora:
         lora += sum(o for _, o in shapes.values())  # the length of every row
-    heads = int(text.num_attention_heads)
-    head_size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    intermediate = int(
-        getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
-    )
+    query, key_value = _attention_widths(model, text)
+    intermediate = _size(text, "intermediate_size") or _size(text, "n_inner") or 4 * text.hidden_size
     return Inventory(
         quantised=quantised,
         plain=total - quantised,
@@ -106,14 +112,40 @@ def take_inventory(section: ModelSection, model_config) -> Inventory:
         layers=layers,
         hidden=int(text.hidden_size),
         intermediate=intermediate,
-        query=heads * head_size,
-        key_value=key_heads * head_size,
+        query=query,
+        key_value=key_value,
         vocabulary=int(text.vocab_size),
         lora_inputs=sum(i for n, (i, _) in shapes.items() if n != head) // layers,
         experts=sum(fused_experts(model).values()),
         converted=bool(weight_converters(model)),
         untied=_is_untied(model),
     )
+
+
+def _size(text, name: str) -> int:
+    """A size of the config, the largest where layers differ (Gemma 3n); 0 where there is none.
+
+    Some configs refuse a question that has an answer per layer (Gemma 4).
+    """
+    try:
+        value = getattr(text, name, None)
+    except Exception:
+        return 0
+    return int(max(value, default=0) if isinstance(value, (list, tuple)) else value or 0)
+
+
+def _attention_widths(model: nn.Module, text) -> tuple[int, int]:
+    """Widths of queries and of keys, the widest of all layers; 0 without attention (Mamba)."""
+    heads = _size(text, "num_attention_heads")
+    head_size = _size(text, "head_dim") or (text.hidden_size // heads if heads else 0)
+    query = heads * head_size
+    key_value = (_size(text, "num_key_value_heads") or heads) * head_size
+    made = {"q_proj": 0, "k_proj": 0}
+    for name in text_linear_names(model):
+        last = name.rsplit(".", 1)[-1]
+        if last in made:
+            made[last] = max(made[last], _in_out(model.get_submodule(name))[1])
+    return made["q_proj"] or query, made["k_proj"] or key_value
 
 
 def _is_untied(model: nn.Module) -> bool:

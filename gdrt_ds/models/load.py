@@ -105,7 +105,7 @@ def load_model(
     if stored is not None:
         config = compute_in(config, section, dtype)
     tokenizer = load_tokenizer(tokenizer_source(section, path), trust_remote_code=section.trust_remote_code)
-    _check_vocabulary(tokenizer, config)
+    spare_line = check_vocabulary(tokenizer, config)
     chosen, attention_line = _attention(section, device, dtype, config, attention)
     model, loading, loading_line = _load_weights(
         path, config, section, dtype, chosen, device, deepspeed_config
@@ -115,6 +115,7 @@ def load_model(
     model.requires_grad_(False)
     base_line = quantization.describe(section, dtype) if stored is None else stored.describe(dtype)
     lines = [attention_line, loading_line, base_line, dtype_line(section.dtype, device)]
+    lines += [spare_line] if spare_line else []
     if quantization.bytes_of is not None:
         experts = fused_experts_line(model, dtype)
         lines += [experts] if experts else []
@@ -131,15 +132,38 @@ def load_model(
     return LoadedModel(model, tokenizer, lines, path, fingerprint, chosen, loading, dtype)
 
 
-def _check_vocabulary(tokenizer, config) -> None:
-    """Raises UserError if the tokenizer makes tokens that the model has no embedding for."""
+def check_vocabulary(tokenizer, config) -> str:
+    """Looks for tokens that the model has no embedding for; returns a line about those that never occur.
+
+    The tokenizer of Gemma-3-1b has such a token, which stands for an image (transformers #37011), and that of
+    CodeLlama-34b has four (transformers #26714). They are special, and text of the data never becomes a
+    special token.
+
+    Raises:
+        UserError: text can become one of them, or prompts need it.
+    """
     rows = config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
+    if len(tokenizer) <= rows:
+        return ""
+    without = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    added = tokenizer.added_tokens_decoder
+    needed = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    wrong = [
+        token
+        for token, number in without.items()
+        if number in needed or number not in added or not added[number].special
+    ]
+    if wrong:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows",
-            "set model.tokenizer to the model's own; embeddings are not resized under ZeRO-3 "
-            "(DeepSpeed #7669)",
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows: {wrong[0]!r} has "
+            "none",
+            "set model.tokenizer to the model's own, or name new tokens in model.new_tokens; embeddings are "
+            "not resized under ZeRO-3 (DeepSpeed #7669)",
         )
+    if not without:
+        return ""
+    names = ", ".join(sorted(without)[:3])
+    return f"tokenizer: special tokens without a row in the embedding never occur: {names}"
 
 
 def _attention(

@@ -104,6 +104,11 @@ def _write(source: Path, tokenizer, ids: list[int], target: Path, seed: int) -> 
         and len(place.shape) == 2
         and place.shape[0] == old
     }
+    biases = {
+        name
+        for name, place in tensors.items()
+        if name.endswith(".bias") and name.split(".")[-2] in HEADS and place.shape == (old,)
+    }
     # Tied weights are one tensor, and a folder may keep it under the head's name.
     tied = config.get("tie_word_embeddings", texts.get("tie_word_embeddings", False))
     wanted = (*EMBEDDINGS, *HEADS) if tied else EMBEDDINGS
@@ -113,7 +118,7 @@ def _write(source: Path, tokenizer, ids: list[int], target: Path, seed: int) -> 
             "add the tokens and rows yourself, save both as a model folder, and leave model.new_tokens away",
         )
     for file in sorted({place.file for place in tensors.values()}):
-        held = resized & {name for name, place in tensors.items() if place.file == file}
+        held = (resized | biases) & {name for name, place in tensors.items() if place.file == file}
         if not held:
             (target / file.name).symlink_to(file.resolve())
             continue
@@ -136,7 +141,12 @@ def _write(source: Path, tokenizer, ids: list[int], target: Path, seed: int) -> 
 
 
 def _with_rows(weight_VH: Tensor, ids: list[int], size: int, seed: int) -> Tensor:
-    """[size, H]: the old rows, and a row for every new id."""
+    """[size, H]: the old rows, and a row for every new id. A bias [V] gets its mean for each."""
+    if weight_VH.dim() == 1:
+        longer = weight_VH.new_zeros(size)
+        longer[: len(weight_VH)] = weight_VH
+        longer[torch.tensor(ids, dtype=torch.long)] = weight_VH.float().mean().to(longer.dtype)
+        return longer
     rows_VH = weight_VH.float()
     generator = torch.Generator().manual_seed(seed)
     noise_nH = torch.randn(len(ids), rows_VH.shape[1], generator=generator)

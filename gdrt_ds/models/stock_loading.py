@@ -12,6 +12,7 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.models.quantization import get_quantization
 from gdrt_ds.models.source import first_line
 from gdrt_ds.models.stored_four_bit import stored_four_bit
+from gdrt_ds.models.weight_files import weight_paths
 
 
 def load_stock(
@@ -34,11 +35,7 @@ def load_stock(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    if not any(path.glob("*.safetensors")):
-        raise UserError(
-            f"model folder {path} has no .safetensors weights",
-            "convert them with transformers' save_pretrained(safe_serialization=True); pickles are not read",
-        )
+    weight_paths(path)  # pickles are not read
     quantization_config = None
     if stored_four_bit(config) is None:  # else the config of the folder says how its weights are packed
         quantization_config = get_quantization(section.quantization).transformers_config(section, dtype)

@@ -47,40 +47,54 @@ class TensorLocation:
         return math.prod(self.shape)
 
 
+def weight_paths(folder: str | Path) -> list[Path]:
+    """The weight files of a model folder, those that transformers loads.
+
+    It takes model.safetensors, else the shards of the index. Others that lie there, e.g. a copy or another
+    precision, are not the model.
+
+    Raises:
+        UserError: neither is there, the index is not readable, or a shard is missing.
+    """
+    folder = Path(folder)
+    whole = folder / "model.safetensors"
+    if whole.is_file():
+        return [whole]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        others = sorted(file.name for file in folder.glob("*.safetensors"))
+        raise UserError(
+            f"model folder {folder} has no model.safetensors and no model.safetensors.index.json"
+            + (f", but {', '.join(others[:3])}" if others else ""),
+            "save the model there with transformers' save_pretrained; pickles and other names are not read",
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        raise UserError(
+            f"{index} is not readable as a safetensors index", "download the model again"
+        ) from None
+    files = [folder / name for name in names]
+    missing = [f.name for f in files if not f.is_file() or f.parent != folder]
+    if missing:
+        raise UserError(
+            f"model folder {folder} lacks {len(missing)} weight files, e.g. {missing[0]}",
+            "complete the download",
+        )
+    return files
+
+
 class WeightFiles:
     """All tensors of a model folder.
 
     Raises (on construction):
-        UserError: no safetensors, a shard of the index missing, a truncated or malformed file.
+        UserError: see `weight_paths`; a truncated or malformed file.
     """
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
-                raise UserError(
-                    f"{index} is not readable as a safetensors index", "download the model again"
-                ) from None
-            files = [folder / name for name in names]
-            missing = [f.name for f in files if not f.is_file() or f.parent != folder]
-            if missing:
-                raise UserError(
-                    f"model folder {folder} lacks {len(missing)} weight files, e.g. {missing[0]}",
-                    "complete the download",
-                )
-        else:
-            files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(
-                f"model folder {folder} has no .safetensors weights",
-                "convert them with transformers' save_pretrained; pickles are not read",
-            )
-        self.folder = folder
+        self.folder = Path(folder)
         self.tensors: dict[str, TensorLocation] = {}
-        for file in files:
+        for file in weight_paths(folder):
             self.tensors.update(_read_header(file))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:

@@ -185,7 +185,7 @@ def _truncate(path):
     "name, damage, message",
     [
         ("truncated", _truncate, "cannot be loaded"),
-        ("unweighted", lambda p: (p / "model.safetensors").unlink(), "no .safetensors weights"),
+        ("unweighted", lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors and no"),
         ("unconfigured", lambda p: (p / "config.json").unlink(), "no config.json"),
         ("garbled", lambda p: (p / "config.json").write_text("{"), "not readable"),
         (

@@ -37,6 +37,7 @@ def installed(monkeypatch):
             return usual(name, *args)
 
         monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
     return put
@@ -55,7 +56,6 @@ def test_rows_that_share_nothing_go_through_flash_attn_where_it_is_installed(ins
 
 def test_flash_attn_is_not_taken_on_a_gpu_that_it_has_no_kernels_for(installed, monkeypatch):
     installed("flash_attn", capability=(7, 5))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
     place = Place(torch.device("cuda", 0), torch.float16, LLAMA)
     assert packed_attention("auto", "packed", place) == ATTENTION_NAME
@@ -110,3 +110,10 @@ def test_tree_sdpa_calls_sdpa_per_sample_where_others_take_flex_attention(monkey
         function = transformers.AttentionInterface()[name]
         function(None, query, query, query, None, tree_layout=layout)
     assert called == ["flex", "per sample"]
+
+
+def test_a_plan_for_a_gpu_that_is_elsewhere_does_not_ask_for_it(installed, monkeypatch):
+    installed("flash_attn_interface")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found, line = choose_attention("auto", torch.device("cuda"), torch.bfloat16)
+    assert found == "sdpa", line

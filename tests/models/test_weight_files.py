@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from gdrt_ds.errors import UserError
+from gdrt_ds.models.fingerprint import base_fingerprint
 from gdrt_ds.models.quantised_slices import block_range, owned_blocks, partition_range
 from gdrt_ds.models.weight_files import WeightFiles
 
@@ -53,11 +54,31 @@ def test_a_header_that_lies_about_its_length_is_refused(folder):
         WeightFiles(folder)
 
 
+def test_the_files_are_those_that_transformers_loads(folder):
+    """model.safetensors before an index that was left over, and nothing that lies beside them."""
+    halves = {name: tensor / 2 for name, tensor in TENSORS.items() if tensor.is_floating_point()}
+    save_file(halves, folder / "model_backup.safetensors")
+    write_index(folder, {"a": "model-00001-of-00002.safetensors"})
+    files = WeightFiles(folder)
+    assert torch.equal(files.read("a"), TENSORS["a"].reshape(-1))
+    before = base_fingerprint(folder)
+    (folder / "model_backup.safetensors").unlink()
+    assert base_fingerprint(folder) == before
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=r"has no model\.safetensors .* but weights\.safetensors"):
+        WeightFiles(folder)
+
+
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 def test_an_index_with_a_missing_shard_or_a_path_outside_is_refused(folder):
+    first = "model-00001-of-00002.safetensors"
+    (folder / "model.safetensors").rename(folder / first)
     for name in ("model-00002-of-00002.safetensors", "../model.safetensors"):
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "model.safetensors", "b": name}})
-        )
+        write_index(folder, {"a": first, "b": name})
         with pytest.raises(UserError, match="lacks 1 weight files"):
             WeightFiles(folder)
 

@@ -17,9 +17,14 @@ HOPPER = 9  # major number of the compute capability
 def obstacle(place: Place) -> Obstacle | None:
     """A GPU, a 16-bit dtype and the package are needed; `auto` takes it on Hopper only."""
     found = needs_flash_kernel(place, PACKAGE)
-    if found is None and torch.cuda.get_device_capability(place.device)[0] != HOPPER:
+    if found is not None:
+        return found
+    # A plan is also made on machines without the GPU of the job.
+    if not torch.cuda.is_available():
+        return Obstacle("whether the GPU is a Hopper one is not known here", only_auto=True)
+    if torch.cuda.get_device_capability(place.device)[0] != HOPPER:
         return Obstacle("FlashAttention-3 is made for Hopper GPUs", only_auto=True)
-    return found
+    return None
 
 
 BACKEND = AttentionBackend(
