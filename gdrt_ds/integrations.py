@@ -22,8 +22,8 @@ exactly SFT. With estimate="batch" weights come from this global batch, which is
 tau log sum_g p_g exp(L_g / tau): one all-reduce in the forward, no accumulation.
 
 Limits beside the trainer of this package: the model builds full logits (memory of [B, T, V]); weights need
-this callback; under accumulation there is only `ema`. The state is saved in trainer_state.json and comes back
-with TrainingArguments(restore_callback_states_from_checkpoint=True). torch.nn.DataParallel is refused.
+this callback; under accumulation there is only `ema`. Averages and weights are saved in trainer_state.json,
+and `Trainer.train(resume_from_checkpoint=...)` goes on with them. torch.nn.DataParallel is refused.
 
 Shapes: B sequences, T positions, V vocabulary, N supervised tokens of the micro-batch, G groups.
 """
@@ -38,13 +38,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from gdrt_ds import dro
 from gdrt_ds.errors import UserError
 from gdrt_ds.loss.rowwise import group_sums
 
 GROUPS_KEY, IGNORE = "groups", -100
+STATE_KEY = "gdrt_ds.GroupDroLoss"
+"""Where trainer_state.json keeps averages and weights, among the states of callbacks.
+
+The Trainer restores a callback, found by the name of its class, as a new object, and the loss would stay the
+old one. So this callback puts its state there under another name, and takes it from there itself.
+"""
 
 
 class GroupCollator:
@@ -62,6 +67,12 @@ class GroupCollator:
         self.collator = collator
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        if any(GROUPS_KEY not in row for row in rows):
+            raise UserError(
+                f"a row has no `{GROUPS_KEY}`",
+                "set TrainingArguments(remove_unused_columns=False), or the Trainer drops that column; "
+                "bin_tokens makes it",
+            )
         groups = [row[GROUPS_KEY] for row in rows]
         batch = self.collator([{k: v for k, v in row.items() if k != GROUPS_KEY} for row in rows])
         supervised = batch["labels"] != IGNORE
@@ -79,7 +90,7 @@ class GroupCollator:
         return batch
 
 
-class GroupDroLoss(TrainerCallback, ExportableState):
+class GroupDroLoss(TrainerCallback):
     """Closed-form Group DRO as `compute_loss_func` and callback of a Trainer (see the top of this file).
 
     Args:
@@ -202,6 +213,9 @@ class GroupDroLoss(TrainerCallback, ExportableState):
                 "accumulation",
             )
         self.close()
+        saved = (state.stateful_callbacks or {}).get(STATE_KEY)
+        if saved and state.global_step > 0:
+            self._restore(saved)
         self.hook = model.register_forward_pre_hook(self._take_groups, with_kwargs=True)
 
     def _take_groups(self, module, args, kwargs):
@@ -233,6 +247,7 @@ class GroupDroLoss(TrainerCallback, ExportableState):
                 losses, dro.prior(torch.where(seen, self.share, 0.0), self.prior), self.tau
             )
             self.weights = torch.where(seen & (self.share > 0), q / self.share.clamp_min(1e-300), 1.0)
+        state.stateful_callbacks = {**(state.stateful_callbacks or {}), STATE_KEY: self.state()}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Adds the group losses and weights to the log that is printed and to trainer_state.json.
@@ -265,12 +280,20 @@ class GroupDroLoss(TrainerCallback, ExportableState):
             },
         }
 
-    @property
-    def saved(self) -> dict:
-        return self.state()["attributes"]["saved"]
+    def _restore(self, state: dict) -> None:
+        """Takes what `state` gave.
 
-    @saved.setter
-    def saved(self, values: dict) -> None:
+        Raises:
+            UserError: it is of another number of groups.
+        """
+        before = state["args"]["num_groups"]
+        if before != self.num_groups:
+            raise UserError(
+                f"GroupDroLoss: num_groups = {self.num_groups}, and the checkpoint has {before} groups",
+                "take as many groups, or start without resume_from_checkpoint",
+            )
+        values = state["attributes"]["saved"]
+
         def tensor(name):
             return torch.tensor(values[name], dtype=torch.float64)
 
@@ -350,4 +373,11 @@ def bin_tokens(scores: Sequence[np.ndarray], num_groups: int) -> tuple[list[list
             "use fewer groups",
         )
     edges = bin_edges(flat, num_groups, "quantile")
+    sizes = np.bincount(np.searchsorted(edges, flat, side="right"), minlength=num_groups)
+    if not sizes.all():
+        raise UserError(
+            f"num_groups = {num_groups}: too many scores are equal, so the groups would have "
+            f"{', '.join(str(size) for size in sizes)} tokens",
+            "use fewer groups",
+        )
     return [np.searchsorted(edges, row, side="right").tolist() for row in scores], edges

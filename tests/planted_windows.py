@@ -18,7 +18,7 @@ PLANTED = [
     (
         "growing windows: a gap in a user's windows is closed over the missing item",
         "data/test_growing_files.py::test_histories_are_unbroken_stretches_of_the_user_s_own_sequence",
-        (("data/growing.py", "_runs_of", "if not _continues(items, history):", "if not items:"),),
+        (("data/growing.py", "_runs_of", "if not _continues(items, history, longest):", "if not items:"),),
     ),
     (
         "growing windows: nobody compares their targets with the train windows",

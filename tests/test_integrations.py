@@ -10,6 +10,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from gdrt_ds.errors import UserError
 from gdrt_ds.integrations import GroupCollator, GroupDroLoss, bin_tokens, score_tokens
@@ -61,9 +62,58 @@ def test_group_losses_are_logged_and_the_model_is_left_as_it_was(report):
     assert {"group_loss_0", "group_loss_2", "group_weight_1"} <= set(run["logged"]) and run[
         "forward_hooks"
     ] == 0
-    state = run["state"]
-    again = GroupDroLoss.from_state(state)
-    assert again.state() == state and again.weights.tolist() == run["weights"]
+
+
+def trained(folder, resume=None, num_groups=scenario.G, **given):
+    """(parameters, the loss) of a Trainer of four steps that saves after the second."""
+    model, loss = scenario.make_model(), GroupDroLoss(num_groups, tau=0.5)
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        max_steps=4,
+        per_device_train_batch_size=6,
+        optim="sgd",
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        remove_unused_columns=False,
+        report_to=[],
+        save_steps=2,
+        disable_tqdm=True,
+        **given,
+    )
+    trainer = Trainer(
+        model,
+        args=settings,
+        train_dataset=scenario.Rows(),
+        data_collator=GroupCollator(scenario.collate),
+        compute_loss_func=loss,
+        callbacks=[loss],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return torch.cat([p.detach().reshape(-1) for _, p in sorted(model.named_parameters())]), loss
+
+
+@pytest.mark.parametrize("given", [{}, {"restore_callback_states_from_checkpoint": True}])
+def test_a_resumed_trainer_goes_on_with_the_averages_and_weights_of_its_checkpoint(tmp_path, given):
+    straight, loss = trained(tmp_path)
+    weights, state = loss.weights.tolist(), loss.state()
+    assert max(weights) - min(weights) > 0.1
+    resumed, loss = trained(tmp_path, str(tmp_path / "checkpoint-2"), **given)
+    assert torch.equal(resumed, straight) and loss.weights.tolist() == weights and loss.state() == state
+    with pytest.raises(UserError, match="num_groups = 4, and the checkpoint has 3 groups"):
+        trained(tmp_path, str(tmp_path / "checkpoint-2"), num_groups=4)
+
+
+def test_rows_that_lost_their_groups_are_told_why():
+    with pytest.raises(UserError, match="a row has no `groups`") as error:
+        GroupCollator(scenario.collate)([{"input_ids": [1, 2], "labels": [-100, 2]}])
+    assert "remove_unused_columns=False" in error.value.fix
+
+
+def test_equal_scores_that_would_leave_a_group_empty_are_refused():
+    scores = [np.array([0.0] * 6 + [-1.0, -2.0]), np.array([0.0] * 6 + [-3.0, -0.5])]
+    with pytest.raises(UserError, match="too many scores are equal"):
+        bin_tokens(scores, 4)
 
 
 @pytest.mark.distributed

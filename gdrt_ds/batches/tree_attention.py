@@ -19,7 +19,6 @@ Shapes: T tokens of a packed row, A query heads, K key heads, D head size.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -75,6 +74,7 @@ class TreeLayout:
         host: both on the CPU.
         block_masks: what FlexAttention made of the layout, by window (flex_rows.py); every layer of the
             forward and of its recomputation uses them.
+        chain_masks: what each chain sees in SDPA, by length, depth and window; likewise.
         varlen: the cumulative lengths of the samples on the device and the longest (varlen_rows.py), where
             flash-attn has asked for them.
     """
@@ -84,6 +84,9 @@ class TreeLayout:
     positions: Tensor
     host: tuple[Tensor, Tensor] = field(compare=False, repr=False)
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict, compare=False, repr=False)
+    chain_masks: dict[tuple[int, int, int | None], Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
     varlen: tuple[Tensor, int] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -122,8 +125,14 @@ class TreeLayout:
         """Returns end and positions on the CPU. Reading them from the device would wait for it."""
         return self.host
 
+    def chain_mask(self, chain: Chain, window: int | None) -> Tensor:
+        """`_chain_mask` on the device, made once: it grows with the square of a sample's length."""
+        key = (chain.length, chain.depth, window)
+        if key not in self.chain_masks:
+            self.chain_masks[key] = to_device(_chain_mask(*key), self.end.device)
+        return self.chain_masks[key]
 
-@functools.lru_cache(maxsize=1024)
+
 def _chain_mask(length: int, depth: int, window: int | None) -> Tensor:
     """Returns Bool[length, depth + length]: a chain's queries against the way to it and itself."""
     query = torch.arange(depth, depth + length)[:, None]
@@ -160,7 +169,7 @@ def _segments(
             values[number] = torch.cat([_start(values[chain.parent], chain.depth), values[number]], dim=2)
         mask = None
         if chain.depth or window is not None:
-            mask = to_device(_chain_mask(chain.length, chain.depth, window), query.device)
+            mask = layout.chain_mask(chain, window)
         outputs.append(
             F.scaled_dot_product_attention(
                 queries[number],

@@ -41,7 +41,9 @@ class Section(BaseModel):
     @classmethod
     def _home_is_a_folder(cls, value: Any) -> Any:
         """The shell leaves `~` alone behind `key=`, and nobody expands it in a file."""
-        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+        if isinstance(value, dict):  # data.mixture
+            return {_expanded(key): part for key, part in value.items()}
+        return _expanded(value)
 
     @field_validator("*")
     @classmethod
@@ -49,6 +51,10 @@ class Section(BaseModel):
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError(f"a whole number may be at most {LARGEST:,}")
         return value
+
+
+def _expanded(value: Any) -> Any:
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 @dataclass(frozen=True)

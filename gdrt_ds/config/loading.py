@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from gdrt_ds.config.explaining import fields_of, is_section, refuse
+from gdrt_ds.config.explaining import fields_of, refuse
 from gdrt_ds.config.sections import RunConfig
-from gdrt_ds.config.yaml_files import read_yaml
+from gdrt_ds.config.yaml_files import PlainLoader, read_yaml
 from gdrt_ds.errors import UserError
 from gdrt_ds.files import no_such_preset, preset_path
 
@@ -30,6 +30,19 @@ def _is_text(key: str) -> bool:
     return field is not None and field.annotation in (str, str | None)
 
 
+def _text(text: str) -> str | None:
+    """The value of a setting that is text: what stands there, without quotes around all of it.
+
+    YAML would cut it at ` #`, and read digits, dates, brackets and `on` as something else.
+    """
+    plain = text.strip()
+    if plain in ("", "~", "null", "Null", "NULL"):
+        return None
+    if len(plain) > 1 and plain[0] == plain[-1] and plain[0] in "'\"":
+        return str(yaml.safe_load(plain))
+    return text
+
+
 def _set_dotted(tree: dict[str, Any], override: str) -> None:
     key, sep, text = override.partition("=")
     if not sep or not key:
@@ -37,9 +50,7 @@ def _set_dotted(tree: dict[str, Any], override: str) -> None:
             f"override `{override}` is not of the form key.sub=value", "write for example dro.tau=0.5"
         )
     try:
-        value = yaml.safe_load(text) if text else None
-        if _is_text(key) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = text  # a revision of digits, for example
+        value = _text(text) if _is_text(key) else yaml.load(text, Loader=PlainLoader)
     except yaml.YAMLError as error:
         raise UserError(
             f"override `{override}`: the value is not valid YAML ({error})", "quote the value"
@@ -66,6 +77,17 @@ def _set_dotted(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
+def _with_empty_sections(tree: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """A section whose keys are all commented out is an empty one, at every level."""
+    found = dict(tree)
+    for name, field in model.model_fields.items():
+        section = field.annotation
+        if name in found and isinstance(section, type) and issubclass(section, BaseModel):
+            value = {} if found[name] is None else found[name]
+            found[name] = _with_empty_sections(value, section) if isinstance(value, dict) else value
+    return found
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML run config and applies overrides.
 
@@ -86,9 +108,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
                 f"--config {path}: expected a mapping of sections, found {type(tree).__name__}",
                 "see configs/smoke.yaml",
             )
-        # A section whose keys are all commented out is an empty one.
-        sections = [name for name, field in RunConfig.model_fields.items() if is_section(field)]
-        tree = {key: {} if value is None and key in sections else value for key, value in tree.items()}
+        tree = _with_empty_sections(tree, RunConfig)
     for override in overrides:
         _set_dotted(tree, override)
     try:

@@ -10,8 +10,17 @@ import yaml
 from gdrt_ds.errors import UserError
 
 
-class _OnceEach(yaml.SafeLoader):
-    """A safe loader that refuses a key that stands twice: YAML lets the last one win without a word."""
+class PlainLoader(yaml.SafeLoader):
+    """A safe loader that knows no dates: no setting is one, and a revision or a folder can look like one."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+class _OnceEach(PlainLoader):
+    """It refuses a key that stands twice: YAML lets the last one win without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}

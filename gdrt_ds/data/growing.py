@@ -15,7 +15,8 @@ epoch, so that no target always has the short history.
 
 Histories are only ever cut from what the data say that came before: consecutive windows of a user are
 stitched where the history of one continues the other. A window that continues nothing starts a run of
-its own.
+its own. A history that is shorter than the longest of the data begins at the user's first item, so it
+continues a run only if it is the whole run. Otherwise a short one could equal a run's end by chance.
 """
 
 from __future__ import annotations
@@ -181,6 +182,7 @@ def _runs_of(samples: Sequence[Sample]) -> tuple[Runs, np.ndarray, np.ndarray]:
     of_user: dict[str, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
         of_user[sample.user_id].append(index)
+    longest = max((len(sample.history) for sample in samples), default=0)
     for members in of_user.values():
         if all(samples[index].timestamp is not None for index in members):
             members.sort(key=lambda index: samples[index].timestamp)  # stable: ties keep their order
@@ -188,7 +190,7 @@ def _runs_of(samples: Sequence[Sample]) -> tuple[Runs, np.ndarray, np.ndarray]:
         first = 0
         for index in members:
             history = samples[index].history
-            if not _continues(items, history):
+            if not _continues(items, history, longest):
                 if items:
                     runs.append(Run(tuple(items), first))
                 items = list(history)
@@ -251,9 +253,15 @@ def _continues_by_chance(
     return bool(len(window))
 
 
-def _continues(items: list[str], history: tuple[str, ...]) -> bool:
-    """Whether a window stands right behind the items of a run: its history is their end."""
+def _continues(items: list[str], history: tuple[str, ...], longest: int) -> bool:
+    """Whether a window stands right behind the items of a run: its history is their end.
+
+    Args:
+        longest: items of a whole window; a shorter history begins at the user's first item.
+    """
     if not items or not history or len(history) > len(items):
+        return False
+    if len(history) < longest and len(history) < len(items):
         return False
     return items[len(items) - len(history) :] == list(history)
 

@@ -142,6 +142,12 @@ def fit_groups(
         frequent.sort(key=lambda pair: (-pair[1], pair[0]))
         names = [name for name, _ in frequent]
         _refuse_one_label(section, names)
+        if OTHER in names:
+            raise UserError(
+                f"groups.by = {section.by}: the data have a label {OTHER!r}, the name of the group of rare "
+                "labels",
+                "give that label another name",
+            )
         if len(names) > section.num:
             names = [*names[: section.num - 1], OTHER]
         plan.labels = names
@@ -156,11 +162,12 @@ def fit_groups(
 
 def _refuse_empty_bins(section: GroupsSection, num_tokens: int, values: np.ndarray | TokenFacts) -> NoReturn:
     name = NUMBERS[section.by]
+    uniform = "" if section.binning == "uniform" else "set groups.binning=uniform, "
     raise EmptyGroups(
         f"groups.num = {section.num} with groups.binning = {section.binning}: some groups would be empty, "
         f"because the {num_tokens} target tokens have only {distinct(values)} distinct values of {name}, or "
         "too many of them have the smallest",
-        "lower groups.num, set groups.binning=uniform, or choose another groups.by",
+        f"lower groups.num, {uniform}or choose another groups.by",
     )
 
 

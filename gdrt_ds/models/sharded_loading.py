@@ -73,14 +73,11 @@ def load_sharded(
             needs the whole tensor (NVMe, quantised communication).
         UserError: the weight files are unreadable or incomplete.
     """
-    if not get_quantization(section.quantization).loads_sharded:
-        raise CannotShard(f"model.quantization = {section.quantization} needs whole weights")
-    _check_engine(deepspeed_config)
-    files = WeightFiles(path)
-    model, quantizer = build_skeleton(path, config, section, dtype, attention, device)
-    sources = match_names(model, files)
-    if dtype in (torch.float16, torch.bfloat16) and model._get_dtype_plan(dtype):
-        raise CannotShard(f"{type(model).__name__} keeps some parameters in float32")
+    if not dist.is_initialized():
+        raise CannotShard("the process group is not started yet")
+    model, quantizer, files, sources = _matched(
+        path, config, section, dtype, attention, device, deepspeed_config
+    )
     from deepspeed.runtime.zero.partition_parameters import Init
 
     group = secondary_group(deepspeed_config)
@@ -97,10 +94,50 @@ def load_sharded(
     return model.eval()
 
 
+def sharding_obstacle(
+    path: Path, config, section: ModelSection, dtype: torch.dtype, deepspeed_config: dict
+) -> str:
+    """Why `load_sharded` would take the usual path; empty where it would not. It reads no weight.
+
+    Arguments: see `load_sharded`.
+
+    Raises:
+        UserError: the weight files are unreadable or incomplete.
+    """
+    try:
+        _matched(path, config, section, dtype, None, torch.device("cpu"), deepspeed_config)
+    except CannotShard as reason:
+        return str(reason)
+    return ""
+
+
+def _matched(
+    path: Path,
+    config,
+    section: ModelSection,
+    dtype: torch.dtype,
+    attention: str | None,
+    device: torch.device,
+    deepspeed_config: dict,
+):
+    """Returns skeleton, quantiser, weight files, and parameter -> its name in the files.
+
+    Raises:
+        CannotShard, UserError: see `load_sharded`.
+    """
+    if not get_quantization(section.quantization).loads_sharded:
+        raise CannotShard(f"model.quantization = {section.quantization} needs whole weights")
+    _check_engine(deepspeed_config)
+    files = WeightFiles(path)
+    model, quantizer = build_skeleton(path, config, section, dtype, attention, device)
+    sources = match_names(model, files)
+    if dtype in (torch.float16, torch.bfloat16) and model._get_dtype_plan(dtype):
+        raise CannotShard(f"{type(model).__name__} keeps some parameters in float32")
+    return model, quantizer, files, sources
+
+
 def _check_engine(deepspeed_config: dict) -> None:
     zero = deepspeed_config["zero_optimization"]
-    if not dist.is_initialized():
-        raise CannotShard("the process group is not started yet")
     if (zero.get("offload_param") or {}).get("device") == "nvme":
         raise CannotShard("parameters are offloaded to NVMe")
     if zero.get("zero_quantized_weights") or zero.get("zero_quantized_nontrainable_weights"):
@@ -124,7 +161,7 @@ def secondary_group(deepspeed_config: dict):
 
 
 def build_skeleton(
-    path: Path, config, section: ModelSection, dtype: torch.dtype, attention: str, device: torch.device
+    path: Path, config, section: ModelSection, dtype: torch.dtype, attention: str | None, device: torch.device
 ):
     """Returns a model whose parameters have no storage and whose buffers are real, and the quantiser.
 

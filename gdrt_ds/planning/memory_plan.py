@@ -28,6 +28,7 @@ added. It holds for allocators that reuse freed blocks (tcmalloc, jemalloc). gli
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from gdrt_ds.config import ModelSection, RunConfig, micro_batch_size
 from gdrt_ds.loss.group_loss import default_chunk_bytes
 from gdrt_ds.models.inventory import Inventory, take_inventory
 from gdrt_ds.models.quantization import get_quantization
+from gdrt_ds.models.sharded_loading import sharding_obstacle
 from gdrt_ds.models.source import compute_dtype, dtype_name
 from gdrt_ds.training.deepspeed_config import read_deepspeed_config, zero3_limits, zero_stage
 from gdrt_ds.training.memory_use import cpu_allocator, format_bytes
@@ -199,6 +201,7 @@ def estimate(
     targets: int | None = None,
     token_rows: int = 0,
     deepspeed_config: dict[str, Any] | None = None,
+    folder: Path | None = None,
 ) -> MemoryPlan:
     """Predicted peak per rank.
 
@@ -208,6 +211,8 @@ def estimate(
         tokens, targets: tokens and supervised tokens of the largest micro-batch; None = the longest
             allowed example, prompt.max_length tokens, 10 % of them targets, in every row.
         token_rows: tokens of `model.lora.trainable_tokens`.
+        folder: of the base, to see whether ranks can read slices of its files; None: that is taken for
+            granted.
     """
     on_gpu = device_memory_bytes is not None
     dtype = compute_dtype(config.model.dtype, torch.device("cuda" if on_gpu else "cpu"))
@@ -279,6 +284,8 @@ def estimate(
     plan = MemoryPlan(parts, host, device_memory_bytes, basis=basis, notes=notes)
     if stage == 3 and world > 1:
         plan.loading_reason = whole_loading_reason(config.model, model)
+        if folder is not None and not plan.loading_reason:
+            plan.loading_reason = sharding_obstacle(folder, model_config, config.model, dtype, raw)
     if plan.loading_reason:
         plan.loading_bytes = packed + state + model.plain * size
     if on_gpu and plan.peak_bytes > device_memory_bytes * DEVICE_RESERVE:

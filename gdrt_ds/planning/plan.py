@@ -236,6 +236,7 @@ def memory_of(
         targets=targets,
         token_rows=rows,
         deepspeed_config=filled,
+        folder=prepared.model_folder,
     )
 
 

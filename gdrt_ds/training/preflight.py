@@ -49,6 +49,12 @@ def check_settings(config: RunConfig) -> None:
             "is made for fixed histories",
             "set data.windows=sliding, or choose another objective",
         )
+    if config.prompt.history == "mask" and objective.history_free_pass:
+        raise UserError(
+            f"prompt.history = mask with objective = {config.objective}, whose second pass has no history: "
+            "the first one would have none either, so both are the same",
+            "leave prompt.history=keep, or choose another objective",
+        )
     for setting, package in BOARDS.items():
         if getattr(config.log, setting) and not _is_installed(package):
             raise UserError(

@@ -143,3 +143,35 @@ def test_a_folder_under_home_is_found_in_a_file_and_on_the_command_line(tmp_path
     given = load_config(None, ["run.dir=~/runs/x", "resume=~/runs/y/checkpoints/step_1"])
     assert given.run.dir == str(tmp_path / "runs" / "x")
     assert given.resume == str(tmp_path / "runs" / "y" / "checkpoints" / "step_1")
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("groups.column=topic #2", "topic #2"),
+        ("data.path=my data #1", "my data #1"),
+        ("data.revision=2024-05-01", "2024-05-01"),
+        ("run.dir=2024-13-45", "2024-13-45"),
+        (r"model.new_tokens=[a-z]_\d", r"[a-z]_\d"),
+        ("run.dir=on", "on"),
+        ("run.dir='a b'", "a b"),
+        ("groups.column=null", None),
+        ("groups.column=", None),
+    ],
+)
+def test_text_of_the_command_line_is_taken_as_it_stands(override, value):
+    section, key = override.partition("=")[0].split(".")
+    assert getattr(getattr(load_config(None, [override]), section), key) == value
+
+
+def test_what_looks_like_a_date_in_a_file_is_text_and_sections_in_sections_may_be_empty(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("data:\n  revision: 2024-05-01\nmodel:\n  lora:\n    # r: 4\n")
+    config = load_config(file)
+    assert config.data.revision == "2024-05-01" and config.model.lora.r == load_config(None).model.lora.r
+
+
+def test_folders_of_a_mixture_may_be_under_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = load_config(None, ["data.mixture={~/a: 1, b: 2}", "data.format=sft"]).data.mixture
+    assert found == {str(tmp_path / "a"): 1, "b": 2}

@@ -134,6 +134,21 @@ def test_a_missing_window_between_two_of_equal_length_is_a_gap_and_no_history_cl
     assert windows.history(1, 0) == ("c", "d", "e")
 
 
+def test_a_short_history_that_equals_a_run_s_end_by_chance_gets_no_later_item():
+    """A window file without times, out of order: u bought a a a b a c, and `a` alone is the first item."""
+    items = "aaabac"
+    windows = [Sample(n, "u", tuple(items[max(0, n - 4) : n]), items[n], None) for n in range(1, 6)]
+    shuffled = [windows[place] for place in (2, 0, 4, 1, 3)]
+    assert [sample.history for sample in shuffled][1] == ("a",)
+    found = stitch(shuffled, 10, 1, seed=0)
+    for index, sample in enumerate(shuffled):
+        history = found.history(index, 0)
+        assert history[-len(sample.history) :] == sample.history
+        assert "".join((*history, sample.target)) in items, "no item from later than the target"
+    in_order = stitch(windows, 10, 1, seed=0)
+    assert [run.items for run in in_order.runs] == [tuple(items)]
+
+
 def test_items_of_the_other_splits_are_in_no_history_that_reaches_beyond_the_windows(folder):
     corpus = load_corpus(DataSection(path=str(folder)))
     train = corpus.split("train")

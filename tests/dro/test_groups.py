@@ -146,6 +146,15 @@ def test_a_label_that_train_lacks_is_in_no_group_unless_there_is_one_for_others(
     assert (whole(apply_groups(plan, section, data, None, "valid"))[:first] == 1).all()
 
 
+def test_a_label_with_the_name_of_the_group_for_others_is_refused(world):
+    corpus, catalogue, samples, store, relevance = world
+    odd = [replace(samples[0], labels={"kind": "(other)"}), *samples[1:]]
+    splits = {"train": odd}
+    corpus = SimpleNamespace(splits=splits, split=splits.get, users=corpus.users)
+    with pytest.raises(UserError, match=r"have a label '\(other\)'"):
+        fit((corpus, catalogue, odd, store, relevance), num=3, by="column", column="kind")
+
+
 def test_two_quantile_groups_of_which_one_would_have_all_tokens_are_refused(world):
     """The one edge is the smallest value, and nothing lies below it: that would be SFT without a word."""
     corpus, catalogue, samples, store, relevance = world

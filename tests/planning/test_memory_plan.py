@@ -5,6 +5,7 @@ fit.
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from gdrt_ds.config import RunConfig
 from gdrt_ds.models.inventory import take_inventory
@@ -206,6 +207,22 @@ def test_a_model_whose_stored_tensors_are_merged_is_whole_on_every_rank_while_it
     assert not estimate(config(dtype="bfloat16"), llama, 8, 40 << 30).loading_bytes
     whole = RunConfig(model={"dtype": "bfloat16", "loading": "stock"})
     assert "model.loading = stock" in "\n".join(estimate(whole, llama, 8, 40 << 30).lines())
+
+
+def test_weights_that_ranks_cannot_read_in_slices_are_found_in_the_files(tmp_path):
+    """Some trainers store a tied head beside the embedding: then every rank loads the whole model."""
+    llama = transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(llama)
+    model.save_pretrained(tmp_path)
+    settings = config(dtype="bfloat16")
+    good = estimate(settings, llama, 8, 40 << 30, folder=tmp_path)
+    assert not good.loading_reason and not good.loading_bytes
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    found = estimate(settings, llama, 8, 40 << 30, folder=tmp_path)
+    assert "tied but both stored" in found.loading_reason and found.loading_bytes > good.parts["base weights"]
+    assert not estimate(settings, llama, 1, 40 << 30, folder=tmp_path).loading_reason
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

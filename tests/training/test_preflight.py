@@ -198,3 +198,9 @@ def test_a_training_prints_the_settings_that_were_changed_and_a_plan_prints_all(
     assert load_config(None, changed) == config
     print_plan(config, 1, full=True)
     assert "tau: 1.0" in capsys.readouterr().out
+
+
+def test_a_second_pass_without_history_beside_a_first_one_without_is_refused(tmp_path):
+    config = load_config(None, [PLANTED, f"run.dir={tmp_path}", "objective=cft", "prompt.history=mask"])
+    with pytest.raises(UserError, match="so both are the same"):
+        check_settings(config)
