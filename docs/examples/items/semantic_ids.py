@@ -24,9 +24,13 @@ LEVELS = "abc"
 DIMENSIONS = 16
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path, *columns: str) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
+        rows = list(csv.DictReader(stream))
+    missing = [name for name in columns if not rows or name not in rows[0]]
+    if missing:
+        raise SystemExit(f"{path} has no column {missing[0]}: rename it to that")
+    return rows
 
 
 def points(events: list[dict[str, str]], items: list[str]) -> np.ndarray:
@@ -58,8 +62,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--codes", type=int, default=16, help="centres of each level")
     options = parser.parse_args()
-    items = read(options.data / "items.csv")
-    events = read(options.data / "interactions.csv")
+    items = read(options.data / "items.csv", "item_id")
+    events = read(options.data / "interactions.csv", "user_id", "item_id")
     texts = semantic_ids(points(events, [item["item_id"] for item in items]), options.codes)
     options.output.mkdir(parents=True, exist_ok=True)
     shutil.copy(options.data / "interactions.csv", options.output)
