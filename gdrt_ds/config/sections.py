@@ -193,8 +193,9 @@ class PromptSection(Section):
     history: Literal["keep", "mask", "shuffle"] = Field(
         "keep",
         description="Training only. `mask` leaves the history out (it trains a reference for "
-        "`groups.reference=auxiliary_sft`); `shuffle` takes another user's history (a control). With rows, "
-        "`mask` takes the auxiliary_prompt and `shuffle` another row's prompt.",
+        "`groups.reference=auxiliary_sft`); `shuffle` takes the history of a window drawn at random, seldom "
+        "the user's own (a control). With rows, `mask` takes the auxiliary_prompt and `shuffle` another "
+        "row's prompt.",
     )
 
 

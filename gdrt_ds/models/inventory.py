@@ -33,7 +33,9 @@ class Inventory:
         linear: elements of the linear layers other than lm_head, quantised or not.
         largest: elements of the largest of them.
         layers, hidden, intermediate, query, key_value, vocabulary: sizes.
-        lora_inputs: summed input sizes of the adapted modules of one layer.
+        lora_inputs, lora_outputs: summed input and output sizes of the adapted modules of one layer.
+        heads: of queries.
+        capped: whether attention scores are capped (Gemma 2).
         experts: elements of fused experts, which are counted in `plain`: a 4-bit base holds them at full
             size.
         converted: transformers merges or splits the stored tensors while it loads, so ranks cannot read
@@ -53,6 +55,9 @@ class Inventory:
     key_value: int
     vocabulary: int
     lora_inputs: int
+    lora_outputs: int = 0
+    heads: int = 0
+    capped: bool = False
     experts: int = 0
     converted: bool = False
     untied: bool = False
@@ -116,6 +121,9 @@ def take_inventory(section: ModelSection, model_config) -> Inventory:
         key_value=key_value,
         vocabulary=int(text.vocab_size),
         lora_inputs=sum(i for n, (i, _) in shapes.items() if n != head) // layers,
+        lora_outputs=sum(o for n, (_, o) in shapes.items() if n != head) // layers,
+        heads=_size(text, "num_attention_heads"),
+        capped=bool(getattr(text, "attn_logit_softcapping", None)),
         experts=sum(fused_experts(model).values()),
         converted=bool(weight_converters(model)),
         untied=_is_untied(model),

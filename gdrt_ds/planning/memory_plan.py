@@ -35,7 +35,10 @@ import torch
 
 from gdrt_ds.batches.flex_rows import block_mask_bytes
 from gdrt_ds.config import ModelSection, RunConfig, micro_batch_size
+from gdrt_ds.errors import UserError
 from gdrt_ds.loss.group_loss import default_chunk_bytes
+from gdrt_ds.models.attention import choose_attention
+from gdrt_ds.models.families import model_class
 from gdrt_ds.models.inventory import Inventory, take_inventory
 from gdrt_ds.models.quantization import get_quantization
 from gdrt_ds.models.sharded_loading import sharding_obstacle
@@ -115,19 +118,53 @@ class MemoryPlan:
         return out + self.notes + [f"to make it fit: {line}" for line in self.advice]
 
 
-def activation_bytes_per_token(model: Inventory, size: int, lora_dropout: float) -> int:
+def is_eager(config: RunConfig, model_config, on_gpu: bool, dtype: torch.dtype) -> bool:
+    """Whether the attention will be transformers' own, which keeps every score: Gemma 2 and gpt-oss."""
+    device = torch.device("cuda" if on_gpu else "cpu")
+    asked = config.model.attention
+    try:
+        chosen, _ = choose_attention(asked, device, dtype, model_class(model_config))
+    except UserError:  # the run will say what is wrong
+        chosen = asked
+    return chosen == "eager"
+
+
+def eager_bytes(model: Inventory, rows: int, tokens: int, size: int) -> int:
+    """What eager attention keeps of one layer: its probabilities in float32, their copy in 16 bits, the cap.
+
+    Measured with saved_tensors_hooks: 4 bytes per score in float32, 6 in bfloat16, 8 with a cap in both.
+    """
+    per_score = 4 + (size if size < 4 else 0) + (size if model.capped else 0)
+    return rows * model.heads * (tokens // max(1, rows)) ** 2 * per_score
+
+
+def activation_bytes_per_token(model: Inventory, size: int, lora_dropout: float, dora: bool = False) -> int:
     """What autograd keeps of one layer for one token.
 
     Two norms keep input and normalised value in float32 (4 * H * 4); attention keeps query, key, value and
     output; the gated MLP keeps gate, silu(gate) and up; each adapted module keeps its (dropped-out) input,
-    a byte mask and r values.
+    a byte mask and r values. DoRA scales the sum of both products of an adapted module, and keeps both.
     Frozen 4-bit products keep no activations.
     """
     norms = 4 * model.hidden * 4
     attention = (2 * model.query + 2 * model.key_value) * size
     mlp = 3 * model.intermediate * size
     adapter = model.lora_inputs * (size + (1 if lora_dropout else 0)) if lora_dropout else 0
-    return norms + attention + mlp + adapter
+    products = 2 * model.lora_outputs * size if dora else 0
+    return norms + attention + mlp + adapter + products
+
+
+def activation_bytes(config: RunConfig, model: Inventory, tokens: int, size: int, scores: int) -> int:
+    """What autograd keeps of all layers, or of one and the inputs of the others where they are recomputed.
+
+    Args:
+        scores: bytes of attention scores that one layer keeps.
+    """
+    section = config.model
+    layer = tokens * activation_bytes_per_token(model, size, section.lora.dropout, section.lora.dora) + scores
+    if section.gradient_checkpointing:
+        return tokens * model.layers * model.hidden * size + layer
+    return model.layers * layer
 
 
 def gathered_bytes(config: RunConfig, model: Inventory, zero: dict[str, Any], packed: int, size: int) -> int:
@@ -244,11 +281,8 @@ def estimate(
     if stage == 3 and replicas > 1:
         secondary = (packed + model.plain * size) // replicas
     gradients = trained * size // (world if stage >= 2 else 1) + trained * size
-    per_token = activation_bytes_per_token(model, size, config.model.lora.dropout)
-    if config.model.gradient_checkpointing:
-        activations = tokens * (model.layers * model.hidden * size + per_token)
-    else:
-        activations = tokens * model.layers * per_token
+    scores = eager_bytes(model, rows, tokens, size) if is_eager(config, model_config, on_gpu, dtype) else 0
+    activations = activation_bytes(config, model, tokens, size, scores)
     budget = default_chunk_bytes("cuda" if on_gpu else "cpu", model.vocabulary, size)
     chunk = min(budget, targets * model.vocabulary * 4)
     transient = max(2 * model.largest * size, tokens * mlp_bytes_per_token(config, model, size))

@@ -5,6 +5,7 @@ fit.
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from gdrt_ds.config import RunConfig
@@ -276,3 +277,47 @@ def test_gloo_fills_a_second_buffer_while_it_gathers_the_largest_matrix():
     assert found[2, None]["copy while gathering"] == 128256 * 4096 * 2
     for without in ((1, None), (1, 80 << 30), (2, 80 << 30)):
         assert "copy while gathering" not in found[without]
+
+
+def kept_for_backward(model_config, attention: str, **lora) -> int:
+    """Bytes that autograd keeps of the layers of one forward, ROWS rows of LENGTH tokens."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(model_config, attn_implementation=attention)
+    model.requires_grad_(False)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **lora)).train()
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model.model.model(input_ids=torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 300)
+    return sum(size for size, _ in kept.values())
+
+
+ROWS, LENGTH = 4, 256
+
+
+@pytest.mark.parametrize(
+    "kind, attention, lora",
+    [("LlamaConfig", "sdpa", {}), ("Gemma2Config", "eager", {}), ("LlamaConfig", "sdpa", {"use_dora": True})],
+    ids=["sdpa", "eager with a cap", "dora"],
+)
+def test_activations_are_those_that_autograd_keeps(kind, attention, lora):
+    model_config = getattr(transformers, kind)(**SMALL)
+    measured = kept_for_backward(model_config, attention, **lora)
+    settings = RunConfig(
+        model={
+            "dtype": "float32",
+            "quantization": "none",
+            "lora": {"r": 4, "targets": "all-linear", "dropout": 0, "dora": bool(lora)},
+        },
+        train={"global_batch": ROWS, "micro_batch": ROWS, "packing": "none"},
+        prompt={"max_length": LENGTH},
+    )
+    planned = estimate(settings, model_config, 1, None).parts["activations"]
+    assert 0.7 < planned / measured < 1.5, (planned, measured)
