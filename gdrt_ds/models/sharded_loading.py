@@ -73,11 +73,11 @@ def load_sharded(
             needs the whole tensor (NVMe, quantised communication).
         UserError: the weight files are unreadable or incomplete.
     """
-    if not dist.is_initialized():
-        raise CannotShard("the process group is not started yet")
     model, quantizer, files, sources = _matched(
         path, config, section, dtype, attention, device, deepspeed_config
     )
+    if not dist.is_initialized():
+        raise CannotShard("the process group is not started yet")
     from deepspeed.runtime.zero.partition_parameters import Init
 
     group = secondary_group(deepspeed_config)
