@@ -274,10 +274,10 @@ class GroupDroLoss(TrainerCallback):
         """What trainer_state.json keeps."""
         tensors = {k: v.tolist() for k, v in self.memory.state_dict().items()}
         return {
-            "args": self.settings,
-            "attributes": {
-                "saved": {**tensors, "share": self.share.tolist(), "weights": self.weights.tolist()}
-            },
+            "settings": self.settings,
+            **tensors,
+            "share": self.share.tolist(),
+            "weights": self.weights.tolist(),
         }
 
     def _restore(self, state: dict) -> None:
@@ -286,19 +286,18 @@ class GroupDroLoss(TrainerCallback):
         Raises:
             UserError: it is of another number of groups.
         """
-        before = state["args"]["num_groups"]
+        before = state["settings"]["num_groups"]
         if before != self.num_groups:
             raise UserError(
                 f"GroupDroLoss: num_groups = {self.num_groups}, and the checkpoint has {before} groups",
                 "take as many groups, or start without resume_from_checkpoint",
             )
-        values = state["attributes"]["saved"]
 
         def tensor(name):
-            return torch.tensor(values[name], dtype=torch.float64)
+            return torch.tensor(state[name], dtype=torch.float64)
 
         self.memory.load_state_dict(
-            {**{n: tensor(n) for n in ("ema", "ema_weight", "q")}, "steps": torch.tensor(values["steps"])}
+            {**{n: tensor(n) for n in ("ema", "ema_weight", "q")}, "steps": torch.tensor(state["steps"])}
         )
         self.share, self.weights = tensor("share"), tensor("weights")
 

@@ -4,6 +4,8 @@ and gradients.
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -215,3 +217,16 @@ def test_a_padding_token_sees_only_itself():
         [False] * 3 + [True, False],
         [False] * 4 + [True],
     ]
+
+
+def test_masks_live_as_long_as_their_layout_and_its_layers_share_them():
+    """They grow with the square of a sample's length, and lengths differ from batch to batch."""
+    rows = TreeLayout.build([3, 5], head=2)
+    query = torch.randn(1, 2, 10, 4)
+    first = _segments(query, query, query, rows, None, 0.0, None)
+    masks = [weakref.ref(mask) for mask in rows.chain_masks.values()]
+    assert len(masks) == 2
+    assert torch.equal(_segments(query, query, query, rows, None, 0.0, None), first)
+    assert [id(mask) for mask in rows.chain_masks.values()] == [id(mask()) for mask in masks]
+    del rows
+    assert [mask() for mask in masks] == [None, None]
