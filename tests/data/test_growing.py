@@ -138,7 +138,7 @@ def test_a_short_history_that_equals_a_run_s_end_by_chance_gets_no_later_item():
     """A window file without times, out of order: u bought a a a b a c, and `a` alone is the first item."""
     items = "aaabac"
     windows = [Sample(n, "u", tuple(items[max(0, n - 4) : n]), items[n], None) for n in range(1, 6)]
-    shuffled = [windows[place] for place in (2, 0, 4, 1, 3)]
+    shuffled = [windows[place] for place in (3, 0, 4, 1, 2)]
     assert [sample.history for sample in shuffled][1] == ("a",)
     found = stitch(shuffled, 10, 1, seed=0)
     for index, sample in enumerate(shuffled):

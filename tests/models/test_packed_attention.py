@@ -113,7 +113,11 @@ def test_tree_sdpa_calls_sdpa_per_sample_where_others_take_flex_attention(monkey
 
 
 def test_a_plan_for_a_gpu_that_is_elsewhere_does_not_ask_for_it(installed, monkeypatch):
+    def no_driver(device=None):
+        raise RuntimeError("Found no NVIDIA driver on your system")
+
     installed("flash_attn_interface")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", no_driver)
     found, line = choose_attention("auto", torch.device("cuda"), torch.bfloat16)
     assert found == "sdpa", line
