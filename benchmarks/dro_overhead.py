@@ -37,6 +37,7 @@ from gdrt_ds.runtime import Runtime, quiet_libraries
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
 from gdrt_ds.training.model_with_loss import FusedLossModel
 from gdrt_ds.training.step import StepRunner, TrainTokens
+from gdrt_ds.training.zero3_units import adapted_layers_as_units
 
 HIDDEN, LAYERS, VOCABULARY, SAMPLES, TOKENS, TARGET, GLOBAL_BATCH, GROUPS = 256, 4, 16_384, 64, 96, 12, 8, 8
 ROWS = [
@@ -98,12 +99,13 @@ def make_runners(folder: Path, estimate: str, accumulation: int) -> tuple[StepRu
     )
     module = FusedLossModel(loaded.model)
     trainable = [p for p in module.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        model_parameters=trainable,
-        optimizer=torch.optim.SGD(trainable, lr=0.0),
-        config=settings,
-    )
+    with adapted_layers_as_units(loaded.model, 3):
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=trainable,
+            optimizer=torch.optim.SGD(trainable, lr=0.0),
+            config=settings,
+        )
     engine.train()
     groups = np.random.default_rng(1).integers(0, GROUPS, int(store.target_offsets[-1])).astype(np.int16)
     tokens = TrainTokens(store, groups, GROUPS)

@@ -115,6 +115,7 @@ class Bench:
         from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
         from gdrt_ds.training.model_with_loss import FusedLossModel
         from gdrt_ds.training.step import StepRunner, TrainTokens
+        from gdrt_ds.training.zero3_units import adapted_layers_as_units
 
         loaded = self.load(ATTENTION_NAME if packing != "none" else None)
         module, plan = FusedLossModel(loaded.model), self.plan(packing)
@@ -123,12 +124,13 @@ class Bench:
             read_deepspeed_config("ds_configs/zero3_qlora.json"), self.config, plan, loaded.dtype, hidden
         )
         trainable = [p for p in module.parameters() if p.requires_grad]
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            config=filled,
-            model_parameters=trainable,
-            optimizer=torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0),
-        )
+        with adapted_layers_as_units(loaded.model, 3):
+            engine, *_ = deepspeed.initialize(
+                model=module,
+                config=filled,
+                model_parameters=trainable,
+                optimizer=torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0),
+            )
         engine.train()
         num_groups = 1 if objective == "sft" else 8
         groups = (np.arange(int(self.store.target_offsets[-1])) % num_groups).astype(np.int16)

@@ -9,6 +9,7 @@ Its stages, in their order:
     unused.py            settings that were given and that nothing reads
     deepspeed_config.py  the DeepSpeed JSON, every "auto" filled
     loading.py           the model under its engine
+    zero3_units.py       what ZeRO-3 gathers at once
     leak_check.py        whether the samples of a packed row see each other
     grouping.py          the group of every target token
     step_inputs.py       the train split as a step needs it

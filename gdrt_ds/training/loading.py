@@ -32,6 +32,7 @@ from gdrt_ds.training.memory_use import PeakMemory
 from gdrt_ds.training.model_with_loss import FusedLossModel
 from gdrt_ds.training.optimizer import make_optimizer
 from gdrt_ds.training.preparation import Prepared, packing_of, plan_batches, total_steps
+from gdrt_ds.training.zero3_units import adapted_layers_as_units
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,14 @@ def load(job: Job, prepared: Prepared) -> Loaded:
     if "optimizer" not in deepspeed_config:
         optimizer = make_optimizer(trainable, config.train, deepspeed_config, runtime.device)
     import_muon()
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        model_parameters=trainable,
-        config=deepspeed_config,
-        optimizer=optimizer,
-        dist_init_required=False,
-    )
+    with adapted_layers_as_units(base.model, zero_stage(deepspeed_config)):
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=trainable,
+            config=deepspeed_config,
+            optimizer=optimizer,
+            dist_init_required=False,
+        )
     engine.train()
     vocabulary, pad_id = prepared.model_config.get_text_config().vocab_size, prepared.tokenizer.pad_token_id
     if line := check_head(engine, packing, vocabulary, pad_id, dtype, runtime.device):

@@ -13,6 +13,7 @@ import torch
 from gdrt_ds.config import ModelSection
 from gdrt_ds.models.built_in import make_tiny_model
 from gdrt_ds.models.load import LoadedModel, load_model
+from gdrt_ds.training.zero3_units import adapted_layers_as_units
 
 TEXTS = [
     "The Matrix (1999)",
@@ -71,12 +72,13 @@ def start(loaded: LoadedModel, stage: int, world: int, dtype: str = "float32"):
     parameters = [p for p in loaded.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1.0 + step))
-    engine, *_ = deepspeed.initialize(
-        model=loaded.model,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        config=deepspeed_config(stage, world, dtype),
-    )
+    with adapted_layers_as_units(loaded.model, stage):
+        engine, *_ = deepspeed.initialize(
+            model=loaded.model,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(stage, world, dtype),
+        )
     return engine
 
 

@@ -32,6 +32,7 @@ from gdrt_ds.training import checkpoint, lives
 from gdrt_ds.training.deepspeed_config import fill_deepspeed_config, read_deepspeed_config
 from gdrt_ds.training.model_with_loss import FusedLossModel
 from gdrt_ds.training.step import StepRunner, TrainTokens
+from gdrt_ds.training.zero3_units import adapted_layers_as_units
 from tests.data.sft_files import text_rows
 from tests.distributed.growing_cells import growing_store, tears_a_block
 
@@ -349,13 +350,14 @@ def start_runner(
     set_adapter(loaded)
     module = FusedLossModel(loaded.model)
     trainable = [p for p in module.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        model_parameters=trainable,
-        optimizer=optimizer(trainable, lr=LR),
-        config=settings,
-        dist_init_required=False,
-    )
+    with adapted_layers_as_units(loaded.model, cell.stage):
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=trainable,
+            optimizer=optimizer(trainable, lr=LR),
+            config=settings,
+            dist_init_required=False,
+        )
     engine.train()
     return StepRunner(
         engine,

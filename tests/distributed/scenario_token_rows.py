@@ -14,6 +14,7 @@ import torch
 
 from gdrt_ds.training.adapter import save_adapter
 from gdrt_ds.training.model_with_loss import FusedLossModel
+from gdrt_ds.training.zero3_units import adapted_layers_as_units
 from tests.distributed import engines
 from tests.distributed.ranks import run_ranks
 from tests.models.test_token_rows import NEW, fused_loss, make_folder
@@ -33,12 +34,13 @@ def train(rank, world, path, stage, output):
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     setup = engines.deepspeed_config(stage, world)
     setup["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=torch.optim.AdamW(trainable, lr=1e-2),
-        config=setup,
-        model_parameters=trainable,
-    )
+    with adapted_layers_as_units(loaded.model, stage):
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=torch.optim.AdamW(trainable, lr=1e-2),
+            config=setup,
+            model_parameters=trainable,
+        )
     added = AutoTokenizer.from_pretrained(path).convert_tokens_to_ids(NEW)
     ids = torch.tensor([[5 + rank, added[0], 9, added[2], 11 + rank, added[1], 4]])
     losses = []
