@@ -9,8 +9,8 @@ modules one after the other, so what is held at once hardly changes, and no valu
 DeepSpeed's units were made for mixtures of experts, where an expert may get no token. So it waits for the
 gradient of the unit's input, and puts zeros where a weight has no gradient by then. Nothing asks for the
 gradient of the input of the first layer, so there it comes too early: the zeros have the size of a freed
-weight, and the backward ends with an error. So the gradients of an adapted layer are reduced as without units,
-each when it is there.
+weight, and the backward ends with an error. So the gradients of an adapted layer are reduced as without
+units, each when it is there.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SUITE = {
     "group_loss.py": (["--no-slow", "--repeats", "5"], 120),
     "dro_overhead.py": (["--quick"], 60),
+    "zero3_overhead.py": (["--quick"], 60),
     "train_step.py": (["--quick"], 90),
     "scoring.py": (["--quick"], 90),
 }
