@@ -20,6 +20,7 @@ from tests.distributed.stopped_runs import figures, train_here
 from tests.models.family_models import make_family
 
 STEPS = 14
+LEAKY_STEPS = 9
 STOP_AFTER = 5
 GLOBAL_BATCH = 24
 
@@ -78,6 +79,7 @@ def main(output, folder):
     ]
     # The convolutions of LFM2 carry tokens into the next sample of a row. The model has 1024 positions.
     leaky = [f"model.path={make_family('lfm2', folder)}", "model.quantization=none", "prompt.max_length=900"]
+    leaky.append(f"train.max_steps={LEAKY_STEPS}")
     report["leaky_status"] = [
         # Resumed without any forward before its first step, which is why pass_once exists (leak_check.py).
         run_ranks(2, train, data, folder / "leaky_padded", True, *leaky, "train.packing=none"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.scenario_growing import GLOBAL_BATCH, STEPS, STOP_AFTER
+from tests.distributed.scenario_growing import GLOBAL_BATCH, LEAKY_STEPS, STEPS, STOP_AFTER
 from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
@@ -37,5 +37,5 @@ def test_where_the_probe_turns_a_tree_down_the_run_is_bitwise_the_one_that_pads_
     """Also stopped and resumed. Samples split in the order of a tree would be summed in another order."""
     assert report["leaky_status"] == [[75, 75], [0, 0], [75, 75], [0, 0]]
     assert report["leaky_packing"] == "none"
-    assert [record[0] for record in report["leaky"]] == list(range(1, STEPS + 1))
+    assert [record[0] for record in report["leaky"]] == list(range(1, LEAKY_STEPS + 1))
     assert report["leaky"] == report["leaky_padded"]

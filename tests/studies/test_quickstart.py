@@ -40,12 +40,12 @@ def test_the_ending_names_the_pages_of_the_parts_that_ran(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_part_trains_evaluates_and_compares(tmp_path):
-    """The learning part on one rank, 20 steps instead of two passes: the same commands on the real engine."""
+    """The learning part on one rank, 6 steps instead of two passes: the same commands on the real engine."""
     short = """
 import sys
 from gdrt_ds import quickstart
 from gdrt_ds.studies import quickstart_runs as runs
-runs.LEARNT_SETTINGS += ("train.max_steps=20", "data.limit_test=20", "data.limit_valid=20")
+runs.LEARNT_SETTINGS += ("train.max_steps=6", "data.limit_test=20", "data.limit_valid=20")
 runs.LEARNT_AUDIT = ("--audit", "sensitivity", "--audit-users", "10")
 raise SystemExit(quickstart.main(["--parts", "learnt", "--dir", sys.argv[1]]))
 """
