@@ -47,7 +47,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def decoder(model: nn.Module) -> nn.Module:
-    """Returns the backbone.
+    """Returns the backbone; of a multimodal model its text layers alone, which is all that text passes.
 
     Called with input_ids it gives `last_hidden_state` [B, T, H], after the final norm.
 
@@ -55,7 +55,8 @@ def decoder(model: nn.Module) -> nn.Module:
         UserError: the backbone is not found.
     """
     base = unwrap(model)
-    backbone = base.base_model
+    multimodal = base.config.get_text_config() is not base.config
+    backbone = None if multimodal else base.base_model
     if backbone is base or backbone is None:
         backbone = base.get_decoder()
     if backbone is base or backbone is None:
@@ -171,7 +172,7 @@ def fused_experts(model: nn.Module) -> dict[str, int]:
     too, and is small.
     """
     found: dict[str, int] = {}
-    for module in model.modules():
+    for module in decoder(model).modules():
         if isinstance(module, nn.modules.conv._ConvNd):
             continue
         for parameter in module.parameters(recurse=False):

@@ -21,8 +21,8 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.models.families import decoder, lm_head, lm_head_scaling, unwrap
 
 COMPARED = frozenset(
-    "llama mistral qwen3 qwen3_moe gemma2 gemma3_text phi phi3 gpt2 granite cohere gpt_oss qwen3_next "
-    "qwen3_5_text lfm2 falcon_h1".split()
+    "llama mistral qwen3 qwen3_moe gemma2 gemma3_text gemma3 phi phi3 gpt2 granite cohere gpt_oss "
+    "qwen3_next qwen3_5_text lfm2 falcon_h1".split()
 )
 """`model_type` of the families of tests/models/family_models.py."""
 PROBE_TOKENS = 12

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from gdrt_ds.models.families import decoder, lm_head
+
 POSITION_WISE = (
     nn.Linear,  # and bitsandbytes' 4-bit layers, which derive from it
     nn.Embedding,
@@ -99,10 +101,10 @@ class LayerTypes:
 
 
 def layer_types(model: nn.Module) -> LayerTypes:
-    """Sorts the modules of a causal LM, with storage or without."""
+    """Sorts the modules of a causal LM that text passes, with storage or without."""
     attention = {}
     unlisted = set()
-    for module in model.modules():
+    for module in (*decoder(model).modules(), *lm_head(model).modules()):
         if is_position_wise(module):
             continue
         keywords = interface_keywords(type(module))

@@ -82,6 +82,26 @@ FAMILIES = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "gemma3_images": Family(
+        "Gemma 3 that also reads images",
+        "Gemma3Config",
+        {
+            "text_config": {
+                "head_dim": 8,
+                "sliding_window": WINDOW,
+                "query_pre_attn_scalar": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+        },
+    ),
     "phi": Family("Phi", "PhiConfig"),
     "phi3": Family("Phi-3", "Phi3Config", {"sliding_window": WINDOW}),
     "gpt2": Family("GPT-2", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024}),
@@ -156,7 +176,12 @@ def family_config(name: str, vocabulary: int):
     sizes = SIZES
     if name == "gpt2":
         sizes = {key: value for key, value in SIZES.items() if key.endswith("_token_id")}
-    config = getattr(transformers, family.config)(**{**sizes, "vocab_size": vocabulary, **family.changes})
+    sizes = {**sizes, "vocab_size": vocabulary}
+    changes = {**family.changes}
+    if text := changes.pop("text_config", None):
+        special = {key: value for key, value in sizes.items() if key.endswith("_token_id")}
+        changes["text_config"], sizes = {**sizes, **text}, special
+    config = getattr(transformers, family.config)(**{**sizes, **changes})
     for attribute in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"):
         if hasattr(config, attribute):
             setattr(config, attribute, 0.0)

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from gdrt_ds.config import ModelSection
 from gdrt_ds.errors import UserError
 from gdrt_ds.models.built_in import make_tiny_model
-from gdrt_ds.models.families import towers
+from gdrt_ds.models.families import fused_experts, towers
 from gdrt_ds.models.inventory import take_inventory
 from gdrt_ds.models.load import check_vocabulary, load_model
 from gdrt_ds.models.new_tokens import with_new_tokens
@@ -53,6 +53,7 @@ def test_the_adapter_of_a_model_that_sees_images_is_on_its_text_layers(tmp_path,
     adapted = [name for name, weight in loaded.model.named_parameters() if weight.requires_grad]
     assert adapted and all(".language_model.layers." in name for name in adapted)
     assert "not on model.vision_tower (text never passes it)" in " ".join(loaded.lines)
+    assert fused_experts(loaded.model) == {}, "the head of the image tower has a tensor of three dimensions"
     plan = take_inventory(ModelSection(lora={"r": 4, "targets": targets}), config)
     assert plan.lora == sum(w.numel() for w in loaded.model.parameters() if w.requires_grad)
     loaded.model(input_ids=torch.arange(3, 15)[None]).logits.sum().backward()
