@@ -12,6 +12,9 @@ Shapes: N compared positions, T tokens of the probe, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -21,8 +24,8 @@ from gdrt_ds.errors import UserError
 from gdrt_ds.models.families import decoder, lm_head, lm_head_scaling, unwrap
 
 COMPARED = frozenset(
-    "llama mistral qwen3 qwen3_moe gemma2 gemma3_text gemma3 phi phi3 gpt2 granite cohere gpt_oss "
-    "qwen3_next qwen3_5_text lfm2 falcon_h1".split()
+    "llama mistral qwen3 qwen3_moe gemma2 gemma3_text gemma3 gemma4 phi phi3 gpt2 granite cohere "
+    "gpt_oss qwen3_next qwen3_5_text lfm2 falcon_h1".split()
 )
 """`model_type` of the families of tests/models/family_models.py."""
 PROBE_TOKENS = 12
@@ -56,7 +59,8 @@ def confirm_head(model: nn.Module, inputs: dict[str, Tensor], places: Tensor, dt
         return ""
     training = model.training
     model.eval()
-    own = model(**inputs, use_cache=False).logits
+    with _with_embedding(unwrap(model)):
+        own = model(**inputs, use_cache=False).logits
     own = own.reshape(-1, own.shape[-1])[places].double().log_softmax(-1)
     states = decoder(model)(**inputs, use_cache=False).last_hidden_state
     logits = lm_head(model)(states.reshape(-1, states.shape[-1])[places]).double()
@@ -77,3 +81,22 @@ def confirm_head(model: nn.Module, inputs: dict[str, Tensor], places: Tensor, dt
             f"use another model; those that a test compares are {', '.join(sorted(COMPARED))}",
         )
     return f"head: the model's own log-probabilities, within {difference:.1e} nats on a probe"
+
+
+@contextlib.contextmanager
+def _with_embedding(base: nn.Module) -> Iterator[None]:
+    """Inside, ZeRO-3 gathers the input embedding for the whole forward of the backbone.
+
+    Gemma 4's backbone reads a row of it for the places of images, past the module that has the hooks.
+    """
+    weight = base.get_input_embeddings().weight
+    if not hasattr(weight, "ds_id") or base.base_model is base:
+        yield
+        return
+    from deepspeed.runtime.zero import partition_parameters as zero
+
+    zero.register_external_parameter(base.base_model, weight)
+    try:
+        yield
+    finally:
+        zero.unregister_external_parameter(base.base_model, weight)

@@ -1,6 +1,7 @@
 """Ranks behind test_zero3_units.py: the same steps with hooks on every module and on adapted layers alone.
 
-One launch trains a tiny model several times, one engine after the other.
+One launch trains a tiny model several times, one engine after the other. It also checks the head of a model
+whose backbone reads a weight past the module that has the hooks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from gdrt_ds.models import head_check
 from gdrt_ds.training import zero3_units
 from gdrt_ds.training.loading import free_engine
 from tests.distributed import engines
@@ -73,6 +75,7 @@ def train_all(rank, world, paths):
             "everywhere": train(rank, world, path, settings, hooks_everywhere),
             "units": train(rank, world, path, settings, zero3_units.adapted_layers_as_units),
         }
+    found["head of Gemma 4"] = head_line(rank, world, paths["gemma4"])
     try:
         train(rank, world, paths["llama"], {}, units_of_deepspeed)
         found["error of DeepSpeed"] = ""
@@ -81,10 +84,23 @@ def train_all(rank, world, paths):
     return found
 
 
+def head_line(rank, world, path):
+    """What the check of the head says of Gemma 4, whose backbone reads a row of the embedding itself."""
+    head_check.COMPARED = frozenset()
+    loaded = engines.load(path, rank, world, 3, lora=LORA)
+    engine = engines.start(loaded, 3, world)
+    inputs, places = head_check.probe_inputs(loaded.model, torch.device("cpu"))
+    line = head_check.confirm_head(loaded.model, inputs, places, torch.float32)
+    embedding = loaded.model.get_input_embeddings().weight
+    freed = embedding.ds_status.name == "NOT_AVAILABLE"
+    free_engine(engine)
+    return [line, freed]
+
+
 def main(output, folder):
     torch.manual_seed(0)
     llama = engines.tiny_folder(Path(folder), hidden=64, intermediate=128, num_layers=LAYERS)
-    paths = {"llama": llama, "gpt2": make_family("gpt2", Path(folder))}
+    paths = {"llama": llama, **{name: make_family(name, Path(folder)) for name in ("gpt2", "gemma4")}}
     Path(output).write_text(json.dumps(run_ranks(2, train_all, paths)))
 
 
