@@ -241,9 +241,19 @@ def weight_converters(model: nn.Module) -> list:
     Mixtures of experts have them: their files hold one matrix per expert, the model one tensor for all.
     Renamings are not among them. Empty for a transformers without such rules.
     """
+    return _conversion_rules(model, "WeightConverter")
+
+
+def weight_renamings(model: nn.Module) -> list:
+    """Returns transformers' rules that only rename stored tensors of this model, in their order."""
+    return _conversion_rules(model, "WeightRenaming")
+
+
+def _conversion_rules(model: nn.Module, kind: str) -> list:
     try:
+        from transformers import core_model_loading
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
     except ImportError:
         return []
-    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
+    rules = get_model_conversion_mapping(model)
+    return [rule for rule in rules if isinstance(rule, getattr(core_model_loading, kind))]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gdrt_ds.config import ModelSection
-from gdrt_ds.models.families import weight_converters
+from gdrt_ds.models.families import weight_converters, weight_renamings
 from gdrt_ds.models.quantised_slices import (
     Packed,
     block_range,
@@ -205,10 +205,11 @@ def match_names(model: nn.Module, files: WeightFiles) -> dict[str, str]:
         if leaf not in module._non_persistent_buffers_set:
             wanted[name] = buffer.shape
     prefix = model.base_model_prefix + "."
+    stored_as = _stored_names(model, files, wanted)
     sources = {}
     for name, shape in wanted.items():
         # Some checkpoints were saved from the backbone alone: their names lack its prefix.
-        stored = next((n for n in (name, name.removeprefix(prefix)) if n in files.tensors), None)
+        stored = next((stored_as[n] for n in (name, name.removeprefix(prefix)) if n in stored_as), None)
         if stored is None:
             continue
         if is_packed(files, stored):
@@ -226,6 +227,31 @@ def match_names(model: nn.Module, files: WeightFiles) -> dict[str, str]:
     if missing:
         raise CannotShard(f"{len(missing)} parameters are not stored under their names, e.g. {missing[0]}")
     return sources
+
+
+def _stored_names(model: nn.Module, files: WeightFiles, wanted: Container[str]) -> dict[str, str]:
+    """Returns name in the model -> name in the files; they differ where transformers renames while loading.
+
+    Multimodal models are stored under the names of an earlier layout of their modules.
+
+    Args:
+        wanted: the names in the model.
+
+    Raises:
+        CannotShard: two stored tensors are one of the model's.
+    """
+    renamings = weight_renamings(model)
+    names: dict[str, str] = {}
+    for stored in files.tensors:
+        name = stored
+        for rule in renamings:
+            name, _ = rule.rename_source_key(name)
+        if name not in wanted and stored in wanted:  # as transformers has it
+            name = stored
+        if name in names and name in wanted:
+            raise CannotShard(f"{names[name]} and {stored} are both {name}")
+        names[name] = stored
+    return names
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -24,6 +24,7 @@ from gdrt_ds.models.stock_loading import load_stock
 from gdrt_ds.models.stored_four_bit import compute_in, stored_four_bit
 from tests.distributed import engines
 from tests.distributed.ranks import run_ranks
+from tests.models import family_models
 
 SIZES = dict(
     vocab_size=270,
@@ -38,6 +39,8 @@ SIZES = dict(
     eos_token_id=2,
     pad_token_id=2,
 )
+MULTIMODAL = ("gemma3_images", "gemma4")
+"""Of tests/models/family_models.py; the first is stored under other names than its modules have."""
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
     "llama_tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -181,6 +184,7 @@ def sharded_loss(rank, world, path):
 def main(output, folder):
     folder, report = Path(folder), {"families": {}}
     cases = [(name, make_family(name, folder), {}) for name in FAMILIES]
+    multimodal = [(name, family_models.make_family(name, folder), {}) for name in MULTIMODAL]
     extra = [
         ("llama_bf16_storage", folder / "llama", {"dtype": "bfloat16", "quant_storage": "bfloat16"}),
         ("llama_single_quant", folder / "llama", {"double_quant": False}),
@@ -192,7 +196,9 @@ def main(output, folder):
         ("llama_stored_4bit_single", store_in_four_bit(folder / "llama", double=False), {}),
     ]
     for world in (1, 2, 3):
-        chosen = {1: cases[:1], 2: [cases[0], cases[-1], *extra], 3: cases + extra[:1] + stored}[world]
+        chosen = {1: cases[:1], 2: [cases[0], cases[-1], *extra], 3: cases + multimodal + extra[:1] + stored}[
+            world
+        ]
         for rank, result in enumerate(run_ranks(world, compare_all, chosen)):
             for label, differences in result.items():
                 report["families"].setdefault(label, {})[f"world{world}_rank{rank}"] = differences

@@ -8,6 +8,7 @@ from tests.forked import run_scenario
 
 pytestmark = pytest.mark.distributed
 FAMILIES = ("llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "gpt2")
+MULTIMODAL = ("gemma3_images", "gemma4")
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def report(tmp_path_factory):
     return run_scenario("scenario_sharded", tmp_path_factory.mktemp("sharded"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MULTIMODAL])
 def test_each_rank_holds_bitwise_the_stock_slice_and_quant_state_at_world_3(report, family):
     found = report["families"][family]
     assert {key: found[key] for key in ("world3_rank0", "world3_rank1", "world3_rank2")} == {
