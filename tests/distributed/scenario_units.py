@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from gdrt_ds.models import head_check
 from gdrt_ds.training import zero3_units
 from gdrt_ds.training.loading import free_engine
+from gdrt_ds.training.model_with_loss import FusedLossModel
 from tests.distributed import engines
 from tests.distributed.ranks import run_ranks
 from tests.models.family_models import make_family
@@ -88,7 +90,9 @@ def head_line(rank, world, path):
     """What the check of the head says of Gemma 4, whose backbone reads a row of the embedding itself."""
     head_check.COMPARED = frozenset()
     loaded = engines.load(path, rank, world, 3, lora=LORA)
-    engine = engines.start(loaded, 3, world)
+    engines.adapted_layers_as_units = hooks_everywhere
+    # As in a training, where the model is a part of what the engine drives.
+    engine = engines.start(replace(loaded, model=FusedLossModel(loaded.model)), 3, world)
     inputs, places = head_check.probe_inputs(loaded.model, torch.device("cpu"))
     line = head_check.confirm_head(loaded.model, inputs, places, torch.float32)
     embedding = loaded.model.get_input_embeddings().weight
